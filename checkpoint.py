@@ -1,0 +1,237 @@
+"""Checkpoints: written atomically, read with weights_only, resumed strictly; backbones from any published layout."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import random
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import parallel
+from utils import IMAGENET_MEAN, IMAGENET_STD
+from vision_transformer import build_backbone
+
+NAME, PREVIOUS, BEST = "checkpoint.pth", "checkpoint_prev.pth", "checkpoint_best.pth"
+
+# What wrappers put in front of a backbone's parameter names. Only leading ones are stripped, as often as they stand.
+PREFIXES = ("module.", "_orig_mod.", "backbone.", "encoder.")
+MIN_MATCHED = 0.9  # share of the backbone's tensors that a file must hold to pass for its weights
+
+
+def save(state: Mapping, path: str | os.PathLike) -> None:
+    """Write a checkpoint so that a kill at any moment leaves a whole one under `path` or its `_prev` name.
+
+    Temporary file in the same folder, fsync, keep the old one as *_prev, rename, fsync of the folder.
+
+    Raises:
+        OSError: the disk is full or the folder read-only; the old checkpoint is untouched.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as f:
+            torch.save(state, f)
+            f.flush()
+            os.fsync(f.fileno())
+    except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"{path}: the checkpoint could not be written ({error}); the one before it is intact; "
+                      "free space in --output_dir and start again to resume") from error
+    if path.name == NAME and path.exists():
+        previous = path.with_name(PREVIOUS)
+        previous.unlink(missing_ok=True)
+        os.link(path, previous)
+    os.replace(temporary, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def read(path: str | os.PathLike) -> dict:
+    """Load a file of tensors and plain types onto the CPU, never running code that a pickle names.
+
+    Published full checkpoints hold one argparse.Namespace, which is allowed by name.
+
+    Raises:
+        FileNotFoundError: there is no such file. Weights are never substituted.
+        ValueError: the file is truncated, corrupt, or holds something other than data.
+    """
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{path}: no such file of weights")
+    if str(path).endswith(".safetensors"):
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"{path}: not a readable checkpoint of plain tensors ({reason[:160]})") from error
+
+
+def read_latest(folder: str | os.PathLike) -> tuple[dict, Path] | None:
+    """Newest readable checkpoint of a run, and where it was; None where there is none.
+
+    A corrupt newest one is named, and the one before it is used.
+    """
+    errors = []
+    for name in (NAME, PREVIOUS):
+        path = Path(folder) / name
+        if path.exists():
+            try:
+                return read(path), path
+            except ValueError as error:
+                errors.append(str(error))
+                if parallel.is_main():
+                    print(f"{error}; trying the one before it", flush=True)
+    if errors:
+        raise ValueError(f"{errors[0]}; no other checkpoint is left: move it away to start anew")
+    return None
+
+
+def file_sha256(path: str | os.PathLike) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(f)
+
+
+def _sha256(f) -> str:  # Python 3.10 has no file_digest
+    digest = hashlib.sha256()
+    while block := f.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+# ---- Random state ----
+
+
+def rng_state(device: torch.device) -> dict:
+    """Random state of this process, as plain types: Python, NumPy, torch's CPU and the device's generator."""
+    version, internal, gauss = random.getstate()
+    kind, keys, pos, has_gauss, cached = np.random.get_state()
+    state = {
+        "python": [version, list(internal), gauss],
+        "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), pos, has_gauss, cached],
+        "torch": torch.get_rng_state(),
+    }
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_rng_state(state: Mapping, device: torch.device) -> None:
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    kind, keys, pos, has_gauss, cached = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), pos, has_gauss, cached))
+    torch.set_rng_state(state["torch"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+# ---- Backbones ----
+
+
+def strip_prefixes(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Parameter names without the leading prefixes of wrappers (`module.`, `backbone.`, ...)."""
+    stripped = {}
+    for name, value in state.items():
+        while name.startswith(PREFIXES):
+            name = name[len(next(p for p in PREFIXES if name.startswith(p))) :]
+        stripped[name] = value
+    return stripped
+
+
+def backbone_state(loaded: Mapping, checkpoint_key: str, path: str = "") -> dict[str, Tensor]:
+    """The backbone's tensors in a loaded file: under `checkpoint_key` in a full checkpoint, else the file itself."""
+    if checkpoint_key in loaded and isinstance(loaded[checkpoint_key], Mapping):
+        loaded = loaded[checkpoint_key]
+    elif "state_dict" in loaded and isinstance(loaded["state_dict"], Mapping):
+        loaded = loaded["state_dict"]
+    elif any(isinstance(v, Mapping) for v in loaded.values()):
+        keys = [k for k, v in loaded.items() if isinstance(v, Mapping)]
+        raise ValueError(f"--checkpoint_key {checkpoint_key}: {path} has no such part; it has {', '.join(keys)}")
+    return {k: v for k, v in strip_prefixes(loaded).items() if isinstance(v, Tensor)}
+
+
+def load_matching(model: nn.Module, state: Mapping[str, Tensor], path: str, min_matched: float = MIN_MATCHED) -> None:
+    """Copy the tensors whose name and shape fit into the model, and print `N of M tensors matched`.
+
+    Position embeddings of another picture size are refused, not resized: build the network for the file's size.
+
+    Raises:
+        ValueError: fewer than `min_matched` of the model's tensors are in the file.
+    """
+    own = model.state_dict()
+    fitting = {k: v for k, v in state.items() if k in own and own[k].shape == v.shape}
+    missing = sorted(own.keys() - fitting.keys())
+    wrong = [f"{k} {tuple(state[k].shape)} instead of {tuple(own[k].shape)}" for k in missing if k in state]
+    # Heads and classifiers of a full checkpoint have no place in a backbone and are no surprise.
+    unused = sorted(k for k in state if k not in own and not k.startswith(("head.", "fc.", "projection_head.")))
+    report = f"{path}: {len(fitting)} of {len(own)} tensors matched"
+    absent = [k for k in missing if k not in state]
+    for what, names in (("missing", absent), ("wrong shape", wrong), ("unused", unused)):
+        if names:
+            report += f"; {what}: {', '.join(names[:5])}" + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    if len(fitting) < min_matched * len(own):
+        raise ValueError(f"--pretrained_weights {report}; does --arch fit the file?")
+    model.load_state_dict(fitting, strict=False)
+    if parallel.is_main():
+        print(report, flush=True)
+
+
+def stored_args(loaded: Mapping) -> dict:
+    """The flags that a checkpoint of ours or a published one was trained with; {} for plain weights."""
+    args = loaded.get("args", {})
+    return dict(vars(args)) if isinstance(args, argparse.Namespace) else dict(args)
+
+
+def load_backbone(
+    weights: str, arch: str | None = None, patch_size: int | None = None, checkpoint_key: str = "teacher"
+) -> tuple[nn.Module, dict]:
+    """A frozen backbone in eval mode from a file of weights, and how its images are made.
+
+    Args:
+        weights: a checkpoint of this project, a published full checkpoint or a plain state dict; "" gives random
+            weights, and says so.
+        arch, patch_size: of the network; what the file itself says comes first, then these, then vit_small and 16.
+
+    Returns:
+        The network, and {arch, patch_size, embed_dim, in_chans, mean, std, global_crops_size}.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file, not a checkpoint, or not this architecture's.
+    """
+    loaded = read(weights) if weights else {}
+    args = stored_args(loaded)
+    info = {
+        "arch": args.get("arch", arch or "vit_small"),
+        "patch_size": args.get("patch_size", patch_size or 16),
+        "in_chans": args.get("in_chans", 3),
+        "mean": tuple(args.get("mean", IMAGENET_MEAN)),
+        "std": tuple(args.get("std", IMAGENET_STD)),
+        "global_crops_size": args.get("global_crops_size", 224),
+    }
+    state = backbone_state(loaded, checkpoint_key, weights) if weights else {}
+    options = {}
+    if "pos_embed" in state and "patch_embed.proj.weight" in state:
+        info["patch_size"] = state["patch_embed.proj.weight"].shape[-1]
+        info["in_chans"] = state["patch_embed.proj.weight"].shape[1]
+        options["img_size"] = round((state["pos_embed"].shape[1] - 1) ** 0.5) * info["patch_size"]
+    elif "global_crops_size" in args:
+        options["img_size"] = args["global_crops_size"]
+    model, embed_dim = build_backbone(info["arch"], info["patch_size"], in_chans=info["in_chans"], **options)
+    info["embed_dim"] = embed_dim
+    if weights:
+        load_matching(model, state, weights)
+    elif parallel.is_main():
+        print("no --pretrained_weights: the network has random weights", flush=True)
+    return model.eval().requires_grad_(False), info

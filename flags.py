@@ -1,0 +1,73 @@
+"""Command lines: a parser that reads `@presets/file`, the types of flags, and the flags that several scripts share."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+
+
+class Refused(Exception):
+    """Bad input, in one line that names the flag, the value and the remedy: exit code 2, nothing written."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Flags from the command line or from `@file`: one or several a line, `#` starts a comment."""
+
+    def __init__(self, description: str) -> None:
+        super().__init__(description=description, fromfile_prefix_chars="@", allow_abbrev=False,
+                         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+    def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
+        return arg_line.split("#")[0].split()
+
+    def error(self, message: str) -> None:
+        """One line, exit code 2: the usage of fifty flags would hide it."""
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+
+def boolean(text: str) -> bool:
+    words = {"true": True, "1": True, "on": True, "yes": True, "false": False, "0": False, "off": False, "no": False}
+    if text.lower() not in words:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return words[text.lower()]
+
+
+def number(kind: Callable, low: float = -math.inf, high: float = math.inf, above: bool = False) -> Callable:
+    """A type for argparse: `kind` (int or float) within [low, high], or (low, high] with `above`; never NaN."""
+
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError as error:
+            what = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what}") from error
+        if not (low < value if above else low <= value) or value > high or not math.isfinite(value):
+            bounds = f"{'above' if above else 'at least'} {low:g}" if low > -math.inf else ""
+            bounds += (" and " if bounds else "") + f"at most {high:g}" if high < math.inf else ""
+            raise argparse.ArgumentTypeError(f"{text} is out of range; give a value {bounds or 'that is finite'}")
+        return value
+
+    return parse
+
+
+positive_int = number(int, 1)
+count = number(int, 0)
+positive = number(float, 0, above=True)
+non_negative = number(float, 0)
+fraction = number(float, 0, 1)
+
+
+def add_launch_flags(parser: argparse.ArgumentParser) -> None:
+    """Where a script runs."""
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--num_workers", type=count, default=10, help="processes a process that load images")
+    parser.add_argument("--dist_url", default="env://", help="where the processes of a distributed run meet")
+    # Launchers of older torch passed it; torchrun's LOCAL_RANK is what counts.
+    parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help="accepted and ignored")
+
+
+def add_precision_flags(parser: argparse.ArgumentParser) -> None:
+    choices = ("auto", "fp32", "fp16", "bf16")
+    parser.add_argument("--precision", choices=choices, default="auto",
+                        help="auto: bf16 where the device has bf16 arithmetic, else fp16 on a GPU, else fp32")

@@ -1,0 +1,11 @@
+"""Every test finds the scripts at the project's root, and leaves one core to its neighbour."""
+
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "tests"))
+torch.set_num_threads(1)

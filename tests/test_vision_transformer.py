@@ -1,0 +1,183 @@
+import copy
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+from golden_weights import GOLDEN, fill, rs
+
+import vision_transformer as vits
+from vision_transformer import DINOHead, VisionTransformer, build_backbone
+
+TINY = dict(img_size=32, patch_size=8, embed_dim=48, depth=3, num_heads=3, qkv_bias=True)
+
+
+@pytest.mark.parametrize(
+    "name, arch, patch, seed, size",
+    [
+        ("vit_small_patch16_224x224", "vit_small", 16, 11, (224, 224)),
+        ("vit_tiny_patch16_96x96", "vit_tiny", 16, 12, (96, 96)),
+        ("vit_tiny_patch8_64x48", "vit_tiny", 8, 13, (64, 48)),
+    ],
+)
+def test_published_figures(name, arch, patch, seed, size):
+    golden = np.load(GOLDEN / f"{name}.npz")
+    model = fill(build_backbone(arch, patch)[0]).eval()
+    x = rs(seed, 2, 3, *size)
+    with torch.no_grad():
+        np.testing.assert_allclose(model(x), golden["cls"], rtol=1e-9, atol=1e-11)
+        np.testing.assert_allclose(model.get_last_selfattention(x)[:, :, 0], golden["attn_cls"], rtol=1e-9)
+        inter = torch.stack(model.get_intermediate_layers(x, 4))[:, :, :3]
+        np.testing.assert_allclose(inter, golden["inter"], rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("arch", ["vit_tiny", "vit_small", "vit_base"])
+@pytest.mark.parametrize("patch", [8, 16])
+def test_published_names_and_shapes(arch, patch):
+    shapes = json.loads((GOLDEN / "backbone_state_dict_shapes.json").read_text())[f"{arch}_patch{patch}"]
+    with torch.device("meta"):
+        model = vits.VITS[arch](patch)
+    assert {k: list(v.shape) for k, v in model.state_dict().items()} == shapes
+
+
+@pytest.mark.parametrize("use_bn", [False, True])
+def test_published_head_names_and_shapes(use_bn):
+    shapes = json.loads((GOLDEN / "head_state_dict_shapes.json").read_text())
+    with torch.device("meta"):
+        head = DINOHead(384, 65536, use_bn=use_bn)
+    expected = shapes["DINOHead(384, 65536, use_bn=True)" if use_bn else "DINOHead(384, 65536)"]
+    assert {k: list(v.shape) for k, v in head.state_dict().items()} == expected
+
+
+def test_published_head_figure():
+    head = fill(DINOHead(48, 64, hidden_dim=96, bottleneck_dim=32))
+    np.testing.assert_allclose(head(rs(21, 5, 48)).detach(), np.load(GOLDEN / "dino_head.npz")["out"], rtol=1e-9)
+
+
+def test_head_starts_with_unit_prototypes_and_copies():
+    head = DINOHead(48, 64, hidden_dim=96, bottleneck_dim=32, norm_last_layer=True)
+    assert not head.last_layer.weight_g.requires_grad and torch.all(head.last_layer.weight_g == 1)
+    assert DINOHead(48, 64, norm_last_layer=False).last_layer.weight_g.requires_grad
+    x = torch.randn(2, 48)
+    torch.testing.assert_close(copy.deepcopy(head)(x), head(x))
+    assert "weight" in dict(DINOHead(48, 64, nlayers=1).mlp.named_parameters())
+
+
+@pytest.mark.parametrize("size", [(32, 32), (40, 24), (33, 47), (8, 8), (64, 64)])
+def test_any_height_and_width(size):
+    model = VisionTransformer(**TINY, num_register_tokens=2, init_values=1e-5).eval()
+    x = torch.randn(2, 3, *size)
+    rows, columns = size[0] // 8, size[1] // 8
+    features = model.forward_features(x)
+    assert features.patch_tokens.shape == (2, rows, columns, 48) and features.registers.shape == (2, 2, 48)
+    torch.testing.assert_close(features.cls_token, model(x))
+    assert model.get_last_selfattention(x).shape == (2, 3, rows * columns + 3, rows * columns + 3)
+    cropped = x[:, :, : rows * 8, : columns * 8]  # the remainder at the right and bottom edge is not covered
+    if size[0] != size[1]:
+        torch.testing.assert_close(model(x), model(cropped))
+
+
+def test_patch_grid_follows_the_picture():
+    model = VisionTransformer(**TINY).eval()
+    x = torch.zeros(1, 3, 32, 48)
+    y = x.clone()
+    y[..., 8:16, 40:48] = 1.0  # row 1, column 5
+    changed = (model.patch_embed(y) - model.patch_embed(x)).abs().sum(-1).unflatten(1, (4, 6))[0]
+    assert changed.nonzero().tolist() == [[1, 5]]
+
+
+def test_smaller_than_a_patch_is_refused():
+    with pytest.raises(ValueError, match="7 x 32 pixels is smaller than one patch of 8"):
+        VisionTransformer(**TINY)(torch.zeros(1, 3, 7, 32))
+
+
+def test_weights_asked_for_equal_the_fused_path():
+    model = VisionTransformer(**TINY).double().eval()
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    fused, seen = model(x), []
+    hook = model.blocks[1].attn.attn_drop.register_forward_hook(lambda m, i, o: seen.append(o))
+    torch.testing.assert_close(model(x), fused, rtol=1e-12, atol=1e-12)
+    hook.remove()
+    torch.testing.assert_close(seen[0].sum(-1), torch.ones_like(seen[0].sum(-1)))
+    torch.testing.assert_close(model.get_attention_maps(x, [1, -1])[0], seen[0])
+    maps = model.get_attention_maps(x, [2, 0])
+    torch.testing.assert_close(maps[0], model.get_last_selfattention(x))
+    with pytest.raises(ValueError, match="layer 3 does not exist"):
+        model.get_attention_maps(x, [3])
+
+
+def test_attention_hook_reads_the_weights():
+    model, seen = VisionTransformer(**TINY).eval(), []
+    model.blocks[0].attn.register_forward_hook(lambda m, i, o: seen.append(o[1]))
+    model(torch.randn(1, 3, 32, 32))
+    assert seen[0].shape == (1, 3, 17, 17)
+
+
+def test_changed_stride_gives_a_dense_grid():
+    model = VisionTransformer(**TINY).eval()
+    model.patch_embed.proj.stride = (4, 4)
+    assert model.forward_features(torch.randn(1, 3, 32, 40)).patch_tokens.shape == (1, 7, 9, 48)
+
+
+def test_classifier_channels_and_drop_path():
+    model = VisionTransformer(**TINY, num_classes=7, in_chans=5, drop_path_rate=0.5)
+    assert model(torch.randn(2, 5, 32, 32)).shape == (2, 7)
+    assert [getattr(b.drop_path, "drop_prob", 0.0) for b in model.blocks] == [0.0, 0.25, 0.5]
+    kept = vits.drop_path(torch.ones(4000, 3), 0.25, training=True)
+    assert kept.unique().tolist() == pytest.approx([0.0, 4 / 3]) and abs(kept.mean() - 1) < 0.05
+    assert torch.all(kept == kept[:, :1])  # a sample is dropped whole
+
+
+def test_survives_copy_pickle_half_and_trace():
+    model = VisionTransformer(**TINY).eval()
+    x = torch.randn(2, 3, 32, 32)
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    torch.testing.assert_close(torch.load(buffer, weights_only=False)(x), model(x))
+    torch.testing.assert_close(copy.deepcopy(model)(x), model(x))
+    torch.testing.assert_close(torch.jit.trace(model, x)(x), model(x), rtol=1e-4, atol=1e-5)
+    assert copy.deepcopy(model).bfloat16()(torch.randn(1, 3, 24, 40).bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "arch, width",
+    [
+        ("resnet18", 512), ("resnet50", 2048), ("vgg11", 4096), ("squeezenet1_1", 512), ("densenet121", 1024),
+        ("mobilenet_v3_small", 1024), ("convnext_tiny", 768), ("efficientnet_b0", 1280), ("swin_t", 768),
+        ("googlenet", 1024),
+    ],
+)  # fmt: skip
+def test_torchvision_networks(arch, width):
+    with torch.device("meta"):
+        model, embed_dim = build_backbone(arch)
+        assert embed_dim == width
+        if arch != "swin_t":
+            assert model(torch.zeros(2, 3, 224, 224)).shape == (2, width)
+
+
+def test_resnet_has_published_names_and_takes_channels():
+    model, _ = build_backbone("resnet18", in_chans=1)
+    assert not any(k.startswith("fc.") for k in model.state_dict())
+    assert model.eval()(torch.zeros(2, 1, 64, 64)).shape == (2, 512)
+
+
+@pytest.mark.parametrize(
+    "arch, width",
+    [("xcit_small_12_p16", 384), ("xcit_medium_24_p8", 512), ("vit_small_patch16_224", 384), ("resnet26", 2048)],
+)
+def test_timm_networks(arch, width):
+    with torch.device("meta"):
+        model, embed_dim = build_backbone(arch, drop_path_rate=0.1)
+    assert embed_dim == width
+
+
+def test_timm_vit_takes_small_crops():
+    model, width = build_backbone("vit_tiny_patch16_224")
+    assert model.eval()(torch.zeros(1, 3, 96, 96)).shape == (1, width)
+
+
+def test_unknown_name_lists_the_near_ones():
+    with pytest.raises(ValueError, match="--arch vit_smal: no such network; near ones are .*vit_small"):
+        build_backbone("vit_smal")

@@ -1,0 +1,363 @@
+"""The method of DINO (arXiv 2104.14294), in the paper's order: crops, networks, loss, schedules, teacher, optimizer.
+
+Shapes: B images, G = 2 global and L local crops, V = G + L views, K prototypes, C channels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import photometric
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+# ---- Multi-crop augmentation (section 3.1; appendix "Data augmentations", after BYOL and SwAV) ----
+
+
+class DataAugmentationDINO:
+    """Two global and L local crops of an image, in two stages with one source of randomness.
+
+    `cut` runs in a loader's worker: it draws every parameter of the image's views from `rng`, and crops, resizes
+    (bicubic, antialiased) and flips as uint8. `finish` runs batched on the device: colour jitter 0.4/0.4/0.2/0.1
+    with probability 0.8, grey 0.2, blur (1.0 and 0.1 for the global crops, 0.5 for the local ones), solarize 0.2
+    (second global crop), normalization. Called on one PIL image it gives the list of 2 + L normalized crops
+    through the same code.
+
+    Images that do not have three channels keep brightness, contrast, blur and solarize; saturation, hue and grey
+    have no meaning for them and are left out.
+
+    Args:
+        global_crops_scale, local_crops_scale: smallest and largest share of the image's area in a crop.
+        global_crops_size, local_crops_size: crops' side in pixels.
+        mean, std: one value a channel, of intensities in [0, 1].
+    """
+
+    BLUR = (1.0, 0.1)  # probability for the first and second global crop
+    LOCAL_BLUR = 0.5
+    SOLARIZE = (0.0, 0.2)
+    JITTER = {photometric.BRIGHTNESS: (0.6, 1.4), photometric.CONTRAST: (0.6, 1.4),
+              photometric.SATURATION: (0.8, 1.2), photometric.HUE: (-0.1, 0.1)}
+
+    def __init__(
+        self,
+        global_crops_scale: Sequence[float],
+        local_crops_scale: Sequence[float],
+        local_crops_number: int,
+        global_crops_size: int = 224,
+        local_crops_size: int = 96,
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
+    ) -> None:
+        self.scales = [tuple(global_crops_scale)] * 2 + [tuple(local_crops_scale)] * local_crops_number
+        self.sizes = [global_crops_size] * 2 + [local_crops_size] * local_crops_number
+        self.blur = list(self.BLUR) + [self.LOCAL_BLUR] * local_crops_number
+        self.solarize = list(self.SOLARIZE) + [0.0] * local_crops_number
+        self.mean, self.std = tuple(mean), tuple(std)
+
+    def cut(self, image: Tensor, rng: np.random.Generator) -> tuple[list[Tensor], Tensor]:
+        """uint8 image (C, height, width) -> 2 + L uint8 crops (C, size, size), and their parameters (2 + L, 8).
+
+        The parameters' columns are those of `photometric`; `rng` is the only source of randomness.
+        """
+        crops, params = [], np.empty((len(self.sizes), len(photometric.COLUMNS)), np.float32)
+        for v, (scale, size) in enumerate(zip(self.scales, self.sizes, strict=True)):
+            top, left, height, width = random_resized_crop_box(*image.shape[-2:], scale, rng)
+            crop = image[:, top : top + height, left : left + width]
+            crop = F.interpolate(crop[None], size=(size, size), mode="bicubic", antialias=True)[0]
+            crops.append(crop.flip(-1) if rng.random() < 0.5 else crop)
+            params[v] = self.draw_photometric(v, rng)
+        return crops, torch.from_numpy(params)
+
+    def draw_photometric(self, view: int, rng: np.random.Generator) -> np.ndarray:
+        """Photometric parameters (8,) of a view, in `photometric`'s columns."""
+        row = np.zeros(len(photometric.COLUMNS), np.float32)
+        row[[photometric.BRIGHTNESS, photometric.CONTRAST, photometric.SATURATION]] = 1.0
+        row[photometric.ORDER] = -1
+        if rng.random() < 0.8:
+            for column, (low, high) in self.JITTER.items():
+                row[column] = rng.uniform(low, high)
+            row[photometric.ORDER] = rng.integers(24)
+        row[photometric.GREY] = rng.random() < 0.2
+        row[photometric.SIGMA] = rng.uniform(0.1, 2.0) if rng.random() < self.blur[view] else 0.0
+        row[photometric.SOLARIZE] = rng.random() < self.solarize[view]
+        return row
+
+    def finish(self, crops: Sequence[Tensor], params: Tensor) -> list[Tensor]:
+        """uint8 crops [(2B, C, g, g), (LB, C, l, l)] crop-major on any device -> the same, float32 and normalized.
+
+        `params` ((2 + L) B, 8) stays on the CPU, so that nothing waits for the device.
+        """
+        rows = params.split([len(c) for c in crops])
+        return [photometric.photometric(c, p, self.mean, self.std) for c, p in zip(crops, rows, strict=True)]
+
+    def __call__(self, image, rng: np.random.Generator | None = None) -> list[Tensor]:
+        """PIL image -> 2 + L normalized float32 crops (C, size, size); `rng` defaults to one seeded by torch's."""
+        if rng is None:
+            rng = np.random.default_rng(torch.randint(2**62, ()).item())
+        pixels = np.array(image.convert("L" if len(self.mean) == 1 else "RGB"), ndmin=3)
+        pixels = torch.from_numpy(pixels).reshape(image.height, image.width, -1).permute(2, 0, 1)
+        crops, params = self.cut(pixels, rng)
+        return [self.finish([c[None]], p[None])[0][0] for c, p in zip(crops, params, strict=True)]
+
+
+def random_resized_crop_box(
+    height: int, width: int, scale: tuple[float, float], rng: np.random.Generator
+) -> tuple[int, int, int, int]:
+    """Box (top, left, height, width) of a share of the area in `scale`, with an aspect ratio in [3/4, 4/3].
+
+    Drawn as Szegedy et al. 2015 do it: up to ten tries, then the largest centred box of a permitted ratio.
+    """
+    for _ in range(10):
+        area = height * width * rng.uniform(*scale)
+        ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
+    w = min(width, max(1, round(height * 4 / 3)))
+    h = min(height, max(1, round(width * 4 / 3)))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+# ---- Networks: one pass a resolution (section 3.1, "multi-crop") ----
+
+
+class MultiCropWrapper(nn.Module):
+    """backbone and head over a list of crops: one backbone pass for all crops of one height x width, one head pass.
+
+    forward: list of (n_i, C, h_i, w_i), or one such tensor -> (sum n_i, K), rows in the order given.
+    """
+
+    def __init__(self, backbone: nn.Module, head: nn.Module) -> None:
+        super().__init__()
+        # A classifier left in a published backbone would stand between features and head.
+        for name in ("fc", "head"):
+            if isinstance(getattr(backbone, name, None), nn.Linear):
+                setattr(backbone, name, nn.Identity())
+        self.backbone = backbone
+        self.head = head
+
+    def features(self, crops: Tensor | Sequence[Tensor]) -> Tensor:
+        """list of (n_i, C, h_i, w_i) -> backbone features (sum n_i, D), rows in the order given."""
+        crops = [crops] if isinstance(crops, Tensor) else list(crops)
+        groups: dict[torch.Size, list[int]] = {}
+        for i, crop in enumerate(crops):
+            groups.setdefault(crop.shape[-2:], []).append(i)
+        features: list[Tensor] = [crops[0]] * len(crops)
+        for members in groups.values():
+            batch = torch.cat([crops[i] for i in members]) if len(members) > 1 else crops[members[0]]
+            out = self.backbone(batch)
+            out = out[0] if isinstance(out, tuple) else out  # published XCiT returns several outputs
+            for i, rows in zip(members, out.split([len(crops[i]) for i in members]), strict=True):
+                features[i] = rows
+        return torch.cat(features) if len(features) > 1 else features[0]
+
+    def forward(self, crops: Tensor | Sequence[Tensor]) -> Tensor:
+        return self.head(self.features(crops))
+
+
+# ---- Loss and centre (section 3.1, equations 1 to 4; algorithm 1) ----
+
+
+class DINOLoss(nn.Module):
+    """Cross-entropy between the teacher's centred, sharpened output and the student's, over pairs of views.
+
+        loss = mean over images and pairs (i, v), v != i, of  - sum_k q_i[k] log p_v[k]
+        p_v = softmax(student_v / student_temp),  q_i = softmax((teacher_i - center) / teacher_temp(epoch))
+        center <- m center + (1 - m) mean(teacher)            (over all images of all processes)
+
+    i runs over the two global views, v over all `ncrops` views. Since q sums to one, the cross-entropy of a pair is
+    logsumexp(p_v's logits) - <q_i, logits>: no (V B, K) log-softmax is kept. The arithmetic is float32 at least;
+    float64 stays float64.
+    """
+
+    def __init__(
+        self,
+        out_dim: int,
+        ncrops: int,
+        warmup_teacher_temp: float,
+        teacher_temp: float,
+        warmup_teacher_temp_epochs: int,
+        nepochs: int,
+        student_temp: float = 0.1,
+        center_momentum: float = 0.9,
+    ) -> None:
+        super().__init__()
+        self.student_temp = student_temp
+        self.center_momentum = center_momentum
+        self.ncrops = ncrops
+        self.register_buffer("center", torch.zeros(1, out_dim))
+        # A high temperature makes the first epochs unstable: it is warmed up linearly.
+        warmup = np.linspace(warmup_teacher_temp, teacher_temp, warmup_teacher_temp_epochs)
+        constant = np.full(max(nepochs - warmup_teacher_temp_epochs, 0), teacher_temp)
+        self.teacher_temp_schedule = np.concatenate((warmup, constant))
+
+    def teacher_probabilities(self, teacher_output: Tensor, epoch: int) -> Tensor:
+        """q (..., K) of the teacher's output (..., K), centred and sharpened with this epoch's temperature."""
+        temp = float(self.teacher_temp_schedule[epoch])
+        logits = (at_least_float32(teacher_output) - self.center) / temp
+        return F.softmax(logits, dim=-1)
+
+    def forward(
+        self, student_output: Tensor, teacher_output: Tensor, epoch: int, update_center: bool = True
+    ) -> Tensor:
+        """Loss of a batch, a scalar; then moves the centre, unless the caller does (gradient accumulation).
+
+        Args:
+            student_output: (V B, K), crop-major: all images' first view, then all images' second, ...
+            teacher_output: (2 B, K), the global views only, in the same order.
+        """
+        student = at_least_float32(student_output).unflatten(0, (self.ncrops, -1)) / self.student_temp  # (V, B, K)
+        q = self.teacher_probabilities(teacher_output.detach(), epoch).unflatten(0, (2, -1))  # (2, B, K)
+        n_pairs = 2 * (self.ncrops - 1)
+        # Global view 0 learns from q_1 and 1 from q_0; each local view from both.
+        match = (q.flip(0) * student[:2]).sum() + (q.sum(0) * student[2:].sum(0)).sum()
+        log_z = torch.logsumexp(student, dim=-1)  # (V, B)
+        loss = (log_z[:2].sum() + 2 * log_z[2:].sum() - match) / (n_pairs * q.shape[1])
+        if update_center:
+            self.update_center(teacher_output)
+        return loss
+
+    @torch.no_grad()
+    def update_center(self, teacher_output: Tensor) -> None:
+        """center <- m center + (1 - m) mean over the rows of all processes (equation 4)."""
+        mean = at_least_float32(teacher_output).mean(dim=0, keepdim=True)
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(mean)
+            mean = mean / dist.get_world_size()
+        self.center = self.center * self.center_momentum + mean * (1 - self.center_momentum)
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+# ---- Schedules (section 3.2, "Implementation details") ----
+
+
+def cosine_scheduler(
+    base_value: float,
+    final_value: float,
+    epochs: float,
+    niter_per_ep: int,
+    warmup_epochs: float = 0,
+    start_warmup_value: float = 0,
+) -> np.ndarray:
+    """Value at every step: a linear warm-up to `base_value`, then a half cosine to `final_value`.
+
+    `epochs` and `warmup_epochs` may be fractions: a run of so many steps is steps / niter_per_ep epochs.
+    """
+    n_steps, n_warmup = round(epochs * niter_per_ep), round(warmup_epochs * niter_per_ep)
+    if n_warmup > n_steps:
+        raise ValueError(f"warm-up of {warmup_epochs:g} epochs is longer than the run of {epochs:g}")
+    warmup = np.linspace(start_warmup_value, base_value, n_warmup)
+    t = np.arange(n_steps - n_warmup) / max(n_steps - n_warmup, 1)
+    return np.concatenate((warmup, final_value + 0.5 * (base_value - final_value) * (1 + np.cos(np.pi * t))))
+
+
+# ---- Teacher (section 3.1, "Teacher network") ----
+
+
+@torch.no_grad()
+def ema_update(student: nn.Module, teacher: nn.Module, momentum: float) -> None:
+    """teacher <- momentum * teacher + (1 - momentum) * student, parameters and floating-point buffers alike.
+
+    Batch-norm statistics are such buffers: the teacher's follow the student's. Integer buffers are copied.
+    """
+    targets, sources = [], []
+    for t, s in zip((*teacher.parameters(), *teacher.buffers()), (*student.parameters(), *student.buffers()),
+                    strict=True):
+        if t.is_floating_point():
+            targets.append(t)
+            sources.append(s)
+        else:
+            t.copy_(s)
+    if targets:
+        torch._foreach_mul_(targets, momentum)
+        torch._foreach_add_(targets, sources, alpha=1 - momentum)
+
+
+# ---- Optimization (section 3.2; appendix) ----
+
+
+def get_params_groups(model: nn.Module) -> list[dict]:
+    """Two groups of the trainable parameters: matrices, and biases and norms, which are not decayed."""
+    regularized, not_regularized = [], []
+    for name, param in model.named_parameters():
+        if param.requires_grad:
+            plain = name.endswith(".bias") or param.ndim == 1
+            (not_regularized if plain else regularized).append(param)
+    return [{"params": regularized}, {"params": not_regularized, "weight_decay": 0.0}]
+
+
+@torch.no_grad()
+def clip_gradients(model: nn.Module, clip: float, per_tensor: bool = True) -> Tensor:
+    """Scale each parameter's gradient down to an L2 norm of `clip`, as DINO does, or all of them by one factor.
+
+    Returns the norms before clipping (number of gradients,), on the device: nothing waits for it.
+    """
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    if not grads:
+        return torch.zeros(0)
+    norms = torch.stack(torch._foreach_norm(grads))
+    if clip > 0:
+        reference = norms if per_tensor else torch.linalg.vector_norm(norms).expand_as(norms)
+        factors = (clip / (reference + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_(grads, list(factors.unbind()))
+    return norms
+
+
+def cancel_gradients_last_layer(epoch: int, model: nn.Module, freeze_last_layer: int) -> None:
+    """Drop the gradients of the prototypes during the first `freeze_last_layer` epochs."""
+    if epoch < freeze_last_layer:
+        for name, param in model.named_parameters():
+            if "last_layer" in name:
+                param.grad = None
+
+
+class LARS(torch.optim.Optimizer):
+    """Layer-wise adaptive rate scaling (You et al. 2017), with momentum.
+
+    For a matrix: d = g + weight_decay * p, scaled by eta |p| / |d|; vectors (biases, norms) take the plain gradient.
+    mu <- momentum mu + d;  p <- p - lr mu.
+    """
+
+    def __init__(
+        self,
+        params: Iterable,
+        lr: float = 0,
+        weight_decay: float = 0,
+        momentum: float = 0.9,
+        eta: float = 0.001,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "eta": eta})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                d = p.grad
+                if p.ndim != 1:
+                    d = d.add(p, alpha=group["weight_decay"])
+                    p_norm, d_norm = torch.linalg.vector_norm(p), torch.linalg.vector_norm(d)
+                    trust = torch.where((p_norm > 0) & (d_norm > 0), group["eta"] * p_norm / d_norm, 1.0)
+                    d = d * trust
+                state = self.state[p]
+                if "mu" not in state:
+                    state["mu"] = torch.zeros_like(p)
+                state["mu"].mul_(group["momentum"]).add_(d)
+                p.add_(state["mu"], alpha=-group["lr"])
+        return loss

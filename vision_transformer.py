@@ -1,0 +1,465 @@
+"""Backbones: the Vision Transformer of DINO, its projection head, and one table of every other network.
+
+Shapes: B images, N tokens (class token, registers, patches), D width, H heads, h x w patch grid, K prototypes.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.init import trunc_normal_
+
+
+def drop_path(x: Tensor, drop_prob: float = 0.0, training: bool = False) -> Tensor:
+    """Stochastic depth: a sample's residual branch is dropped with `drop_prob`, the others scaled to keep the mean."""
+    if drop_prob == 0.0 or not training:
+        return x
+    keep = 1.0 - drop_prob
+    mask = x.new_empty(x.shape[0], *([1] * (x.ndim - 1))).bernoulli_(keep)
+    return x * (mask / keep)
+
+
+class DropPath(nn.Module):
+    """Stochastic depth per sample (Huang et al. 2016)."""
+
+    def __init__(self, drop_prob: float = 0.0) -> None:
+        super().__init__()
+        self.drop_prob = drop_prob
+
+    def forward(self, x: Tensor) -> Tensor:
+        return drop_path(x, self.drop_prob, self.training)
+
+
+class LayerScale(nn.Module):
+    """A learned factor a channel on a residual branch (Touvron et al. 2021)."""
+
+    def __init__(self, dim: int, init_values: float) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((dim,), init_values))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
+class Mlp(nn.Module):
+    def __init__(self, in_features: int, hidden_features: int, drop: float = 0.0) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(in_features, hidden_features)
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(hidden_features, in_features)
+        self.drop = nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention: (B, N, D) -> ((B, N, D), weights (B, H, N, N) or None).
+
+    The weights are formed only when somebody asks for them: by `return_attention`, or by a forward hook on
+    this module or on `attn_drop`, which is where code written for the published models reads them.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        qkv_bias: bool = False,
+        qk_scale: float | None = None,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.scale = qk_scale or (dim // num_heads) ** -0.5
+        self.qkv = nn.Linear(dim, dim * 3, bias=qkv_bias)
+        self.attn_drop = nn.Dropout(attn_drop)
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x: Tensor, return_attention: bool = False) -> tuple[Tensor, Tensor | None]:
+        B, N, D = x.shape
+        qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, D // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, H, N, D / H)
+        attn = None
+        if return_attention or self._forward_hooks or self.attn_drop._forward_hooks:
+            attn = self.attn_drop((q @ k.transpose(-2, -1) * self.scale).softmax(dim=-1))
+            x = attn @ v
+        else:
+            dropout = self.attn_drop.p if self.training else 0.0
+            x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=self.scale)
+        x = x.transpose(1, 2).reshape(B, N, D)
+        return self.proj_drop(self.proj(x)), attn
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block; `return_attention=True` returns the attention weights (B, H, N, N) instead."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = False,
+        qk_scale: float | None = None,
+        drop: float = 0.0,
+        attn_drop: float = 0.0,
+        drop_path: float = 0.0,
+        norm_layer: Callable[[int], nn.Module] = nn.LayerNorm,
+        init_values: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.norm1 = norm_layer(dim)
+        self.attn = Attention(dim, num_heads, qkv_bias, qk_scale, attn_drop, drop)
+        self.ls1 = LayerScale(dim, init_values) if init_values is not None else nn.Identity()
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.norm2 = norm_layer(dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop)
+        self.ls2 = LayerScale(dim, init_values) if init_values is not None else nn.Identity()
+
+    def forward(self, x: Tensor, return_attention: bool = False) -> Tensor:
+        y, attn = self.attn(self.norm1(x), return_attention)
+        if return_attention:
+            return attn
+        x = x + self.drop_path(self.ls1(y))
+        return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
+
+
+class PatchEmbed(nn.Module):
+    """(B, C, height, width) -> (B, h * w, D). A remainder at the right and bottom is not covered."""
+
+    def __init__(self, img_size: int = 224, patch_size: int = 16, in_chans: int = 3, embed_dim: int = 768) -> None:
+        super().__init__()
+        self.img_size = img_size
+        self.patch_size = patch_size
+        self.num_patches = (img_size // patch_size) ** 2
+        self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Number of patches (rows, columns); reads the convolution's stride, which dense-feature code changes."""
+        kernel, stride = self.proj.kernel_size, self.proj.stride
+        return (height - kernel[0]) // stride[0] + 1, (width - kernel[1]) // stride[1] + 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[-2:]
+        if not torch.jit.is_tracing() and min(height, width) < self.patch_size:
+            raise ValueError(f"image of {height} x {width} pixels is smaller than one patch of {self.patch_size}")
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+
+class Features(NamedTuple):
+    """What a Vision Transformer says of a picture, after its last norm."""
+
+    cls_token: Tensor  # (B, D)
+    patch_tokens: Tensor  # (B, h, w, D)
+    registers: Tensor  # (B, R, D)
+
+
+class VisionTransformer(nn.Module):
+    """Vision Transformer (Dosovitskiy et al. 2020) as DINO trains it (arXiv 2104.14294, section 3.2).
+
+    Args:
+        img_size: side in pixels of the pictures the position embeddings are made for; others are interpolated.
+        num_classes: > 0 adds a linear classifier `head` and makes `forward` return its logits.
+        qk_scale: factor of the attention scores; None is 1 / sqrt(D / H).
+        num_register_tokens: extra tokens without a position (Darcet et al. 2023).
+        init_values: start of LayerScale; None leaves it out.
+    """
+
+    def __init__(
+        self,
+        img_size: int | Sequence[int] = 224,
+        patch_size: int = 16,
+        in_chans: int = 3,
+        num_classes: int = 0,
+        embed_dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = False,
+        qk_scale: float | None = None,
+        drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        norm_layer: Callable[[int], nn.Module] = nn.LayerNorm,
+        num_register_tokens: int = 0,
+        init_values: float | None = None,
+    ) -> None:
+        super().__init__()
+        img_size = img_size if isinstance(img_size, int) else img_size[0]  # published code passes [224]
+        if img_size < patch_size:
+            raise ValueError(f"img_size {img_size} is smaller than one patch of {patch_size}")
+        self.num_features = self.embed_dim = embed_dim
+        self.num_register_tokens = num_register_tokens
+        self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, self.patch_embed.num_patches + 1, embed_dim))
+        self.register_tokens = (
+            nn.Parameter(torch.zeros(1, num_register_tokens, embed_dim)) if num_register_tokens else None
+        )
+        self.pos_drop = nn.Dropout(drop_rate)
+        self.blocks = nn.ModuleList(
+            Block(embed_dim, num_heads, mlp_ratio, qkv_bias, qk_scale, drop_rate, attn_drop_rate,
+                  drop_path_rate * i / max(depth - 1, 1), norm_layer, init_values)
+            for i in range(depth)
+        )
+        self.norm = norm_layer(embed_dim)
+        self.head = nn.Linear(embed_dim, num_classes) if num_classes > 0 else nn.Identity()
+        for tokens in (self.cls_token, self.pos_embed, self.register_tokens):
+            if tokens is not None:
+                trunc_normal_(tokens, std=0.02)
+        self.apply(init_linear)
+
+    def interpolate_pos_encoding(self, x: Tensor, w: int, h: int) -> Tensor:
+        """Position embeddings for a picture of w x h pixels, bicubically interpolated: (1, 1 + patches, D).
+
+        Args:
+            x: tokens with the class token in front, (B, 1 + patches, D); only the number of tokens is read.
+            w, h: sizes of the image's dimensions 2 and 3 (the published names).
+        """
+        n_stored = self.pos_embed.shape[1] - 1
+        if x.shape[1] - 1 == n_stored and w == h:
+            return self.pos_embed
+        rows, columns = self.patch_embed.grid(w, h)
+        side = math.isqrt(n_stored)
+        patch_pos = self.pos_embed[:, 1:].reshape(1, side, side, -1).permute(0, 3, 1, 2)
+        # The published weights were trained with scale factors made from the grid size + 0.1, which also keeps
+        # floor(side * scale) from losing a row to rounding. Half-precision bicubic is not available everywhere.
+        half = patch_pos.dtype in (torch.float16, torch.bfloat16)
+        patch_pos = F.interpolate(
+            patch_pos.float() if half else patch_pos,
+            scale_factor=((rows + 0.1) / side, (columns + 0.1) / side),
+            mode="bicubic",
+        ).to(self.pos_embed.dtype)
+        return torch.cat([self.pos_embed[:, :1], patch_pos.flatten(2).transpose(1, 2)], dim=1)
+
+    def prepare_tokens(self, x: Tensor) -> Tensor:
+        """Pictures (B, C, height, width) -> tokens (B, N, D): class token, registers, patches."""
+        w, h = x.shape[-2:]
+        x = self.patch_embed(x)
+        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
+        x = x + self.interpolate_pos_encoding(x, w, h)
+        if self.register_tokens is not None:
+            x = torch.cat([x[:, :1], self.register_tokens.expand(x.shape[0], -1, -1), x[:, 1:]], dim=1)
+        return self.pos_drop(x)
+
+    def forward_tokens(self, x: Tensor) -> Tensor:
+        """Pictures (B, C, height, width) -> normalized tokens (B, N, D)."""
+        x = self.prepare_tokens(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Pictures (B, C, height, width) -> normalized class token (B, D), or logits (B, num_classes)."""
+        return self.head(self.forward_tokens(x)[:, 0])
+
+    def forward_features(self, x: Tensor) -> Features:
+        """Pictures (B, C, height, width) -> class token (B, D), patch tokens (B, h, w, D), registers (B, R, D)."""
+        rows, columns = self.patch_embed.grid(*x.shape[-2:])
+        first_patch = 1 + self.num_register_tokens
+        x = self.forward_tokens(x)
+        return Features(x[:, 0], x[:, first_patch:].unflatten(1, (rows, columns)), x[:, 1:first_patch])
+
+    def get_attention_maps(self, x: Tensor, layers: Sequence[int]) -> list[Tensor]:
+        """Attention weights (B, H, N, N) of the named layers, in the order asked; -1 is the last layer."""
+        depth = len(self.blocks)
+        wrong = [i for i in layers if not -depth <= i < depth]
+        if wrong:
+            raise ValueError(f"layer {wrong[0]} does not exist: the network has layers 0 to {depth - 1}")
+        wanted = {i % depth for i in layers}
+        maps, x = {}, self.prepare_tokens(x)
+        for i in range(max(wanted, default=-1) + 1):
+            if i in wanted:
+                maps[i] = self.blocks[i](x, return_attention=True)
+            if i < max(wanted):
+                x = self.blocks[i](x)
+        return [maps[i % depth] for i in layers]
+
+    def get_last_selfattention(self, x: Tensor) -> Tensor:
+        """Attention weights (B, H, N, N) of the last layer."""
+        return self.get_attention_maps(x, [-1])[0]
+
+    def get_intermediate_layers(self, x: Tensor, n: int = 1) -> list[Tensor]:
+        """Tokens (B, N, D) after each of the last n blocks, through the last norm."""
+        outputs, x = [], self.prepare_tokens(x)
+        for i, block in enumerate(self.blocks):
+            x = block(x)
+            if i >= len(self.blocks) - n:
+                outputs.append(self.norm(x))
+        return outputs
+
+
+def init_linear(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def _vit(embed_dim: int, num_heads: int, patch_size: int = 16, **kwargs) -> VisionTransformer:
+    return VisionTransformer(
+        patch_size=patch_size, embed_dim=embed_dim, num_heads=num_heads, qkv_bias=True,
+        norm_layer=partial(nn.LayerNorm, eps=1e-6), **kwargs,
+    )
+
+
+def vit_tiny(patch_size: int = 16, **kwargs) -> VisionTransformer:
+    """Width 192, 12 blocks, 3 heads: 5.5 M parameters at patch 16."""
+    return _vit(192, 3, patch_size, **kwargs)
+
+
+def vit_small(patch_size: int = 16, **kwargs) -> VisionTransformer:
+    """Width 384, 12 blocks, 6 heads: 21.7 M parameters at patch 16 (DeiT-S)."""
+    return _vit(384, 6, patch_size, **kwargs)
+
+
+def vit_base(patch_size: int = 16, **kwargs) -> VisionTransformer:
+    """Width 768, 12 blocks, 12 heads: 85.8 M parameters at patch 16."""
+    return _vit(768, 12, patch_size, **kwargs)
+
+
+deit_tiny, deit_small, deit_base = vit_tiny, vit_small, vit_base
+
+
+class WeightNormLinear(nn.Module):
+    """x W^T with rows W_k = g_k v_k / |v_k|; parameters `weight_g` (K, 1) and `weight_v` (K, in), as published."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.weight_g = nn.Parameter(torch.ones(out_features, 1))
+        self.weight_v = nn.Parameter(torch.empty(out_features, in_features))
+        nn.init.kaiming_uniform_(self.weight_v, a=math.sqrt(5))  # nn.Linear's own start
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight_g * F.normalize(self.weight_v, dim=1))
+
+
+class DINOHead(nn.Module):
+    """Projection head (section 3.2, "Network architecture"): MLP, L2 normalization, weight-normalized prototypes.
+
+    (B, in_dim) -> (B, out_dim). `norm_last_layer` freezes the prototypes' norm at 1, which steadies the start of
+    training.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int,
+        use_bn: bool = False,
+        norm_last_layer: bool = True,
+        nlayers: int = 3,
+        hidden_dim: int = 2048,
+        bottleneck_dim: int = 256,
+    ) -> None:
+        super().__init__()
+        widths = [in_dim] + [hidden_dim] * (max(nlayers, 1) - 1) + [bottleneck_dim]
+        layers: list[nn.Module] = []
+        for i, (fan_in, fan_out) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+            layers.append(nn.Linear(fan_in, fan_out))
+            if i < len(widths) - 2:
+                layers += [nn.BatchNorm1d(fan_out), nn.GELU()] if use_bn else [nn.GELU()]
+        # Published checkpoints call the single layer of a one-layer head `mlp.weight`.
+        self.mlp = nn.Sequential(*layers) if len(layers) > 1 else layers[0]
+        self.apply(init_linear)
+        self.last_layer = WeightNormLinear(bottleneck_dim, out_dim)
+        self.last_layer.weight_g.requires_grad_(not norm_last_layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.mlp(x)
+        x = F.normalize(x, dim=-1)
+        return self.last_layer(x)
+
+
+VITS: dict[str, Callable[..., VisionTransformer]] = {
+    "vit_tiny": vit_tiny, "vit_small": vit_small, "vit_base": vit_base,
+    "deit_tiny": deit_tiny, "deit_small": deit_small, "deit_base": deit_base,
+}
+
+# The published XCiT backbones under timm's names.
+XCITS = {
+    name: f"{name}_224"
+    for name in ("xcit_small_12_p16", "xcit_small_12_p8", "xcit_medium_24_p16", "xcit_medium_24_p8")
+}
+
+
+def build_backbone(
+    arch: str, patch_size: int = 16, drop_path_rate: float = 0.0, in_chans: int = 3, img_size: int = 224, **kwargs
+) -> tuple[nn.Module, int]:
+    """Make a backbone without weights: pictures (B, in_chans, height, width) -> features (B, embed_dim).
+
+    Args:
+        arch: a ViT of `VITS`, a torchvision classification network, an XCiT of `XCITS`, or any other timm name.
+        patch_size: of the ViTs; the other networks' names say theirs.
+        img_size: picture side that the ViTs' position embeddings are made for.
+        kwargs: further options of the ViTs or of timm's models.
+
+    Returns:
+        The network without its classifier, and the width of its features.
+
+    Raises:
+        ValueError: the name is unknown (the message lists the near ones), or an option does not fit the network.
+    """
+    if arch in VITS:
+        vit = VITS[arch](patch_size, drop_path_rate=drop_path_rate, in_chans=in_chans, img_size=img_size, **kwargs)
+        return vit, vit.embed_dim
+    import torchvision  # seconds of import that the ViTs do not need
+
+    if arch in torchvision.models.list_models(module=torchvision.models):
+        if drop_path_rate > 0 and arch.startswith("swin"):
+            kwargs["stochastic_depth_prob"] = drop_path_rate
+        return _build_torchvision(arch, in_chans, **kwargs)
+    return _build_timm(arch, drop_path_rate, in_chans, **kwargs)
+
+
+def _build_torchvision(arch: str, in_chans: int, **kwargs) -> tuple[nn.Module, int]:
+    import torchvision
+
+    if arch in ("googlenet", "inception_v3"):  # their auxiliary classifiers have no place in a backbone
+        kwargs |= {"aux_logits": False, "init_weights": True}
+    model = torchvision.models.get_model(arch, weights=None, **kwargs)
+    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+    name, classifier = layers[-1]
+    width = classifier.in_features if isinstance(classifier, nn.Linear) else classifier.in_channels
+    model.set_submodule(name, nn.Identity())
+    if in_chans != 3:
+        name, stem = next((n, m) for n, m in layers if isinstance(m, nn.Conv2d))
+        new = nn.Conv2d(in_chans, stem.out_channels, stem.kernel_size, stem.stride, stem.padding,
+                        bias=stem.bias is not None)
+        model.set_submodule(name, new)
+    return model, width
+
+
+def _build_timm(arch: str, drop_path_rate: float, in_chans: int, **kwargs) -> tuple[nn.Module, int]:
+    import timm
+
+    name = XCITS.get(arch, arch)
+    if not timm.is_model(name):
+        raise ValueError(f"--arch {arch}: no such network; {near_names(arch)}")
+    options = {"pretrained": False, "num_classes": 0, "in_chans": in_chans, **kwargs}
+    if drop_path_rate > 0:
+        options["drop_path_rate"] = drop_path_rate
+    try:  # position embeddings for one size only would refuse the small crops
+        model = timm.create_model(name, dynamic_img_size=True, **options)
+    except TypeError:
+        try:
+            model = timm.create_model(name, **options)
+        except TypeError as error:
+            raise ValueError(f"--arch {arch}: {error}; leave the option out for this network") from error
+    return model, getattr(model, "head_hidden_size", None) or model.num_features
+
+
+def near_names(arch: str) -> str:
+    import timm
+    import torchvision
+
+    known = [*VITS, *XCITS, *torchvision.models.list_models(module=torchvision.models), *timm.list_models()]
+    near = difflib.get_close_matches(arch, known, n=5, cutoff=0.5) or list(VITS)
+    return "near ones are " + ", ".join(dict.fromkeys(near))
