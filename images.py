@@ -29,7 +29,7 @@ MAX_PIXELS = 178_956_970  # where Pillow's own guard against decompression bombs
 
 # Registered with Pillow, but no pictures to train on: it only writes them, only recognizes them, or runs another
 # program on them (Ghostscript).
-NOT_PICTURES = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "PDF", "WMF"}
+NOT_PICTURES = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "PALM", "PDF", "WMF"}
 
 NPY_MAGIC = b"\x93NUMPY"
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # channels -> Pillow's mode
@@ -54,7 +54,7 @@ def decode(source: str | os.PathLike | bytes, in_chans: int = 3, max_pixels: int
     Args:
         source: a path, or the file's bytes.
         in_chans: C.
-        max_pixels: larger pictures are refused before they are unpacked.
+        max_pixels: larger pictures are refused before they are unpacked (an odd limit as the even one above it).
 
     Raises:
         ValueError: "<name>: <reason>", for every file that can't be decoded, whatever the decoder raised.
@@ -69,7 +69,7 @@ def decode(source: str | os.PathLike | bytes, in_chans: int = 3, max_pixels: int
             if magic == NPY_MAGIC:
                 return from_array(np.load(file, allow_pickle=False), in_chans, max_pixels)
             with pillow_limits(max_pixels):
-                return from_pil(open_picture(file, max_pixels), in_chans)
+                return from_pil(Image.open(file, formats=formats()), in_chans)
     except Exception as error:  # on broken bytes, decoders raise SyntaxError, KeyError, struct.error and more
         name = "<bytes>" if in_memory else printable(os.fsencode(source))
         raise ValueError(f"{name}: {reason(error)}") from error
@@ -93,7 +93,8 @@ def from_array(array: np.ndarray, in_chans: int = 3, max_pixels: int = MAX_PIXEL
     """
     if array.dtype.kind != "u" or array.itemsize > 2 or array.ndim not in (2, 3) or not array.size:
         raise ValueError(f"{array.dtype} array {array.shape}: (H, W) or (H, W, C) of uint8 or uint16 is needed")
-    check_size(array.shape[1], array.shape[0], max_pixels)
+    if array.shape[0] * array.shape[1] > max_pixels:
+        raise ValueError(f"array {array.shape}: more than {max_pixels} pixels")
     array = array if array.itemsize == 1 else from_16_bit(array)
     channels = 1 if array.ndim == 2 else array.shape[2]
     if channels == in_chans:
@@ -109,7 +110,7 @@ def suffixes(in_chans: int = 3) -> frozenset[str]:
     if in_chans not in MODES:
         return frozenset([".npy"])
     known = Image.registered_extensions()
-    return frozenset(suffix for suffix, name in known.items() if name in formats()) | {".npy"}
+    return frozenset(suffix for suffix, name in known.items() if name not in NOT_PICTURES) | {".npy"}
 
 
 def printable(path: bytes) -> str:
@@ -130,32 +131,18 @@ def formats() -> tuple[str, ...]:
 
 @contextmanager
 def pillow_limits(max_pixels: int) -> Iterator[None]:
-    """Pillow's own guard at max_pixels, for pictures inside pictures (.ico) too, and no warnings.
+    """Pillow's guard set to max_pixels, so that it holds for pictures inside pictures (.ico) too; and no warnings.
 
-    It warns above MAX_IMAGE_PIXELS and refuses above twice that. The warnings, about odd EXIF data for instance,
-    would come once per worker and file; what they are about either decodes or raises.
+    Those, about odd EXIF data for instance, would come from every worker; what they are about decodes or raises.
     """
     saved = Image.MAX_IMAGE_PIXELS
-    Image.MAX_IMAGE_PIXELS = (max_pixels + 1) // 2
+    Image.MAX_IMAGE_PIXELS = (max_pixels + 1) // 2  # Pillow warns above it and refuses above twice it
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
         Image.MAX_IMAGE_PIXELS = saved
-
-
-def open_picture(file: io.IOBase, max_pixels: int) -> Image.Image:
-    picture = Image.open(file, formats=formats())
-    check_size(*picture.size, max_pixels)
-    return picture
-
-
-def check_size(width: int, height: int, max_pixels: int) -> None:
-    if width < 1 or height < 1:
-        raise ValueError(f"{width} x {height} pixels")
-    if width * height > max_pixels:
-        raise ValueError(f"{width} x {height} pixels, more than the {max_pixels} allowed")
 
 
 def orientation(picture: Image.Image) -> int:

@@ -326,7 +326,7 @@ def train(run: Run, log: metrics.Log) -> bool:
 
     while run.step < plan.steps:
         step, epoch = run.step, run.step // plan.steps_per_epoch
-        set_lr_and_wd(run.optimizer, plan.lr[step], plan.wd[step])
+        set_lr_and_wd(run.optimizer, float(plan.lr[step]), float(plan.wd[step]))
         step_loss, teacher_means = torch.zeros((), device=device), []
         for micro in range(args.grad_accum_steps):
             batch = clock.next(batches)
@@ -356,8 +356,9 @@ def train(run: Run, log: metrics.Log) -> bool:
         clock.steps += 1
 
         if step % args.log_every == 0 or step + 1 == plan.steps:
+            watch.check(run.last_saved)
             window.update(**metrics.health(teacher_out, features, loss, dino_loss, epoch))
-            log_step(run, log, step, epoch, window, clock, watch)
+            log_step(run, log, step, epoch, window, clock)
         dino_loss.update_center(torch.cat(teacher_means))
         run.step += 1
         if run.step % plan.steps_per_epoch == 0 or run.step == plan.steps:
@@ -390,7 +391,8 @@ def end_epoch(run: Run, log: metrics.Log, epoch: int) -> None:
     if args.saveckp_freq and (epoch + 1) % args.saveckp_freq == 0:
         names.append(f"checkpoint{epoch:04d}.pth")
     if run.evaluation and ((epoch + 1) % args.eval_knn_every == 0 or run.step == run.plan.steps):
-        run.knn["top1"], run.knn["top5"] = run.evaluation.knn(run.teacher.backbone, run.autocast())
+        top1, top5 = run.evaluation.knn(run.teacher.backbone, run.autocast())
+        run.knn |= {"epoch": epoch, "top1": top1, "top5": top5}
         if run.knn["top1"] > run.knn.get("best", -1):
             run.knn |= {"best": run.knn["top1"], "best_epoch": epoch}
             names.append(checkpoint.BEST)
@@ -399,9 +401,8 @@ def end_epoch(run: Run, log: metrics.Log, epoch: int) -> None:
     run.save(*names)
 
 
-def log_step(run: Run, log: metrics.Log, step: int, epoch: int, window, clock, watch) -> None:
-    """Progress and health on a logged step; the only place where the loop waits for the device."""
-    watch.check(run.last_saved)
+def log_step(run: Run, log: metrics.Log, step: int, epoch: int, window: metrics.Meters, clock: metrics.Clock) -> None:
+    """Progress and health of a logged step; only there does the loop wait for the device."""
     seen = window.means()
     window.__init__()
     health = {k: v for k, v in seen.items() if k != "loss"}
@@ -414,7 +415,8 @@ def log_step(run: Run, log: metrics.Log, step: int, epoch: int, window, clock, w
         f"epoch {epoch} step {step + 1}/{run.plan.steps}  loss {seen['loss']:.4f} (ln K {ln_k:.2f})"
         f"  entropy {seen['entropy']:.2f}  kl {seen['kl']:.3f}  rank {seen['feature_rank']:.1f}"
         f"  lr {run.plan.lr[step]:.2e}  {images:.0f} images/s  data {waiting:.0%}  eta {eta}",
-        step=step, epoch=epoch, **seen, lr=float(run.plan.lr[step]), images_per_s=images, data_wait=waiting,
+        {"step": step, "epoch": epoch, **seen, "lr": float(run.plan.lr[step]), "images_per_s": images,
+         "data_wait": waiting},
     )
     warning = metrics.collapse(seen["entropy"], ln_k, seen["prototypes_used"])
     if warning and parallel.is_main():
@@ -559,12 +561,12 @@ def describe(run: Run) -> None:
 def write_epoch(run: Run, log: metrics.Log, epoch: int) -> None:
     values = {f"train_{k}": v for k, v in run.meters.means().items()}
     values |= {"train_ln_k": math.log(run.args.out_dim), "epoch": epoch, "step": run.step}
-    values |= {f"knn_{k}": v for k, v in run.knn.items()}
     console = f"epoch {epoch} done: loss {values['train_loss']:.4f}"
-    if "top1" in run.knn:
+    if run.evaluation and run.knn.get("epoch") == epoch:
+        values |= {f"knn_{k}": v for k, v in run.knn.items() if k != "epoch"}
         console += (f"; 20-NN top-1 {run.knn['top1']:.1f} %, best {run.knn['best']:.1f} % "
                     f"(untrained {run.knn['untrained']:.1f} %, raw pixels {run.knn['pixels']:.1f} %)")
-    log.epoch(console, run.step, **values)
+    log.epoch(console, values)
 
 
 def save_pictures(run: Run) -> None:

@@ -164,23 +164,22 @@ class Log:
                 raise ImportError("--tensorboard: pip install tensorboard") from error
             self.writer = SummaryWriter(str(self.folder), purge_step=first_step)
 
-    def step(self, console: str, step: int, **values: float) -> None:
-        if parallel.is_main():
-            print(console, flush=True)
-            self._write("log_steps.txt", {"step": step, **values}, step)
+    def step(self, console: str, values: dict) -> None:
+        self._write("log_steps.txt", console, values)
 
-    def epoch(self, console: str, step: int, **values: float) -> None:
-        if parallel.is_main():
-            print(console, flush=True)
-            self._write("log.txt", values, step)
+    def epoch(self, console: str, values: dict) -> None:
+        self._write("log.txt", console, values)
 
-    def _write(self, name: str, values: dict, step: int) -> None:
+    def _write(self, name: str, console: str, values: dict) -> None:
+        if not parallel.is_main():
+            return
+        print(console, flush=True)
         with open(self.folder / name, "a") as f:
             f.write(json.dumps(values) + "\n")
         if self.writer is not None:
             for key, value in values.items():
                 if isinstance(value, (int, float)) and key not in ("step", "epoch"):
-                    self.writer.add_scalar(f"{name.removesuffix('.txt')}/{key}", value, step)
+                    self.writer.add_scalar(f"{name.removesuffix('.txt')}/{key}", value, values["step"])
             self.writer.flush()
 
 

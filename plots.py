@@ -50,6 +50,7 @@ SMALL_PANELS = (
     ("Norm of the centre", "", {"train_center_norm": ("", "-")}),
 )
 LEVELS = {"knn_untrained", "knn_pixels", "train_ln_k"}  # one value a run, drawn across the whole panel
+FORMATS = (".png", ".svg", ".pdf")
 COLUMNS = 4  # small panels a row; the large ones share the same width
 
 
@@ -88,7 +89,7 @@ def _is_number(value: object) -> bool:
 def run_names(paths: Sequence[str | Path]) -> list[str]:
     """A short name for each log: the fewest last folders of its path that tell it from the others."""
     parts = [Path(os.path.abspath(path)) for path in paths]
-    parts = [(path.parent if path.suffix else path).parts for path in parts]
+    parts = [(path if path.is_dir() else path.parent).parts for path in parts]
     for length in range(1, max(len(p) for p in parts) + 1):
         names = ["/".join(p[-length:]).lstrip("/") for p in parts]
         if len(set(names)) == len(names):
@@ -102,13 +103,15 @@ def training_curves(logs: Sequence[str | Path], out: str | Path) -> None:
     Args:
         logs: paths of log.txt files, or of folders that hold one. Only `epoch` must be in them: what else is there
             is drawn, what isn't is left out.
-        out: the picture to write; its ending chooses the format (png, svg, pdf).
+        out: the picture to write; its ending chooses the format, one of FORMATS.
     Raises:
         ValueError, FileNotFoundError: a log that is missing, or empty, or nothing to draw in any of them.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    if Path(out).suffix.lower() not in FORMATS:
+        raise ValueError(f"--out {out}: a picture's name ends in {', '.join(FORMATS)}")
     runs = [read_log(path) for path in logs]
     large, small = ([p for p in panels if any(key in run for run in runs for key in p[2])]
                     for panels in (LARGE_PANELS, SMALL_PANELS))
@@ -422,7 +425,7 @@ def attention_and_tokens(model: "torch.nn.Module", x: "torch.Tensor", layer: int
 
 def save_attention(model: "torch.nn.Module", images: "Sequence[torch.Tensor]", path: str | Path,
                    mean: Sequence[float], std: Sequence[float], layer: int = -1, cell: int = 160) -> None:
-    """Write the attention sheet of a few pictures as a PNG; the model's training mode is left as it was found.
+    """Write the attention sheet of a few pictures as a PNG; training modes are left as they were found.
 
     Args:
         model: a VisionTransformer, on any device.
@@ -435,14 +438,15 @@ def save_attention(model: "torch.nn.Module", images: "Sequence[torch.Tensor]", p
 
     device = next(model.parameters()).device
     center, spread = (torch.tensor(values, device=device).view(-1, 1, 1) for values in (mean, std))
-    training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         with torch.no_grad():
             inputs = [((image.to(device).float() / 255 - center) / spread)[None] for image in images]
             maps = [attention_and_tokens(model, x, layer)[0][0].numpy() for x in inputs]
     finally:
-        model.train(training)
+        for module, training in modes:
+            module.training = training
     save_picture(attention_sheet([as_picture(image) for image in images], maps, cell=cell), path)
 
 

@@ -1,0 +1,365 @@
+"""Weighted k-NN classification with frozen features (DINO, arXiv 2104.14294, section 4.1; Wu et al. 2018, section 3.4).
+
+    python eval_knn.py --pretrained_weights output/run/checkpoint.pth --data_path /path/to/images
+    torchrun --nproc_per_node=8 eval_knn.py --pretrained_weights output/run/checkpoint.pth --data_path /path/to/images
+
+A folder with train/ and val/ (or test/): pictures of the second are classified by the first. One labelled folder: each
+picture is classified by all others (leave-one-out). A folder without labels: measures that need none.
+
+Shapes: N training images, M test images, D width, K the largest k, C classes, W processes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import checkpoint
+import data
+import flags
+import parallel
+import scores
+from features import PRECISIONS, load_network, network_features
+from knn import hits, knn_predict
+
+MOST_CLASSES_SHOWN = 20  # per-class figures on the console; the file has all
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = flags.Parser("Weighted k-NN classification with frozen features.")
+    add = parser.add_argument
+    add("--data_path", default="shapes",
+        help="folder with train/ and val/ (or test/), or one folder, or a .txt list; torchvision:CIFAR10; shapes")
+    add("--val_data_path", default="", help="test pictures that lie elsewhere; then --data_path is all training set")
+    add("--pretrained_weights", default="", help="a checkpoint or weights; empty: an untrained network")
+    add("--checkpoint_key", default="teacher", help="part of the checkpoint: teacher or student")
+    add("--arch", default="vit_small", help="where the weights do not say; `pixels` compares raw 32 x 32 pictures")
+    add("--patch_size", type=flags.positive_int, default=16, help="where the weights do not say")
+    add("--resize_size", type=flags.count, default=0, help="pixels of the shorter side; 0: crop size x 256 / 224")
+    add("--crop_size", type=flags.count, default=0, help="of the centre crop; 0: the weights' global crops, or 224")
+    add("--batch_size_per_gpu", type=flags.positive_int, default=128, help="images a process and batch")
+    add("--precision", choices=list(PRECISIONS), default="fp32", help="of the network; the search is at least fp32")
+
+    add("--nb_knn", type=flags.positive_int, nargs="+", default=[10, 20, 100, 200], help="k: one or several")
+    add("--temperature", type=flags.positive, nargs="+", default=[0.07], help="of the votes' weights: one or several")
+    add("--metric", choices=("cosine", "l2"), default="cosine",
+        help="l2: distances in units of the training features' root mean square norm")
+    add("--n_per_class", type=flags.positive_int, nargs="+", default=[], help="few-shot: so many of each class")
+    add("--draws", type=flags.positive_int, default=10, help="random draws a few-shot setting")
+    add("--label_free", action="store_true", help="RankMe, uniformity and alignment for labelled pictures too")
+    add("--seed", type=flags.count, default=0, help="of few-shot draws and of an untrained network")
+
+    add("--output_dir", default="", help="for eval_knn.json and features/, the cache; empty: the weights' folder, or .")
+    add("--dump_features", default="", help="folder for trainfeat.pth, trainlabels.pth, testfeat.pth, testlabels.pth")
+    add("--load_features", default="", help="folder with such files to evaluate; no network, no pictures")
+    add("--use_cuda", type=flags.boolean, default=True, help="false searches on the CPU; --device says where all runs")
+    flags.add_launch_flags(parser)
+    return parser
+
+
+def knn_classifier(
+    train_features: Tensor,
+    train_labels: Tensor,
+    test_features: Tensor,
+    test_labels: Tensor,
+    k: int,
+    T: float,
+    num_classes: int = 1000,
+) -> tuple[float, float]:
+    """Top-1 and top-5 accuracy in % of weighted k-NN with cosine similarity.
+
+    Args:
+        train_features, test_features: (N, D) and (M, D), normalized here. train_labels, test_labels: (N,) and (M,).
+        k: neighbours; all training images where there are fewer.
+        T: temperature of the weights exp(cosine / T).
+        num_classes: made larger where a label is.
+    """
+    num_classes = max(num_classes, int(train_labels.max()) + 1)
+    ranked = knn_predict(train_features, train_labels, test_features, [k], [T], num_classes)[0, 0]
+    top1, top5 = hits(ranked, test_labels, min(k, len(train_features)))
+    return 100 * top1.double().mean().item(), 100 * top5.double().mean().item()
+
+
+# ---- Features and labels of the two parts ----
+
+
+class Part(NamedTuple):
+    """Training or test images: (N, D) features, (N,) labels or None, and the names of the classes."""
+
+    features: Tensor
+    labels: Tensor | None
+    classes: list[str]
+
+
+def match_classes(train: Part, test: Part) -> list[Part]:
+    """Both parts' labels as numbers of one list of classes, matched by name: the training set's, then the others.
+
+    Raises:
+        ValueError: the lists differ and a name stands twice in one of them.
+    """
+    if train.classes == test.classes:
+        return [train, test]
+    for part in (train, test):
+        if len(set(part.classes)) < len(part.classes):
+            raise ValueError("the classes of the two parts differ, and a name stands for two of them; rename one")
+    classes = train.classes + [name for name in test.classes if name not in set(train.classes)]
+    number = {name: i for i, name in enumerate(classes)}
+    labels = torch.tensor([number[name] for name in test.classes])[test.labels]
+    return [train._replace(classes=classes), test._replace(labels=labels, classes=classes)]
+
+
+def notes_on_classes(train: Part, test: Part) -> list[str]:
+    """What a reader of the accuracies must know of the classes."""
+
+    def named(classes: list[int]) -> str:
+        return ", ".join(train.classes[c] for c in classes[:5]) + (", ..." if len(classes) > 5 else "")
+
+    of_train, of_test = set(train.labels.tolist()), set(test.labels.tolist())
+    notes = []
+    if unknown := sorted(of_test - of_train):
+        count = int(torch.isin(test.labels, torch.tensor(unknown)).sum())
+        notes.append(f"{len(unknown)} class(es) have no training images ({named(unknown)}): their {count} test images "
+                     "count as errors")
+    if untested := sorted(of_train - of_test):
+        notes.append(f"{len(untested)} class(es) have no test images ({named(untested)}): they can be voted for only")
+    if len(train.classes) <= 5:
+        notes.append(f"top-5 of {len(train.classes)} class(es) says nothing and is left out")
+    return notes
+
+
+# ---- Accuracies ----
+
+
+def accuracies(train: Part, test: Part, args: argparse.Namespace, device, exclude: Tensor | None = None) -> list[dict]:
+    """A result for every n per class, k and T; `exclude` as in `nearest`."""
+    rows = []
+    for n in args.n_per_class or [None]:
+        draws = [draw_support(train.labels, n, args.seed + d) for d in range(args.draws)] if n else [None]
+        most = min(len(train.labels) if s is None else len(s) for s in draws) - (exclude is not None)
+        ks = sorted({min(k, max(most, 1)) for k in args.nb_knn})
+        ranked = []  # a draw each: (T, ks, M, 5)
+        for support in draws:
+            some, hidden = restrict(train, support, exclude)
+            ranked.append(knn_predict(some.features, some.labels, test.features, ks, args.temperature,
+                                      len(train.classes), metric=args.metric, exclude=hidden, device=device))
+        for t, temperature in enumerate(args.temperature):
+            for i, k in enumerate(ks):
+                setting = ({"n_per_class": n} if n else {}) | {"k": k, "temperature": temperature}
+                rows.append(setting | accuracy([r[t, i] for r in ranked], test, k))
+    return rows
+
+
+def draw_support(labels: Tensor, n: int, seed: int) -> Tensor:
+    """Rows of n images of each class, or all it has, drawn without replacement; ascending."""
+    order = torch.from_numpy(np.random.default_rng(seed).permutation(len(labels)))
+    drawn = [order[labels[order] == c][:n] for c in labels.unique()]
+    return torch.cat(drawn).sort()[0]
+
+
+def restrict(train: Part, support: Tensor | None, exclude: Tensor | None) -> tuple[Part, Tensor | None]:
+    """The training set's rows in `support`, and `exclude` as rows of that; None is all of them."""
+    if support is None:
+        return train, exclude
+    if exclude is not None:
+        place = torch.full((len(train.labels),), -1).index_copy(0, support, torch.arange(len(support)))
+        exclude = place[exclude]
+    return train._replace(features=train.features[support], labels=train.labels[support]), exclude
+
+
+def accuracy(ranked: Sequence[Tensor], test: Part, k: int) -> dict:
+    """Top-1, top-5 and macro top-1 (the mean over classes) over the draws, each with its interval over test images.
+
+    `spread` is the standard deviation over draws, in points; the macro interval takes the class sizes as given.
+    """
+    both = [hits(r, test.labels, k) for r in ranked]
+    top1, top5 = (torch.stack([b[i] for b in both]).double() for i in (0, 1))  # (draws, M)
+    counts = torch.bincount(test.labels, minlength=len(test.classes))
+    share = len(test.labels) / (counts.count_nonzero() * counts[test.labels])  # weights whose mean is the macro one
+    right = torch.zeros(len(counts), dtype=torch.float64).index_add_(0, test.labels, top1.mean(0))
+    per_class = {test.classes[c]: 100 * (right[c] / counts[c]).item() for c in counts.nonzero().squeeze(1).tolist()}
+    found = {
+        "top1": scores.percent(top1.mean(0)),
+        "top5": scores.percent(top5.mean(0)) if len(test.classes) > 5 else None,
+        "macro": scores.percent(top1.mean(0) * share),
+    }
+    if len(ranked) > 1:
+        found["spread"] = 100 * top1.mean(1).std().item()
+    return found | {"per_class": per_class}
+
+
+# ---- Pictures ----
+
+
+def has_test_part(data_path: str) -> bool:
+    if re.fullmatch(r"(shapes|torchvision)(:.*)?", data_path):
+        return True
+    return any(os.path.isdir(os.path.join(os.path.expanduser(data_path), name)) for name in ("val", "test"))
+
+
+def open_parts(args: argparse.Namespace, in_chans: int) -> list[data.Images]:
+    """The training images, and the test images where there are some."""
+    if args.val_data_path:
+        test = data.open_images(args.val_data_path, None, in_chans, flag="--val_data_path")
+        return [data.open_images(args.data_path, None, in_chans), test]
+    names = ("train", "val") if has_test_part(args.data_path) else ("train",)
+    return [data.open_images(args.data_path, name, in_chans) for name in names]
+
+
+# ---- Features in files ----
+
+FILES = (("trainfeat.pth", "trainlabels.pth"), ("testfeat.pth", "testlabels.pth"))
+
+
+def dump(folder: str, parts: Sequence[Part], about: dict) -> None:
+    """Features as the network gave them and labels, plain tensors in files of the published names, and features.json
+    with the classes and what the report says. Without labels or a second part there is no such file."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    for i, names in enumerate(FILES):
+        for value, name in zip(parts[i][:2] if i < len(parts) else (None, None), names, strict=True):
+            if value is None:
+                (Path(folder) / name).unlink(missing_ok=True)
+            else:
+                checkpoint.save(value, Path(folder) / name)
+    (Path(folder) / "features.json").write_text(json.dumps({"classes": parts[0].classes, "about": about}, indent=2))
+
+
+def load(folder: str) -> tuple[list[Part], dict]:
+    """What `dump`, or the published script, wrote.
+
+    Raises:
+        FileNotFoundError, ValueError: no such files, or not tensors that belong together.
+    """
+    where = f"--load_features {folder}"
+    info = Path(folder) / "features.json"
+    known = json.loads(info.read_text()) if info.is_file() else {"classes": [], "about": {}}
+    read = {name: checkpoint.read(Path(folder) / name) for names in FILES for name in names
+            if name == "trainfeat.pth" or (Path(folder) / name).is_file()}
+    parts = []
+    for features, labels in [(read.get(f), read.get(n)) for f, n in FILES]:
+        if features is None:
+            continue
+        if not isinstance(features, Tensor) or features.ndim != 2:
+            raise ValueError(f"{where}: features are no (images, width) tensor; write them with --dump_features")
+        if labels is not None and (not isinstance(labels, Tensor) or labels.shape != features.shape[:1]):
+            raise ValueError(f"{where}: {len(features)} features with labels for another number of images")
+        parts.append(Part(features, None if labels is None else labels.long(), known["classes"]))
+    most = max([int(p.labels.max()) + 1 for p in parts if p.labels is not None], default=0)
+    classes = known["classes"] + [str(c) for c in range(len(known["classes"]), most)]
+    check_labels(where, [part.labels for part in parts])
+    return [part._replace(classes=classes) for part in parts], known["about"]
+
+
+# ---- The evaluation ----
+
+
+def output_dir(args: argparse.Namespace) -> Path:
+    beside = os.path.dirname(args.pretrained_weights) if os.path.isfile(args.pretrained_weights) else args.load_features
+    return Path(args.output_dir or beside or ".")
+
+
+def compute(args: argparse.Namespace, device: torch.device) -> tuple[list[Part], dict, tuple | None]:
+    """The parts of --data_path, what the report says of them, and the features of two views where they are needed."""
+    network = load_network(args, device)
+    images = open_parts(args, network.info["in_chans"])
+    check_labels(f"--data_path {args.data_path}", [i.labels for i in images])
+    output_dir(args).mkdir(parents=True, exist_ok=True)
+    cache = output_dir(args) / "features"
+    parts = [Part(network_features(network, i, args, device, cache), i.labels, i.classes) for i in images]
+    views = None
+    if args.label_free or parts[0].labels is None:
+        views = tuple(network_features(network, images[0], args, device, cache, view) for view in (0, 1))
+    return parts, network.about, views
+
+
+def check_labels(where: str, labels: Sequence[Tensor | None]) -> None:
+    if len({part is None for part in labels}) > 1:
+        raise ValueError(f"{where}: one of its parts has labels and the other has none; give both labels, or neither")
+
+
+def evaluate_knn(args: argparse.Namespace) -> dict:
+    """The whole evaluation: prints the tables, writes eval_knn.json, returns what it holds.
+
+    Raises:
+        flags.Refused: bad input, in one line.
+    """
+    try:
+        device = parallel.start(args.device, args.dist_url)
+        parts, about, views = (*load(args.load_features), None) if args.load_features else compute(args, device)
+        labelled = parts[0].labels is not None
+        if len(parts) == 2 and labelled:
+            parts = match_classes(*parts)
+        results, notes = classify(parts, args, device) if labelled else ([], ["no labels: measures that need none"])
+        output_dir(args).mkdir(parents=True, exist_ok=True)
+        if args.dump_features and parallel.is_main():
+            dump(args.dump_features, parts, about)
+    except (ValueError, OSError) as error:
+        raise flags.Refused(" ".join(str(error).split())) from error
+    free = scores.label_free(parts[0].features, views) if args.label_free or not labelled else None
+    about = about | {
+        "data_path": args.load_features or args.data_path, "val_data_path": args.val_data_path or None,
+        "images": [len(p.features) for p in parts], "metric": args.metric, "notes": notes, "label_free": free,
+    }
+    if parallel.is_main():
+        report(results, notes, free)
+        scores.write_results(output_dir(args) / "eval_knn.json", results, **about)
+        print(f"wrote {output_dir(args) / 'eval_knn.json'}", flush=True)
+    return about | {"results": results}
+
+
+def classify(parts: Sequence[Part], args: argparse.Namespace, device: torch.device) -> tuple[list[dict], list[str]]:
+    """Accuracies of the second part by the first, or of one part leaving each image out; and what to know of them."""
+    train, test = parts[0], parts[-1]
+    exclude = torch.arange(len(test.features)) if len(parts) == 1 else None
+    notes = notes_on_classes(train, test)
+    if exclude is not None:
+        notes.insert(0, "one set of images: each is classified by all others (leave-one-out)")
+    fewest = int(torch.bincount(train.labels)[train.labels.unique()].min())
+    if args.n_per_class and max(args.n_per_class) > fewest:
+        notes.append(f"--n_per_class {max(args.n_per_class)}: a class has {fewest} images only, and gives those")
+    results = accuracies(train, test, args, device if args.use_cuda else torch.device("cpu"), exclude)
+    for n in args.n_per_class or [None]:
+        most = max(row["k"] for row in results if row.get("n_per_class") == n)
+        if most < max(args.nb_knn):
+            notes.append(f"--nb_knn {max(args.nb_knn)}: k is at most the number of training images, {most}"
+                         + (f" with {n} of each class" if n else ""))
+    return results, notes
+
+
+def report(results: Sequence[dict], notes: Sequence[str], free: dict | None) -> None:
+    for note in notes:
+        print(note)
+    if results:
+        print("accuracy in %, with its 95 % bootstrap interval")
+        print(scores.table([{k: v for k, v in row.items() if k != "per_class"} for row in results]))
+        first = results[0]
+        if 1 < len(first["per_class"]) <= MOST_CLASSES_SHOWN:
+            print(f"\ntop-1 by class, k = {first['k']}:")
+            print(scores.table([{"class": name, "top1": value} for name, value in first["per_class"].items()]))
+    if free:
+        print("\n" + scores.table([free]))
+
+
+def main(args: argparse.Namespace) -> int:
+    """Returns the exit code: 0 done, 2 refused."""
+    try:
+        evaluate_knn(args)
+    except flags.Refused as error:
+        print(f"eval_knn.py: error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        parallel.stop()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(get_args_parser().parse_args()))

@@ -1,0 +1,287 @@
+"""Frozen features of a set of images: in order, on any number of processes, computed once; and what gives them.
+
+Shapes: N images, D width, B images a batch, W processes, C channels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Subset
+
+import checkpoint
+import data
+import parallel
+from utils import random_resized_crop_box
+
+PIXELS = "pixels"  # the arch that is no network: raw pictures of 32 x 32
+PIXELS_SIDE = 32
+PRECISIONS = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def extract_features(
+    forward: Callable[[Tensor], Tensor],
+    dataset: Dataset,
+    batch_size: int = 128,
+    num_workers: int = 10,
+    device: torch.device | str = "cpu",
+    autocast: AbstractContextManager | None = None,
+) -> Tensor:
+    """Features of every image, each computed by one of the processes; all of them get all features.
+
+    Process r takes images r, r + W, r + 2 W, ...; every process works through the same number of batches of the same
+    size, so that the batches can be gathered one by one: beside the result, no more than W batches are held. Where W
+    does not divide N, some processes compute the last image again, which is cut off.
+
+    Args:
+        forward: (b, C, h, w) on `device` -> (b, D), any floating type; a module should be in eval mode.
+        dataset: item i is (float32 (C, h, w), i).
+        batch_size: images a process and batch.
+        num_workers: processes a process that load images; no more are started than there are cores or batches.
+        autocast: context to compute in; none by default.
+
+    Returns:
+        (N, D) float32 on the CPU, row i that of item i.
+
+    Raises:
+        ValueError: no images, or one that can't be read, with its name.
+    """
+    n, rank, world_size = len(dataset), parallel.rank(), parallel.world_size()
+    if n == 0:
+        raise ValueError("there are no images to compute features of")
+    device, share = torch.device(device), -(-n // world_size)
+    mine = Subset(dataset, [min(rank + j * world_size, n - 1) for j in range(share)])
+    loader = DataLoader(
+        mine, batch_size, num_workers=min(num_workers, available_cores(), -(-share // batch_size)),
+        pin_memory=device.type == "cuda", worker_init_fn=data.init_worker,
+    )
+    features, first = None, 0
+    with autocast or nullcontext():
+        for images in readable(loader):
+            with torch.inference_mode():
+                part = forward(images.to(device, non_blocking=True)).float()  # (b, D)
+                part = parallel.gather(part).unflatten(0, (world_size, -1))  # (W, b, D)
+                part = part.transpose(0, 1).flatten(0, 1)[: n - first].cpu()  # in the order of the images
+            if features is None:  # made outside inference mode: a probe may be trained on them
+                features = torch.empty(n, part.shape[1])
+            features[first : first + len(part)] = part
+            first += len(part)
+    return features
+
+
+def readable(loader: DataLoader):
+    """The loader's images. A worker's ValueError comes as its traceback: only its last line is for the user."""
+    batches = iter(loader)
+    while True:
+        try:
+            images, _ = next(batches)
+        except StopIteration:
+            return
+        except ValueError as error:
+            line = str(error).strip().splitlines()[-1]
+            raise ValueError(line.removeprefix("ValueError: ")) from error
+        yield images
+
+
+def available_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+# ---- Raw pixels: the baseline that features must beat ----
+
+
+class SmallPictures(Dataset):
+    """index -> (float32 (C, side, side) in [0, 1], index): the whole picture, whatever its proportions."""
+
+    def __init__(self, images: data.Images, side: int = PIXELS_SIDE) -> None:
+        self.images, self.side = images, side
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image = self.images.load(index)[None].float() / 255
+        size = (self.side, self.side)
+        return F.interpolate(image, size=size, mode="bilinear", antialias=True)[0], index
+
+
+def pixel_features(images: data.Images, num_workers: int = 0) -> Tensor:
+    """(N, C 32 32) float32: pictures resized to 32 x 32 (bilinear, antialiased) and flattened."""
+    return extract_features(lambda x: x.flatten(1), SmallPictures(images), num_workers=num_workers)
+
+
+# ---- Views: the pairs that alignment compares ----
+
+
+class RandomViews(Dataset):
+    """index -> (float32 (C, crop, crop), index): a random resized crop, flipped half the time, normalized.
+
+    The crop covers a share of 0.25 to 1 of the area. A view is a function of (index, view) alone.
+    """
+
+    SCALE = (0.25, 1.0)
+
+    def __init__(
+        self, images: data.Images, crop: int, mean: Sequence[float], std: Sequence[float], view: int
+    ) -> None:
+        self.images, self.crop, self.view = images, crop, view
+        self.mean, self.std = (255 * torch.tensor(v, dtype=torch.float32).view(-1, 1, 1) for v in (mean, std))
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        rng = np.random.default_rng((index, self.view))
+        image = self.images.load(index)
+        top, left, height, width = random_resized_crop_box(*image.shape[1:], self.SCALE, rng)
+        image = image[None, :, top : top + height, left : left + width]
+        image = F.interpolate(image, size=(self.crop, self.crop), mode="bicubic", antialias=True)[0]
+        image = image.flip(-1) if rng.random() < 0.5 else image
+        return (image.float() - self.mean) / self.std, index
+
+
+# ---- Computed once ----
+
+
+def weights_hash(module: nn.Module) -> str:
+    """SHA-256 over the names, types, shapes and bytes of a network's tensors.
+
+    It tells student from teacher in one file, is the same for one backbone in two files, and exists for random
+    weights, which are in no file.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        if not isinstance(tensor, Tensor):  # a module's own extra state
+            continue
+        tensor = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def images_hash(images: data.Images) -> str:
+    """SHA-256 over the names of the images, the files' sizes and times where they are files, and the first picture.
+
+    The picture stands for what names do not say: channels, the size of drawn ones, a decoder that changed.
+    """
+    digest = hashlib.sha256()
+    for i in range(len(images)):
+        name = images.name(i)
+        digest.update(name.encode())
+        try:
+            status = os.stat(name)
+            digest.update(f" {status.st_size} {status.st_mtime_ns}\n".encode())
+        except OSError:  # drawn, or packed in one file
+            digest.update(b"\n")
+    if len(images):
+        first = images.load(0)
+        digest.update(f"{tuple(first.shape)}".encode() + first.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def cached_features(
+    folder: str | os.PathLike | None, fingerprint: Mapping[str, str], extract: Callable[[], Tensor]
+) -> Tensor:
+    """`extract()`, or what it gave before: read from `folder` when the fingerprint is the same, and else left there.
+
+    The fingerprint says all that the features depend on, under names such as weights (`weights_hash`), images
+    (`images_hash`), transform. The file is named after all but the weights: the next weights replace it, so a folder
+    does not fill up while a network trains. All processes must call it, and all read or all compute.
+
+    Args:
+        folder: None or "" keeps nothing.
+    """
+    if not folder:
+        return extract()
+    rest = "\n".join(f"{k}={fingerprint[k]}" for k in sorted(fingerprint) if k != "weights")
+    path = Path(folder) / f"features_{hashlib.sha256(rest.encode()).hexdigest()[:16]}.pth"
+    features = read_features(path, fingerprint)
+    if all(parallel.gather_objects(features is not None)):
+        return features
+    features = extract()
+    if parallel.is_main():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            checkpoint.save({"fingerprint": dict(fingerprint), "features": features}, path)
+        except OSError as error:
+            print(f"the features are not kept: {error}", flush=True)
+    parallel.barrier()  # else another process could ask for the file before it is there
+    return features
+
+
+def read_features(path: Path, fingerprint: Mapping[str, str]) -> Tensor | None:
+    try:
+        stored = checkpoint.read(path)
+    except (OSError, ValueError):  # none yet, or a broken one: computed anew
+        return None
+    return stored["features"] if stored.get("fingerprint") == dict(fingerprint) else None
+
+
+# ---- A network and its images, from the flags that evaluation scripts share ----
+
+
+class Network(NamedTuple):
+    """A frozen network on its device, how its images are made, and what a report says of it."""
+
+    forward: nn.Module
+    info: dict  # of checkpoint.load_backbone
+    about: dict  # plain values: arch, weights, weights_sha256, crop_size ...
+
+
+def load_network(args: argparse.Namespace, device: torch.device) -> Network:
+    """The network of --pretrained_weights, --checkpoint_key, --arch, --patch_size, --resize_size and --crop_size.
+
+    An untrained one is that of --seed. `--arch pixels` is the baseline.
+
+    Raises:
+        FileNotFoundError, ValueError: no such weights, or not this architecture's.
+    """
+    if args.arch == PIXELS:
+        info = {"in_chans": 3, "mean": (0.0,) * 3, "std": (1.0,) * 3}
+        about = {"arch": PIXELS, "weights": None, "weights_sha256": None, "crop_size": PIXELS_SIDE}
+        return Network(nn.Flatten(), info, about)
+    torch.manual_seed(args.seed)
+    model, info = checkpoint.load_backbone(args.pretrained_weights, args.arch, args.patch_size, args.checkpoint_key)
+    crop = args.crop_size or info["global_crops_size"]
+    about = {
+        "arch": info["arch"], "patch_size": info["patch_size"], "weights": args.pretrained_weights or None,
+        "checkpoint_key": args.checkpoint_key, "weights_sha256": weights_hash(model),
+        "resize_size": args.resize_size or round(crop * 256 / 224), "crop_size": crop, "precision": args.precision,
+    }
+    return Network(model.to(device), info, about)
+
+
+def network_features(
+    network: Network, images: data.Images, args: argparse.Namespace, device: torch.device, cache: str | os.PathLike,
+    view: int | None = None,
+) -> Tensor:
+    """(N, D) features of the images' centre crops, or of random view number `view`; from `cache` where it has them.
+
+    --batch_size_per_gpu, --num_workers and --precision say how they are computed.
+    """
+    about, mean, std = network.about, network.info["mean"], network.info["std"]
+    if view is not None:
+        dataset = RandomViews(images, about["crop_size"], mean, std, view)
+    elif about["arch"] == PIXELS:
+        dataset = SmallPictures(images)
+    else:
+        dataset = data.EvalImages(images, about["resize_size"], about["crop_size"], mean, std)
+    fingerprint = {
+        "weights": str(about["weights_sha256"]), "images": images_hash(images),
+        "transform": f"{about.get('resize_size')} {about['crop_size']} {mean} {std} view {view}",
+        "network": f"{about['arch']} {args.precision}",
+    }
+    dtype = PRECISIONS[args.precision]
+    autocast = torch.autocast(device.type, dtype) if dtype else None
+    return cached_features(cache, fingerprint, lambda: extract_features(
+        network.forward, dataset, args.batch_size_per_gpu, args.num_workers, device, autocast))

@@ -1,0 +1,114 @@
+import argparse
+import os
+from collections import OrderedDict
+
+import pytest
+import torch
+
+import checkpoint
+from vision_transformer import build_backbone
+
+
+def test_save_keeps_the_one_before_and_read_latest_falls_back(tmp_path, capsys):
+    path = tmp_path / checkpoint.NAME
+    for step in (1, 2):
+        checkpoint.save({"step": step}, path)
+    assert checkpoint.read(path)["step"] == 2 and checkpoint.read(tmp_path / checkpoint.PREVIOUS)["step"] == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == [checkpoint.NAME, checkpoint.PREVIOUS]
+    path.write_bytes(path.read_bytes()[:200])
+    state, where = checkpoint.read_latest(tmp_path)
+    assert state["step"] == 1 and where.name == checkpoint.PREVIOUS
+    assert "not a readable checkpoint" in capsys.readouterr().out
+    (tmp_path / checkpoint.PREVIOUS).write_bytes(b"")
+    with pytest.raises(ValueError, match="move it away to start anew"):
+        checkpoint.read_latest(tmp_path)
+    assert checkpoint.read_latest(tmp_path / "nothing") is None
+
+
+def test_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    path = tmp_path / checkpoint.NAME
+    checkpoint.save({"step": 1}, path)
+
+    def full(fd):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="the one before it is intact"):
+        checkpoint.save({"step": 2}, path)
+    monkeypatch.undo()
+    assert checkpoint.read(path)["step"] == 1 and len(list(tmp_path.iterdir())) == 1
+
+
+class Malicious:
+    def __init__(self, flag):
+        self.flag = flag
+
+    def __reduce__(self):
+        return (open, (str(self.flag), "w"))
+
+
+def test_pickled_code_never_runs(tmp_path):
+    flag, path = tmp_path / "code_ran", tmp_path / "evil.pth"
+    torch.save({"teacher": Malicious(flag)}, path)
+    with pytest.raises(ValueError, match="not a readable checkpoint of plain tensors"):
+        checkpoint.read(path)
+    assert not flag.exists()
+    torch.load(path, weights_only=False)  # the file is armed
+    assert flag.exists()
+
+
+def test_missing_weights_are_an_error_not_a_download(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such file of weights"):
+        checkpoint.load_backbone(str(tmp_path / "absent.pth"))
+
+
+@pytest.mark.parametrize("layout", ["plain", "wrapped", "compiled", "full", "state_dict"])
+def test_backbone_from_any_layout(tmp_path, layout, capsys):
+    torch.manual_seed(0)
+    model, _ = build_backbone("vit_tiny", 16, img_size=64)
+    state = model.state_dict()
+    heads = {"head.mlp.0.weight": torch.zeros(2, 2)}
+    saved = {
+        "plain": state,
+        "wrapped": {f"module.backbone.{k}": v for k, v in state.items()},
+        "compiled": {f"_orig_mod.{k}": v for k, v in state.items()},
+        "full": {
+            "teacher": OrderedDict({f"backbone.{k}": v for k, v in state.items()} | heads),
+            "student": {f"module.backbone.{k}": v for k, v in state.items()},
+            "args": argparse.Namespace(arch="vit_tiny", patch_size=16),
+            "epoch": 3,
+        },
+        "state_dict": {"state_dict": {f"module.{k}": v for k, v in state.items()}},
+    }[layout]
+    torch.save(saved, tmp_path / "w.pth")
+    loaded, info = checkpoint.load_backbone(str(tmp_path / "w.pth"), arch="vit_tiny")
+    assert all(torch.equal(v, loaded.state_dict()[k]) for k, v in state.items())
+    assert "150 of 150 tensors matched" in capsys.readouterr().out
+    assert (info["arch"], info["patch_size"], info["embed_dim"]) == ("vit_tiny", 16, 192) and not loaded.training
+
+
+def test_prefixes_inside_a_name_stay():
+    stripped = checkpoint.strip_prefixes({"module.backbone.neck.module.weight": torch.zeros(1)})
+    assert list(stripped) == ["neck.module.weight"]
+
+
+def test_other_architecture_and_other_key_are_refused(tmp_path):
+    model, _ = build_backbone("vit_tiny", 16, img_size=64)
+    torch.save(model.state_dict(), tmp_path / "w.pth")
+    with pytest.raises(ValueError, match=r"--pretrained_weights .* of 150 tensors matched.*does --arch fit the file"):
+        checkpoint.load_backbone(str(tmp_path / "w.pth"), arch="vit_small")
+    torch.save({"student": model.state_dict()}, tmp_path / "s.pth")
+    with pytest.raises(ValueError, match="--checkpoint_key teacher: .* it has student"):
+        checkpoint.load_backbone(str(tmp_path / "s.pth"), arch="vit_tiny")
+
+
+def test_random_state_goes_round(tmp_path):
+    import random
+
+    import numpy as np
+
+    device = torch.device("cpu")
+    checkpoint.save({"rng": checkpoint.rng_state(device)}, tmp_path / "rng.pth")
+    expected = random.random(), np.random.rand(), torch.rand(1).item()
+    checkpoint.set_rng_state(checkpoint.read(tmp_path / "rng.pth")["rng"], device)
+    assert (random.random(), np.random.rand(), torch.rand(1).item()) == expected

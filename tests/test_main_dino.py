@@ -1,0 +1,179 @@
+"""The training script as a user runs it."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from processes import ENV, SMALL, json_lines, launch
+
+import checkpoint
+import main_dino
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A whole small run with k-NN, whose folder the tests below look at."""
+    out = tmp_path_factory.mktemp("run")
+    done = launch("main_dino.py", *SMALL, "--eval_knn_every", 1, "--saveckp_freq", 1, "--tensorboard", "--output_dir", out)
+    assert done.returncode == 0, done.stderr
+    return out, done.stdout
+
+
+def test_a_run_leaves_checkpoint_log_curve_and_attention_picture(finished):
+    out, stdout = finished
+    names = {p.name for p in out.iterdir()}
+    assert {"checkpoint.pth", "checkpoint_best.pth", "checkpoint0000.pth", "checkpoint0001.pth", "log.txt",
+            "log_steps.txt", "curves.png", "attention.png"} <= names  # fmt: skip
+    assert any(name.startswith("events.out") for name in names)
+    lines = json_lines(out / "log.txt")
+    assert [line["epoch"] for line in lines] == [0, 1]
+    for key in ("train_loss", "train_lr", "train_wd", "train_entropy", "train_kl", "train_ln_k", "train_center_norm",
+                "train_feature_std", "train_feature_rank", "train_prototypes_used", "knn_top1", "knn_top5",
+                "knn_untrained", "knn_pixels"):  # fmt: skip
+        assert isinstance(lines[-1][key], float), key
+    assert "20-NN before training" in stdout and "images/s" in stdout and "eta" in stdout
+
+
+def test_checkpoint_has_the_published_keys_and_plain_types(finished):
+    state = torch.load(finished[0] / "checkpoint.pth", weights_only=True)
+    assert {"student", "teacher", "optimizer", "fp16_scaler", "dino_loss", "epoch", "args"} <= state.keys()
+    assert state["epoch"] == 2 and state["args"]["arch"] == "vit_tiny"
+    for name in ("backbone.blocks.0.attn.qkv.weight", "head.last_layer.weight_g", "head.mlp.0.bias"):
+        assert name in state["teacher"] and name in state["student"]
+    backbone, info = checkpoint.load_backbone(str(finished[0] / "checkpoint.pth"))
+    assert info["global_crops_size"] == 32 and backbone(torch.zeros(1, 3, 32, 32)).shape == (1, 192)
+
+
+def test_starting_again_after_the_end_changes_nothing(finished):
+    before = (finished[0] / "log.txt").read_text()
+    again = launch("main_dino.py", *SMALL, "--eval_knn_every", 1, "--output_dir", finished[0])
+    assert again.returncode == 0 and "resuming from" in again.stdout, again.stderr
+    assert (finished[0] / "log.txt").read_text() == before
+
+
+def test_other_hyperparameters_are_refused_with_the_differences(finished):
+    done = launch("main_dino.py", *SMALL, "--lr", 0.01, "--out_dim", 32, "--output_dir", finished[0])
+    assert done.returncode == 2
+    assert "lr 0.0005 -> 0.01" in done.stderr and "out_dim 64 -> 32" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_resumed_run_equals_the_uninterrupted_one(tmp_path):
+    args = [*SMALL, "--saveckp_freq", 0, "--saveckp_every_steps", 3]
+    for name in ("whole", "stopped"):
+        stop = ["--epochs", 2] if name == "whole" else []
+        done = launch("main_dino.py", *args, *stop, "--output_dir", tmp_path / name)
+        assert done.returncode == 0, done.stderr
+    # Put the second run back to its previous checkpoint, in the middle of the last epoch, and let it go on.
+    (tmp_path / "stopped" / "checkpoint.pth").unlink()
+    assert torch.load(tmp_path / "stopped" / "checkpoint_prev.pth", weights_only=True)["step"] == 15
+    done = launch("main_dino.py", *args, "--output_dir", tmp_path / "stopped")
+    assert done.returncode == 0 and "at step 15 of 16" in done.stdout, done.stderr
+    whole, resumed = (torch.load(tmp_path / n / "checkpoint.pth", weights_only=True) for n in ("whole", "stopped"))
+    assert (tmp_path / "whole" / "log.txt").read_text() == (tmp_path / "stopped" / "log.txt").read_text()
+    for part in ("student", "teacher", "dino_loss"):
+        for key, value in whole[part].items():
+            assert torch.equal(value, resumed[part][key]), (part, key)
+
+
+def test_start_from_weights_is_not_a_resume(finished, tmp_path):
+    done = launch("main_dino.py", *SMALL, "--init_from", finished[0] / "checkpoint.pth", "--steps", 1, "--out_dim", 32,
+                  "--output_dir", tmp_path)  # fmt: skip
+    assert done.returncode == 0 and "150 of 150 tensors matched" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("extra", [["--precision", "bf16"], ["--precision", "fp16"], ["--optimizer", "sgd"],
+                                   ["--optimizer", "lars"], ["--clip_mode", "global"], ["--local_crops_number", "0"],
+                                   ["--arch", "resnet18"], ["--use_bn_in_head", "true"],
+                                   ["--in_chans", "1", "--mean", "0.5", "--std", "0.2"]],
+                         ids=" ".join)  # fmt: skip
+def test_variants_run(tmp_path, extra):
+    """In this process, for speed: two steps each."""
+    args = main_dino.get_args_parser().parse_args([*SMALL, *extra, "--steps", "2", "--output_dir", str(tmp_path)])
+    assert main_dino.main(args) == 0
+    losses = [line["loss"] for line in json_lines(tmp_path / "log_steps.txt")]
+    assert len(losses) == 2 and all(0 < loss < 20 for loss in losses)
+
+
+def test_non_finite_loss_stops_the_run(tmp_path):
+    done = launch("main_dino.py", *SMALL, "--lr", 1e30, "--clip_grad", 0, "--freeze_last_layer", 0, "--output_dir", tmp_path)
+    assert done.returncode == 1
+    assert "stopped: step" in done.stderr and "not finite" in done.stderr and "--lr" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+PUBLISHED = (
+    "--arch vit_small --patch_size 16 --out_dim 65536 --norm_last_layer false --momentum_teacher 0.996 "
+    "--use_bn_in_head false --warmup_teacher_temp 0.04 --teacher_temp 0.07 --warmup_teacher_temp_epochs 30 "
+    "--use_fp16 false --weight_decay 0.04 --weight_decay_end 0.4 --clip_grad 0 --batch_size_per_gpu 64 --epochs 800 "
+    "--freeze_last_layer 1 --lr 0.0005 --warmup_epochs 10 --min_lr 1e-05 --optimizer adamw --drop_path_rate 0.1 "
+    "--global_crops_scale 0.25 1.0 --local_crops_number 8 --local_crops_scale 0.05 0.25 --data_path /images "
+    "--output_dir /out --saveckp_freq 20 --seed 0 --num_workers 10 --dist_url env:// --local_rank 0"
+)
+
+
+def test_published_command_line_and_defaults():
+    args = main_dino.get_args_parser().parse_args(PUBLISHED.split())
+    assert args.norm_last_layer is False and args.global_crops_scale == [0.25, 1.0]
+    main_dino.check_args(args)
+    defaults = vars(main_dino.get_args_parser().parse_args([]))
+    published = dict(
+        arch="vit_small", patch_size=16, out_dim=65536, norm_last_layer=True, momentum_teacher=0.996,
+        use_bn_in_head=False, warmup_teacher_temp=0.04, teacher_temp=0.04, warmup_teacher_temp_epochs=0, use_fp16=True,
+        weight_decay=0.04, weight_decay_end=0.4, clip_grad=3.0, batch_size_per_gpu=64, epochs=100, freeze_last_layer=1,
+        lr=0.0005, warmup_epochs=10, min_lr=1e-6, optimizer="adamw", drop_path_rate=0.1, global_crops_scale=(0.4, 1.0),
+        local_crops_number=8, local_crops_scale=(0.05, 0.4), saveckp_freq=20, seed=0, num_workers=10, dist_url="env://",
+        output_dir=".",
+    )  # fmt: skip
+    assert {k: defaults[k] for k in published} == published
+    assert main_dino.get_args_parser().parse_args(["--local-rank", "3"]).local_rank == 3
+
+
+def test_presets_are_read_with_comments(tmp_path):
+    (tmp_path / "p.txt").write_text("# what it costs\n--arch vit_tiny  # small\n\n--epochs 7\n")
+    args = main_dino.get_args_parser().parse_args([f"@{tmp_path / 'p.txt'}", "--epochs", "8"])
+    assert args.arch == "vit_tiny" and args.epochs == 8
+
+
+def test_importing_the_script_is_light():
+    code = "import sys, main_dino; print([m for m in ('timm', 'torchvision', 'matplotlib', 'sklearn') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], env=ENV, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+BAD = [
+    ("--epochs 0", "--epochs"), ("--epochs x", "'x' is not a whole number"), ("--lr nan", "--lr"),
+    ("--lr -1", "--lr"), ("--momentum_teacher 1.5", "--momentum_teacher"), ("--arch vit_smal", "near ones are"),
+    ("--global_crops_scale 1 0.4", "--global_crops_scale 1 0.4"), ("--global_crops_scale 0 1", "--global_crops_scale"),
+    ("--local_crops_size 64", "--local_crops_size 64 is larger"), ("--patch_size 17", "--patch_size 17 is larger"),
+    ("--warmup_epochs 3", "--warmup_epochs 3 is longer"), ("--warmup_teacher_temp_epochs 3", "--warmup_teacher_temp"),
+    ("--warmup_epochs 2 --steps 3", "--steps 3"), ("--batch_size_per_gpu 65", "--batch_size_per_gpu 65"),
+    ("--data_path /no/such/folder", "--data_path"), ("--data_path torchvision:CIFAR11", "CIFAR10"),
+    ("--mean 0.5", "--mean"), ("--in_chans 2", "--mean"), ("--device cuda:99", "--device"), ("--device tpu", "--device"),
+    ("--precision bf16 --use_fp16 false", "--use_fp16"), ("--init_from /no/such.pth", "--init_from"),
+    ("--use_fp16 maybe", "neither true nor false"), ("@no_such_preset", "no_such_preset"),
+    ("--optimizer adam", "--optimizer"),
+    ("--max_bad_images 2", "--max_bad_images"), ("--out_dim 0", "--out_dim"), ("--frobnicate", "--frobnicate"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("flags, named", BAD, ids=[b[0] for b in BAD])
+def test_bad_input_gets_one_line_and_writes_nothing(tmp_path, capsys, flags, named):
+    out = tmp_path / "out"
+    argv = [*SMALL, "--output_dir", str(out), *flags.split()]
+    try:
+        code = main_dino.main(main_dino.get_args_parser().parse_args(argv))
+    except SystemExit as error:
+        code = error.code
+    stderr = capsys.readouterr().err
+    assert code == 2 and named in stderr and len(stderr.strip().splitlines()) == 1, stderr
+    assert not out.exists()
+
+
+def test_read_only_output_is_refused(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    argv = [*SMALL, "--output_dir", str(tmp_path / "file" / "out")]
+    assert main_dino.main(main_dino.get_args_parser().parse_args(argv)) == 2
+    assert "--output_dir" in capsys.readouterr().err
