@@ -38,6 +38,9 @@ REPEATS = (2.2, 3.4)
 # tells about its picture is a shortcut that self-supervision would take before it looks at the object.
 NOISE_LIGHT = 0.085
 NOISE_COLOUR = 0.030
+DAYLIGHT = 0.16  # sky and ground are each lighter or darker by up to half of this
+LIGHTNESS = (1.0, 1.0)
+SLANT = 0.0
 NOISE_WAVES = 64  # cosines a side in the noise, i.e. its finest detail is 1/64 of the picture
 
 COLOUR_JITTER = 0.09  # each channel of each colour moves by up to this much
@@ -45,16 +48,17 @@ SHADE = 0.22  # how much darker the side away from the light is
 RIM = 0.40  # how much darker the edge of a part is
 SHADOW = 0.45  # how dark the shadow that the object casts is
 
-# The object's hues, each deep and light; saturated, unlike the background. A texture takes two of them, one deep and one
-# light. Ten kinds own the ten pairs of five hues: four kinds share a hue, so that only the pair says something.
-HUES = {
-    "red": ((0.80, 0.13, 0.11), (0.99, 0.60, 0.52)),
-    "gold": ((0.86, 0.50, 0.04), (1.00, 0.87, 0.42)),
-    "green": ((0.13, 0.44, 0.17), (0.62, 0.86, 0.44)),
-    "blue": ((0.09, 0.29, 0.72), (0.55, 0.80, 0.99)),
-    "plum": ((0.48, 0.14, 0.50), (0.93, 0.66, 0.90)),
+# The object's colours: two for the texture, one for the other parts. Saturated, unlike the background.
+PALETTES = {
+    "ember": ((0.86, 0.20, 0.13), (0.99, 0.84, 0.60), (0.47, 0.13, 0.13)),
+    "citrus": ((0.98, 0.70, 0.10), (0.83, 0.33, 0.07), (0.98, 0.92, 0.62)),
+    "moss": ((0.24, 0.58, 0.22), (0.80, 0.88, 0.40), (0.12, 0.33, 0.18)),
+    "lagoon": ((0.08, 0.62, 0.60), (0.80, 0.95, 0.85), (0.04, 0.32, 0.42)),
+    "ocean": ((0.13, 0.36, 0.78), (0.62, 0.85, 0.98), (0.96, 0.86, 0.48)),
+    "violet": ((0.46, 0.22, 0.70), (0.88, 0.72, 0.96), (0.96, 0.78, 0.26)),
+    "rose": ((0.90, 0.32, 0.52), (0.99, 0.86, 0.88), (0.55, 0.10, 0.32)),
+    "night": ((0.16, 0.17, 0.30), (0.95, 0.80, 0.38), (0.76, 0.28, 0.24)),
 }
-TRIMS = ((0.97, 0.90, 0.72), (0.30, 0.24, 0.26), (0.62, 0.46, 0.32), (0.86, 0.86, 0.88))  # fins, roofs, handles
 INK, PAPER = (0.10, 0.09, 0.13), (0.97, 0.96, 0.92)  # eyes, doors, windows
 
 # The background's colours, muted: far to near. Which one a picture gets has nothing to do with its kind.
@@ -250,26 +254,25 @@ def balloon(x: Field, y: Field, a: np.ndarray) -> Parts:
 class Kind(NamedTuple):
     shape: Callable[[Field, Field, np.ndarray], Parts]
     texture: Callable[[Field, Field], Field]  # its own, worn by OWN_TEXTURE of the pictures and some
-    palette: tuple[str, str]  # its own, worn by OWN_PALETTE of the pictures and some
+    palette: str  # its own, worn by OWN_PALETTE of the pictures and some
     turn: float  # largest rotation to either side, in degrees: nobody builds houses upside down
     extent: float  # area of an average one in square units, so that AREA means the same for all kinds
 
 
 TABLE = {
-    "fish": Kind(fish, scales, ("blue", "gold"), 60, 1.9),
-    "leaf": Kind(leaf, veins, ("green", "gold"), 180, 1.75),
-    "starfish": Kind(starfish, dots, ("red", "gold"), 180, 1.95),
-    "flower": Kind(flower, rings, ("plum", "gold"), 180, 2.6),
-    "mushroom": Kind(mushroom, blotches, ("red", "green"), 40, 2.05),
-    "butterfly": Kind(butterfly, rays, ("plum", "blue"), 180, 2.8),
-    "house": Kind(house, bricks, ("red", "blue"), 30, 2.4),
-    "kite": Kind(kite, checks, ("green", "blue"), 90, 1.35),
-    "cup": Kind(cup, zigzag, ("plum", "green"), 40, 2.3),
-    "balloon": Kind(balloon, stripes, ("red", "plum"), 40, 2.05),
+    "fish": Kind(fish, scales, "ocean", 60, 1.9),
+    "leaf": Kind(leaf, veins, "moss", 180, 1.75),
+    "starfish": Kind(starfish, dots, "ember", 180, 1.95),
+    "flower": Kind(flower, rings, "rose", 180, 2.6),
+    "mushroom": Kind(mushroom, blotches, "ember", 40, 2.05),
+    "butterfly": Kind(butterfly, rays, "violet", 180, 2.8),
+    "house": Kind(house, bricks, "citrus", 30, 2.4),
+    "kite": Kind(kite, checks, "lagoon", 90, 1.35),
+    "cup": Kind(cup, zigzag, "ocean", 40, 2.3),
+    "balloon": Kind(balloon, stripes, "citrus", 40, 2.05),
 }
 KINDS: tuple[str, ...] = tuple(TABLE)
 TEXTURES = tuple(kind.texture for kind in TABLE.values())
-PAIRS = tuple(kind.palette for kind in TABLE.values())
 
 
 # --- Scene. Pictures are (3, h, w) float64 in [0, 1] until the last line; u and v run from 0 to 1 over the picture. ---
@@ -311,7 +314,7 @@ def background(rng: np.random.Generator, size: int) -> np.ndarray:
     """Sky, hills and ground in muted colours under 1/f noise; the horizon may lie outside of the picture."""
     r, tint = rng.random(11), 0.12 * (rng.random((2, 3)) - 0.5)
     sky, ground = (np.array(table[int(x * len(table))]) for table, x in ((SKIES, r[0]), (GROUNDS, r[1])))
-    sky, ground = sky + tint[0] + 0.16 * (r[2] - 0.5), ground + tint[1] + 0.16 * (r[3] - 0.5)
+    sky, ground = sky + tint[0] + DAYLIGHT * (r[2] - 0.5), ground + tint[1] + DAYLIGHT * (r[3] - 0.5)
     u = (np.arange(size) + 0.5) / size
     v = u[:, None]
     rolling = (rng.random((2, 8)) - 0.5) / np.arange(1, 9) @ cosines(size, 8).T  # (2, size)
@@ -325,16 +328,14 @@ def background(rng: np.random.Generator, size: int) -> np.ndarray:
     return canvas + (grain + (0.14 - 0.26 * near) * (v - 0.5))
 
 
-def colours(rng: np.random.Generator, own: tuple[str, str]) -> np.ndarray:
+def colours(rng: np.random.Generator, own: str) -> np.ndarray:
     """(5, 3): the colours of BODY, TRIM, DARK, LIGHT, and of the texture on the body."""
-    r = rng.random(5)
-    first, second = own if r[0] < OWN_PALETTE else PAIRS[int(r[1] * len(PAIRS))]
-    if r[2] < 0.5:
+    r = rng.random(3)
+    names = list(PALETTES)
+    first, second, trim = PALETTES[own if r[0] < OWN_PALETTE else names[int(r[1] * len(names))]]
+    if r[2] < 0.3:
         first, second = second, first
-    pair = [HUES[first][0], HUES[second][1]]
-    body, texture = pair if r[3] < 0.5 else pair[::-1]
-    trim = TRIMS[int(r[4] * len(TRIMS))]
-    table = np.array([body, trim, INK, PAPER, texture])
+    table = np.array([first, trim, INK, PAPER, second])
     return table + COLOUR_JITTER * (2 * rng.random(table.shape) - 1)
 
 
@@ -404,6 +405,13 @@ def paint_object(rng: np.random.Generator, kind: Kind, canvas: np.ndarray) -> np
     return mask
 
 
+def illumination(rng: np.random.Generator, size: int) -> Field:
+    r = rng.random(2)
+    u = (np.arange(size) + 0.5) / size - 0.5
+    slope = 2 * SLANT * np.array([np.cos(2 * np.pi * r[0]), np.sin(2 * np.pi * r[0])])
+    return (LIGHTNESS[0] + (LIGHTNESS[1] - LIGHTNESS[0]) * r[1]) * (1 + slope[0] * u + slope[1] * u[:, None])
+
+
 def draw(index: int, size: int = 96) -> tuple[np.ndarray, int, np.ndarray]:
     """Picture `index` of the data set.
 
@@ -426,5 +434,6 @@ def draw(index: int, size: int = 96) -> tuple[np.ndarray, int, np.ndarray]:
     label = index % len(KINDS)
     canvas = background(rng, size)
     mask = paint_object(rng, TABLE[KINDS[label]], canvas)
-    picture = np.clip(canvas, 0, 1).transpose(1, 2, 0) * 255 + 0.5
+    lit = illumination(rng, size)
+    picture = np.clip(canvas * lit, 0, 1).transpose(1, 2, 0) * 255 + 0.5
     return np.ascontiguousarray(picture.astype(np.uint8)), label, mask
