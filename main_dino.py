@@ -39,7 +39,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
 
     # Network
-    add("--arch", default="vit_small", help="vit_nano, vit_tiny, vit_small, vit_base, a torchvision network, or a timm name")
+    add("--arch", default="vit_small", help="vit_nano, vit_tiny, vit_small, vit_base, or torchvision's or timm's name")
     add("--patch_size", type=flags.positive_int, default=16, help="pixels of a ViT's patch; 8 is better and 5x slower")
     add("--out_dim", type=flags.positive_int, default=65536, help="K, the number of prototypes; smaller for small data")
     add("--norm_last_layer", type=flags.boolean, default=True,

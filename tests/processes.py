@@ -29,9 +29,8 @@ def launch(script: str, *args, processes: int = 1, timeout: float = 240, **kwarg
     if processes > 1:
         command += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_addr=127.0.0.1",
                     f"--master_port={free_port()}"]  # fmt: skip
-    return subprocess.run(
-        [*command, str(ROOT / script), *map(str, args)], env=ENV, capture_output=True, text=True, timeout=timeout, **kwargs
-    )
+    command += [str(ROOT / script), *map(str, args)]
+    return subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=timeout, **kwargs)
 
 
 def json_lines(path) -> list[dict]:

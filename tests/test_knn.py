@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes import ENV, free_port
 
 import eval_knn
 import knn
 import scores
 from eval_knn import Part
-from processes import ENV, free_port
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent

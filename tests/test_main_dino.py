@@ -16,7 +16,8 @@ import main_dino
 def finished(tmp_path_factory):
     """A whole small run with k-NN, whose folder the tests below look at."""
     out = tmp_path_factory.mktemp("run")
-    done = launch("main_dino.py", *SMALL, "--eval_knn_every", 1, "--saveckp_freq", 1, "--tensorboard", "--output_dir", out)
+    extra = ["--eval_knn_every", 1, "--saveckp_freq", 1, "--tensorboard"]
+    done = launch("main_dino.py", *SMALL, *extra, "--output_dir", out)
     assert done.returncode == 0, done.stderr
     return out, done.stdout
 
@@ -98,7 +99,8 @@ def test_variants_run(tmp_path, extra):
 
 
 def test_non_finite_loss_stops_the_run(tmp_path):
-    done = launch("main_dino.py", *SMALL, "--lr", 1e30, "--clip_grad", 0, "--freeze_last_layer", 0, "--output_dir", tmp_path)
+    extra = ["--lr", 1e30, "--clip_grad", 0, "--freeze_last_layer", 0]
+    done = launch("main_dino.py", *SMALL, *extra, "--output_dir", tmp_path)
     assert done.returncode == 1
     assert "stopped: step" in done.stderr and "not finite" in done.stderr and "--lr" in done.stderr
     assert "Traceback" not in done.stderr
@@ -138,7 +140,8 @@ def test_presets_are_read_with_comments(tmp_path):
 
 
 def test_importing_the_script_is_light():
-    code = "import sys, main_dino; print([m for m in ('timm', 'torchvision', 'matplotlib', 'sklearn') if m in sys.modules])"
+    heavy = "timm", "torchvision", "matplotlib", "sklearn"
+    code = f"import sys, main_dino; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], env=ENV, cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
@@ -151,7 +154,8 @@ BAD = [
     ("--warmup_epochs 3", "--warmup_epochs 3 is longer"), ("--warmup_teacher_temp_epochs 3", "--warmup_teacher_temp"),
     ("--warmup_epochs 2 --steps 3", "--steps 3"), ("--batch_size_per_gpu 65", "--batch_size_per_gpu 65"),
     ("--data_path /no/such/folder", "--data_path"), ("--data_path torchvision:CIFAR11", "CIFAR10"),
-    ("--mean 0.5", "--mean"), ("--in_chans 2", "--mean"), ("--device cuda:99", "--device"), ("--device tpu", "--device"),
+    ("--mean 0.5", "--mean"), ("--in_chans 2", "--mean"), ("--device cuda:99", "--device"),
+    ("--device tpu", "--device"),
     ("--precision bf16 --use_fp16 false", "--use_fp16"), ("--init_from /no/such.pth", "--init_from"),
     ("--use_fp16 maybe", "neither true nor false"), ("@no_such_preset", "no_such_preset"),
     ("--optimizer adam", "--optimizer"),
