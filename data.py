@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
+import parallel
 from sources import Images, open_images
 
 __all__ = ["BadImages", "EvalImages", "Images", "TooManyBadImages", "batches", "open_images", "resized"]
@@ -207,6 +208,7 @@ class TooManyBadImages(RuntimeError):
 class BadImages:
     """Counts the images that can't be decoded, each once, and stops a run that has too many.
 
+    With several processes, each counts its own, and `share` makes the counts one: then all of them stop together.
     The limit is max_bad_images x N rounded up, so that a small set of images may have one unless the share is 0. The
     first ten are printed.
 
@@ -225,18 +227,25 @@ class BadImages:
         self.reasons: dict[str, str] = {}  # name -> reason
 
     def add(self, bad: Iterable[Bad]) -> None:
-        """Counts a batch's `bad`.
-
-        Raises:
-            TooManyBadImages: when there are more than the limit.
-        """
+        """Counts a batch's `bad`. One process raises TooManyBadImages here when there are more than the limit."""
         for name, reason in bad:
             if name in self.reasons:
                 continue
             self.reasons[name] = reason
-            if len(self.reasons) <= self.PRINTED:
+            if len(self.reasons) <= self.PRINTED and parallel.is_main():
                 last = "; further ones are only counted" if len(self.reasons) == self.PRINTED else ""
                 print(f"bad image, replaced by another: {name}: {reason}{last}", flush=True)
+        if parallel.world_size() == 1:
+            self.check()
+
+    def share(self) -> None:
+        """Brings the processes' counts together; all of them call it, now and then."""
+        if parallel.world_size() > 1:
+            for reasons in parallel.gather_objects(list(self.reasons.items())):
+                self.add(reasons)
+            self.check()
+
+    def check(self) -> None:
         if len(self.reasons) > self.limit:
             name, reason = list(self.reasons.items())[-1]
             raise TooManyBadImages(

@@ -343,7 +343,7 @@ def report(results: Sequence[dict], notes: Sequence[str], free: dict | None) -> 
         print(scores.table([{k: v for k, v in row.items() if k != "per_class"} for row in results]))
         first = results[0]
         if 1 < len(first["per_class"]) <= MOST_CLASSES_SHOWN:
-            print(f"\ntop-1 by class, k = {first['k']}:")
+            print("\ntop-1 by class, of the first line above")
             print(scores.table([{"class": name, "top1": value} for name, value in first["per_class"].items()]))
     if free:
         print("\n" + scores.table([free]))

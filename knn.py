@@ -18,8 +18,8 @@ from utils import at_least_float32
 
 # ---- Search: the K nearest training images of each test image ----
 
-# Similarities held at a time: ROWS x COLUMNS, 128 MiB in float32 (twice that in float64), however large the sets.
-# The candidates among them add less than as much again.
+# Memory: a normalized copy of this process's part of the bank, and ROWS x COLUMNS similarities however large the sets
+# are: 128 MiB in float32. The candidates among them add less than as much again.
 ROWS, COLUMNS = 512, 65_536
 GROUP = 32
 
@@ -88,7 +88,7 @@ def check_features(queries: Tensor, bank: Tensor) -> None:
     for name, x in (("training", bank), ("test", queries)):
         if x.ndim != 2 or len(x) == 0:
             raise ValueError(f"{name} features of shape {tuple(x.shape)}: (images, width) with an image or more needed")
-        bad = int((~torch.isfinite(x).all(1)).sum())
+        bad = sum(int((~torch.isfinite(part).all(1)).sum()) for part in x.split(COLUMNS))
         if bad:
             raise ValueError(f"{bad} of {len(x)} {name} features are not finite: is the network sound?")
     if queries.shape[1] != bank.shape[1]:
@@ -110,7 +110,7 @@ def embedding(bank: Tensor, metric: str, device: torch.device) -> Callable[[Tens
         raise ValueError(f"--metric {metric}: cosine or l2")
     # |q - x|^2 is the difference of large numbers when all features lie far from 0: distances do not change with it.
     center = bank.mean(0, dtype=torch.float64)
-    scale = torch.stack([x.double().square().sum() for x in bank.split(65_536)]).sum().div(len(bank)).sqrt()
+    scale = torch.stack([x.double().square().sum() for x in bank.split(COLUMNS)]).sum().div(len(bank)).sqrt()
     center, scale = center.to(device, dtype), scale.clamp_min(1e-12).to(device, dtype)
     return lambda x: (x.to(device, dtype) - center) / scale
 

@@ -229,18 +229,18 @@ FREE_FLAGS = {
 }
 
 
-def plain_args(args: argparse.Namespace) -> dict:
+def plain_args(args: argparse.Namespace, n_images: int) -> dict:
     return {k: list(v) if isinstance(v, tuple) else v for k, v in vars(args).items()} | {
+        "images": n_images,
         "world_size": parallel.world_size(),
         "global_batch": args.batch_size_per_gpu * args.grad_accum_steps * parallel.world_size(),
     }
 
 
-def refuse_other_hyperparameters(args: argparse.Namespace, state: dict, path: Path) -> None:
-    now, then = plain_args(args), state["args"]
+def refuse_other_hyperparameters(now: dict, then: dict, path: Path) -> None:
     changed = [f"{k} {then.get(k)} -> {v}" for k, v in now.items() if k not in FREE_FLAGS and then.get(k) != v]
     if changed:
-        raise ValueError(f"--output_dir {args.output_dir}: {path.name} there is of another run ({', '.join(changed)}); "
+        raise ValueError(f"--output_dir {path.parent}: {path.name} there is of another run ({', '.join(changed)}); "
                          "choose another folder, or the same flags to resume")
 
 
@@ -282,7 +282,7 @@ class Run:
             "dino_loss": self.dino_loss.state_dict(),
             "epoch": self.step // self.plan.steps_per_epoch,
             "step": self.step,
-            "args": plain_args(self.args),
+            "args": plain_args(self.args, len(self.images)),
             "rng": parallel.gather_objects(checkpoint.rng_state(self.device)),
             "meters": self.meters.state_dict(),
             "knn": self.knn,
@@ -298,7 +298,7 @@ class Run:
         parallel.barrier()
 
     def resume(self, state: dict, path: Path) -> None:
-        refuse_other_hyperparameters(self.args, state, path)
+        refuse_other_hyperparameters(plain_args(self.args, len(self.images)), state["args"], path)
         for name in ("student", "teacher", "optimizer", "dino_loss"):
             getattr(self, name).load_state_dict(state[name])
         self.scaler.load_state_dict(state["fp16_scaler"])
@@ -357,6 +357,7 @@ def train(run: Run, log: metrics.Log) -> bool:
 
         if step % args.log_every == 0 or step + 1 == plan.steps:
             watch.check(run.last_saved)
+            bad_images.share()
             window.update(**metrics.health(teacher_out, features, loss, dino_loss, epoch))
             log_step(run, log, step, epoch, window, clock)
         dino_loss.update_center(torch.cat(teacher_means))

@@ -60,11 +60,16 @@ class Mlp(nn.Module):
         return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
 
 
+HALF = (torch.float16, torch.bfloat16)
+LONGEST_PLAIN = 1024  # tokens; for more, the memory of N x N weights counts for more than the speed
+
+
 class Attention(nn.Module):
     """Multi-head self-attention: (B, N, D) -> ((B, N, D), weights (B, H, N, N) or None).
 
     The weights are formed only when somebody asks for them: by `return_attention`, or by a forward hook on
-    this module or on `attn_drop`, which is where code written for the published models reads them.
+    this module or on `attn_drop`, which is where code written for the published models reads them. The exception is
+    half precision on a CPU, where forming them is three to eight times as fast (benchmarks/attention.py).
     """
 
     def __init__(
@@ -89,7 +94,8 @@ class Attention(nn.Module):
         qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, D // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, H, N, D / H)
         attn = None
-        if return_attention or self._forward_hooks or self.attn_drop._forward_hooks:
+        wanted = return_attention or self._forward_hooks or self.attn_drop._forward_hooks
+        if wanted or (q.device.type == "cpu" and q.dtype in HALF and N <= LONGEST_PLAIN):
             attn = self.attn_drop((q @ k.transpose(-2, -1) * self.scale).softmax(dim=-1))
             x = attn @ v
         else:
@@ -232,7 +238,7 @@ class VisionTransformer(nn.Module):
         patch_pos = self.pos_embed[:, 1:].reshape(1, side, side, -1).permute(0, 3, 1, 2)
         # The published weights were trained with scale factors made from the grid size + 0.1, which also keeps
         # floor(side * scale) from losing a row to rounding. Half-precision bicubic is not available everywhere.
-        half = patch_pos.dtype in (torch.float16, torch.bfloat16)
+        half = patch_pos.dtype in HALF
         patch_pos = F.interpolate(
             patch_pos.float() if half else patch_pos,
             scale_factor=((rows + 0.1) / side, (columns + 0.1) / side),

@@ -26,7 +26,7 @@ BLUR = 3.01
 # a third; each is 6 levels where high - low is 255. The means are smaller, and smaller yet on photographs (0.4).
 HUE_WORST, HUE_MEAN = 18.0, 2.0
 # The whole chain. Without hue, roundings grown by the factors up to 1.4; with it, its error likewise.
-CHAIN_WORST, CHAIN_MEAN = 6.0, 1.2
+CHAIN_WORST, CHAIN_MEAN = 6.0, 1.5
 CHAIN_WORST_HUE, CHAIN_MEAN_HUE = 24.0, 2.0
 # float32 against float32 or float64, in [0, 1]; torchvision's luma starts with 0.2989 for 0.299, which contrast and
 # saturation take |1 - f| of.
