@@ -1,6 +1,6 @@
 """The second stage of DINO's augmentation, for a whole batch of crops on any device.
 
-The published augmentation (arXiv 2104.14294, section 3.1, "Implementation details", after BYOL's) is, for each crop:
+The published augmentation (arXiv 2104.14294, section 3.2, "Implementation details", after BYOL's) is, for each crop:
 
     colour jitter -> grey -> blur -> solarize -> [0, 1] -> (x - mean) / std
 
@@ -115,7 +115,7 @@ def gaussian_blur(images: Tensor, sigma: Tensor) -> Tensor:
     edge = len(boxes) - 1
     # How many pictures, counted from the first, take part in a tap: the others' weights are zero.
     counts = ((boxes != 0) * np.arange(1, len(sigma) + 1)).max(1).tolist()
-    weights = to_device(torch.from_numpy(boxes), images.device).to(images.dtype)[..., None, None]
+    weights = _to_device(torch.from_numpy(boxes).to(images.dtype), images.device)[..., None, None]
     passes = (2, 2, 2, 3, 3, 3)
     padded = F.pad(images, (edge,) * 4, mode="replicate")
     for dim in passes:
@@ -157,7 +157,7 @@ def photometric(crops: Tensor, params: Tensor, mean: Sequence[float], std: Seque
         ValueError: the shapes, the types or the orders are not as said, or the parameters are not on the CPU.
     """
     _check(crops, params, mean, std)
-    mean, std = (to_device(torch.tensor(values, dtype=torch.float32), crops.device) for values in (mean, std))
+    mean, std = (_to_device(torch.tensor(values, dtype=torch.float32), crops.device) for values in (mean, std))
     result = torch.empty(crops.shape, dtype=torch.float32, device=crops.device)
     part = len(crops)
     if crops.device.type == "cpu":
@@ -201,7 +201,7 @@ def _transform(crops: Tensor, params: np.ndarray, mean: Tensor, std: Tensor, out
     """
     count = len(crops)
     places = np.argsort(-params[:, SIGMA], kind="stable")  # as gaussian_blur likes it; the sorts below keep it so
-    images = _reorder(crops, places).float().div_(255)
+    images = _reorder(crops, places).contiguous().float().div_(255)
     for which, functions in _stages(params, crops.shape[1]):
         if which.max() < 0:
             continue
@@ -224,10 +224,10 @@ def _transform(crops: Tensor, params: np.ndarray, mean: Tensor, std: Tensor, out
 def _reorder(images: Tensor, order: np.ndarray) -> Tensor:
     if (order[1:] > order[:-1]).all():
         return images
-    return images.index_select(0, to_device(torch.from_numpy(order), images.device))
+    return images.index_select(0, _to_device(torch.from_numpy(order), images.device))
 
 
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """Send a small CPU tensor without waiting for the device, which takes pinned memory on CUDA."""
     if device.type == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()
@@ -235,7 +235,7 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def _per_image(factor: Tensor, images: Tensor) -> Tensor:
-    return to_device(factor.to(images.dtype), images.device).view(-1, 1, 1, 1)
+    return _to_device(factor.to(images.dtype), images.device).view(-1, 1, 1, 1)
 
 
 def _blend(images: Tensor, other: Tensor, factor: Tensor) -> Tensor:
@@ -283,7 +283,7 @@ def _box_pass(images: Tensor, weights: Tensor, counts: list[int], dim: int) -> T
     edge, (rows, pitch) = len(weights) - 1, images.shape[2:]
     step = pitch if dim == 2 else 1
     begin, end = edge * pitch, (rows - edge) * pitch
-    source, result = images.flatten(2), torch.empty_like(images)
+    source, result = images.flatten(2), images.new_empty(images.shape)
     target = result.flatten(2)[:, :, begin:end]
 
     def pair(tap: int, count: int) -> Tensor:

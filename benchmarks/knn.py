@@ -25,20 +25,19 @@ ROUNDING = 0.05  # points: near ties of votes may fall the other way
 
 
 def straightforward(train, train_labels, test, test_labels, ks, classes, chunk=100):
-    """{k: (top-1, top-5) in %}: for each k and 100 test images at a time, all similarities, the k largest, one-hot
-    labels weighted by exp(s / T) and summed, classes sorted by the sums."""
-    found = {}
-    for k in ks:
-        right1 = right5 = 0
-        for x, y in zip(test.split(chunk), test_labels.split(chunk), strict=True):
-            values, index = (x @ train.T).topk(k, dim=1)
-            one_hot = F.one_hot(train_labels[index], classes).float()  # (chunk, k, classes)
-            votes = (one_hot * (values / TEMPERATURE).exp().unsqueeze(2)).sum(1)
+    """{k: (top-1, top-5) in %}: for 100 test images at a time, all similarities and the largest of them; for each k,
+    one-hot labels weighted by exp(s / T) and summed, and the classes sorted by the sums."""
+    right1, right5 = dict.fromkeys(ks, 0), dict.fromkeys(ks, 0)
+    for x, y in zip(test.split(chunk), test_labels.split(chunk), strict=True):
+        values, index = (x @ train.T).topk(max(ks), dim=1)
+        labels, weights = train_labels[index], (values / TEMPERATURE).exp()
+        for k in ks:
+            one_hot = F.one_hot(labels[:, :k], classes).float()  # (chunk, k, classes)
+            votes = (one_hot * weights[:, :k, None]).sum(1)
             right = votes.sort(dim=1, descending=True)[1] == y[:, None]
-            right1 += right[:, 0].sum().item()
-            right5 += right[:, : min(5, k)].any(1).sum().item()
-        found[k] = (100 * right1 / len(test), 100 * right5 / len(test))
-    return found
+            right1[k] += right[:, 0].sum().item()
+            right5[k] += right[:, : min(5, k)].any(1).sum().item()
+    return {k: (100 * right1[k] / len(test), 100 * right5[k] / len(test)) for k in ks}
 
 
 def ours(train, train_labels, test, test_labels, ks, classes):

@@ -262,6 +262,8 @@ def test_a_crop_does_not_depend_on_its_batch(part, channels, monkeypatch):
     assert torch.equal(ph.photometric(crops[order], params[order], *stats), whole[order])
     for rows in (slice(0, 1), slice(3, 20), slice(1, 60, 2)):
         assert torch.equal(ph.photometric(crops[rows], params[rows], *stats), whole[rows])
+    last = crops.to(memory_format=torch.channels_last)
+    assert torch.equal(ph.photometric(last, params, *stats), whole)
     assert torch.equal(crops, before)
 
 
