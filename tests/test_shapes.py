@@ -61,13 +61,19 @@ def test_same_scene_at_every_size():
         assert np.abs(shrunk - small[0]).mean() < 6  # of 255
 
 
-def test_mask_lies_on_the_object():
-    # The same background with nothing on it differs from the picture inside the mask, and hardly elsewhere.
-    for index in range(0, 40, 3):
-        picture, _, mask = shapes.draw(index, 64)
-        bare = shapes.background(np.random.Generator(np.random.PCG64(index)), 64)
-        change = np.abs(picture / 255 - np.clip(bare, 0, 1).transpose(1, 2, 0)).mean(2)
-        assert change[mask].mean() > 0.1 > 0.06 > change[~mask].mean()
+def test_mask_is_where_the_object_was_painted():
+    for kind in shapes.TABLE.values():
+        canvas = np.full((3, 64, 64), 0.5)
+        mask = shapes.paint_object(np.random.Generator(np.random.PCG64(7)), kind, canvas)
+        change = np.abs(canvas - 0.5).mean(0)
+        assert (change[mask] > 0.02).mean() > 0.95
+        assert (change[~mask] > 0.02).mean() < 0.5  # edges and the shadow
+        assert canvas[:, ~mask].max() < 1 and canvas[:, ~mask].mean() < 0.51  # a shadow only darkens
+
+
+def test_noise_has_the_same_waves_at_every_size():
+    small, large = (shapes.noise(np.random.Generator(np.random.PCG64(1)), size, 8, 1)[0] for size in (32, 128))
+    assert np.abs(large.reshape(32, 4, 32, 4).mean((1, 3)) - small).max() < 0.1
 
 
 def test_raw_pixels_do_not_tell_the_class():
