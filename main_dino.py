@@ -460,13 +460,17 @@ class Evaluation:
             if images.labels is None:
                 raise ValueError(f"--eval_data_path {path}: its {part} part has no labels; --eval_knn_every needs "
                                  "train/ and val/ folders of class folders")
+        from eval_knn import Part, match_classes
+
+        parts = (Part(torch.empty(0), images.labels, images.classes) for images in (self.train, self.val))
+        train, val = match_classes(*parts)  # by name: a class may be missing in one part
+        self.labels, self.n_classes = (train.labels, val.labels), len(train.classes)
 
     def knn(self, backbone: nn.Module | None, autocast=None) -> tuple[float, float]:
         """(top-1, top-5) in % of 20-NN on a backbone's features, or on raw pixels for None."""
         from eval_knn import knn_classifier
         from features import extract_features, pixel_features
 
-        labels = self.train.labels, self.val.labels
         if backbone is None:
             found = [pixel_features(images) for images in (self.train, self.val)]
         else:
@@ -477,8 +481,8 @@ class Evaluation:
                 for images in (self.train, self.val)
             ]
             backbone.train()
-        classes = max(int(x.max()) for x in labels) + 1
-        return knn_classifier(found[0], labels[0], found[1], labels[1], k=20, T=0.07, num_classes=classes)
+        train, val = zip(found, self.labels, strict=True)
+        return knn_classifier(*train, *val, k=20, T=0.07, num_classes=self.n_classes)
 
     def baselines(self, backbone: nn.Module, autocast) -> dict[str, float]:
         """Top-1 of the untrained network and of raw pixels: a backbone that does not beat them has learned nothing."""

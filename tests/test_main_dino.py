@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 from conftest import ROOT
+from PIL import Image
 from processes import ENV, SMALL, json_lines, launch
 
 import checkpoint
@@ -104,6 +105,16 @@ def test_non_finite_loss_stops_the_run(tmp_path):
     assert done.returncode == 1
     assert "stopped: step" in done.stderr and "not finite" in done.stderr and "--lr" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_classes_of_evaluation_are_matched_by_name(tmp_path):
+    for part, names in (("train", "abc"), ("val", "ac")):
+        for name in names:
+            (tmp_path / part / name).mkdir(parents=True)
+            Image.new("RGB", (8, 8)).save(tmp_path / part / name / "x.png")
+    args = main_dino.get_args_parser().parse_args(["--eval_data_path", str(tmp_path)])
+    train, val = main_dino.Evaluation(args, torch.device("cpu")).labels
+    assert train.tolist() == [0, 1, 2] and val.tolist() == [0, 2]
 
 
 PUBLISHED = (
