@@ -69,7 +69,7 @@ class Attention(nn.Module):
 
     The weights are formed only when somebody asks for them: by `return_attention`, or by a forward hook on
     this module or on `attn_drop`, which is where code written for the published models reads them. The exception is
-    half precision on a CPU, where forming them is three to eight times as fast (benchmarks/attention.py).
+    half precision on a CPU, where forming them is three to eleven times as fast (benchmarks/attention.py).
     """
 
     def __init__(
