@@ -116,7 +116,7 @@ def check_args(args: argparse.Namespace) -> None:
     smallest = args.local_crops_size if args.local_crops_number else args.global_crops_size
     if args.arch in VITS and args.patch_size > smallest:
         flag = "local" if args.local_crops_number else "global"
-        raise ValueError(f"--patch_size {args.patch_size} is larger than --{flag}_crops_size {smallest}")
+        raise ValueError(f"--patch_size {args.patch_size} is larger than --{flag}_crops_size {smallest}; lower it")
     if not args.steps and args.warmup_epochs > args.epochs:
         raise ValueError(f"--warmup_epochs {args.warmup_epochs:g} is longer than --epochs {args.epochs}; lower it")
     if not args.steps and args.warmup_teacher_temp_epochs > args.epochs:
@@ -405,7 +405,7 @@ def end_epoch(run: Run, log: metrics.Log, epoch: int) -> None:
 def log_step(run: Run, log: metrics.Log, step: int, epoch: int, window: metrics.Meters, clock: metrics.Clock) -> None:
     """Progress and health of a logged step; only there does the loop wait for the device."""
     seen = window.means()
-    window.__init__()
+    window.reset()
     health = {k: v for k, v in seen.items() if k != "loss"}
     run.meters.update(**health)
     seconds, waiting = clock.read()
@@ -454,8 +454,8 @@ class Evaluation:
     def __init__(self, args: argparse.Namespace, device: torch.device) -> None:
         self.args, self.device = args, device
         path = args.eval_data_path or args.data_path
-        self.train = data.open_images(path, "train", args.in_chans)
-        self.val = data.open_images(path, "val", args.in_chans)
+        flag = "--eval_data_path" if args.eval_data_path else "--data_path"
+        self.train, self.val = (data.open_images(path, part, args.in_chans, flag=flag) for part in ("train", "val"))
         for images, part in ((self.train, "train"), (self.val, "val")):
             if images.labels is None:
                 raise ValueError(f"--eval_data_path {path}: its {part} part has no labels; --eval_knn_every needs "

@@ -20,6 +20,9 @@ class Meters:
     """Means over steps that stay on the device until they are read, so that no step waits for the host."""
 
     def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, int] = {}
 

@@ -170,6 +170,7 @@ BAD = [
     ("--precision bf16 --use_fp16 false", "--use_fp16"), ("--init_from /no/such.pth", "--init_from"),
     ("--use_fp16 maybe", "neither true nor false"), ("@no_such_preset", "no_such_preset"),
     ("--optimizer adam", "--optimizer"),
+    ("--eval_knn_every 1 --eval_data_path /no/such/folder", "--eval_data_path"),
     ("--max_bad_images 2", "--max_bad_images"), ("--out_dim 0", "--out_dim"), ("--frobnicate", "--frobnicate"),
 ]  # fmt: skip
 
