@@ -14,23 +14,20 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 import checkpoint
-import data
 import flags
 import parallel
 import scores
-from features import PRECISIONS, load_network, network_features
+from features import load_network, network_features
 from knn import hits, knn_predict
+from splits import Part, check_labels, draw_support, match_classes, notes_on_classes, open_parts
 
 MOST_CLASSES_SHOWN = 20  # per-class figures on the console; the file has all
 
@@ -41,14 +38,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--data_path", default="shapes",
         help="folder with train/ and val/ (or test/), or one folder, or a .txt list; torchvision:CIFAR10; shapes")
     add("--val_data_path", default="", help="test pictures that lie elsewhere; then --data_path is all training set")
-    add("--pretrained_weights", default="", help="a checkpoint or weights; empty: an untrained network")
-    add("--checkpoint_key", default="teacher", help="part of the checkpoint: teacher or student")
-    add("--arch", default="vit_small", help="where the weights do not say; `pixels` compares raw 32 x 32 pictures")
-    add("--patch_size", type=flags.positive_int, default=16, help="where the weights do not say")
-    add("--resize_size", type=flags.count, default=0, help="pixels of the shorter side; 0: crop size x 256 / 224")
-    add("--crop_size", type=flags.count, default=0, help="of the centre crop; 0: the weights' global crops, or 224")
-    add("--batch_size_per_gpu", type=flags.positive_int, default=128, help="images a process and batch")
-    add("--precision", choices=list(PRECISIONS), default="fp32", help="of the network; the search is at least fp32")
+    flags.add_network_flags(parser)
 
     add("--nb_knn", type=flags.positive_int, nargs="+", default=[10, 20, 100, 200], help="k: one or several")
     add("--temperature", type=flags.positive, nargs="+", default=[0.07], help="of the votes' weights: one or several")
@@ -90,53 +80,6 @@ def knn_classifier(
     return 100 * top1.double().mean().item(), 100 * top5.double().mean().item()
 
 
-# ---- Features and labels of the two parts ----
-
-
-class Part(NamedTuple):
-    """Training or test images: (N, D) features, (N,) labels or None, and the names of the classes."""
-
-    features: Tensor
-    labels: Tensor | None
-    classes: list[str]
-
-
-def match_classes(train: Part, test: Part) -> list[Part]:
-    """Both parts' labels as numbers of one list of classes, matched by name: the training set's, then the others.
-
-    Raises:
-        ValueError: the lists differ and a name stands twice in one of them.
-    """
-    if train.classes == test.classes:
-        return [train, test]
-    for part in (train, test):
-        if len(set(part.classes)) < len(part.classes):
-            raise ValueError("the classes of the two parts differ, and a name stands for two of them; rename one")
-    classes = train.classes + [name for name in test.classes if name not in set(train.classes)]
-    number = {name: i for i, name in enumerate(classes)}
-    labels = torch.tensor([number[name] for name in test.classes])[test.labels]
-    return [train._replace(classes=classes), test._replace(labels=labels, classes=classes)]
-
-
-def notes_on_classes(train: Part, test: Part) -> list[str]:
-    """What a reader of the accuracies must know of the classes."""
-
-    def named(classes: list[int]) -> str:
-        return ", ".join(train.classes[c] for c in classes[:5]) + (", ..." if len(classes) > 5 else "")
-
-    of_train, of_test = set(train.labels.tolist()), set(test.labels.tolist())
-    notes = []
-    if unknown := sorted(of_test - of_train):
-        count = int(torch.isin(test.labels, torch.tensor(unknown)).sum())
-        notes.append(f"{len(unknown)} class(es) have no training images ({named(unknown)}): their {count} test images "
-                     "count as errors")
-    if untested := sorted(of_train - of_test):
-        notes.append(f"{len(untested)} class(es) have no test images ({named(untested)}): they can be voted for only")
-    if len(train.classes) <= 5:
-        notes.append(f"top-5 of {len(train.classes)} class(es) says nothing and is left out")
-    return notes
-
-
 # ---- Accuracies ----
 
 
@@ -157,13 +100,6 @@ def accuracies(train: Part, test: Part, args: argparse.Namespace, device, exclud
                 setting = ({"n_per_class": n} if n else {}) | {"k": k, "temperature": temperature}
                 rows.append(setting | accuracy([r[t, i] for r in ranked], test, k))
     return rows
-
-
-def draw_support(labels: Tensor, n: int, seed: int) -> Tensor:
-    """Rows of n images of each class, or all it has, drawn without replacement; ascending."""
-    order = torch.from_numpy(np.random.default_rng(seed).permutation(len(labels)))
-    drawn = [order[labels[order] == c][:n] for c in labels.unique()]
-    return torch.cat(drawn).sort()[0]
 
 
 def restrict(train: Part, support: Tensor | None, exclude: Tensor | None) -> tuple[Part, Tensor | None]:
@@ -195,24 +131,6 @@ def accuracy(ranked: Sequence[Tensor], test: Part, k: int) -> dict:
     if len(ranked) > 1:
         found["spread"] = 100 * top1.mean(1).std().item()
     return found | {"per_class": per_class}
-
-
-# ---- Pictures ----
-
-
-def has_test_part(data_path: str) -> bool:
-    if re.fullmatch(r"(shapes|torchvision)(:.*)?", data_path):
-        return True
-    return any(os.path.isdir(os.path.join(os.path.expanduser(data_path), name)) for name in ("val", "test"))
-
-
-def open_parts(args: argparse.Namespace, in_chans: int) -> list[data.Images]:
-    """The training images, and the test images where there are some."""
-    if args.val_data_path:
-        test = data.open_images(args.val_data_path, None, in_chans, flag="--val_data_path")
-        return [data.open_images(args.data_path, None, in_chans), test]
-    names = ("train", "val") if has_test_part(args.data_path) else ("train",)
-    return [data.open_images(args.data_path, name, in_chans) for name in names]
 
 
 # ---- Features in files ----
@@ -281,11 +199,6 @@ def compute(args: argparse.Namespace, device: torch.device) -> tuple[list[Part],
     return parts, network.about, views
 
 
-def check_labels(where: str, labels: Sequence[Tensor | None]) -> None:
-    if len({part is None for part in labels}) > 1:
-        raise ValueError(f"{where}: one of its parts has labels and the other has none; give both labels, or neither")
-
-
 def evaluate_knn(args: argparse.Namespace) -> dict:
     """The whole evaluation: prints the tables, writes eval_knn.json, returns what it holds.
 
@@ -303,7 +216,7 @@ def evaluate_knn(args: argparse.Namespace) -> dict:
         if args.dump_features and parallel.is_main():
             dump(args.dump_features, parts, about)
     except (ValueError, OSError) as error:
-        raise flags.Refused(" ".join(str(error).split())) from error
+        raise flags.Refused(error) from error
     free = scores.label_free(parts[0].features, views) if args.label_free or not labelled else None
     about = about | {
         "data_path": args.load_features or args.data_path, "val_data_path": args.val_data_path or None,
@@ -350,15 +263,7 @@ def report(results: Sequence[dict], notes: Sequence[str], free: dict | None) -> 
 
 
 def main(args: argparse.Namespace) -> int:
-    """Returns the exit code: 0 done, 2 refused."""
-    try:
-        evaluate_knn(args)
-    except flags.Refused as error:
-        print(f"eval_knn.py: error: {error}", file=sys.stderr)
-        return 2
-    finally:
-        parallel.stop()
-    return 0
+    return flags.exit_code("eval_knn.py", evaluate_knn, args)
 
 
 if __name__ == "__main__":

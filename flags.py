@@ -4,11 +4,29 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from collections.abc import Callable
+
+import parallel
 
 
 class Refused(Exception):
     """Bad input, in one line that names the flag, the value and the remedy: exit code 2, nothing written."""
+
+    def __init__(self, reason: object) -> None:
+        super().__init__(" ".join(str(reason).split()))
+
+
+def exit_code(script: str, evaluate: Callable, args: argparse.Namespace) -> int:
+    """Run a script's work and leave its process group: 0 done, 2 refused, and said why."""
+    try:
+        evaluate(args)
+    except Refused as error:
+        print(f"{script}: error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        parallel.stop()
+    return 0
 
 
 class Parser(argparse.ArgumentParser):
@@ -56,6 +74,19 @@ count = number(int, 0)
 positive = number(float, 0, above=True)
 non_negative = number(float, 0)
 fraction = number(float, 0, 1)
+
+
+def add_network_flags(parser: argparse.ArgumentParser) -> None:
+    """What features.load_network and features.network_features read."""
+    add = parser.add_argument_group("network and its pictures").add_argument
+    add("--pretrained_weights", default="", help="a checkpoint or weights; empty: an untrained network")
+    add("--checkpoint_key", default="teacher", help="part of the checkpoint: teacher or student")
+    add("--arch", default="vit_small", help="where the weights do not say; `pixels` compares raw 32 x 32 pictures")
+    add("--patch_size", type=positive_int, default=16, help="where the weights do not say")
+    add("--resize_size", type=count, default=0, help="pixels of the shorter side; 0: crop size x 256 / 224")
+    add("--crop_size", type=count, default=0, help="of the centre crop; 0: the weights' global crops, or 224")
+    add("--batch_size_per_gpu", type=positive_int, default=128, help="images a process and batch")
+    add("--precision", choices=("fp32", "fp16", "bf16"), default="fp32", help="of the network")
 
 
 def add_launch_flags(parser: argparse.ArgumentParser) -> None:

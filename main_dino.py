@@ -460,7 +460,7 @@ class Evaluation:
             if images.labels is None:
                 raise ValueError(f"--eval_data_path {path}: its {part} part has no labels; --eval_knn_every needs "
                                  "train/ and val/ folders of class folders")
-        from eval_knn import Part, match_classes
+        from splits import Part, match_classes
 
         parts = (Part(torch.empty(0), images.labels, images.classes) for images in (self.train, self.val))
         train, val = match_classes(*parts)  # by name: a class may be missing in one part
@@ -508,7 +508,7 @@ def setup(args: argparse.Namespace) -> Run:
             run.resume(*found)
         prepare_output(Path(args.output_dir))
     except (ValueError, OSError) as error:
-        raise flags.Refused(" ".join(str(error).split())) from error
+        raise flags.Refused(error) from error
     return run
 
 

@@ -16,7 +16,8 @@ from processes import ENV, free_port
 import eval_knn
 import knn
 import scores
-from eval_knn import Part
+import splits
+from splits import Part
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -184,19 +185,19 @@ def test_an_image_alone_has_no_neighbours():
 def test_classes_are_matched_by_name():
     train = Part(torch.eye(3), torch.tensor([0, 1, 2]), ["ant", "bee", "cat"])
     test = Part(torch.eye(3), torch.tensor([0, 1, 2]), ["bee", "cat", "dog"])
-    train, test = eval_knn.match_classes(train, test)
+    train, test = splits.match_classes(train, test)
     assert train.classes == test.classes == ["ant", "bee", "cat", "dog"]
     assert test.labels.tolist() == [1, 2, 3] and train.labels.tolist() == [0, 1, 2]
-    notes = " / ".join(eval_knn.notes_on_classes(train, test))
+    notes = " / ".join(splits.notes_on_classes(train, test))
     assert "1 class(es) have no training images (dog): their 1 test images count as errors" in notes
     assert "no test images (ant)" in notes
 
 
 def test_a_name_that_stands_for_two_classes():
     same = Part(torch.eye(3), torch.tensor([0, 1, 2]), ["crane", "crane", "cat"])
-    assert eval_knn.match_classes(same, same)[1].labels.tolist() == [0, 1, 2]  # by position where the lists are one
+    assert splits.match_classes(same, same)[1].labels.tolist() == [0, 1, 2]  # by position where the lists are one
     with pytest.raises(ValueError, match="stands for two"):
-        eval_knn.match_classes(same, same._replace(classes=["cat", "crane", "crane"]))
+        splits.match_classes(same, same._replace(classes=["cat", "crane", "crane"]))
 
 
 def arguments(*flags):
@@ -234,9 +235,9 @@ def test_few_shot():
     assert [r["n_per_class"] for r in results] == [2, 1000]
     expected = []
     for draw in range(3):
-        support = eval_knn.draw_support(y, 2, seed=draw)
+        support = splits.draw_support(y, 2, seed=draw)
         assert torch.bincount(y[support]).tolist() == [2] * 6
-        assert torch.equal(support, eval_knn.draw_support(y, 2, seed=draw))
+        assert torch.equal(support, splits.draw_support(y, 2, seed=draw))
         expected.append(eval_knn.knn_classifier(train[support], y[support], test, z, 5, 0.07)[0])
     assert len(set(expected)) > 1
     assert results[0]["top1"]["value"] == pytest.approx(np.mean(expected))
@@ -248,7 +249,7 @@ def test_few_shot():
 
 def test_few_shot_with_each_image_left_out():
     train, y, _, _ = clusters(n=40)
-    support = eval_knn.draw_support(y, 2, seed=0)
+    support = splits.draw_support(y, 2, seed=0)
     some, hidden = eval_knn.restrict(Part(train, y, list("abcdef")), support, torch.arange(40))
     assert [support[h].item() if h >= 0 else -1 for h in hidden] == [i if i in support else -1 for i in range(40)]
     expected = oracle(some.features, some.labels.tolist(), train, [3], [0.07], 6, exclude=hidden.tolist())
