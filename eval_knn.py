@@ -26,7 +26,7 @@ import flags
 import parallel
 import scores
 from features import load_network, network_features
-from knn import hits, knn_predict
+from knn import knn_predict
 from splits import Part, check_labels, draw_support, match_classes, notes_on_classes, open_parts
 
 MOST_CLASSES_SHOWN = 20  # per-class figures on the console; the file has all
@@ -76,7 +76,7 @@ def knn_classifier(
     """
     num_classes = max(num_classes, int(train_labels.max()) + 1)
     ranked = knn_predict(train_features, train_labels, test_features, [k], [T], num_classes)[0, 0]
-    top1, top5 = hits(ranked, test_labels, min(k, len(train_features)))
+    top1, top5 = scores.hits(ranked, test_labels, min(k, len(train_features)))
     return 100 * top1.double().mean().item(), 100 * top5.double().mean().item()
 
 
@@ -98,7 +98,7 @@ def accuracies(train: Part, test: Part, args: argparse.Namespace, device, exclud
         for t, temperature in enumerate(args.temperature):
             for i, k in enumerate(ks):
                 setting = ({"n_per_class": n} if n else {}) | {"k": k, "temperature": temperature}
-                rows.append(setting | accuracy([r[t, i] for r in ranked], test, k))
+                rows.append(setting | scores.accuracy([r[t, i] for r in ranked], test.labels, test.classes, k))
     return rows
 
 
@@ -110,27 +110,6 @@ def restrict(train: Part, support: Tensor | None, exclude: Tensor | None) -> tup
         place = torch.full((len(train.labels),), -1).index_copy(0, support, torch.arange(len(support)))
         exclude = place[exclude]
     return train._replace(features=train.features[support], labels=train.labels[support]), exclude
-
-
-def accuracy(ranked: Sequence[Tensor], test: Part, k: int) -> dict:
-    """Top-1, top-5 and macro top-1 (the mean over classes) over the draws, each with its interval over test images.
-
-    `spread` is the standard deviation over draws, in points; the macro interval takes the class sizes as given.
-    """
-    both = [hits(r, test.labels, k) for r in ranked]
-    top1, top5 = (torch.stack([b[i] for b in both]).double() for i in (0, 1))  # (draws, M)
-    counts = torch.bincount(test.labels, minlength=len(test.classes))
-    share = len(test.labels) / (counts.count_nonzero() * counts[test.labels])  # weights whose mean is the macro one
-    right = torch.zeros(len(counts), dtype=torch.float64).index_add_(0, test.labels, top1.mean(0))
-    per_class = {test.classes[c]: 100 * (right[c] / counts[c]).item() for c in counts.nonzero().squeeze(1).tolist()}
-    found = {
-        "top1": scores.percent(top1.mean(0)),
-        "top5": scores.percent(top5.mean(0)) if len(test.classes) > 5 else None,
-        "macro": scores.percent(top1.mean(0) * share),
-    }
-    if len(ranked) > 1:
-        found["spread"] = 100 * top1.mean(1).std().item()
-    return found | {"per_class": per_class}
 
 
 # ---- Features in files ----

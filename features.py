@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
@@ -56,27 +56,45 @@ def extract_features(
     Raises:
         ValueError: no images, or one that can't be read, with its name.
     """
-    n, rank, world_size = len(dataset), parallel.rank(), parallel.world_size()
+    n = len(dataset)
     if n == 0:
         raise ValueError("there are no images to compute features of")
+    features, first = None, 0
+    for part in feature_batches(forward, dataset, range(n), batch_size, num_workers, device, autocast):
+        if features is None:
+            features = torch.empty(n, *part.shape[1:])
+        features[first : first + len(part)] = part.cpu()
+        first += len(part)
+    return features
+
+
+def feature_batches(
+    forward: Callable[[Tensor], Tensor],
+    dataset: Dataset,
+    order: Sequence[int],
+    batch_size: int,
+    num_workers: int,
+    device: torch.device | str,
+    autocast: AbstractContextManager | None = None,
+) -> Iterator[Tensor]:
+    """Features (W batch_size, ...) float32 of the images `order` names, in that order; the last batch may be smaller.
+
+    Arguments as in `extract_features`; every process gets all rows, on `device`.
+    """
+    n, rank, world_size = len(order), parallel.rank(), parallel.world_size()
     device, share = torch.device(device), -(-n // world_size)
-    mine = Subset(dataset, [min(rank + j * world_size, n - 1) for j in range(share)])
+    mine = Subset(dataset, [order[min(rank + j * world_size, n - 1)] for j in range(share)])
     loader = DataLoader(
         mine, batch_size, num_workers=min(num_workers, available_cores(), -(-share // batch_size)),
         pin_memory=device.type == "cuda", worker_init_fn=data.init_worker,
     )
-    features, first = None, 0
-    with autocast or nullcontext():
-        for images in readable(loader):
-            with torch.inference_mode():
-                part = forward(images.to(device, non_blocking=True)).float()  # (b, D)
-                part = parallel.gather(part).unflatten(0, (world_size, -1))  # (W, b, D)
-                part = part.transpose(0, 1).flatten(0, 1)[: n - first].cpu()  # in the order of the images
-            if features is None:  # made outside inference mode: a probe may be trained on them
-                features = torch.empty(n, part.shape[1])
-            features[first : first + len(part)] = part
-            first += len(part)
-    return features
+    first = 0
+    for images in readable(loader):
+        with torch.no_grad(), autocast or nullcontext():
+            part = forward(images.to(device, non_blocking=True)).float()  # (b, ...)
+            part = parallel.gather(part).unflatten(0, (world_size, -1))  # (W, b, ...)
+        yield part.transpose(0, 1).flatten(0, 1)[: n - first]  # outside: contexts would reach into the caller
+        first += world_size * len(images)
 
 
 def readable(loader: DataLoader):
@@ -120,21 +138,20 @@ def pixel_features(images: data.Images, num_workers: int = 0) -> Tensor:
     return extract_features(lambda x: x.flatten(1), SmallPictures(images), num_workers=num_workers)
 
 
-# ---- Views: the pairs that alignment compares ----
+# ---- Views: the pairs that alignment compares, the pictures that classifiers are trained on ----
 
 
 class RandomViews(Dataset):
     """index -> (float32 (C, crop, crop), index): a random resized crop, flipped half the time, normalized.
 
-    The crop covers a share of 0.25 to 1 of the area. A view is a function of (index, view) alone.
+    The crop covers a share in `scale` of the area. A view is a function of (index, view) alone.
     """
 
-    SCALE = (0.25, 1.0)
-
     def __init__(
-        self, images: data.Images, crop: int, mean: Sequence[float], std: Sequence[float], view: int
+        self, images: data.Images, crop: int, mean: Sequence[float], std: Sequence[float], view: int,
+        scale: tuple[float, float] = (0.25, 1.0),
     ) -> None:
-        self.images, self.crop, self.view = images, crop, view
+        self.images, self.crop, self.view, self.scale = images, crop, view, scale
         self.mean, self.std = (255 * torch.tensor(v, dtype=torch.float32).view(-1, 1, 1) for v in (mean, std))
 
     def __len__(self) -> int:
@@ -143,7 +160,7 @@ class RandomViews(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         rng = np.random.default_rng((index, self.view))
         image = self.images.load(index)
-        top, left, height, width = random_resized_crop_box(*image.shape[1:], self.SCALE, rng)
+        top, left, height, width = random_resized_crop_box(*image.shape[1:], self.scale, rng)
         image = image[None, :, top : top + height, left : left + width]
         image = F.interpolate(image, size=(self.crop, self.crop), mode="bicubic", antialias=True)[0]
         image = image.flip(-1) if rng.random() < 0.5 else image
@@ -263,25 +280,37 @@ def load_network(args: argparse.Namespace, device: torch.device) -> Network:
 
 def network_features(
     network: Network, images: data.Images, args: argparse.Namespace, device: torch.device, cache: str | os.PathLike,
-    view: int | None = None,
+    view: int | None = None, scale: tuple[float, float] = (0.25, 1.0),
 ) -> Tensor:
     """(N, D) features of the images' centre crops, or of random view number `view`; from `cache` where it has them.
 
     --batch_size_per_gpu, --num_workers and --precision say how they are computed.
     """
     about, mean, std = network.about, network.info["mean"], network.info["std"]
-    if view is not None:
-        dataset = RandomViews(images, about["crop_size"], mean, std, view)
-    elif about["arch"] == PIXELS:
-        dataset = SmallPictures(images)
-    else:
-        dataset = data.EvalImages(images, about["resize_size"], about["crop_size"], mean, std)
+    dataset = pictures(network, images, view, scale)
+    shown = "" if view is None or scale == (0.25, 1.0) else f" scale {scale}"
     fingerprint = {
         "weights": str(about["weights_sha256"]), "images": images_hash(images),
-        "transform": f"{about.get('resize_size')} {about['crop_size']} {mean} {std} view {view}",
-        "network": f"{about['arch']} {args.precision}",
+        "transform": f"{about.get('resize_size')} {about['crop_size']} {mean} {std} view {view}{shown}",
+        "network": f"{about['arch']} {args.precision}" + about.get("output", ""),
     }
-    dtype = PRECISIONS[args.precision]
-    autocast = torch.autocast(device.type, dtype) if dtype else None
+    half = half_context(args.precision, device)
     return cached_features(cache, fingerprint, lambda: extract_features(
-        network.forward, dataset, args.batch_size_per_gpu, args.num_workers, device, autocast))
+        network.forward, dataset, args.batch_size_per_gpu, args.num_workers, device, half))
+
+
+def pictures(
+    network: Network, images: data.Images, view: int | None = None, scale: tuple[float, float] = (0.25, 1.0)
+) -> Dataset:
+    """The images as the network sees them: centre crops, or random view number `view`."""
+    about, mean, std = network.about, network.info["mean"], network.info["std"]
+    if view is not None:
+        return RandomViews(images, about["crop_size"], mean, std, view, scale)
+    if about["arch"] == PIXELS:
+        return SmallPictures(images)
+    return data.EvalImages(images, about["resize_size"], about["crop_size"], mean, std)
+
+
+def half_context(precision: str, device: torch.device) -> AbstractContextManager:
+    dtype = PRECISIONS[precision]
+    return torch.autocast(device.type, dtype) if dtype else nullcontext()

@@ -254,12 +254,3 @@ def knn_predict(
     similarity, index = nearest(test_features, train_features, max(ks), **how)
     ks = [min(k, index.shape[1]) for k in ks]
     return vote(similarity, train_labels.cpu()[index], ks, temperatures, num_classes)
-
-
-def hits(ranked: Tensor, labels: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """(M, ranks) classes -> whether the first, and one of the first five, is right: (M,) bool each.
-
-    As published, k neighbours give at most k of the five.
-    """
-    right = ranked == labels.cpu()[:, None]
-    return right[:, 0], right[:, : min(5, k)].any(1)

@@ -1,6 +1,6 @@
 """Figures of the evaluation scripts: confidence intervals, what features are worth without labels, results' files.
 
-Shapes: N images, D width.
+Shapes: N images, M test images, D width.
 """
 
 from __future__ import annotations
@@ -51,6 +51,42 @@ def percent(scores: Tensor | np.ndarray) -> dict:
     """Mean of scores in [0, 1] with its 95 % interval, both in %: {"value", "interval"}."""
     scores = 100 * np.asarray(scores, np.float64)
     return {"value": float(scores.mean()), "interval": list(bootstrap_interval(scores))}
+
+
+# ---- Classification ----
+
+
+def hits(ranked: Tensor, labels: Tensor, k: int = 5) -> tuple[Tensor, Tensor]:
+    """(M, ranks) classes -> whether the first, and one of the first five, is right: (M,) bool each.
+
+    As published, k neighbours give at most k of the five.
+    """
+    right = ranked == labels.cpu()[:, None]
+    return right[:, 0], right[:, : min(5, k)].any(1)
+
+
+def accuracy(ranked: Sequence[Tensor], labels: Tensor, classes: Sequence[str], k: int = 5) -> dict:
+    """Top-1, top-5 and macro top-1 (the mean over classes) over the draws, each with its interval over test images.
+
+    `spread` is the standard deviation over draws, in points; the macro interval takes the class sizes as given.
+
+    Args:
+        ranked: of each draw, (M, ranks) classes, the best first. labels: (M,). k: as in `hits`.
+    """
+    both = [hits(r, labels, k) for r in ranked]
+    top1, top5 = (torch.stack([b[i] for b in both]).double() for i in (0, 1))  # (draws, M)
+    counts = torch.bincount(labels, minlength=len(classes))
+    share = len(labels) / (counts.count_nonzero() * counts[labels])  # weights whose mean is the macro one
+    right = torch.zeros(len(counts), dtype=torch.float64).index_add_(0, labels, top1.mean(0))
+    per_class = {classes[c]: 100 * (right[c] / counts[c]).item() for c in counts.nonzero().squeeze(1).tolist()}
+    found = {
+        "top1": percent(top1.mean(0)),
+        "top5": percent(top5.mean(0)) if len(classes) > 5 else None,
+        "macro": percent(top1.mean(0) * share),
+    }
+    if len(ranked) > 1:
+        found["spread"] = 100 * top1.mean(1).std().item()
+    return found | {"per_class": per_class}
 
 
 # ---- Without labels ----

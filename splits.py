@@ -38,6 +38,23 @@ def check_labels(where: str, labels: Sequence[Tensor | None]) -> None:
         raise ValueError(f"{where}: one of its parts has labels and the other has none; give both labels, or neither")
 
 
+class Subset:
+    """The images whose rows are in `index`, as a set of images."""
+
+    def __init__(self, images: data.Images, index: Tensor) -> None:
+        self.images, self.index, self.classes = images, index, images.classes
+        self.labels = None if images.labels is None else images.labels[index]
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def load(self, i: int) -> Tensor:
+        return self.images.load(int(self.index[i]))
+
+    def name(self, i: int) -> str:
+        return self.images.name(int(self.index[i]))
+
+
 class Part(NamedTuple):
     """Training or test images: (N, D) features, (N,) labels or None, and the names of the classes."""
 
@@ -87,3 +104,75 @@ def draw_support(labels: Tensor, n: int, seed: int) -> Tensor:
     order = torch.from_numpy(np.random.default_rng(seed).permutation(len(labels)))
     drawn = [order[labels[order] == c][:n] for c in labels.unique()]
     return torch.cat(drawn).sort()[0]
+
+
+def draw_share(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Rows (drawn, left), ascending: `share` of each class's images, rounded, never its last."""
+    order = torch.from_numpy(np.random.default_rng(seed).permutation(len(labels)))
+    drawn = torch.zeros(len(labels), dtype=torch.bool)
+    for c in labels.unique():
+        rows = order[labels[order] == c]
+        drawn[rows[: min(round(share * len(rows)), len(rows) - 1)]] = True
+    return drawn.nonzero().squeeze(1), (~drawn).nonzero().squeeze(1)
+
+
+# ---- What a classifier is trained, chosen and tested on ----
+
+
+class Labelled(NamedTuple):
+    """Images and their (N,) labels, numbers of the task's classes."""
+
+    images: Subset
+    labels: Tensor
+
+
+class Task(NamedTuple):
+    train: Labelled
+    held: Labelled | None  # a part of the training set, to choose by
+    test: Labelled
+    classes: list[str]
+    notes: list[str]
+
+
+def open_task(args: argparse.Namespace, in_chans: int, hold_out: bool) -> Task:
+    """The task of --data_path and --val_data_path; --low_shot, --val_share and --seed say how it is divided.
+
+    One folder without a test part gives a fifth of each class for testing.
+
+    Raises:
+        ValueError, OSError: no such data, no labels, nothing to hold out; in one line.
+    """
+    images = open_parts(args, in_chans)
+    check_labels(f"--data_path {args.data_path}", [i.labels for i in images])
+    if images[0].labels is None:
+        raise ValueError(f"--data_path {args.data_path}: no labels; give train/ and val/ with a folder for each class")
+    notes = []
+    if len(images) == 1:
+        tested, trained = draw_share(images[0].labels, 0.2, args.seed)
+        notes.append(f"one set of images: {len(tested)} of them, a fifth of each class, are kept for testing")
+        parts = [Subset(images[0], trained), Subset(images[0], tested)]
+        if not len(tested):
+            raise ValueError(f"--data_path {args.data_path}: too few images to keep some for testing; give a val/ part")
+    else:
+        parts = [Subset(i, torch.arange(len(i))) for i in images]
+    train, test = match_classes(*(Part(torch.empty(len(p), 0), p.labels, p.classes) for p in parts))
+    rows = torch.arange(len(train.labels))
+    if args.low_shot:
+        rows = draw_share(train.labels, 1 - args.low_shot, args.seed)[1]  # what is left: at least one of each class
+        notes.append(f"--low_shot {args.low_shot:g}: {len(rows)} of {len(train.labels)} training images")
+    held = None
+    if hold_out:
+        drawn, left = draw_share(train.labels[rows], args.val_share, args.seed + 1)
+        if not len(drawn):
+            raise ValueError(f"--val_share {args.val_share:g}: leaves no image to choose by; raise it, or give one "
+                             "setting to train")
+        notes.append(f"{len(drawn)} of {len(rows)} training images are held out to choose by")
+        held, rows = labelled(parts[0], train.labels, rows[drawn]), rows[left]
+    notes += notes_on_classes(train._replace(labels=train.labels[rows]), test)
+    whole = torch.arange(len(test.labels))
+    trained, tested = labelled(parts[0], train.labels, rows), labelled(parts[1], test.labels, whole)
+    return Task(trained, held, tested, train.classes, notes)
+
+
+def labelled(images: Subset, labels: Tensor, rows: Tensor) -> Labelled:
+    return Labelled(Subset(images, rows), labels[rows])

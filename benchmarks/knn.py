@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from knn import hits, knn_predict  # noqa: E402
+from knn import knn_predict  # noqa: E402
+from scores import hits  # noqa: E402
 
 TEMPERATURE = 0.07
 ROUNDING = 0.05  # points: near ties of votes may fall the other way
