@@ -29,16 +29,18 @@ class Video(NamedTuple):
     annotations: dict[int, Path]
     objects: list[int]  # labels of the first annotation
     void: int | None  # the label of pixels that nobody judges
+    merged: bool = False  # all labels stand for the one object
 
 
 def find_videos(data_path: str, resolution: str = "", image_set: str = "", names: Sequence[str] = (),
-                in_chans: int = 3) -> list[Video]:
+                merge: bool = False, in_chans: int = 3) -> list[Video]:
     """The sequences of a folder in the layout above, all checked.
 
     Args:
         resolution: folder below JPEGImages/ and Annotations/; "" finds it.
         image_set: list below ImageSets/; "" takes the first of `LISTS` there is, and without any every sequence.
         names: only these sequences.
+        merge: all objects of a sequence are one, the first, as in DAVIS 2016.
 
     Raises:
         ValueError, OSError: one line that names the flag, the value and the remedy.
@@ -57,7 +59,8 @@ def find_videos(data_path: str, resolution: str = "", image_set: str = "", names
     listed = [name for name in listed if name in names] if names else listed
     if not listed:
         raise FileNotFoundError(f"{where}: there are no sequences in {frames}")
-    return [open_video(name, frames / name, root / "Annotations" / below / name, in_chans) for name in listed]
+    videos = [open_video(name, frames / name, root / "Annotations" / below / name, in_chans) for name in listed]
+    return [video._replace(objects=video.objects[:1], merged=True) for video in videos] if merge else videos
 
 
 def find_resolution(folder: Path, resolution: str) -> Path:
@@ -108,13 +111,9 @@ def open_video(name: str, folder: Path, annotated: Path, in_chans: int = 3) -> V
     return Video(name, frames, annotations, objects or [masks.VOID], masks.VOID if objects else None)
 
 
-def read_annotation(video: Video, frame: int, merge: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """A frame's labels, and where they are void: integers and bool (height, width).
-
-    Args:
-        merge: all objects have the first one's label, as in DAVIS 2016.
-    """
+def read_annotation(video: Video, frame: int) -> tuple[np.ndarray, np.ndarray]:
+    """A frame's labels, and where they are void: integers and bool (height, width)."""
     labels = masks.read_labels(video.annotations[frame])
     void = labels == (-1 if video.void is None else video.void)
     labels = np.where(void, 0, labels)
-    return np.where(labels > 0, video.objects[0], 0) if merge else labels, void
+    return np.where(labels > 0, video.objects[0], 0) if video.merged else labels, void

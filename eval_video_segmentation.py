@@ -56,7 +56,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--n_last_frames", type=flags.count, default=7, help="frames before the current one that labels come from")
     add("--size_mask_neighborhood", type=flags.count, default=12,
         help="labels come from patches within so many rows and columns; 0: from all")
-    add("--topk", type=flags.positive_int, default=5, help="patches that a patch's labels come from, of all these frames")
+    add("--topk", type=flags.positive_int, default=5, help="most similar patches, of all these frames, that count")
     add("--bs", type=flags.positive_int, default=6, help="frames shown to the network at once")
     add("--seed", type=flags.count, default=0, help="of an untrained network")
     add("--output_dir", default="output/davis", help="for <sequence>/<frame>.png and eval_video_segmentation.json")
@@ -150,6 +150,9 @@ def load_forward(args: argparse.Namespace, device: torch.device) -> tuple[Callab
         FileNotFoundError, ValueError: no such weights, or no patches.
     """
     if args.arch == PIXELS:
+        if args.pretrained_weights:
+            raise ValueError(f"--pretrained_weights {args.pretrained_weights}: --arch {PIXELS} has no weights; "
+                             "leave one of them out")
         about = {"arch": PIXELS, "patch_size": args.patch_size, "weights": None, "weights_sha256": None,
                  "in_chans": 3, "mean": IMAGENET_MEAN, "std": IMAGENET_STD}
         return lambda x: F.pixel_unshuffle(x, args.patch_size).movedim(1, -1), about
@@ -191,7 +194,7 @@ def frame_features(frames: Sequence[Path], forward: Callable[[Tensor], Tensor], 
 def segment_video(video: davis.Video, forward: Callable[[Tensor], Tensor], about: Mapping, args: argparse.Namespace,
                   device: torch.device) -> Iterator[np.ndarray]:
     """Labels (height, width) of each frame; the first frame's are its annotation's."""
-    first, _ = davis.read_annotation(video, 0, args.merge_objects)
+    first, _ = davis.read_annotation(video, 0)
     size = network_size(*first.shape, args.image_size, about["patch_size"])
     h, w = (side // about["patch_size"] for side in size)
     features = frame_features(video.frames, forward, about, size, args.bs, device)
@@ -214,15 +217,14 @@ def evaluate_video(video: davis.Video, forward: Callable[[Tensor], Tensor], abou
     The first frame is given, and the last one is left out as in DAVIS 2017.
     """
     started, measured = time.perf_counter(), {"propagated": [], "first mask copied": []}
-    first, _ = davis.read_annotation(video, 0, args.merge_objects)
-    objects = video.objects[:1] if args.merge_objects else video.objects
+    first, _ = davis.read_annotation(video, 0)
     for i, found in enumerate(segment_video(video, forward, about, args, device)):
         masks.write_labels(found, Path(args.output_dir, video.name, f"{video.frames[i].stem}.png"))
         if i in video.annotations and 0 < i < len(video.frames) - 1:
-            truth, void = davis.read_annotation(video, i, args.merge_objects)
+            truth, void = davis.read_annotation(video, i)
             for name, labels in (("propagated", found), ("first mask copied", first)):
-                measured[name].append(frame_scores(labels, truth, void, objects))
-    print(f"{video.name}: {len(video.frames)} frames, {len(objects)} object(s), "
+                measured[name].append(frame_scores(labels, truth, void, video.objects))
+    print(f"{video.name}: {len(video.frames)} frames, {len(video.objects)} object(s), "
           f"{(time.perf_counter() - started) / len(video.frames):.2f} s a frame", flush=True)
     return measured
 
@@ -276,7 +278,8 @@ def evaluate_video_segmentation(args: argparse.Namespace) -> dict:
         device = parallel.start(args.device, args.dist_url)
         forward, about = load_forward(args, device)
         network_size(64, 64, args.image_size, about["patch_size"])  # a wrong flag is named before any work
-        videos = davis.find_videos(args.data_path, args.resolution, args.image_set, args.sequences, about["in_chans"])
+        videos = davis.find_videos(args.data_path, args.resolution, args.image_set, args.sequences, args.merge_objects,
+                                   about["in_chans"])
         if os.path.exists(args.output_dir) and not os.path.isdir(args.output_dir):
             raise ValueError(f"--output_dir {args.output_dir}: it is a file; give a folder")
         measured = parallel.map_shared(lambda i: evaluate_video(videos[i], forward, about, args, device), len(videos))

@@ -11,8 +11,6 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 
 TOLERANCE = 0.008  # of the contours' match, as a share of the picture's diagonal
 
@@ -36,10 +34,14 @@ def contour(mask: np.ndarray) -> np.ndarray:
 
 def dilate(mask: np.ndarray, radius: int) -> np.ndarray:
     """Pixels no farther than `radius` from one of the mask's: bool (height, width)."""
-    across = np.arange(-radius, radius + 1)
-    disk = torch.from_numpy(across[:, None] ** 2 + across**2 <= radius**2).float()
-    counts = F.conv2d(torch.from_numpy(mask)[None, None].float(), disk[None, None], padding=radius)
-    return (counts[0, 0] > 0.5).numpy()
+    height, width = mask.shape
+    rows, columns = mask.nonzero()
+    dilated = np.zeros((height + 2 * radius, width + 2 * radius), bool)
+    for down in range(2 * radius + 1):
+        for right in range(2 * radius + 1):
+            if (down - radius) ** 2 + (right - radius) ** 2 <= radius**2:
+                dilated[rows + down, columns + right] = True  # a contour is few pixels, a disk is many
+    return dilated[radius : radius + height, radius : radius + width]
 
 
 def contour_accuracy(found: np.ndarray, truth: np.ndarray, ignored: np.ndarray | None = None,
