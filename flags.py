@@ -89,10 +89,22 @@ def add_network_flags(parser: argparse.ArgumentParser) -> None:
     add("--precision", choices=("fp32", "fp16", "bf16"), default="fp32", help="of the network")
 
 
-def add_launch_flags(parser: argparse.ArgumentParser) -> None:
-    """Where a script runs."""
+def add_dense_flags(parser: argparse.ArgumentParser) -> None:
+    """Network of the scripts that look at whole pictures, patch by patch: nothing is cropped or batched."""
+    add = parser.add_argument_group("network and its pictures").add_argument
+    add("--pretrained_weights", default="", help="a checkpoint or weights; empty: an untrained network")
+    add("--checkpoint_key", default="teacher", help="part of the checkpoint: teacher or student")
+    add("--arch", default="vit_small", help="a Vision Transformer; where the weights do not say")
+    add("--patch_size", type=positive_int, default=16, help="where the weights do not say")
+    add("--image_size", type=positive_int, default=480, metavar="PIXELS",
+        help="shorter side as the network sees it, rounded down to whole patches; the proportions are kept")
+
+
+def add_launch_flags(parser: argparse.ArgumentParser, workers: bool = True) -> None:
+    """Where a script runs; workers=False for one that loads its images itself."""
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--num_workers", type=count, default=10, help="processes a process that load images")
+    if workers:
+        parser.add_argument("--num_workers", type=count, default=10, help="processes a process that load images")
     parser.add_argument("--dist_url", default="env://", help="where the processes of a distributed run meet")
     # Launchers of older torch passed it; torchrun's LOCAL_RANK is what counts.
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help="accepted and ignored")

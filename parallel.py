@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import os
 import subprocess
+from collections.abc import Callable
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+Result = TypeVar("Result")
 
 TIMEOUT_MINUTES = 10  # a rank that died or hangs ends the others after this long
 
@@ -66,6 +70,25 @@ def gather_objects(value) -> list:
     values = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def map_shared(work: Callable[[int], Result], n: int) -> list[Result]:
+    """[work(0), ..., work(n - 1)], each item computed by one of the processes; all of them get the whole list.
+
+    Process r of W takes items r, r + W, ... An item is a small Python value; a ValueError or OSError that ends the
+    work of one process is raised in all of them, so that none waits for ever.
+    """
+    mine, error = [], None
+    try:
+        for i in range(rank(), n, world_size()):
+            mine.append(work(i))
+    except (ValueError, OSError) as raised:
+        error = raised
+    parts = gather_objects((mine, error))
+    for _, raised in parts:
+        if raised is not None:
+            raise raised
+    return [parts[i % len(parts)][0][i // len(parts)] for i in range(n)]
 
 
 def launch_environment() -> dict[str, str]:

@@ -1,0 +1,303 @@
+"""Masks against loops and by hand, folders of masks, the figures' choices, and the script end to end."""
+
+import itertools
+import json
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+from processes import ENV, free_port
+
+import eval_segmentation as script
+import masks
+import parallel
+import plots
+import shapes
+import sources
+
+# ---- Masks of patches and of pixels ----
+
+
+@pytest.mark.parametrize("height, width, image_size, patch", [
+    (30, 40, [48], 8), (40, 27, [32], 8), (31, 57, [50], 16), (96, 96, [96], 8), (9, 70, [16], 16)])
+def test_enlarge_gives_each_pixel_its_nearest_patch(height, width, image_size, patch):
+    """Patch centres are laid back onto the picture; its pixels look for the nearest one."""
+    shorter = image_size[0] // patch * patch
+    scale = shorter / min(height, width)  # of both sides, to rounding
+    scaled = [max(shorter, round(side * scale)) for side in (height, width)]
+    h, w = (side // patch for side in scaled)
+    mask = np.random.default_rng(0).random((2, h, w)) < 0.5
+    found = script.enlarge(mask, height, width, image_size, patch)
+    assert found.shape == (2, height, width)
+    for y, x in itertools.product(range(height), range(width)):
+        def gap(i, n, side, count):
+            return [abs((i + 0.5) * side / n - (k + 0.5) * patch) for k in range(count)]
+        rows, columns = gap(y, height, scaled[0], h), gap(x, width, scaled[1], w)
+        if sorted(rows)[:2].count(min(rows)) == 1 and sorted(columns)[:2].count(min(columns)) == 1:
+            assert (found[:, y, x] == mask[:, rows.index(min(rows)), columns.index(min(columns))]).all()
+
+
+def test_kmeans_takes_what_touches_less_of_the_border():
+    inside = np.zeros((7, 9), bool)
+    inside[2:5, 2:8] = True
+    rng = np.random.default_rng(0)
+    for object_of in (inside, ~inside):  # whichever cluster is numbered first
+        tokens = np.where(object_of[..., None], [4.0, 0, 1], [0, 3.0, 1]) + 0.1 * rng.standard_normal((7, 9, 3))
+        assert (script.kmeans_mask(tokens) == inside).all()
+    cut = np.zeros((7, 9), bool)
+    cut[:4, 1:5] = True  # 4 of the 28 patches of the border
+    assert (script.kmeans_mask(np.where(cut[..., None], [4.0, 0], [0, 3.0])) == cut).all()
+    assert not script.kmeans_mask(np.ones((3, 4, 2))).any() and not script.kmeans_mask(np.ones((1, 1, 2))).any()
+
+
+def test_centre_box_by_hand():
+    assert script.centre_box(4, 6, 0.5).astype(int).tolist() == [
+        [0] * 6, [0, 0, 1, 1, 0, 0], [0, 0, 1, 1, 0, 0], [0] * 6]
+    assert script.centre_box(5, 7, 1.0).all()
+    assert script.centre_box(100, 200, 0.6).mean() == pytest.approx(0.36)
+
+
+# ---- Folders ----
+
+
+def write_pair(root, stem, mask, layout=("images", "masks"), mode="L", size=None):
+    """A picture of its mask's size, noise with a bright foreground; the mask in a mode of Pillow."""
+    height, width = size or mask.shape
+    rng = np.random.default_rng(len(stem))
+    pixels = rng.integers(0, 100, (height, width, 3)) + (0 if size else 120 * (mask > 0)[..., None])
+    for folder in layout:
+        (root / folder).mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels.astype(np.uint8)).save(root / layout[0] / f"{stem}.jpg")
+    path = root / layout[1] / f"{stem}.png"
+    if mode == "P":
+        masks.write_labels(mask, path)
+    elif mode == "1":
+        Image.fromarray(mask > 0).save(path)
+    else:
+        Image.fromarray(mask.astype(np.uint8)).convert(mode).save(path)
+
+
+def square(value=255, height=40, width=56):
+    mask = np.zeros((height, width), int)
+    mask[8:24, 16:40] = value
+    return mask
+
+
+@pytest.mark.parametrize("mode, value", [("L", 255), ("L", 1), ("1", 1), ("P", 3), ("P", 255), ("RGB", 200),
+                                         ("RGBA", 200), ("LA", 9)])
+def test_anything_but_zero_is_foreground(tmp_path, mode, value):
+    write_pair(tmp_path, "a", square(value), mode=mode)
+    image, truth, ignored = masks.open_masked(str(tmp_path)).load(0)
+    assert image.shape == (3, 40, 56) and (truth == (square() > 0)).all() and not ignored.any()
+
+
+def test_voc(tmp_path):
+    layout = "JPEGImages", "SegmentationClass"
+    labels = square(15)
+    labels[8:10] *= 17  # 255: the border that nobody judges
+    for stem in "abc":
+        write_pair(tmp_path, stem, labels, layout, "P")
+    Image.new("RGB", (5, 5)).save(tmp_path / "JPEGImages" / "d.jpg")
+    opened = masks.open_masked(str(tmp_path))
+    assert len(opened.names) == 3 and opened.notes == ["1 of 4 pictures have no mask and are left out"]
+    _, truth, ignored = opened.load(1)
+    assert (truth == (labels == 15)).all() and (ignored == (labels == 255)).all()
+    listed = tmp_path / masks.VOC_LIST
+    listed.parent.mkdir(parents=True)
+    listed.write_text("c\na\n")
+    opened = masks.open_masked(str(tmp_path))
+    assert [name[-5:] for name in opened.names] == ["c.jpg", "a.jpg"] and not opened.notes
+    listed.write_text("a\nd\n")
+    with pytest.raises(FileNotFoundError, match="lists d, but there is no SegmentationClass/d"):
+        masks.open_masked(str(tmp_path))
+
+
+def test_drawn_pictures_are_held_out():
+    opened = masks.open_masked("shapes:3x32")
+    picture, _, mask = shapes.draw(sources.VAL_START + 2, 32)
+    image, truth, ignored = opened.load(2)
+    assert len(opened.names) == 3 and (truth == mask).all() and not ignored.any()
+    assert (image.permute(1, 2, 0).numpy() == picture).all()
+
+
+def test_a_turned_picture_has_the_size_that_is_seen(tmp_path):
+    write_pair(tmp_path, "a", square())
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (40, 56)).save(tmp_path / "images" / "a.jpg", exif=exif)
+    assert masks.open_masked(str(tmp_path)).load(0)[0].shape == (3, 40, 56)
+
+
+def test_palette_is_that_of_voc():
+    colors = np.array(masks.palette()).reshape(256, 3)
+    known = {0: (0, 0, 0), 1: (128, 0, 0), 2: (0, 128, 0), 4: (0, 0, 128), 7: (128, 128, 128), 8: (64, 0, 0),
+             15: (192, 128, 128), 20: (0, 64, 128), 21: (128, 64, 128), 255: (224, 224, 192)}
+    assert {label: tuple(colors[label].tolist()) for label in known} == known
+
+
+# ---- Figures ----
+
+
+def test_choices_are_made_on_one_part_and_judged_on_the_other():
+    validation = np.array([True, True, False, False, False])
+    heads = np.array([[0.2, 0.9], [0.4, 0.3], [0.5, 0.1], [0.6, 0.2], [0.0, 0.3]])  # head 1 by 0.6 to 0.3
+    box = np.zeros((5, len(script.BOX_SIDES)))
+    box[:, 3] = 0.5
+    measured = {("network", "heads"): heads, ("network", "mean"): heads[:, :1], ("", "box"): box}
+    found = {row["mask"]: row for row in script.summarize(measured, validation)}
+    value = lambda mask, column: found[mask][column] and found[mask][column]["value"]  # noqa: E731
+    assert value("best head", "jaccard") == pytest.approx(100 * (0.9 + 0.4 + 0.5 + 0.6 + 0.3) / 5)
+    assert value("best head", "jaccard_held_out") == pytest.approx(100 * (0.5 + 0.6 + 0.3) / 3)
+    assert found["one head"]["chosen"] == "head 1" and value("one head", "jaccard") is None
+    assert value("one head", "jaccard_held_out") == pytest.approx(100 * (0.1 + 0.2 + 0.3) / 3)
+    assert value("mean of heads", "jaccard_held_out") == pytest.approx(100 * 1.1 / 3)
+    assert found["centre box"]["chosen"] == "sides x 0.45" and value("centre box", "jaccard_held_out") == 50
+    none = script.summarize(measured, np.zeros(5, bool))
+    assert [row["mask"] for row in none] == ["best head", "mean of heads"] and none[0]["jaccard_held_out"] is None
+
+
+def test_validation_part():
+    assert [script.validation_part(n, 0.2, 0).sum() for n in (1, 2, 10, 300)] == [0, 1, 2, 60]
+    assert script.validation_part(10, 0, 0).sum() == 0 and script.validation_part(3, 0.9, 0).sum() == 2
+    parts = [script.validation_part(50, 0.2, seed).tolist() for seed in (0, 0, 1)]
+    assert parts[0] == parts[1] != parts[2]
+
+
+def test_an_error_of_one_process_is_raised_in_all(monkeypatch):
+    assert parallel.map_shared(lambda i: i * i, 5) == [0, 1, 4, 9, 16] and parallel.map_shared(str, 0) == []
+    monkeypatch.setattr(parallel, "gather_objects", lambda mine: [mine, ([], OSError("x.png is broken"))])
+    with pytest.raises(OSError, match="broken"):
+        parallel.map_shared(lambda i: i, 4)
+
+
+# ---- The script ----
+
+SMALL = ["--arch", "vit_nano", "--patch_size", "8", "--image_size", "32", "--device", "cpu"]
+
+
+def run(data, out, *flags):
+    flags = ["--data_path", data, "--output_dir", out, *SMALL, *flags]
+    return script.main(script.get_args_parser().parse_args([str(flag) for flag in flags]))
+
+
+def read(out):
+    return json.loads((out / "eval_segmentation.json").read_text())
+
+
+def test_a_head_that_sees_the_object_is_found(tmp_path, monkeypatch):
+    """Attention that is 60 % on the object's own patches, in head 1 alone; the others see a corner."""
+    truth = np.zeros((4, 5), bool)
+    truth[1:3, 2:4] = True
+    for i in range(6):
+        write_pair(tmp_path, f"{i}", np.kron(truth, np.ones((8, 8))))
+    right = np.where(truth, 0.2, 0.2 / 16)
+    wrong = np.full((4, 5), 0.1 / 19)
+    wrong[0, 0] = 0.9
+    attention = np.stack([wrong, right, wrong])
+    monkeypatch.setattr(script.visualize_attention, "look", lambda *args: (None, attention, truth[..., None] * 1.0))
+    assert run(tmp_path, tmp_path / "out", "--threshold", "0.7", "--pretrained_weights", "") == 0
+    found = {row["mask"]: row for row in read(tmp_path / "out")["results"]}
+    assert found["best head"]["jaccard"]["value"] == found["one head"]["jaccard_held_out"]["value"] == 100
+    assert found["one head"]["chosen"] == "head 1" and found["k-means"]["jaccard"]["value"] == 100
+    mean = plots.threshold_mask(attention.mean(0), 0.7)
+    expected = 100 * (mean & truth).sum() / (mean | truth).sum()
+    assert found["mean of heads"]["jaccard"]["value"] == pytest.approx(expected)
+    side = float(found["centre box"]["chosen"].split()[-1])
+    fits = [script.segmentation_scores.jaccard(script.centre_box(32, 40, s), np.kron(truth, np.ones((8, 8))) > 0)
+            for s in script.BOX_SIDES]
+    assert side == script.BOX_SIDES[int(np.argmax(fits))]
+
+
+def test_pictures_of_all_sorts(tmp_path, capsys):
+    """Two sizes, a grey picture, an empty mask, a 1-bit mask, and one that has no mask."""
+    write_pair(tmp_path, "a", square())
+    write_pair(tmp_path, "bb", square(height=60, width=44), mode="1")
+    write_pair(tmp_path, "ccc", square())
+    Image.new("L", (56, 40), 90).save(tmp_path / "images" / "ccc.jpg")
+    write_pair(tmp_path, "dddd", square(0))
+    Image.new("RGB", (9, 9)).save(tmp_path / "images" / "e.jpg")
+    assert run(tmp_path, tmp_path / "out", "--save_masks", "2") == 0
+    report, printed = read(tmp_path / "out"), capsys.readouterr().out
+    assert report["images"] == 3 and report["held_out"] == 2
+    assert "1 of 4 images have no foreground" in printed and "1 of 5 pictures have no mask" in printed
+    assert Image.open(tmp_path / "out" / "masks.png").size == (6 + 6 * 206, 32 + 6 + 2 * 149)
+    assert {row["network"] for row in report["results"]} == {"random weights", "-"}
+
+
+def test_one_picture(tmp_path, capsys):
+    write_pair(tmp_path, "a", square())
+    assert run(tmp_path, tmp_path / "out", "--save_masks", "9") == 0
+    assert "no validation part" in capsys.readouterr().out
+    assert [row["mask"] for row in read(tmp_path / "out")["results"]] == ["best head", "mean of heads", "k-means"]
+
+
+def test_weights_stand_beside_random_ones_and_two_processes_agree(tmp_path):
+    from vision_transformer import vit_nano
+
+    torch.manual_seed(1)
+    torch.save(vit_nano(8, img_size=32).state_dict(), tmp_path / "weights.pth")
+    flags = ["--data_path", "shapes:7x32", *SMALL, "--pretrained_weights", str(tmp_path / "weights.pth")]
+    environment = ENV | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    command = [sys.executable, str(ROOT / "eval_segmentation.py"), *flags, "--output_dir", str(tmp_path / "two")]
+    started = [subprocess.Popen(command, env=environment | {"RANK": str(rank)}) for rank in (0, 1)]
+    assert [process.wait(120) for process in started] == [0, 0]
+    assert run("shapes:7x32", tmp_path / "one", *flags[2:]) == 0
+    one, two = read(tmp_path / "one"), read(tmp_path / "two")
+    assert one["results"] == two["results"] and one["weights_sha256"] == two["weights_sha256"]
+    rows = {(row["network"], row["mask"]): row for row in one["results"]}
+    assert len(rows) == 8 and len(one["weights_sha256"]) == 64
+    assert rows["network", "best head"]["jaccard"] != rows["random weights", "best head"]["jaccard"]
+    assert all(0 <= row["jaccard_held_out"]["value"] <= 100 for row in rows.values())
+
+
+@pytest.mark.parametrize("flags, message", [
+    (("--data_path", "nowhere"), "--data_path 'nowhere'"),
+    (("--data_path", "shapes:x"), "--data_path 'shapes:x'"),
+    (("--arch", "resnet18"), "--arch resnet18: has no class token"),
+    (("--pretrained_weights", "nothing.pth"), "nothing.pth: no such file"),
+    (("--image_size", "7"), "--image_size 7"),
+    (("--layer", "4"), "--layer 4"),
+    (("--device", "cuda:99"), "--device cuda:99"),
+])
+def test_bad_input_is_refused_in_one_line(flags, message, tmp_path, capsys):
+    assert run("shapes:2x32", tmp_path / "out", *flags) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and error.startswith("eval_segmentation.py: error: ") and message in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_masks_are_named(tmp_path, capsys):
+    def refused(message):
+        assert run(tmp_path / "data", tmp_path / "out") == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and message in error and not (tmp_path / "out").exists()
+
+    write_pair(tmp_path / "data", "a", square(0))
+    refused("every mask is empty")
+    write_pair(tmp_path / "data", "b", square(), size=(40, 57))
+    refused("masks/b.png is 56 x 40 pixels and its picture 57 x 40")
+    (tmp_path / "data" / "masks" / "b.png").write_bytes(b"no picture")
+    refused("masks/b.png: not a picture")
+    for path in (tmp_path / "data" / "masks").iterdir():
+        path.unlink()
+    refused("no picture of images/ has a mask of its name in masks/")
+
+
+@pytest.mark.parametrize("flags", [("--threshold", "0"), ("--threshold", "1.1"), ("--val_share", "1"),
+                                   ("--save_masks", "-1")])
+def test_bad_flags(flags, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        script.get_args_parser().parse_args(flags)
+    assert stopped.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+def test_math_of_the_interval_is_over_images(tmp_path):
+    """Of two held-out images with Jaccard 0 and 1, the interval reaches from 0 to 100."""
+    measured = {("network", "mean"): np.array([[0.0], [1.0]])}
+    row, = script.summarize(measured, np.zeros(2, bool))
+    assert row["jaccard"] == {"value": 50.0, "interval": [0.0, 100.0]} and math.isfinite(row["jaccard"]["value"])
