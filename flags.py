@@ -78,14 +78,21 @@ fraction = number(float, 0, 1)
 
 def add_network_flags(parser: argparse.ArgumentParser) -> None:
     """What features.load_network and features.network_features read."""
-    add = parser.add_argument_group("network and its pictures").add_argument
+    group = parser.add_argument_group("network and its pictures")
+    add_weights_flags(group)
+    add = group.add_argument
+    add("--resize_size", type=count, default=0, help="pixels of the shorter side; 0: crop size x 256 / 224")
+    add("--crop_size", type=count, default=0, help="of the centre crop; 0: the weights' global crops, or 224")
+    add("--batch_size_per_gpu", type=positive_int, default=128, help="images a process and batch")
+
+
+def add_weights_flags(parser: argparse._ActionsContainer) -> None:
+    """The network alone, for scripts that make its pictures in their own way."""
+    add = parser.add_argument
     add("--pretrained_weights", default="", help="a checkpoint or weights; empty: an untrained network")
     add("--checkpoint_key", default="teacher", help="part of the checkpoint: teacher or student")
     add("--arch", default="vit_small", help="where the weights do not say; `pixels` compares raw 32 x 32 pictures")
     add("--patch_size", type=positive_int, default=16, help="where the weights do not say")
-    add("--resize_size", type=count, default=0, help="pixels of the shorter side; 0: crop size x 256 / 224")
-    add("--crop_size", type=count, default=0, help="of the centre crop; 0: the weights' global crops, or 224")
-    add("--batch_size_per_gpu", type=positive_int, default=128, help="images a process and batch")
     add("--precision", choices=("fp32", "fp16", "bf16"), default="fp32", help="of the network")
 
 

@@ -1,0 +1,211 @@
+"""Copy detection: both layouts of the ground truth, the figures against loops, the script end to end."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image, ImageOps
+from processes import ENV, free_port
+from test_retrieval import oracle_ap, oracle_micro
+
+import eval_copy_detection
+import retrieval
+import shapes
+from vision_transformer import build_backbone
+
+EDITS = {
+    "grey": lambda p: ImageOps.grayscale(p), "flip": lambda p: ImageOps.mirror(p),
+    "crop": lambda p: p.crop((8, 4, 40, 44)),
+}
+
+
+@pytest.fixture
+def copies(tmp_path):
+    """Eight drawn pictures, six of which were copied in three ways, and two queries that are no copies."""
+    folder = tmp_path / "copies"
+    for name in ("database", "queries"):
+        (folder / name).mkdir(parents=True)
+    lines = ["query,match,attack"]
+    for i in range(8):
+        picture = Image.fromarray(shapes.draw(i, 48)[0])
+        picture.save(folder / "database" / f"{i}.png")
+        for name, edit in EDITS.items() if i < 6 else ():
+            edit(picture).save(folder / "queries" / f"{i}_{name}.png")
+            lines.append(f"{i}_{name}.png,{i}.png,{name}")
+    for i in range(2):
+        Image.fromarray(shapes.draw(100 + i, 48)[0]).save(folder / "queries" / f"none_{i}.png")
+        lines.append(f"none_{i}.png,,grey")
+    lines.append("0_flip.png,7.png,flip")  # a second match
+    (folder / "ground_truth.csv").write_text("\n".join(lines) + "\n\n")
+    return folder
+
+
+NETWORK = ("--arch", "vit_nano", "--patch_size", 8, "--image_size", 32, "--num_workers", 0, "--device", "cpu",
+           "--batch_size_per_gpu", 5)
+
+
+def run(*args):
+    return eval_copy_detection.main(eval_copy_detection.get_args_parser().parse_args([*map(str, args)]))
+
+
+def report(folder):
+    return json.loads((folder / "eval_copy_detection.json").read_text())
+
+
+# ---- Ground truth ----
+
+
+def test_csv(copies):
+    found = eval_copy_detection.read_copies(str(copies))
+    assert found.database == [f"database/{i}.png" for i in range(8)] and len(found.queries) == 20
+    assert found.queries[:3] == ["queries/0_grey.png", "queries/0_flip.png", "queries/0_crop.png"]
+    assert found.matches[:4] == [[0], [0, 7], [0], [1]] and found.matches[-2:] == [[], []]
+    assert found.attacks[:3] == ["grey", "flip", "crop"] and found.attacks[-1] == "grey"
+
+
+def test_copydays_layout(tmp_path):
+    for name in ("original/200000.jpg", "original/200100.jpg", "strong/200001.jpg", "strong/200102.jpg",
+                 "strong/209901.jpg", "jpeg/3/200000.jpg", "jpeg/75/200100.jpg", "crop/10/200000.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (9, 9)).save(tmp_path / name)
+    found = eval_copy_detection.read_copies(str(tmp_path))
+    assert found.database == ["original/200000.jpg", "original/200100.jpg"]
+    assert list(zip(found.queries, found.matches, found.attacks, strict=True)) == [
+        ("strong/200001.jpg", [0], "strong"), ("strong/200102.jpg", [1], "strong"), ("strong/209901.jpg", [], "strong"),
+        ("jpeg/3/200000.jpg", [0], "jpeg3"), ("jpeg/75/200100.jpg", [1], "jpeg75"),
+        ("crop/10/200000.jpg", [0], "crop10")]
+    Image.new("RGB", (9, 9)).save(tmp_path / "original/200001.jpg")
+    with pytest.raises(ValueError, match="begin with 2000"):
+        eval_copy_detection.read_copies(str(tmp_path))
+
+
+@pytest.mark.parametrize("text, message", [
+    ("", "has to begin with the line query,match,attack"),
+    ("a.png,0.png,grey\n", "has to begin with"),
+    ("query,match,attack\n", "ground_truth.csv is empty"),
+    ("query,match,attack\n0_grey.png,0.png\n", "'0_grey.png,0.png' is no query,match,attack"),
+    ("query,match,attack\n0_grey.png,99.png,grey\n", "'99.png', the match of '0_grey.png', is not in database/"),
+    ("query,match,attack\n0_grey.png,0.png,a\n0_grey.png,1.png,b\n", "two attacks"),
+    ("query,match,attack\nnothing.png,0.png,grey\n", "'nothing.png'; put them there"),
+    ("query,match,attack\n0_grey.png,,grey\n", "none of its 1 queries has a match"),
+])
+def test_wrong_ground_truth_is_refused_in_one_line(copies, text, message, capsys, tmp_path):
+    (copies / "ground_truth.csv").write_text(text)
+    assert run("--data_path", copies, "--output_dir", tmp_path / "out", *NETWORK) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("eval_copy_detection.py: error: --data_path")
+    assert error.count("\n") == 1 and message in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_bad_input(copies, capsys, tmp_path):
+    cases = [(("--data_path", tmp_path / "nowhere"), "neither ground_truth.csv nor original/"),
+             (("--data_path", copies, "--distractors", "nowhere", *NETWORK), "--distractors 'nowhere'"),
+             (("--data_path", copies, "--pretrained_weights", "no.pth"), "no.pth: no such file")]
+    for args, message in cases:
+        assert run(*args, "--output_dir", tmp_path / "out") == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and message in error
+    assert not (tmp_path / "out").exists()
+
+
+# ---- Figures ----
+
+
+def test_figures_against_loops():
+    rng = np.random.default_rng(0)
+    matches = [[2], [], [0, 5], [7], [1], []]
+    attacks = ["blur", "blur", "text", "text", "blur", "none"]
+    found = rng.standard_normal((6, 9))
+    rows = eval_copy_detection.measure(found, matches, attacks)
+    assert [(r["attack"], r["queries"]) for r in rows] == [("all", 6), ("blur", 3), ("text", 2), ("none", 1)]
+    for row in rows:
+        some = [q for q in range(6) if row["attack"] in ("all", attacks[q])]
+        relevant = np.array([[m in matches[q] for m in range(9)] for q in some])
+        if not relevant.any():
+            assert row["mAP"] is None and row["uAP"] is None
+            continue
+        expected = [oracle_ap(found[q], set(matches[q])) for q in some if matches[q]]
+        assert row["mAP"]["value"] == pytest.approx(100 * np.mean(expected))
+        assert row["uAP"]["value"] == pytest.approx(100 * oracle_micro(found[some], relevant))
+        assert row["uAP"]["interval"][0] <= row["uAP"]["value"] <= row["uAP"]["interval"][1]
+    assert [r["attack"] for r in eval_copy_detection.measure(found, matches, ["one"] * 6)] == ["all"]
+
+
+def test_descriptor():
+    model = build_backbone("vit_nano", 8, img_size=32)[0].eval()
+    x = torch.randn(3, 3, 32, 48)
+    with torch.no_grad():
+        found = eval_copy_detection.descriptor(model, 3.0)(x)
+        tokens = model.get_intermediate_layers(x, 1)[0]
+    pooled = tokens[:, 1:].clamp(min=1e-6).pow(3).mean(1).pow(1 / 3)
+    torch.testing.assert_close(found, torch.cat([tokens[:, 0], pooled], 1))
+
+
+# ---- The script ----
+
+
+def test_script(copies, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+    assert run("--data_path", copies, "--output_dir", out, *NETWORK) == 0
+    first = report(out)
+    assert "20 queries, 8 database images" in capsys.readouterr().out
+    counts = {row["attack"]: row["queries"] for row in first["results"]}
+    assert counts == {"all": 20, "grey": 8, "flip": 6, "crop": 6}
+    assert first["image_size"] == 32 and first["features"] == "class token and GeM, p = 4" and not first["whitening"]
+    assert first["results"][0]["mAP"]["value"] > first["results"][0]["uAP"]["value"] > 0
+    with monkeypatch.context() as patch:
+        patch.setattr("features.extract_features", None)  # kept
+        assert run("--data_path", copies, "--output_dir", out, *NETWORK) == 0
+        assert report(out)["results"] == first["results"]
+        with pytest.raises(TypeError):
+            run("--data_path", copies, "--output_dir", out, *NETWORK, "--gem_p", 3)
+
+
+def test_distractors(copies, tmp_path):
+    many = tmp_path / "many"
+    many.mkdir()
+    for i in range(12):
+        Image.fromarray(shapes.draw(200 + i, 48)[0]).save(many / f"{i}.png")
+    seen = {}
+    for use, whitening, images in (("both", True, 20), ("whitening", True, 8), ("database", False, 20)):
+        assert run("--data_path", copies, "--output_dir", tmp_path, "--distractors", many, "--distractors_for", use,
+                   *NETWORK) == 0
+        found = report(tmp_path)
+        assert found["whitening"] == whitening and found["images"] == [20, images]
+        seen[use] = found["results"][0]["uAP"]["value"]
+    assert len(set(seen.values())) == 3
+
+
+@pytest.mark.parametrize("arch, features", [("pixels", "the network's output"), ("resnet18", "the network's output")])
+def test_without_tokens(copies, tmp_path, arch, features):
+    more = ("--num_workers", 0, "--device", "cpu", "--image_size", 32)
+    assert run("--data_path", copies, "--arch", arch, "--output_dir", tmp_path, *more) == 0
+    found = report(tmp_path)
+    assert found["features"] == features and found["results"][0]["mAP"]["value"] > 20
+
+
+def test_two_processes_report_what_one_reports(copies, tmp_path):
+    environment = ENV | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    flags = ["--data_path", str(copies), *map(str, NETWORK), "--distractors", str(copies / "database"), "--output_dir"]
+    command = [sys.executable, str(ROOT / "eval_copy_detection.py"), *flags, str(tmp_path / "two")]
+    started = [subprocess.Popen(command, env=environment | {"RANK": str(r)}) for r in (0, 1)]
+    assert [p.wait(120) for p in started] == [0, 0]
+    assert run(*flags, tmp_path / "one") == 0
+    one, two = (report(tmp_path / name) for name in ("one", "two"))
+    for first, second in zip(one["results"], two["results"], strict=True):
+        assert first["attack"] == second["attack"]
+        for measure in ("mAP", "uAP"):
+            assert first[measure]["value"] == pytest.approx(second[measure]["value"], abs=1e-3)
+
+
+def test_whitening_is_the_same_for_queries_and_database(copies, tmp_path, monkeypatch):
+    seen = []
+    whiten = retrieval.whiten
+    monkeypatch.setattr(retrieval, "whiten", lambda x, w: seen.append((len(x), w)) or whiten(x, w))
+    assert run("--data_path", copies, "--output_dir", tmp_path, "--distractors", copies / "queries", *NETWORK) == 0
+    assert [n for n, _ in seen] == [20, 28] and seen[0][1] is seen[1][1]

@@ -1,0 +1,210 @@
+"""Embeddings in files: each format read back by its own package, runs that were killed, and what is refused."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from processes import ENV
+
+import checkpoint
+import data
+import embeddings
+import extract_features
+import features
+import shapes
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("photos")
+    for i in range(11):
+        Image.fromarray(shapes.draw(i, 40)[0]).save(folder / f"{i:02d} é.png")
+    return folder
+
+
+NETWORK = ("--arch", "vit_nano", "--patch_size", 8, "--crop_size", 32, "--num_workers", 0, "--device", "cpu",
+           "--batch_size_per_gpu", 2, "--images_per_part", 4)
+
+
+def run(*args):
+    return extract_features.main(extract_features.get_args_parser().parse_args([*map(str, args)]))
+
+
+def expected_tokens(folder, tokens):
+    """Picture by picture, from the network itself."""
+    torch.manual_seed(0)
+    model, info = checkpoint.load_backbone("", "vit_nano", 8)
+    images = data.EvalImages(data.open_images(folder), 37, 32, info["mean"], info["std"])
+    with torch.no_grad():
+        found = [model.get_intermediate_layers(images[i][0][None], 1)[0][0] for i in range(len(images))]
+    return torch.stack(found)[:, {"cls": slice(0, 1), "patch": slice(1, None), "both": slice(None)}[tokens]].numpy()
+
+
+def read_alone(path):
+    """The file by the format's own package, not by the project's code: features and names."""
+    if path.suffix == ".parquet":
+        from pyarrow import parquet
+
+        rows = parquet.read_table(path).to_pylist()
+        return np.array([row["features"] for row in rows]), [row["name"] for row in rows]
+    names = json.loads((path.parent / (path.name + ".json")).read_text())["names"]
+    if path.suffix == ".npy":
+        return np.load(path, mmap_mode="r"), names
+    from safetensors import safe_open
+
+    with safe_open(path, "np") as file:
+        return file.get_tensor("features"), names
+
+
+@pytest.mark.parametrize("tokens", ["cls", "patch", "both"])
+@pytest.mark.parametrize("suffix", [".npy", ".safetensors", ".parquet"])
+@pytest.mark.parametrize("half", [False, True])
+def test_formats(photos, tmp_path, suffix, tokens, half):
+    output = tmp_path / "out" / f"photos{suffix}"
+    more = ("--half",) if half else ()
+    assert run("--data_path", photos, "--output", output, "--tokens", tokens, *more, *NETWORK) == 0
+    expected = expected_tokens(photos, tokens)
+    expected = expected[:, 0] if tokens == "cls" else expected
+    found, names = read_alone(output)
+    assert names == [str(photos / f"{i:02d} é.png") for i in range(11)]
+    tolerance = {"rtol": 2e-3, "atol": 2e-3} if half else {"rtol": 1e-4, "atol": 1e-5}
+    np.testing.assert_allclose(found.reshape(expected.shape), expected, **tolerance)
+    array, again, about = embeddings.read(output)
+    assert array.shape == expected.shape and array.dtype == (np.float16 if half else np.float32) and again == names
+    np.testing.assert_array_equal(array, np.asarray(found).reshape(array.shape))
+    assert about["tokens"] == tokens and about["shape"] == list(expected.shape) and len(about["weights_sha256"]) == 64
+    left = {p.name for p in output.parent.iterdir()}
+    assert left == {output.name} | (set() if suffix == ".parquet" else {output.name + ".json"})
+
+
+KILLED = """
+import os, signal, sys
+import extract_features, embeddings
+saved = []
+replace = embeddings.replace
+def replace_and_die(path, write):
+    if path.suffix == ".npy" and len(saved) == 2:
+        with open(path.with_name("." + path.name + ".tmp"), "wb") as file:
+            file.write(b"half a part")
+        os.kill(os.getpid(), signal.SIGKILL)
+    saved.append(path) if path.suffix == ".npy" else None
+    replace(path, write)
+embeddings.replace = replace_and_die
+extract_features.main(extract_features.get_args_parser().parse_args(sys.argv[1:]))
+"""
+
+
+def test_a_killed_run_goes_on(photos, tmp_path, capsys, monkeypatch):
+    output = tmp_path / "photos.npy"
+    command = ["--data_path", str(photos), "--output", str(output), *map(str, NETWORK)]
+    killed = subprocess.run([sys.executable, "-c", KILLED, *command], env=ENV, capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    parts = tmp_path / "photos.npy.parts"
+    left = [".000002.npy.tmp", "000000.npy", "000001.npy", "fingerprint.json"]
+    assert sorted(p.name for p in parts.iterdir()) == left
+    assert not output.exists()
+    kept = [os.stat(parts / name).st_mtime_ns for name in ("000000.npy", "000001.npy")]
+
+    for changed in (("--half",), ("--crop_size", 24), ("--seed", 1), ("--images_per_part", 5), ("--tokens", "both")):
+        assert run(*command, *changed) == 2  # the last of a flag's values counts
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and "was begun with something else" in error and "give another --output" in error
+    assert kept == [os.stat(parts / name).st_mtime_ns for name in ("000000.npy", "000001.npy")]
+
+    asked = []
+    compute = extract_features.compute_part
+    with monkeypatch.context() as patch:
+        patch.setattr(extract_features, "compute_part", lambda job, n, *a: asked.append(n) or compute(job, n, *a))
+        assert run(*command) == 0
+    assert asked == [2] and "1 of 3 parts" in capsys.readouterr().out
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["photos.npy", "photos.npy.json"]
+    assert run(*command[:2], "--output", tmp_path / "whole.npy", *NETWORK) == 0
+    np.testing.assert_array_equal(np.load(output), np.load(tmp_path / "whole.npy"))
+
+
+def test_a_finished_file(photos, tmp_path, capsys, monkeypatch):
+    output = tmp_path / "photos.safetensors"
+    where = ("--data_path", photos, "--output", output)
+    assert run(*where, *NETWORK) == 0
+    monkeypatch.setattr("features.extract_features", None)
+    (tmp_path / "photos.safetensors.parts").mkdir()  # a kill while the parts were removed
+    assert run(*where, *NETWORK, "--images_per_part", 3) == 0 and "nothing to do" in capsys.readouterr().out
+    assert not (tmp_path / "photos.safetensors.parts").exists()
+    before = output.read_bytes()
+    for other in (("--half",), ("--seed", 3), ("--data_path", "shapes:11x40")):
+        assert run(*where, *NETWORK, *other) == 2
+        assert "the file there holds something else" in capsys.readouterr().err
+    (tmp_path / "mine.npy").write_bytes(b"something of the user's")
+    assert run("--data_path", photos, "--output", tmp_path / "mine.npy", *NETWORK) == 2
+    assert output.read_bytes() == before and (tmp_path / "mine.npy").read_bytes() == b"something of the user's"
+
+
+def test_images_that_change_between_runs_are_noticed(tmp_path, capsys):
+    for i in range(3):
+        Image.fromarray(shapes.draw(i, 40)[0]).save(tmp_path / f"{i}.png")
+    where = ("--data_path", tmp_path, "--output", tmp_path / "o.npy", *NETWORK)
+    assert run(*where) == 0
+    Image.fromarray(shapes.draw(9, 40)[0]).save(tmp_path / "3.png")
+    assert run(*where) == 2 and "another images" in capsys.readouterr().err
+
+
+def test_pixels_and_other_networks(photos, tmp_path):
+    more = ("--num_workers", 0, "--device", "cpu", "--crop_size", 32)
+    assert run("--data_path", photos, "--output", tmp_path / "p.npy", "--arch", "pixels", *more) == 0
+    expected = features.pixel_features(data.open_images(photos)).numpy()
+    np.testing.assert_allclose(np.load(tmp_path / "p.npy"), expected, atol=1e-6)
+    assert run("--data_path", photos, "--output", tmp_path / "r.npy", "--arch", "resnet18", *more) == 0
+    assert np.load(tmp_path / "r.npy").shape == (11, 512)
+
+
+def test_one_picture(tmp_path):
+    assert run("--data_path", "shapes:1x40", "--output", tmp_path / "one.npy", *NETWORK) == 0
+    assert np.load(tmp_path / "one.npy").shape == (1, 192)
+
+
+@pytest.mark.parametrize("args, message", [
+    (("--data_path", "nowhere", "--output", "x.npy"), "--data_path 'nowhere'"),
+    (("--data_path", "shapes:4x40", "--output", "x.csv"), "--output x.csv: the file's name has to end in .npy"),
+    (("--data_path", "shapes:4x40", "--output", "x.npy", "--pretrained_weights", "no.pth"), "no.pth: no such file"),
+    (("--data_path", "shapes:4x40", "--output", "x.npy", "--arch", "resnet18", "--tokens", "patch"), "--tokens patch"),
+])
+def test_bad_input_is_refused_in_one_line(args, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run(*args, "--num_workers", 0) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and error.startswith("extract_features.py: error: ") and message in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_package_is_named_before_any_work(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    assert run("--data_path", "nowhere", "--output", tmp_path / "x.parquet") == 2
+    assert "pip install pyarrow" in capsys.readouterr().err
+
+
+TWICE = """
+import sys
+import extract_features
+folder, *flags = sys.argv[1:]
+for meeting, more, code in (("a", [], 0), ("b", ["--half"], 2)):
+    more = [*more, "--dist_url", f"file://{folder}/{meeting}"]
+    assert extract_features.main(extract_features.get_args_parser().parse_args([*flags, *more])) == code
+"""
+
+
+def test_two_processes_write_what_one_writes_and_refuse_together(photos, tmp_path):
+    flags = ["--data_path", str(photos), *map(str, NETWORK), "--tokens", "both", "--output"]
+    environment = ENV | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "WORLD_SIZE": "2"}
+    command = [sys.executable, "-c", TWICE, str(tmp_path), *flags, str(tmp_path / "two.npy")]
+    started = [subprocess.Popen(command, env=environment | {"RANK": str(r)}, stderr=subprocess.PIPE, text=True)
+               for r in (0, 1)]
+    errors = [p.communicate(timeout=120)[1] for p in started]
+    assert [p.returncode for p in started] == [0, 0] and all("another half" in error for error in errors), errors
+    assert run(*flags, tmp_path / "one.npy") == 0
+    np.testing.assert_allclose(np.load(tmp_path / "two.npy"), np.load(tmp_path / "one.npy"), rtol=1e-4, atol=1e-5)

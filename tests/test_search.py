@@ -1,0 +1,138 @@
+"""Search among embeddings: faiss against a product in NumPy, queries by row and by picture, the sheet."""
+
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import embeddings
+import extract_features
+import search
+import shapes
+
+
+def brute_force(array, query, k, leave_out=None):
+    """(row, cosine) one by one."""
+    found = []
+    for i, row in enumerate(array.astype(np.float64)):
+        if i != leave_out:
+            found.append((float(row @ query / np.sqrt((row @ row) * (query @ query))), i))
+    return [(i, c) for c, i in sorted(found, key=lambda one: (-one[0], one[1]))[:k]]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_nearest_is_exact(dtype, monkeypatch):
+    monkeypatch.setattr(search, "ROWS_AT_A_TIME", 64)  # 200 rows in four goes
+    rng = np.random.default_rng(0)
+    array, queries = (rng.standard_normal((n, 24)).astype(dtype) * 3 for n in (200, 5))
+    cosines, rows = search.nearest(array, queries, 10)
+    for q in range(5):
+        expected = brute_force(array, queries[q].astype(np.float64), 10)
+        assert rows[q].tolist() == [i for i, _ in expected]
+        np.testing.assert_allclose(cosines[q], [c for _, c in expected], atol=2e-6)
+    assert search.nearest(array[:3], queries, 10)[1].shape == (5, 3)
+
+
+def test_the_query_is_left_out_by_its_row():
+    found = search.without(4, np.array([1.0, 1.0, 0.5, 0.2]), np.array([2, 4, 0, 1]), 2)
+    assert found == [(2, 1.0), (0, 0.5)]
+    assert search.without(None, np.array([1.0, 0.5]), np.array([2, 4]), 1) == [(2, 1.0)]
+    assert search.without(9, np.array([1.0, 1.0]), np.array([2, 4]), 1) == [(2, 1.0)]  # behind its own copies
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Fifteen drawn pictures, of which 5 and 12 are the same, and their class tokens."""
+    folder = tmp_path_factory.mktemp("search")
+    (folder / "photos").mkdir()
+    for i in range(15):
+        picture = Image.fromarray(shapes.draw(5 if i == 12 else i, 48)[0])
+        picture.resize((48, 30) if i % 4 == 0 else (48, 48)).save(folder / "photos" / f"{i:02d}.png")
+    extract(folder, "f.npy")
+    return folder
+
+
+def extract(folder, name, *more):
+    args = ["--data_path", folder / "photos", "--output", folder / name, "--arch", "vit_nano", "--patch_size", 8,
+            "--crop_size", 32, "--num_workers", 0, "--device", "cpu", *more]
+    assert extract_features.main(extract_features.get_args_parser().parse_args([*map(str, args)])) == 0
+
+
+def parse(*args):
+    return search.get_args_parser().parse_args([*map(str, args)])
+
+
+@pytest.mark.parametrize("suffix, more", [
+    (".npy", ()), (".parquet", ("--half",)), (".safetensors", ("--tokens", "both")),
+])
+def test_rows_and_pictures(photos, tmp_path, capsys, suffix, more):
+    if suffix != ".npy":
+        extract(photos, f"f{suffix}", *more)
+    query = photos / "photos" / "12.png"
+    found = search.search(parse("--features", photos / f"f{suffix}", "--query", 5, 0, query, "--k", 4,
+                                "--output", tmp_path / "new" / "sheet.png"))
+    array = embeddings.read(photos / f"f{suffix}")[0]
+    array = (array if array.ndim == 2 else array[:, 0]).astype(np.float64)
+    for row, near in zip((5, 0), found, strict=False):
+        expected = brute_force(array, array[row], 4, leave_out=row)
+        assert [i for i, _ in near] == [i for i, _ in expected]
+        np.testing.assert_allclose([c for _, c in near], [c for _, c in expected], atol=1e-5)
+    assert found[0][0][0] == 12 and {i for i, _ in found[2][:2]} == {5, 12}
+    assert found[2][0][1] == pytest.approx(1, abs=1e-3)
+    printed = capsys.readouterr().out
+    assert "row 12" in printed and "12.png" in printed
+    with Image.open(tmp_path / "new" / "sheet.png") as sheet:
+        width, height = sheet.size
+    assert width > 5 * 150 and height > 3 * 150
+
+
+def test_sheet(tmp_path):
+    picture = np.full((60, 90, 3), (200, 30, 30), np.uint8)
+    rows = [[(picture, "query\na"), (picture, "0.9\nb")], [(picture[:, :20], "query\nc")]]
+    search.draw_sheet(rows, tmp_path / "s.png")
+    with Image.open(tmp_path / "s.png") as sheet:
+        red = (np.asarray(sheet.convert("RGB")) == (200, 30, 30)).all(-1)
+    height, width = red.shape
+    quarters = [red[: height // 2, : width // 2], red[: height // 2, width // 2 :],
+                red[height // 2 :, : width // 2], red[height // 2 :, width // 2 :]]
+    assert [bool(q.any()) for q in quarters] == [True, True, True, False]
+    assert search.short("a/b.png") == "b.png" and search.short("x" * 40 + "end.png").endswith("end.png")
+    assert len(search.short("x" * 40)) == search.LONGEST_TITLE
+
+
+def test_moved_pictures(photos, tmp_path):
+    where = ("--features", photos / "f.npy", "--query", 1, "--output", tmp_path / "s.png")
+    (tmp_path / "moved").symlink_to(photos / "photos")
+    assert search.main(parse(*where, "--data_path", tmp_path / "moved")) == 0
+
+
+@pytest.mark.parametrize("args, message", [
+    (("--features", "nothing.npy"), "--features nothing.npy: no such file"),
+    (("--features", "x.csv"), "has to end in"),
+    (("--query", "15"), "--query 15: neither a row, 0 to 14"),
+    (("--query", "nothing.png"), "--query nothing.png"),
+    (("--output", "sheet.gif"), "--output sheet.gif"),
+    (("--data_path", "shapes:15x40"), "not the images of the features"),
+    (("--query", "{photos}/00.png", "--pretrained_weights", "no.pth"), "no.pth: no such file"),
+])
+def test_bad_input_is_refused_in_one_line(photos, args, message, tmp_path, capsys):
+    usual = ["--features", photos / "f.npy", "--query", "1", "--output", tmp_path / "s.png"]
+    assert search.main(parse(*usual, *(a.format(photos=photos / "photos") for a in args))) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and error.startswith("search.py: error: ") and message in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_patch_tokens_and_strange_files_are_refused(photos, tmp_path, capsys):
+    extract(photos, "patch.npy", "--tokens", "patch")
+    np.save(tmp_path / "strange.npy", np.zeros((3, 4)))
+    for path, message in ((photos / "patch.npy", "patch tokens only"), (tmp_path / "strange.npy", "does not say")):
+        assert search.main(parse("--features", path, "--query", 0, "--output", tmp_path / "s.png")) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_without_faiss(photos, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    assert search.main(parse("--features", photos / "f.npy", "--query", 0, "--output", tmp_path / "s.png")) == 2
+    assert "pip install faiss-cpu" in capsys.readouterr().err
