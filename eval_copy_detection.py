@@ -57,7 +57,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="what they do: the whitening is learned from them, they join the database, or both")
     add("--gem_p", type=flags.positive, default=4.0, help="power of the mean over patch tokens")
     add("--image_size", "--imsize", type=flags.count, default=0,
-        help="pixels a side of the pictures, made square; 0: the weights' global crops, or 224; the paper's: 320")
+        help="pixels a side of the pictures, made square; 0: the weights' global crops, or 224; paper: 224 and 320")
     flags.add_weights_flags(parser)
     add("--batch_size_per_gpu", type=flags.positive_int, default=64, help="images a process and batch")
     add("--seed", type=flags.count, default=0, help="of an untrained network")

@@ -264,7 +264,7 @@ def test_script_on_json_and_pickle(dataset, tmp_path, capsys, monkeypatch):
     assert run(*where, *NETWORK) == 0
     assert json.loads((tmp_path / "out" / "eval_image_retrieval.json").read_text())["results"] == first["results"]
     with pytest.raises(TypeError):  # other boxes are other queries
-        truth["gnd"][0]["bbx"] = [0, 0, 48, 48]
+        truth["gnd"][2]["bbx"] = [0, 0, 48, 48]  # not the first: that one's pixels are in the hash of the images
         (folder / "toy" / "gnd_toy.pkl").write_bytes(pickle.dumps(truth))
         run(*where, *NETWORK)
 
