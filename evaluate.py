@@ -53,6 +53,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--retrieval_data", default="", help="folder of a retrieval set, as eval_image_retrieval.py "
         "wants it: PATH/roxford5k")
     flags.add_network_flags(parser)
+    add("--image_size", type=flags.positive_int, default=480, metavar="PIXELS",
+        help="shorter side of the pictures whose masks are found, and of the attention sheets")
     add("--baselines", action="store_true", help="evaluate the untrained network and raw pixels too")
     add("--linear_epochs", type=flags.positive_int, default=100, help="of the linear classifiers")
     add("--linear_views", type=flags.count, default=4, help="crops an image to train on; 0: new ones each epoch")
@@ -120,6 +122,7 @@ PROTOCOLS = (
 
 SHARED = ("pretrained_weights", "checkpoint_key", "arch", "patch_size", "resize_size", "crop_size",
           "batch_size_per_gpu", "precision", "seed", "device", "num_workers", "dist_url", "dist_timeout")
+DENSE = (eval_segmentation, eval_video_segmentation)
 
 
 def subjects(args: argparse.Namespace, about: dict) -> dict[str, dict]:
@@ -139,6 +142,8 @@ def run(protocol: Protocol, args: argparse.Namespace, subject: str, values: dict
     for name in SHARED:
         if hasattr(own, name):
             setattr(own, name, values.get(name, getattr(args, name)))
+    if protocol.script in DENSE:
+        own.image_size = args.image_size
     folder = "video" if protocol.script is eval_video_segmentation else ""
     own.output_dir = str(output_dir(args) / subject.replace(" ", "_") / folder)
     if parallel.is_main():
@@ -223,7 +228,7 @@ def draw_sheets(args: argparse.Namespace, folder: Path) -> None:
             shown = os.path.join(os.path.expanduser(shown), part)
             break
     own = visualize_attention.get_args_parser().parse_args([
-        "--images", shown, "--max_images", str(SHOWN), "--pca", "--threshold", "0.6", "--image_size", "224",
+        "--images", shown, "--max_images", str(SHOWN), "--pca", "--threshold", "0.6", "--image_size", str(args.image_size),
         "--output_dir", str(folder)])
     for name in SHARED:
         if hasattr(own, name):

@@ -1,0 +1,118 @@
+"""The whole evaluation on drawn pictures, its page in a real browser, and what it refuses."""
+
+import base64
+import io
+import json
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import charts
+import evaluate
+import report
+from splits import Part
+
+
+def run(*flags):
+    small = ("--arch", "vit_nano", "--patch_size", 8, "--crop_size", 32, "--num_workers", 0, "--device", "cpu",
+             "--linear_epochs", 1, "--linear_views", 1, "--image_size", 64)
+    return evaluate.main(evaluate.get_args_parser().parse_args([str(f) for f in (*small, *flags)]))
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report")
+    code = run("--data_path", "shapes:80x32", "--segmentation_data", "shapes:6x32", "--baselines", "--output_dir",
+               folder)
+    assert code == 0
+    return folder
+
+
+def test_the_report_holds_every_figure(page):
+    found = json.loads((page / "report.json").read_text())
+    assert {row["protocol"] for row in found["results"]} == {"k-NN", "linear", "segmentation"}
+    for row in found["results"]:
+        low, high = row["this network"]["interval"]
+        assert low <= row["this network"]["value"] <= high
+    assert found["results"][0]["raw pixels"]["value"] >= 0
+    assert set(found["skipped"]) == {"segmentation, raw pixels", "video segmentation", "copy detection", "retrieval"}
+    assert "--video_data" in found["skipped"]["video segmentation"]
+    knn = json.loads((page / "this_network" / "eval_knn.json").read_text())
+    assert found["reports"]["k-NN"]["results"] == knn["results"]
+
+
+def test_the_page_needs_nothing_else(page):
+    text = (page / "report.html").read_text()
+    assert not re.search(r'(src|href)="(?!data:image/png;base64,)', text) and "<script" not in text
+    pictures = re.findall(r'base64,([^"]+)"', text)
+    assert len(pictures) == 6  # sweep, map, neighbours, attention, PCA, masks
+    for encoded in pictures:
+        Image.open(io.BytesIO(base64.b64decode(encoded))).load()
+
+
+def test_the_page_in_a_browser(page, tmp_path):
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if not browser:
+        pytest.skip("no chromium here")
+    script = ("<script>addEventListener('load', () => { const i = [...document.images]; document.title = "
+              "`${i.length} pictures, ${i.filter(x => x.naturalWidth > 50).length} shown, ` + "
+              "`${document.querySelectorAll('tbody tr').length} lines, ${document.body.scrollWidth} wide`; })</script>")
+    text = (page / "report.html").read_text()
+    (tmp_path / "page.html").write_text(text.replace("</body>", script + "</body>"))
+    quiet = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
+             "--disable-background-networking", "--disable-component-update", f"--user-data-dir={tmp_path / 'user'}"]
+    command = [browser, *quiet, "--window-size=1000,800", "--dump-dom", f"file://{tmp_path / 'page.html'}"]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
+    title = re.search(r"<title>(\d+) pictures, (\d+) shown, (\d+) lines, (\d+) wide</title>", shown)
+    assert title, shown[:300]
+    assert title[1] == title[2] == "6" and int(title[3]) > 20 and int(title[4]) <= 1000
+
+
+def test_pairs_of_classes_taken_for_each_other():
+    """Test points of b lie at a, one of c at a; a is right."""
+    at = torch.eye(3)
+    train = Part(at.repeat_interleave(25, 0), torch.arange(3).repeat_interleave(25), ["a", "b", "c"])
+    test = Part(at[[0, 0, 0, 0, 2]], torch.tensor([0, 1, 1, 2, 2]), ["a", "b", "c"])
+    rows = evaluate.confusions([train, test])
+    assert [(r["class"], r["taken for"], r["images"], r["of the class, %"]) for r in rows] == [
+        ("b", "a", 2, 100.0), ("c", "a", 1, 50.0)]
+
+
+def test_a_map_of_one_class_and_of_many(tmp_path):
+    rng = np.random.default_rng(0)
+    charts.feature_map(rng.standard_normal((6, 4)), np.zeros(6, int), ["one"], tmp_path / "one.png")
+    charts.feature_map(rng.standard_normal((40, 4)), np.arange(40) % 30, [str(i) for i in range(30)],
+                       tmp_path / "many.png")
+    assert Image.open(tmp_path / "one.png").size == Image.open(tmp_path / "many.png").size
+
+
+def test_text_is_escaped():
+    assert "<b>" not in report.page("<b>", [("<b>", [report.note("<b>"), report.table([{"<b>": "<b>"}]),
+                                                    report.facts({"<b>": "<b>"})])]).replace("<body>", "")
+
+
+@pytest.mark.parametrize("flags, message", [
+    (("--data_path", "nowhere"), "--data_path 'nowhere'"),
+    (("--video_data", "nowhere"), "--video_data nowhere"),
+    (("--pretrained_weights", "nothing.pth"), "nothing.pth"),
+])
+def test_bad_input_is_refused_in_one_line(flags, message, tmp_path, capsys):
+    assert run("--output_dir", tmp_path / "out", *flags) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and message in error and not (tmp_path / "out").exists()
+
+
+def test_pictures_without_labels_and_few_of_them(tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i in range(2):
+        Image.new("L" if i else "RGB", (40 + i, 36), 100 * i).save(folder / f"{i}.png")
+    assert run("--data_path", folder, "--output_dir", tmp_path / "out") == 0
+    found = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert "no labels" in found["skipped"]["linear"] and "too few" in found["skipped"]["map of the features"]
+    assert [row["figure"] for row in found["results"]][0] == "rank_me"
