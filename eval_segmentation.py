@@ -25,7 +25,6 @@ import math
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -270,6 +269,7 @@ def evaluate_segmentation(args: argparse.Namespace) -> dict:
     """
     try:
         import_kmeans()  # it is missed before any work is done
+        output_dir = flags.check_folder(args.output_dir or os.path.dirname(args.pretrained_weights) or ".")
         device = parallel.start(args.device, args.dist_url)
         args = argparse.Namespace(**vars(args) | {"device": str(device), "image_size": [args.image_size]})
         models, info = load_networks(args)
@@ -288,7 +288,6 @@ def evaluate_segmentation(args: argparse.Namespace) -> dict:
     }
     results = summarize(measured, validation)
     if parallel.is_main():
-        output_dir = Path(args.output_dir or os.path.dirname(args.pretrained_weights) or ".")
         report(results, about)
         scores.write_results(output_dir / "eval_segmentation.json", results, **about)
         if args.save_masks:

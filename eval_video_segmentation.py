@@ -14,7 +14,6 @@ Shapes: B frames a batch, C channels, h x w patches, D width, K labels (backgrou
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from collections import deque
@@ -275,13 +274,12 @@ def evaluate_video_segmentation(args: argparse.Namespace) -> dict:
         flags.Refused: bad input, in one line.
     """
     try:
+        flags.check_folder(args.output_dir)
         device = parallel.start(args.device, args.dist_url)
         forward, about = load_forward(args, device)
         network_size(64, 64, args.image_size, about["patch_size"])  # a wrong flag is named before any work
         videos = davis.find_videos(args.data_path, args.resolution, args.image_set, args.sequences, args.merge_objects,
                                    about["in_chans"])
-        if os.path.exists(args.output_dir) and not os.path.isdir(args.output_dir):
-            raise ValueError(f"--output_dir {args.output_dir}: it is a file; give a folder")
         measured = parallel.map_shared(lambda i: evaluate_video(videos[i], forward, about, args, device), len(videos))
     except (ValueError, OSError) as error:
         raise flags.Refused(error) from error

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import parallel
 
@@ -74,6 +76,14 @@ count = number(int, 0)
 positive = number(float, 0, above=True)
 non_negative = number(float, 0)
 fraction = number(float, 0, 1)
+
+
+def check_folder(path: str | os.PathLike, flag: str = "--output_dir") -> Path:
+    """A folder that is there or can be made: ValueError when it, or one that it would lie in, is a file."""
+    for folder in (Path(path), *Path(path).parents):
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"{flag} {path}: {folder} is a file; give a folder")
+    return Path(path)
 
 
 def add_network_flags(parser: argparse.ArgumentParser) -> None:

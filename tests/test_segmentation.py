@@ -263,6 +263,7 @@ def test_weights_stand_beside_random_ones_and_two_processes_agree(tmp_path):
     (("--image_size", "7"), "--image_size 7"),
     (("--layer", "4"), "--layer 4"),
     (("--device", "cuda:99"), "--device cuda:99"),
+    (("--output_dir", __file__), "is a file"),
 ])
 def test_bad_input_is_refused_in_one_line(flags, message, tmp_path, capsys):
     assert run("shapes:2x32", tmp_path / "out", *flags) == 2

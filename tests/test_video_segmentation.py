@@ -282,6 +282,7 @@ def test_one_frame_has_nothing_to_measure(tmp_path, capsys):
     (("--sequences", "dog"), "--sequences dog"),
     (("--data_path", "nowhere"), "nowhere"),
     (("--device", "cuda:99"), "--device cuda:99"),
+    (("--output_dir", __file__), "is a file"),
 ])
 def test_bad_input_is_refused_in_one_line(flags, message, tmp_path, capsys):
     draw_video(tmp_path, "ant", frames=2)
