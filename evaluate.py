@@ -228,8 +228,8 @@ def draw_sheets(args: argparse.Namespace, folder: Path) -> None:
             shown = os.path.join(os.path.expanduser(shown), part)
             break
     own = visualize_attention.get_args_parser().parse_args([
-        "--images", shown, "--max_images", str(SHOWN), "--pca", "--threshold", "0.6", "--image_size", str(args.image_size),
-        "--output_dir", str(folder)])
+        "--images", shown, "--max_images", str(SHOWN), "--pca", "--threshold", "0.6",
+        "--image_size", str(args.image_size), "--output_dir", str(folder)])
     for name in SHARED:
         if hasattr(own, name):
             setattr(own, name, getattr(args, name))
