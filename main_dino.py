@@ -224,8 +224,8 @@ def half_precision(precision: str, use_fp16: bool, device: torch.device) -> torc
 # Flags that may change when a run goes on: where it runs and what it says, not what it computes.
 FREE_FLAGS = {
     "data_path", "output_dir", "saveckp_freq", "saveckp_every_steps", "eval_knn_every", "eval_data_path", "log_every",
-    "tensorboard", "device", "num_workers", "dist_url", "local_rank", "compile", "max_bad_images", "init_from",
-    "batch_size_per_gpu", "grad_accum_steps", "world_size",
+    "tensorboard", "device", "num_workers", "dist_url", "dist_timeout", "local_rank", "compile", "max_bad_images",
+    "init_from", "batch_size_per_gpu", "grad_accum_steps", "world_size",
 }
 
 
@@ -501,7 +501,7 @@ def setup(args: argparse.Namespace) -> Run:
     """Everything that bad input can break, before anything is written. Raises flags.Refused in one line."""
     try:
         check_args(args)
-        device = parallel.start(args.device, args.dist_url)
+        device = parallel.start(args.device, args.dist_url, args.dist_timeout)
         run = Run(args, device)
         found = checkpoint.read_latest(args.output_dir)
         if found:

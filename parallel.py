@@ -121,8 +121,11 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
     return torch.device("cuda", index)
 
 
-def start(device: str = "auto", dist_url: str = "env://") -> torch.device:
+def start(device: str = "auto", dist_url: str = "env://", timeout_minutes: float = TIMEOUT_MINUTES) -> torch.device:
     """Join the other processes, if there are any, and return this process's device.
+
+    Args:
+        timeout_minutes: of each collective: a process that died or hangs ends the others after this long.
 
     Raises:
         ValueError: a missing variable, a port that is taken or a device that does not exist, in one line.
@@ -140,7 +143,7 @@ def start(device: str = "auto", dist_url: str = "env://") -> torch.device:
             init_method=dist_url,
             rank=int(env["RANK"]),
             world_size=int(env["WORLD_SIZE"]),
-            timeout=timedelta(minutes=TIMEOUT_MINUTES),
+            timeout=timedelta(minutes=timeout_minutes),
         )
     except (OSError, RuntimeError, ValueError) as error:
         where = f"{env['MASTER_ADDR']}:{env['MASTER_PORT']}" if dist_url == "env://" else dist_url
