@@ -284,7 +284,7 @@ class Run:
             "step": self.step,
             "args": plain_args(self.args, len(self.images)),
             "rng": parallel.gather_objects(checkpoint.rng_state(self.device)),
-            "meters": self.meters.state_dict(),
+            "meters": parallel.gather_objects(self.meters.state_dict()),
             "knn": self.knn,
         }
 
@@ -302,9 +302,9 @@ class Run:
         for name in ("student", "teacher", "optimizer", "dino_loss"):
             getattr(self, name).load_state_dict(state[name])
         self.scaler.load_state_dict(state["fp16_scaler"])
-        self.meters.load_state_dict(state["meters"], self.device)
         self.knn, self.step, self.last_saved = dict(state["knn"]), state["step"], path.name
         same_processes = len(state["rng"]) == parallel.world_size()
+        self.meters.load_state_dict(state["meters"][parallel.rank() if same_processes else 0], self.device)
         if same_processes:
             checkpoint.set_rng_state(state["rng"][parallel.rank()], self.device)
         if parallel.is_main():

@@ -112,17 +112,17 @@ class Cluster:
         words = self.run("scontrol", "--oneliner", "show", "job", job).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
-    def wait_for(self, condition, what: str, seconds: float = 60) -> None:
+    def wait_for(self, condition, what: str, seconds: float = 240) -> None:
         end = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < end, f"no {what} after {seconds:g} s\n{self.logs()}"
             assert all(d.poll() is None for d in self.daemons), f"a daemon ended\n{self.logs()}"
             time.sleep(0.1)
 
-    def wait_for_end(self, job: str, seconds: float = 90) -> str:
+    def wait_for_end(self, job: str) -> str:
         """The state a job ends in."""
         going = ("PENDING", "RUNNING", "COMPLETING", "REQUEUED")
-        self.wait_for(lambda: self.job(job)["JobState"] not in going, f"end of job {job}", seconds)
+        self.wait_for(lambda: self.job(job)["JobState"] not in going, f"end of job {job}")
         return self.job(job)["JobState"]
 
     def logs(self) -> str:
