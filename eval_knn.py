@@ -185,7 +185,7 @@ def evaluate_knn(args: argparse.Namespace) -> dict:
         flags.Refused: bad input, in one line.
     """
     try:
-        device = parallel.start(args.device, args.dist_url)
+        device = parallel.start(args.device, args.dist_url, args.dist_timeout)
         parts, about, views = (*load(args.load_features), None) if args.load_features else compute(args, device)
         labelled = parts[0].labels is not None
         if len(parts) == 2 and labelled:

@@ -123,6 +123,8 @@ def add_launch_flags(parser: argparse.ArgumentParser, workers: bool = True) -> N
     if workers:
         parser.add_argument("--num_workers", type=count, default=10, help="processes a process that load images")
     parser.add_argument("--dist_url", default="env://", help="where the processes of a distributed run meet")
+    parser.add_argument("--dist_timeout", type=positive, default=parallel.TIMEOUT_MINUTES,
+                        help="minutes that a process waits for the others before it gives up")
     # Launchers of older torch passed it; torchrun's LOCAL_RANK is what counts.
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help="accepted and ignored")
 

@@ -224,8 +224,8 @@ def half_precision(precision: str, use_fp16: bool, device: torch.device) -> torc
 # Flags that may change when a run goes on: where it runs and what it says, not what it computes.
 FREE_FLAGS = {
     "data_path", "output_dir", "saveckp_freq", "saveckp_every_steps", "eval_knn_every", "eval_data_path", "log_every",
-    "tensorboard", "device", "num_workers", "dist_url", "local_rank", "compile", "max_bad_images", "init_from",
-    "batch_size_per_gpu", "grad_accum_steps", "world_size",
+    "tensorboard", "device", "num_workers", "dist_url", "dist_timeout", "local_rank", "compile", "max_bad_images",
+    "init_from", "batch_size_per_gpu", "grad_accum_steps", "world_size",
 }
 
 
@@ -284,7 +284,7 @@ class Run:
             "step": self.step,
             "args": plain_args(self.args, len(self.images)),
             "rng": parallel.gather_objects(checkpoint.rng_state(self.device)),
-            "meters": self.meters.state_dict(),
+            "meters": parallel.gather_objects(self.meters.state_dict()),
             "knn": self.knn,
         }
 
@@ -302,9 +302,9 @@ class Run:
         for name in ("student", "teacher", "optimizer", "dino_loss"):
             getattr(self, name).load_state_dict(state[name])
         self.scaler.load_state_dict(state["fp16_scaler"])
-        self.meters.load_state_dict(state["meters"], self.device)
         self.knn, self.step, self.last_saved = dict(state["knn"]), state["step"], path.name
         same_processes = len(state["rng"]) == parallel.world_size()
+        self.meters.load_state_dict(state["meters"][parallel.rank() if same_processes else 0], self.device)
         if same_processes:
             checkpoint.set_rng_state(state["rng"][parallel.rank()], self.device)
         if parallel.is_main():
@@ -501,7 +501,7 @@ def setup(args: argparse.Namespace) -> Run:
     """Everything that bad input can break, before anything is written. Raises flags.Refused in one line."""
     try:
         check_args(args)
-        device = parallel.start(args.device, args.dist_url)
+        device = parallel.start(args.device, args.dist_url, args.dist_timeout)
         run = Run(args, device)
         found = checkpoint.read_latest(args.output_dir)
         if found:

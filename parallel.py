@@ -1,4 +1,4 @@
-"""Start-up from torchrun, Slurm or a single process; rank, world size, device; the few collectives the scripts need.
+"""Start-up from torchrun, Slurm, submitit or alone; rank, world size, device; the few collectives the scripts need.
 
 Every function works without a process group, as one process of one.
 """
@@ -6,7 +6,9 @@ Every function works without a process group, as one process of one.
 from __future__ import annotations
 
 import os
-import subprocess
+import re
+import socket
+import sys
 from collections.abc import Callable
 from datetime import timedelta
 from typing import TypeVar
@@ -91,38 +93,73 @@ def map_shared(work: Callable[[int], Result], n: int) -> list[Result]:
     return [parts[i % len(parts)][0][i // len(parts)] for i in range(n)]
 
 
-def launch_environment() -> dict[str, str]:
-    """torch.distributed's variables of this process: given by torchrun, or read from Slurm's; empty when alone.
+def launch_environment(dist_url: str = "env://") -> dict[str, str]:
+    """torch.distributed's variables of this process, from torchrun, Slurm or submitit; empty when it is alone.
 
-    Slurm's variables count only inside a step that srun started (SLURM_STEP_ID): a batch script's own shell has
-    a task number too, and would wait for ever for the other tasks.
+    Slurm's count only inside a step that srun started (SLURM_STEP_ID): a batch script's own shell has a task number
+    too, and would wait for ever for the other tasks.
+
+    Raises:
+        ValueError: a variable that is missing, not a whole number or out of range, in one line.
     """
     env = os.environ
     if "RANK" in env or "WORLD_SIZE" in env:
-        names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-        missing = [n for n in names if n not in env]
-        if missing:
-            raise ValueError(f"the variable {missing[0]} is not set though others of torch.distributed are; "
-                             "start with torchrun, or unset RANK and WORLD_SIZE")
-        return {n: env[n] for n in names} | {"LOCAL_RANK": env.get("LOCAL_RANK", "0")}
-    if "SLURM_STEP_ID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
-        return {
-            "RANK": env["SLURM_PROCID"],
-            "WORLD_SIZE": env["SLURM_NTASKS"],
-            "LOCAL_RANK": env["SLURM_LOCALID"],
-            "MASTER_ADDR": env.get("MASTER_ADDR") or first_slurm_host(env["SLURM_JOB_NODELIST"]),
-            # A port all tasks of this job agree on and its neighbours on the host do not share.
-            "MASTER_PORT": env.get("MASTER_PORT") or str(20000 + int(env["SLURM_JOB_ID"]) % 20000),
-        }
+        size = whole_number("WORLD_SIZE", "torchrun", 1)
+        found = {"RANK": whole_number("RANK", "torchrun", 0, size - 1), "WORLD_SIZE": size}
+        # Launchers that start one process a host leave LOCAL_RANK out.
+        found["LOCAL_RANK"] = whole_number("LOCAL_RANK", "torchrun", 0, size - 1) if "LOCAL_RANK" in env else 0
+        if dist_url == "env://":
+            found["MASTER_ADDR"] = required("MASTER_ADDR", "torchrun")
+            found["MASTER_PORT"] = whole_number("MASTER_PORT", "torchrun", 1, 65535)
+        return {name: str(value) for name, value in found.items()}
+    if "SLURM_STEP_ID" in env:
+        return tasks_environment("srun", SLURM, required("SLURM_STEP_NODELIST", "srun"))
+    if "SUBMITIT_LOCAL_JOB_ID" in env:
+        return tasks_environment("submitit", SUBMITIT_LOCAL, "127.0.0.1")
     return {}
 
 
+# Variables of a task's number, how many there are, its number on its host, and the job's number.
+SLURM = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_JOB_ID")
+SUBMITIT_LOCAL = tuple(f"SUBMITIT_LOCAL_{name}" for name in ("GLOBALID", "NTASKS", "LOCALID", "JOB_ID"))
+
+
+def tasks_environment(launcher: str, names: tuple[str, ...], hosts: str) -> dict[str, str]:
+    """torch.distributed's variables from those of a launcher that numbers its tasks but names no place to meet."""
+    rank, world_size, local_rank, job = names
+    size = whole_number(world_size, launcher, 1)
+    if size == 1:
+        return {}
+    # A port all tasks of this step agree on and its neighbours on the host do not share; below the outgoing ones.
+    port = 10000 + (whole_number(job, launcher) + 1009 * int(os.environ.get("SLURM_STEP_ID", "0"))) % 20000
+    return {
+        "RANK": str(whole_number(rank, launcher, 0, size - 1)),
+        "WORLD_SIZE": str(size),
+        "LOCAL_RANK": str(whole_number(local_rank, launcher, 0, size - 1)),
+        "MASTER_ADDR": os.environ.get("MASTER_ADDR") or first_slurm_host(hosts),
+        "MASTER_PORT": str(whole_number("MASTER_PORT", launcher, 1, 65535) if "MASTER_PORT" in os.environ else port),
+    }
+
+
+def required(name: str, launcher: str) -> str:
+    """A variable of the environment that must be there when its kin are."""
+    if not os.environ.get(name):
+        raise ValueError(f"the variable {name} is not set though others of {launcher} are: start with {launcher}, or "
+                         "unset RANK, WORLD_SIZE and SLURM_STEP_ID to run alone")
+    return os.environ[name]
+
+
+def whole_number(name: str, launcher: str, low: int = 0, high: int = sys.maxsize) -> int:
+    text = required(name, launcher)
+    if not text.isdecimal() or not low <= int(text) <= high:
+        bounds = f"from {low} to {high}" if high < sys.maxsize else f"of at least {low}"
+        raise ValueError(f"the variable {name} is {text!r} instead of a whole number {bounds}: start with {launcher}")
+    return int(text)
+
+
 def first_slurm_host(nodelist: str) -> str:
-    """First host of a list such as node[03-07,12]; scontrol expands it."""
-    if "[" not in nodelist:
-        return nodelist.split(",")[0]
-    done = subprocess.run(["scontrol", "show", "hostnames", nodelist], capture_output=True, text=True, check=True)
-    return done.stdout.split()[0]
+    """First host of a list such as `node[03-07,12],login`: of every bracket its first item."""
+    return re.sub(r"\[([^],-]+)[^]]*\]", r"\1", nodelist).split(",")[0]
 
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
@@ -137,6 +174,8 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
         return device
     if not torch.cuda.is_available():
         raise ValueError(f"--device {name}: torch sees no CUDA device; use --device cpu")
+    if device.index is not None and local_rank > 0:
+        raise ValueError(f"--device {name}: several processes of this host would share that GPU; use --device cuda")
     index = local_rank if device.index is None else device.index
     if index >= torch.cuda.device_count():
         raise ValueError(f"--device {name}: GPU {index} does not exist, this host has {torch.cuda.device_count()}; "
@@ -144,33 +183,53 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
     return torch.device("cuda", index)
 
 
-def start(device: str = "auto", dist_url: str = "env://") -> torch.device:
+def start(device: str = "auto", dist_url: str = "env://", timeout_minutes: float = TIMEOUT_MINUTES) -> torch.device:
     """Join the other processes, if there are any, and return this process's device.
+
+    Args:
+        timeout_minutes: of each collective: a process that died or hangs ends the others after this long.
 
     Raises:
         ValueError: a missing variable, a port that is taken or a device that does not exist, in one line.
     """
-    env = launch_environment()
+    env = launch_environment(dist_url)
     chosen = pick_device(device, int(env.get("LOCAL_RANK", "0")))
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if not env or dist.is_initialized():
         return chosen
     os.environ.update(env)
+    where = dist_url
+    if dist_url == "env://":
+        where = f"{env['MASTER_ADDR']}:{env['MASTER_PORT']}"
+        refuse_unusable_address(env["MASTER_ADDR"], int(env["MASTER_PORT"]), listens=env["RANK"] == "0")
     try:
         dist.init_process_group(
             "nccl" if chosen.type == "cuda" else "gloo",
             init_method=dist_url,
             rank=int(env["RANK"]),
             world_size=int(env["WORLD_SIZE"]),
-            timeout=timedelta(minutes=TIMEOUT_MINUTES),
+            timeout=timedelta(minutes=timeout_minutes),
         )
     except (OSError, RuntimeError, ValueError) as error:
-        where = f"{env['MASTER_ADDR']}:{env['MASTER_PORT']}" if dist_url == "env://" else dist_url
         reason = str(error).splitlines()[0]
-        raise ValueError(f"--dist_url {dist_url}: no process group at {where} ({reason}); "
-                         "is the port taken? set MASTER_PORT to a free one") from error
+        raise ValueError(f"--dist_url {dist_url}: no process group of {env['WORLD_SIZE']} at {where} ({reason}); "
+                         "do all processes run, and can they reach that place?") from error
     return chosen
+
+
+def refuse_unusable_address(host: str, port: int, listens: bool) -> None:
+    """What torch would say in a page, or only after its time-out: a host nobody knows, a port that is taken."""
+    try:
+        socket.getaddrinfo(host, port)
+    except OSError as error:
+        raise ValueError(f"MASTER_ADDR {host}: {error.strerror}; give a name or address of the first host") from error
+    if not listens or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun itself listens there
+        return
+    try:
+        socket.create_server(("", port)).close()
+    except OSError as error:
+        raise ValueError(f"MASTER_PORT {port}: {os.strerror(error.errno)}; set it to a free one") from error
 
 
 def stop() -> None:

@@ -1,0 +1,249 @@
+"""Pretrain as a Slurm job that saves, queues itself again and goes on when it is preempted or its time is over.
+
+    python run_with_submitit.py --nodes 2 --ngpus 8 --partition gpu --arch vit_small \\
+        --data_path /path/to/imagenet/train --output_dir output/vits16
+
+Every flag of main_dino.py goes with it, @presets too. `--cluster local --ngpus 2` starts the processes on this host.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import flags
+import main_dino
+from vision_transformer import build_backbone
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = main_dino.get_args_parser()
+    parser.description = "Pretrain a backbone as a Slurm job: the flags of main_dino.py, and those of the job below."
+    add = parser.add_argument_group("job").add_argument
+    add("--cluster", choices=("slurm", "local", "debug"), default="slurm",
+        help="slurm; local: processes of this host; debug: in this process")
+    add("--nodes", type=flags.positive_int, default=2, help="hosts")
+    add("--ngpus", type=flags.positive_int, default=8,
+        help="GPUs of a host, each with a process; with --device cpu, processes of a host")
+    add("--timeout", type=flags.positive_int, default=2800, help="minutes; then the job saves and is queued again")
+    add("--max_timeouts", type=flags.count, default=30, help="how often that may be")
+    add("--signal_delay", type=flags.positive_int, default=120,
+        help="seconds before its time is over, or it is preempted, in which the job saves")
+    add("--cpus_per_task", type=flags.positive_int, default=10, help="cores of a process and its --num_workers")
+    add("--mem", type=flags.non_negative, help="GB of a host, 0: all it has; by default 40 for each process")
+    add("--partition", help="as of sbatch, like the next four")
+    add("--account", help="who pays")
+    add("--qos", help="quality of service")
+    add("--constraint", help="what the hosts must have")
+    add("--comment", help="for who runs the cluster")
+    add("--use_volta32", action="store_true", help="the same as --constraint volta32gb")
+    add("--slurm", nargs="+", default=[], metavar="KEY=VALUE",
+        help="further options of sbatch: exclude=node7 exclusive. With array=0-4 (or 0-4%%1, one after the other), "
+             "%%a in a flag is the task's number: --seed %%a --output_dir output/seed%%a")
+    add("--job_dir", help="logs of the job, %%j for its number; by default jobs/ in --output_dir")
+    return parser
+
+
+# ---- In the job ----
+
+
+class Training:
+    """What every process of the job calls, and what submitit queues again."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder  # of the scripts: the job starts in the folder it was submitted from
+
+    def __call__(self, args: argparse.Namespace) -> int:
+        """Train to the end, or until the state is saved and the job queued again.
+
+        Slurm's warning is SIGUSR2, on which submitit would queue the job again at once, in the middle of a step. So
+        it is held back: the run is asked to stop after the step (SIGUSR1), and submitit hears of it when that has
+        saved. Before there is a run to ask, nothing is lost, and submitit hears of it at once.
+        """
+        sys.path.insert(0, self.folder)
+        import main_dino
+
+        queue_again, held = signal.getsignal(signal.SIGUSR2), []
+
+        def hold(number: int, frame) -> None:
+            held.append(number)
+            signal.raise_signal(signal.SIGUSR1)
+
+        if callable(queue_again):
+            signal.signal(signal.SIGUSR1, lambda number, frame: queue_again(signal.SIGUSR2, frame))
+            signal.signal(signal.SIGUSR2, hold)
+        code = main_dino.main(with_job_number(args))
+        if code == main_dino.TO_BE_CONTINUED and callable(queue_again) and (held or still_running()):
+            queue_again(signal.SIGUSR2, None)  # does not return in the first process, and does nothing in the others
+        elif code not in (0, main_dino.TO_BE_CONTINUED):
+            raise RuntimeError(f"main_dino.py ended with exit code {code}: why is said above, or by another process")
+        return code
+
+    def checkpoint(self, args: argparse.Namespace):
+        """What is queued again: the same, as the run finds its own checkpoint."""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self, args)
+
+
+def with_job_number(args: argparse.Namespace) -> argparse.Namespace:
+    if "%j" not in args.output_dir:
+        return args
+    from submitit import JobEnvironment
+
+    folder = args.output_dir.replace("%j", JobEnvironment().job_id)
+    return argparse.Namespace(**vars(args) | {"output_dir": folder})
+
+
+def still_running() -> bool:
+    """Whether Slurm lets the job run, as far as its first process knows.
+
+    SIGTERM comes before a preemption, after which the job must go on, and with scancel, after which it must not.
+    """
+    if os.environ.get("SUBMITIT_EXECUTOR") != "slurm" or os.environ.get("SLURM_PROCID") != "0":
+        return False
+    command = ["scontrol", "--oneliner", "show", "job", os.environ["SLURM_JOB_ID"]]
+    return "JobState=RUNNING" in subprocess.run(command, capture_output=True, text=True, timeout=60).stdout.split()
+
+
+# ---- Before it ----
+
+
+def parse(argv: list[str]) -> list[argparse.Namespace]:
+    """The flags of each task of a job array, with its number for %a; of the only one without an array."""
+    args = get_args_parser().parse_args([word.replace("%a", "0") for word in argv])
+    try:
+        tasks, _ = array(sbatch_options(args.slurm))
+    except ValueError as error:
+        get_args_parser().error(str(error))
+    return [get_args_parser().parse_args([word.replace("%a", str(i)) for word in argv]) for i in range(tasks)]
+
+
+def sbatch_options(words: list[str]) -> dict[str, str | bool]:
+    """`--slurm` KEY=VALUE, or KEY alone for an option without a value."""
+    found = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not re.fullmatch(r"[a-z][a-z0-9_-]*", key) or (equals and not value):
+            raise ValueError(f"--slurm {word}: give options of sbatch as KEY=VALUE, such as exclude=node7")
+        found[key.replace("-", "_")] = value or True
+    return found
+
+
+def array(options: dict[str, str | bool]) -> tuple[int, int]:
+    """Tasks of the job array, and how many of them run at the same time; (1, 1) where there is none."""
+    if "array" not in options:
+        return 1, 1
+    found = re.fullmatch(r"0-(\d+)(?:%(\d+))?", str(options["array"]))
+    if not found or found[2] == "0":
+        raise ValueError(f"--slurm array={options['array']}: give array=0-N, or array=0-N%P for P tasks at a time")
+    tasks = int(found[1]) + 1
+    return tasks, int(found[2] or tasks)
+
+
+def check(args: argparse.Namespace) -> None:
+    """What would end the job as soon as it starts: better said now than after a night in the queue.
+
+    Raises:
+        ValueError: in one line, with flag, value and remedy.
+    """
+    main_dino.check_args(args)
+    build_backbone(args.arch, args.patch_size, in_chans=args.in_chans, img_size=args.global_crops_size)
+    if args.cluster != "slurm":
+        if args.cluster == "local" and args.nodes > 1:
+            raise ValueError(f"--nodes {args.nodes}: --cluster local has one host; give --nodes 1")
+        if "array" in sbatch_options(args.slurm):
+            raise ValueError(f"--slurm array: only Slurm has job arrays, not --cluster {args.cluster}; leave it out")
+        for name, value in (("output_dir", args.output_dir), ("job_dir", args.job_dir)):
+            if value and "%j" in value:
+                raise ValueError(f"--{name} {value}: only Slurm numbers a job before it starts; leave %j out")
+    if args.use_volta32 and args.constraint:
+        raise ValueError(f"--use_volta32 with --constraint {args.constraint}: give --constraint "
+                         f"'volta32gb&{args.constraint}' alone")
+    path = args.data_path
+    if not path.startswith(("shapes", "torchvision:")) and not os.path.exists(path):
+        print(f"--data_path {path} is not on this host: are you sure that the job's hosts have it?", flush=True)
+
+
+def job_parameters(args: argparse.Namespace) -> dict:
+    """Flags of the job -> what submitit's executor takes."""
+    slurm = {name: getattr(args, name) for name in ("partition", "account", "qos", "constraint", "comment")}
+    if args.use_volta32:
+        slurm["constraint"] = "volta32gb"
+    options = sbatch_options(args.slurm)
+    tasks_at_once = array(options)[1]
+    options.pop("array", None)
+    return {
+        "name": "dino",
+        "nodes": args.nodes,
+        "tasks_per_node": args.ngpus,
+        "gpus_per_node": None if args.device == "cpu" else args.ngpus,
+        "cpus_per_task": args.cpus_per_task,
+        "mem_gb": 40 * args.ngpus if args.mem is None else args.mem,
+        "timeout_min": args.timeout,
+        "slurm_signal_delay_s": args.signal_delay,
+        "slurm_array_parallelism": tasks_at_once,
+        "slurm_srun_args": [f"--cpus-per-task={args.cpus_per_task}"],  # since Slurm 22.05 srun asks for one otherwise
+        "slurm_additional_parameters": options,
+        **{f"slurm_{name}": value for name, value in slurm.items() if value},
+    }
+
+
+def submit(tasks: list[argparse.Namespace]) -> list:
+    """Check, then hand the job to submitit. Returns its jobs, one a task of the array.
+
+    Raises:
+        flags.Refused: bad input, no Slurm here, or Slurm's own refusal.
+    """
+    # Submitit's default, which Training relies on: a user's setting for other jobs must not change it.
+    os.environ.pop("SUBMITIT_PREEMPT_SIGNAL", None)
+    args, folders = tasks[0], {os.path.abspath(task.output_dir) for task in tasks}
+    try:
+        check(args)
+        for task in tasks[1:]:
+            main_dino.check_args(task)
+        if len(folders) < len(tasks) and "%j" not in args.output_dir and array(sbatch_options(args.slurm))[1] > 1:
+            raise ValueError(f"--output_dir {args.output_dir}: the array's tasks would write there at the same time; "
+                             "put %a into its name, or let them go on one after the other with array=0-N%1")
+        import submitit
+
+        job_dir = args.job_dir or os.path.join(os.path.commonpath(folders), "jobs")
+        timeouts = {} if args.cluster == "debug" else {f"{args.cluster}_max_num_timeout": args.max_timeouts}
+        executor = submitit.AutoExecutor(job_dir, args.cluster, **timeouts)
+        executor.update_parameters(**job_parameters(args))
+        run = Training(str(Path(__file__).resolve().parent))
+        return executor.map_array(run, [training_flags(task) for task in tasks])
+    except ImportError as error:
+        raise flags.Refused(f"submitit: {error}; pip install submitit") from error
+    except (ValueError, OSError) as error:
+        raise flags.Refused(error) from error
+    except RuntimeError as error:  # no srun, or what sbatch says
+        raise flags.Refused(f"--cluster {args.cluster}: {error}") from error
+
+
+def training_flags(args: argparse.Namespace) -> argparse.Namespace:
+    """Those of main_dino.py alone, as a checkpoint stores them."""
+    names = vars(main_dino.get_args_parser().parse_args([]))
+    return argparse.Namespace(**{k: v for k, v in vars(args).items() if k in names})
+
+
+def main(tasks: list[argparse.Namespace]) -> int:
+    """Returns 0 when the job is submitted (with --cluster debug the run's own exit code), 2 when it is refused."""
+    try:
+        jobs = submit(tasks)
+    except flags.Refused as error:
+        print(f"run_with_submitit.py: error: {error}", file=sys.stderr)
+        return 2
+    for job, task in zip(jobs, tasks, strict=True):
+        folder = task.output_dir.replace("%j", job.job_id)
+        print(f"job {job.job_id}: checkpoints in {folder}, logs in {job.paths.stdout}", flush=True)
+    return jobs[0].result() if tasks[0].cluster == "debug" else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(parse(sys.argv[1:])))
