@@ -22,9 +22,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 import parallel
+from images import MAX_PIXELS
 from sources import Images, open_images
 
-__all__ = ["BadImages", "EvalImages", "Images", "TooManyBadImages", "batches", "open_images", "resized"]
+__all__ = ["MAX_PIXELS", "BadImages", "EvalImages", "Images", "TooManyBadImages", "batches", "open_images", "resized"]
 
 Bad = tuple[str, str]  # name of an image that can't be decoded, and the reason
 
