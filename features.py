@@ -183,6 +183,7 @@ def images_hash(images: data.Images) -> str:
             digest.update(f" {status.st_size} {status.st_mtime_ns}\n".encode())
         except OSError:  # drawn, or packed in one file
             digest.update(b"\n")
+    digest.update(getattr(images, "fingerprint", "").encode())  # of what is packed in shards
     if len(images):
         first = images.load(0)
         digest.update(f"{tuple(first.shape)}".encode() + first.numpy().tobytes())
