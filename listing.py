@@ -171,9 +171,10 @@ def index_path(what: str, known: frozenset[bytes]) -> Path | None:
 def read(path: Path) -> Found | None:
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            return dict(arrays)
+            found = dict(arrays)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile):  # none yet, or a broken one
         return None
+    return found if {"paths", "watched", "stamps"} <= found.keys() else None
 
 
 def write(path: Path, found: Found) -> None:
