@@ -23,15 +23,28 @@ class Refused(Exception):
 
 
 def exit_code(script: str, evaluate: Callable, args: argparse.Namespace) -> int:
-    """Run a script's work and leave its process group: 0 done, 2 refused, and said why."""
+    """Run a script's work and leave its process group: 0 done, 2 refused, 1 a worker died, and said why."""
     try:
         evaluate(args)
     except Refused as error:
         print(f"{script}: error: {error}", file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        if (reason := worker_death(error)) is None:
+            raise
+        print(f"{script}: stopped: {reason}", file=sys.stderr)
+        return 1
     finally:
         parallel.stop()
     return 0
+
+
+def worker_death(error: RuntimeError) -> str | None:
+    """One line when it says that a loader's worker died; torch raises that wherever the main thread stands."""
+    if not str(error).startswith("DataLoader worker"):
+        return None
+    what = " ".join(str(error).split()).removesuffix(".")
+    return f"{what}; most often memory ran out: lower --num_workers or give the job more, then start again"
 
 
 def prepare_output(folder: Path) -> None:

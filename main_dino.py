@@ -484,20 +484,24 @@ class Evaluation:
     def knn(self, backbone: nn.Module | None, autocast=None) -> tuple[float, float]:
         """(top-1, top-5) in % of 20-NN on a backbone's features, or on raw pixels for None."""
         from eval_knn import knn_classifier
+
+        try:
+            found = [self.features(images, backbone, autocast) for images in (self.train, self.val)]
+        except ValueError as error:
+            raise data.TooManyBadImages(f"--eval_data_path: {error}; evaluation needs all images: remove it") from error
+        train, val = zip(found, self.labels, strict=True)
+        return knn_classifier(*train, *val, k=20, T=0.07, num_classes=self.n_classes)
+
+    def features(self, images: data.Images, backbone: nn.Module | None, autocast) -> torch.Tensor:
         from features import extract_features, pixel_features
 
         if backbone is None:
-            found = [pixel_features(images) for images in (self.train, self.val)]
-        else:
-            backbone.eval()
-            found = [
-                extract_features(backbone, self.transformed(images), 4 * self.args.batch_size_per_gpu,
+            return pixel_features(images)
+        backbone.eval()
+        found = extract_features(backbone, self.transformed(images), 4 * self.args.batch_size_per_gpu,
                                  self.args.num_workers, self.device, autocast)
-                for images in (self.train, self.val)
-            ]
-            backbone.train()
-        train, val = zip(found, self.labels, strict=True)
-        return knn_classifier(*train, *val, k=20, T=0.07, num_classes=self.n_classes)
+        backbone.train()
+        return found
 
     def baselines(self, backbone: nn.Module, autocast) -> dict[str, float]:
         """Top-1 of the untrained network and of raw pixels: a backbone that does not beat them has learned nothing."""
@@ -588,7 +592,7 @@ def save_pictures(run: Run) -> None:
     plots.training_curves([output_dir / "log.txt"], output_dir / "curves.png")
     names = ["curves.png"]
     if isinstance(run.teacher.backbone, VisionTransformer) and run.args.in_chans == 3:
-        chosen = [data.resized(images.load(i), run.args.global_crops_size) for i in range(min(6, len(images)))]
+        chosen = [data.resized(image, run.args.global_crops_size) for image in data.first_readable(images, 6)]
         plots.save_attention(run.teacher.backbone, chosen, output_dir / "attention.png", run.args.mean, run.args.std)
         names.append("attention.png")
     print(f"wrote {', '.join(names)}, log.txt and {run.last_saved} in {output_dir}", flush=True)
@@ -604,6 +608,11 @@ def main(args: argparse.Namespace) -> int:
     except (metrics.NonFinite, data.TooManyBadImages) as error:
         if parallel.is_main():
             print(f"main_dino.py: stopped: {error}", file=sys.stderr, flush=True)
+        return 1
+    except RuntimeError as error:
+        if (reason := flags.worker_death(error)) is None:
+            raise
+        print(f"main_dino.py: stopped: {reason}", file=sys.stderr, flush=True)
         return 1
     finally:
         parallel.stop()

@@ -59,8 +59,11 @@ class Shards:
         return printable(os.path.join(self.files[self.shard[i].item()], self.paths[i]))
 
     def load(self, i: int) -> Tensor:
-        with open(self.files[self.shard[i].item()], "rb", buffering=0) as file:
-            content = os.pread(file.fileno(), self.size[i].item(), self.offset[i].item())
+        try:
+            with open(self.files[self.shard[i].item()], "rb", buffering=0) as file:
+                content = os.pread(file.fileno(), self.size[i].item(), self.offset[i].item())
+        except OSError as error:
+            raise ValueError(f"{self.name(i)}: {error.strerror}") from error
         return decode(content, self.in_chans, self.max_pixels, self.name(i))
 
 

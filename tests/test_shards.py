@@ -234,6 +234,13 @@ def test_a_broken_picture_is_named(tmp_path):
             found.load(i)
 
 
+def test_a_shard_that_is_gone_is_named(tmp_path):
+    found = open_images(shard(tmp_path / "a.tar", {"x.png": png(0)}))
+    (tmp_path / "a.tar").unlink()
+    with pytest.raises(ValueError, match=f"^{tmp_path}/a.tar/x.png: No such file"):
+        found.load(0)
+
+
 def test_channels_and_pixels(tmp_path):
     buffer = io.BytesIO()
     np.save(buffer, np.full((4, 6, 5), 17, np.uint8))
