@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 import parallel
+from images import printable
 
 VERSION = 1  # of what an index holds
 WORTH_AN_INDEX = 10_000  # images; fewer are found in no time
@@ -105,31 +106,37 @@ def listed(what: str, known: frozenset[bytes], find: Callable[[list[tuple]], Fou
     folders the size is 0. A folder's time changes with the names in it, not with the content of its files.
 
     Args:
-        what: the folder or shards, in words that tell it from others.
+        what: the absolute paths of the folder or shards, one a line.
         known: suffixes that were looked for.
     """
     return parallel.on_main(lambda: find_or_read(what, known, find))
 
 
 def find_or_read(what: str, known: frozenset[bytes], find: Callable[[list[tuple]], Found]) -> Found:
-    path, about = index_path(what, known), f"{what[:200]}: {{}} images by the index {{}}; delete it to look anew"
+    path = index_path(what, known)
     found = read(path) if path else None
     if found is not None and unchanged(found):
-        print(about.format(count(found), path), flush=True)
+        say(what, f"{count(found)} images by the index {path}; delete it to look anew")
         return found
     stamps: list[tuple] = []
+    began = time.time_ns()
     found = find(stamps)
     found["watched"] = pack(path for path, *_ in stamps)
     found["stamps"] = np.array([numbers for _, *numbers in stamps], np.int64).reshape(-1, 2)
     # A change within one tick of the clock would leave no trace: what has just been written is not trusted.
-    settled = found["stamps"][:, 0].max(initial=0) < time.time_ns() - SETTLED
+    settled = found["stamps"][:, 0].max(initial=0) < began - SETTLED
     if path and count(found) >= WORTH_AN_INDEX and settled:
         try:
             write(path, found)
-            print(about.format(count(found), path), flush=True)
+            say(what, f"{count(found)} images, kept in the index {path}; delete it to look anew")
         except OSError as error:
-            print(f"no index is kept of {what[:200]} ({error.strerror}); DINO_CACHE names a folder for it", flush=True)
+            say(what, f"no index is kept ({error.strerror}); DINO_CACHE names a folder for it")
     return found
+
+
+def say(what: str, line: str) -> None:
+    first, *others = what.split("\n")
+    print(printable(os.fsencode(first)) + (f" and {len(others)} more" if others else "") + f": {line}", flush=True)
 
 
 def count(found: Found) -> int:

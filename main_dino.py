@@ -87,8 +87,8 @@ def get_args_parser() -> argparse.ArgumentParser:
 
     # Data and output
     add("--data_path", default="shapes",
-        help="folder of images, with or without class folders; a .txt list; torchvision:CIFAR10; "
-             "shapes[:COUNT[xPIXELS]], the embedded pictures")
+        help="folder of images, with or without class folders; a .txt list; shards-{000..099}.tar; hf:FOLDER; "
+             "torchvision:CIFAR10; shapes[:COUNT[xPIXELS]], the embedded pictures (docs/data.md)")
     add("--max_pixels", type=flags.positive_int, default=data.MAX_PIXELS,
         help="larger files count as undecodable: a guard against decompression bombs")
     add("--max_bad_images", type=flags.fraction, default=0.01, help="share of undecodable files that stops the run")

@@ -44,8 +44,8 @@ class Member(NamedTuple):
 class Shards:
     """Pictures in local tar files. A worker opens a shard for each read and seeks in no shared handle."""
 
-    def __init__(self, found: listing.Found, in_chans: int, max_pixels: int) -> None:
-        self.files, self.paths = listing.Texts(found["files"]), listing.Texts(found["paths"])
+    def __init__(self, files: Sequence[bytes], found: listing.Found, in_chans: int, max_pixels: int) -> None:
+        self.files, self.paths = listing.Texts(listing.pack(files)), listing.Texts(found["paths"])
         self.shard, self.offset, self.size = (torch.from_numpy(found[k]) for k in ("shard", "offset", "size"))
         self.labels = torch.from_numpy(found["labels"]) if len(found["labels"]) else None
         self.classes = [printable(name) for name in listing.Texts(found["classes"])]
@@ -142,14 +142,15 @@ def copied(where: str, url: str) -> str:
 
 def read_shards(where: str, paths: Sequence[bytes], in_chans: int, max_pixels: int) -> Shards:
     known = frozenset(map(os.fsencode, suffixes(in_chans)))
-    what = "\n".join(os.path.realpath(os.fsdecode(path)) for path in paths)
-    found = listing.listed(what, known, lambda stamps: find(where, paths, known, stamps))
+    real = [os.path.realpath(path) for path in paths]
+    what = "\n".join(map(os.fsdecode, real))
+    found = listing.listed(what, known, lambda stamps: find(where, real, known, stamps))
     if not found["left_out"] and not len(found["paths"]):
         raise FileNotFoundError(f"{where}: no images in {len(paths)} shard(s); give shards that hold some, as key.jpg")
     if found["left_out"] and parallel.is_main():
         print(f"{where}: {found['left_out']} pictures are left out: their sample has another one before them",
               flush=True)
-    return Shards(found, in_chans, max_pixels)
+    return Shards(paths, found, in_chans, max_pixels)
 
 
 def find(where: str, paths: Sequence[bytes], known: frozenset[bytes], stamps: list[tuple]) -> listing.Found:
@@ -171,7 +172,7 @@ def find(where: str, paths: Sequence[bytes], known: frozenset[bytes], stamps: li
             raise ValueError(f"{where}: {printable(path)}: {error}; make or fetch this shard again") from error
     numbers, classes = listing.numbered(labels) if None not in labels else ([], [])
     return {k: np.array(v) for k, v in rows.items()} | {
-        "files": listing.pack(paths), "paths": np.frombuffer(members, np.uint8), "left_out": np.array(left_out),
+        "paths": np.frombuffer(members, np.uint8), "left_out": np.array(left_out),
         "labels": np.array(numbers, np.int64), "classes": listing.pack(name.encode() for name in classes),
     }
 

@@ -134,7 +134,8 @@ class Files:
 def open_folder(where: str, folder: str, split: str | None, in_chans: int, max_pixels: int) -> Images:
     folder = split_folder(where, folder, split)
     known = frozenset(map(os.fsencode, suffixes(in_chans)))
-    found = listed(os.path.realpath(folder), known, lambda stamps: find_pictures(os.fsencode(folder), known, stamps))
+    real = os.path.realpath(folder)
+    found = listed(real, known, lambda stamps: find_pictures(os.fsencode(real), known, stamps))
     paths, labels = Texts(found["paths"]), found["labels"]
     if not len(paths):
         if shards := open_folder_of_shards(where, folder, in_chans, max_pixels):
