@@ -210,7 +210,10 @@ def load_backbone(
     Raises:
         FileNotFoundError, ValueError: no such file, not a checkpoint, or not this architecture's.
     """
-    loaded = read(weights) if weights else {}
+    try:
+        loaded = read(weights) if weights else {}
+    except (FileNotFoundError, ValueError) as error:
+        raise type(error)(f"--pretrained_weights {error}") from error
     args = stored_args(loaded)
     info = {
         "arch": args.get("arch", arch or "vit_small"),

@@ -12,6 +12,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from typing import Any
 
@@ -22,9 +23,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 import parallel
+from images import MAX_PIXELS
 from sources import Images, open_images
 
-__all__ = ["BadImages", "EvalImages", "Images", "TooManyBadImages", "batches", "open_images", "resized"]
+__all__ = ["MAX_PIXELS", "BadImages", "EvalImages", "Images", "TooManyBadImages", "batches", "open_images", "resized"]
 
 Bad = tuple[str, str]  # name of an image that can't be decoded, and the reason
 
@@ -101,7 +103,7 @@ class MultiCrop(Dataset):
     the same random numbers; bad lists the (name, reason) of those tried in vain, and index stays what was asked for.
 
     Raises:
-        RuntimeError: after TRIES such images in a row.
+        TooManyBadImages: after TRIES such images in a row.
     """
 
     TRIES = 100
@@ -127,7 +129,9 @@ class MultiCrop(Dataset):
                 crops, params = self.augmentation.cut(image, rng)
                 return crops, params, index, bad
         name, reason = bad[-1]
-        raise RuntimeError(f"--data_path: {self.TRIES} images in a row can't be decoded; the last: {name}: {reason}")
+        raise TooManyBadImages(
+            f"--data_path: {self.TRIES} images in a row can't be decoded; remove such. The last: {name}: {reason}"
+        )
 
 
 def collate(items: Sequence[tuple[list[Tensor], Tensor, int, list[Bad]]]) -> dict[str, Any]:
@@ -165,7 +169,7 @@ def batches(
 ) -> DataLoader:
     """The micro-batches of a whole run on one process, as `collate` makes them; see GlobalBatches for the arguments.
 
-    A worker that dies ends the iteration with DataLoader's RuntimeError.
+    A worker that dies ends the iteration with DataLoader's RuntimeError (flags.worker_death).
     """
     return DataLoader(
         MultiCrop(images, augmentation, seed),
@@ -202,7 +206,10 @@ def heed_parent() -> None:
 
 
 class TooManyBadImages(RuntimeError):
-    """More images than --max_bad_images allows can't be decoded."""
+    """Too many images can't be decoded."""
+
+    def __init__(self, message: str) -> None:  # raised in a worker, it comes behind that one's traceback
+        super().__init__(message.strip().splitlines()[-1].removeprefix("data.TooManyBadImages: "))
 
 
 class BadImages:
@@ -252,6 +259,17 @@ class BadImages:
                 f"{len(self.reasons)} of {self.images} images can't be decoded, more than --max_bad_images "
                 f"{self.max_bad_images:g} allows; remove them or raise it. The last: {name}: {reason}"
             )
+
+
+def first_readable(images: Images, count: int) -> list[Tensor]:
+    """The first pictures that can be decoded, `count` of them where a hundred tries give as many."""
+    found = []
+    for i in range(min(len(images), 100)):
+        with suppress(ValueError, OSError):
+            found.append(images.load(i))
+        if len(found) == count:
+            break
+    return found
 
 
 # ---- Evaluation ----

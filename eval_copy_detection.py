@@ -39,8 +39,7 @@ import flags
 import parallel
 import retrieval
 import scores
-from images import MAX_PIXELS
-from sources import Files
+from sources import open_files
 from vision_transformer import VisionTransformer
 
 POOLED = "the network's output"  # of networks without patch tokens, and of raw pictures
@@ -249,11 +248,11 @@ def compute(args: argparse.Namespace, device: torch.device, copies: Copies) -> t
     """(Q, M) scores, and what the report says of them."""
     network = load_network(args, device)
     in_chans = network.info["in_chans"]
-    sets = [Files(os.path.expanduser(args.data_path), map(os.fsencode, names), None, [], in_chans, MAX_PIXELS)
-            for names in (copies.queries, copies.database)]
+    folder = os.path.expanduser(args.data_path)
+    sets = [open_files(folder, names, in_chans) for names in (copies.queries, copies.database)]
     if args.distractors:
         sets.append(data.open_images(args.distractors, None, in_chans, flag="--distractors"))
-    output_dir(args).mkdir(parents=True, exist_ok=True)
+    flags.prepare_output(output_dir(args))
     queries, database, *others = (picture_features(network, images, args, device) for images in sets)
     uses = DISTRACTORS_FOR[args.distractors_for] if others else ()
     if "database" in uses:
@@ -275,7 +274,7 @@ def evaluate_copies(args: argparse.Namespace) -> dict:
         flags.Refused: bad input, in one line.
     """
     try:
-        device = parallel.start(args.device if args.use_cuda else "cpu", args.dist_url)
+        device = parallel.start(args.device if args.use_cuda else "cpu", args.dist_url, args.dist_timeout)
         copies = read_copies(args.data_path)
         found, about = compute(args, device, copies)
     except (ValueError, OSError) as error:

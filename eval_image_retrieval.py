@@ -35,8 +35,7 @@ import parallel
 import retrieval
 import scores
 from ground_truth import GroundTruth, Query, read_ground_truth
-from images import MAX_PIXELS
-from sources import Files
+from sources import open_files
 
 SETTINGS = {  # what must be found, and what is taken out of the ranking
     "easy": (("easy",), ("hard", "junk")),
@@ -205,8 +204,7 @@ def open_dataset(args: argparse.Namespace, in_chans: int) -> tuple[GroundTruth, 
         if absent:
             raise FileNotFoundError(f"--data_path {args.data_path}: {len(absent)} picture(s) of {there[0].name} are "
                                     f"missing, the first is {folder / 'jpg' / absent[0]}.jpg; put them there")
-        paths = [os.fsencode(f"{name}.jpg") for name in names]
-        return Cropped(Files(folder / "jpg", paths, None, [], in_chans, MAX_PIXELS), boxes)
+        return Cropped(open_files(folder / "jpg", [f"{name}.jpg" for name in names], in_chans), boxes)
 
     database = open_pictures(truth.database, [None] * len(truth.database))
     return truth, database, open_pictures([q.name for q in truth.queries], [q.box for q in truth.queries])
@@ -220,10 +218,10 @@ def evaluate_retrieval(args: argparse.Namespace) -> dict:
     """
     args.resize_size = args.crop_size = args.imsize
     try:
-        device = parallel.start(args.device if args.use_cuda else "cpu", args.dist_url)
+        device = parallel.start(args.device if args.use_cuda else "cpu", args.dist_url, args.dist_timeout)
         network = features.load_network(args, device)
         truth, database, queries = open_dataset(args, network.info["in_chans"])
-        output_dir(args).mkdir(parents=True, exist_ok=True)
+        flags.prepare_output(output_dir(args))
         found = [picture_features(network, images, args, device) for images in (queries, database)]
     except (ValueError, OSError) as error:
         raise flags.Refused(error) from error

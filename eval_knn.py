@@ -47,7 +47,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--n_per_class", type=flags.positive_int, nargs="+", default=[], help="few-shot: so many of each class")
     add("--draws", type=flags.positive_int, default=10, help="random draws a few-shot setting")
     add("--label_free", action="store_true", help="RankMe, uniformity and alignment for labelled pictures too")
-    add("--seed", type=flags.count, default=0, help="of few-shot draws and of an untrained network")
+    add("--seed", type=flags.seed, default=0, help="of few-shot draws and of an untrained network")
 
     add("--output_dir", default="", help="for eval_knn.json and features/, the cache; empty: the weights' folder, or .")
     add("--dump_features", default="", help="folder for trainfeat.pth, trainlabels.pth, testfeat.pth, testlabels.pth")
@@ -137,6 +137,8 @@ def load(folder: str) -> tuple[list[Part], dict]:
         FileNotFoundError, ValueError: no such files, or not tensors that belong together.
     """
     where = f"--load_features {folder}"
+    if not (Path(folder) / "trainfeat.pth").is_file():
+        raise FileNotFoundError(f"{where}: no trainfeat.pth in it; write one with --dump_features")
     info = Path(folder) / "features.json"
     known = json.loads(info.read_text()) if info.is_file() else {"classes": [], "about": {}}
     read = {name: checkpoint.read(Path(folder) / name) for names in FILES for name in names
@@ -169,7 +171,7 @@ def compute(args: argparse.Namespace, device: torch.device) -> tuple[list[Part],
     network = load_network(args, device)
     images = open_parts(args, network.info["in_chans"])
     check_labels(f"--data_path {args.data_path}", [i.labels for i in images])
-    output_dir(args).mkdir(parents=True, exist_ok=True)
+    flags.prepare_output(output_dir(args))
     cache = output_dir(args) / "features"
     parts = [Part(network_features(network, i, args, device, cache), i.labels, i.classes) for i in images]
     views = None
@@ -191,7 +193,7 @@ def evaluate_knn(args: argparse.Namespace) -> dict:
         if len(parts) == 2 and labelled:
             parts = match_classes(*parts)
         results, notes = classify(parts, args, device) if labelled else ([], ["no labels: measures that need none"])
-        output_dir(args).mkdir(parents=True, exist_ok=True)
+        flags.prepare_output(output_dir(args))
         if args.dump_features and parallel.is_main():
             dump(args.dump_features, parts, about)
     except (ValueError, OSError) as error:

@@ -296,7 +296,7 @@ def evaluate_linear(args: argparse.Namespace) -> dict:
         check_args(args)
         if args.evaluate and not os.path.isfile(args.linear_weights):
             raise FileNotFoundError(f"--linear_weights {args.linear_weights}: no such file; train one first")
-        device = parallel.start(args.device, args.dist_url)
+        device = parallel.start(args.device, args.dist_url, args.dist_timeout)
         network = load_network(args, device)
         blocks = with_blocks(network, args)[1]
         sweep = not (args.evaluate or args.finetune) and len(settings(args, blocks)) > 1
@@ -304,7 +304,7 @@ def evaluate_linear(args: argparse.Namespace) -> dict:
         if args.num_labels and args.num_labels < len(task.classes):
             raise ValueError(f"--num_labels {args.num_labels}: the data have {len(task.classes)} classes; raise it, or "
                              "0 counts them")
-        output_dir(args).mkdir(parents=True, exist_ok=True)
+        flags.prepare_output(output_dir(args))
         for note in task.notes:
             say(note)
         protocol = evaluate if args.evaluate else logreg if args.logreg else finetune if args.finetune else probe

@@ -270,7 +270,7 @@ def evaluate_segmentation(args: argparse.Namespace) -> dict:
     try:
         import_kmeans()  # it is missed before any work is done
         output_dir = flags.check_folder(args.output_dir or os.path.dirname(args.pretrained_weights) or ".")
-        device = parallel.start(args.device, args.dist_url)
+        device = parallel.start(args.device, args.dist_url, args.dist_timeout)
         args = argparse.Namespace(**vars(args) | {"device": str(device), "image_size": [args.image_size]})
         models, info = load_networks(args)
         pictures = masks.open_masked(args.data_path, info["in_chans"])

@@ -275,7 +275,7 @@ def evaluate_video_segmentation(args: argparse.Namespace) -> dict:
     """
     try:
         flags.check_folder(args.output_dir)
-        device = parallel.start(args.device, args.dist_url)
+        device = parallel.start(args.device, args.dist_url, args.dist_timeout)
         forward, about = load_forward(args, device)
         network_size(64, 64, args.image_size, about["patch_size"])  # a wrong flag is named before any work
         videos = davis.find_videos(args.data_path, args.resolution, args.image_set, args.sequences, args.merge_objects,

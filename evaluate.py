@@ -303,14 +303,14 @@ def evaluate(args: argparse.Namespace) -> dict:
         flags.Refused: bad input, in one line.
     """
     try:
-        device = parallel.start(args.device, args.dist_url)
+        device = parallel.start(args.device, args.dist_url, args.dist_timeout)
         network = load_network(args, device)
         for name in ("segmentation_data", "video_data", "copy_data", "retrieval_data"):
             value = getattr(args, name)
             if value and not value.startswith("shapes") and not os.path.isdir(value):
                 raise FileNotFoundError(f"--{name} {value}: no such folder")
         open_parts(args, network.info["in_chans"])  # a wrong path is named before any work
-        output_dir(args).mkdir(parents=True, exist_ok=True)
+        flags.prepare_output(output_dir(args))
     except (ValueError, OSError) as error:
         raise flags.Refused(error) from error
     results = run_all(args, network.about)

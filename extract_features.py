@@ -191,7 +191,7 @@ def extract(args: argparse.Namespace) -> None:
     try:
         output = Path(args.output).expanduser()
         embeddings.check_package("--output", output)
-        device = parallel.start(args.device, args.dist_url)
+        device = parallel.start(args.device, args.dist_url, args.dist_timeout)
         network = features.load_network(args, device)
         images = data.open_images(args.data_path, None, network.info["in_chans"])
         job, about, dataset = plan(args, network, images, output)

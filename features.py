@@ -200,6 +200,7 @@ def images_hash(images: data.Images) -> str:
             digest.update(f" {status.st_size} {status.st_mtime_ns}\n".encode())
         except OSError:  # drawn, or packed in one file
             digest.update(b"\n")
+    digest.update(getattr(images, "fingerprint", "").encode())  # of what is packed in shards
     if len(images):
         first = images.load(0)
         digest.update(f"{tuple(first.shape)}".encode() + first.numpy().tobytes())
@@ -270,6 +271,8 @@ def load_network(args: argparse.Namespace, device: torch.device) -> Network:
     torch.manual_seed(args.seed)
     model, info = checkpoint.load_backbone(args.pretrained_weights, args.arch, args.patch_size, args.checkpoint_key)
     crop = args.crop_size or info["global_crops_size"]
+    if args.resize_size and args.resize_size < crop:
+        raise ValueError(f"--resize_size {args.resize_size} is smaller than --crop_size {crop}; make it larger")
     about = {
         "arch": info["arch"], "patch_size": info["patch_size"], "weights": args.pretrained_weights or None,
         "checkpoint_key": args.checkpoint_key, "weights_sha256": weights_hash(model),

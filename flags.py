@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import math
 import os
 import sys
@@ -10,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import parallel
+
+PRESETS = Path(__file__).parent / "presets"
 
 
 class Refused(Exception):
@@ -20,15 +23,39 @@ class Refused(Exception):
 
 
 def exit_code(script: str, evaluate: Callable, args: argparse.Namespace) -> int:
-    """Run a script's work and leave its process group: 0 done, 2 refused, and said why."""
+    """Run a script's work and leave its process group: 0 done, 2 refused, 1 a worker died, and said why."""
     try:
         evaluate(args)
     except Refused as error:
         print(f"{script}: error: {error}", file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        if (reason := worker_death(error)) is None:
+            raise
+        print(f"{script}: stopped: {reason}", file=sys.stderr)
+        return 1
     finally:
         parallel.stop()
     return 0
+
+
+def worker_death(error: RuntimeError) -> str | None:
+    """One line when it says that a loader's worker died; torch raises that wherever the main thread stands."""
+    if not str(error).startswith("DataLoader worker"):
+        return None
+    what = " ".join(str(error).split()).removesuffix(".")
+    return f"{what}; most often memory ran out: lower --num_workers or give the job more, then start again"
+
+
+def prepare_output(folder: Path) -> None:
+    """Make --output_dir. Raises ValueError in one line where that can't be, or where nothing can be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError("not writable")
+    except OSError as error:
+        reason = error.strerror or error
+        raise ValueError(f"--output_dir {folder}: {reason}; choose a folder you can write to") from error
 
 
 class Parser(argparse.ArgumentParser):
@@ -37,6 +64,25 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, description: str) -> None:
         super().__init__(description=description, fromfile_prefix_chars="@", allow_abbrev=False,
                          formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+    def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
+        """As argparse's, but a file of flags that can't be read and an unknown flag come with what there is."""
+        for arg in sys.argv[1:] if args is None else args:
+            if arg.startswith("@"):
+                self.check_file(arg)
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            near = difflib.get_close_matches(unknown[0], self._option_string_actions, 3)
+            self.error(f"{' '.join(unknown)}: no such flag; " + (f"near ones: {', '.join(near)}; " if near else "")
+                       + "--help shows all")
+        return found
+
+    def check_file(self, arg: str) -> None:
+        try:
+            Path(arg[1:]).read_text()
+        except (OSError, UnicodeError) as error:
+            presets = ", ".join(f"@presets/{path.name}" for path in sorted(PRESETS.glob("*.txt")))
+            self.error(f"{arg}: not a file of flags ({getattr(error, 'strerror', 'not text')}); there are {presets}")
 
     def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
         return arg_line.split("#")[0].split()
@@ -49,23 +95,24 @@ class Parser(argparse.ArgumentParser):
 def boolean(text: str) -> bool:
     words = {"true": True, "1": True, "on": True, "yes": True, "false": False, "0": False, "off": False, "no": False}
     if text.lower() not in words:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false; give one of them")
     return words[text.lower()]
 
 
 def number(kind: Callable, low: float = -math.inf, high: float = math.inf, above: bool = False) -> Callable:
     """A type for argparse: `kind` (int or float) within [low, high], or (low, high] with `above`; never NaN."""
+    bounds = f"{'above' if above else 'at least'} {low}" if low > -math.inf else ""
+    bounds += (" and " if bounds else "") + f"at most {high}" if high < math.inf else ""
+    remedy = f"give a value {bounds or 'that is finite'}"
 
     def parse(text: str):
         try:
             value = kind(text)
         except ValueError as error:
             what = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {what}") from error
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what}; {remedy}") from error
         if not (low < value if above else low <= value) or value > high or not math.isfinite(value):
-            bounds = f"{'above' if above else 'at least'} {low:g}" if low > -math.inf else ""
-            bounds += (" and " if bounds else "") + f"at most {high:g}" if high < math.inf else ""
-            raise argparse.ArgumentTypeError(f"{text} is out of range; give a value {bounds or 'that is finite'}")
+            raise argparse.ArgumentTypeError(f"{text} is out of range; {remedy}")
         return value
 
     return parse
@@ -76,6 +123,7 @@ count = number(int, 0)
 positive = number(float, 0, above=True)
 non_negative = number(float, 0)
 fraction = number(float, 0, 1)
+seed = number(int, 0, 2**32 - 1)  # NumPy's range; torch's is wider
 
 
 def check_folder(path: str | os.PathLike, flag: str = "--output_dir") -> Path:

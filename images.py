@@ -46,7 +46,9 @@ TURNS = {
 }
 
 
-def decode(source: str | os.PathLike | bytes, in_chans: int = 3, max_pixels: int = MAX_PIXELS) -> Tensor:
+def decode(
+    source: str | os.PathLike | bytes, in_chans: int = 3, max_pixels: int = MAX_PIXELS, name: str = "<bytes>"
+) -> Tensor:
     """The picture in a file as uint8 (C, H, W), a view of contiguous (H, W, C) memory.
 
     That layout is torch's channels-last, which its antialiased resizing of uint8 is fastest on.
@@ -55,6 +57,7 @@ def decode(source: str | os.PathLike | bytes, in_chans: int = 3, max_pixels: int
         source: a path, or the file's bytes.
         in_chans: C.
         max_pixels: larger pictures are refused before they are unpacked (an odd limit as the even one above it).
+        name: of bytes, for errors.
 
     Raises:
         ValueError: "<name>: <reason>", for every file that can't be decoded, whatever the decoder raised.
@@ -71,7 +74,7 @@ def decode(source: str | os.PathLike | bytes, in_chans: int = 3, max_pixels: int
             with pillow_limits(max_pixels):
                 return from_pil(Image.open(file, formats=formats()), in_chans)
     except Exception as error:  # on broken bytes, decoders raise SyntaxError, KeyError, struct.error and more
-        name = "<bytes>" if in_memory else printable(os.fsencode(source))
+        name = name if in_memory else printable(os.fsencode(source))
         raise ValueError(f"{name}: {reason(error)}") from error
 
 

@@ -12,6 +12,7 @@ import argparse
 import math
 import os
 import random
+import re
 import signal
 import sys
 from contextlib import nullcontext
@@ -79,19 +80,22 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--local_crops_number", type=flags.count, default=8, help="local crops an image; 0 trains on two crops")
     add("--global_crops_size", type=flags.positive_int, default=224, help="pixels")
     add("--local_crops_size", type=flags.positive_int, default=96, help="pixels")
-    add("--mean", type=float, nargs="+", default=utils.IMAGENET_MEAN, help="of each channel, in [0, 1]")
-    add("--std", type=flags.positive, nargs="+", default=utils.IMAGENET_STD, help="of each channel")
+    add("--mean", type=flags.fraction, nargs="+", default=utils.IMAGENET_MEAN, help="of each channel, in [0, 1]")
+    add("--std", type=flags.number(float, 0, 1, above=True), nargs="+", default=utils.IMAGENET_STD,
+        help="of each channel")
     add("--in_chans", type=flags.positive_int, default=3, help="channels; with --mean and --std of as many values")
 
     # Data and output
     add("--data_path", default="shapes",
-        help="folder of images, with or without class folders; a .txt list; torchvision:CIFAR10; "
-             "shapes[:COUNT[xPIXELS]], the embedded pictures")
+        help="folder of images, with or without class folders; a .txt list; shards-{000..099}.tar; hf:FOLDER; "
+             "torchvision:CIFAR10; shapes[:COUNT[xPIXELS]], the embedded pictures (docs/data.md)")
+    add("--max_pixels", type=flags.positive_int, default=data.MAX_PIXELS,
+        help="larger files count as undecodable: a guard against decompression bombs")
     add("--max_bad_images", type=flags.fraction, default=0.01, help="share of undecodable files that stops the run")
     add("--output_dir", default=".", help="checkpoints and logs; a run that finds its own checkpoint there resumes")
     add("--saveckp_freq", type=flags.count, default=20, help="epochs between checkpoints that are kept; 0: none")
     add("--saveckp_every_steps", type=flags.count, default=0, help="steps between checkpoints; 0: epochs only")
-    add("--seed", type=flags.count, default=0, help="of the weights, the order and the views")
+    add("--seed", type=flags.seed, default=0, help="of the weights, the order and the views")
     add("--eval_knn_every", type=flags.count, default=0, help="epochs between k-NN evaluations; 0: never")
     add("--eval_data_path", default="", help="labelled images with train and val (or test) parts; empty: --data_path")
     add("--log_every", type=flags.positive_int, default=10, help="steps between progress lines and health checks")
@@ -110,6 +114,8 @@ def check_args(args: argparse.Namespace) -> None:
         if len(getattr(args, name)) != args.in_chans:
             given = " ".join(f"{v:g}" for v in getattr(args, name))
             raise ValueError(f"--{name} {given}: --in_chans {args.in_chans} needs {args.in_chans} values")
+    if args.min_lr > args.lr:
+        raise ValueError(f"--min_lr {args.min_lr:g} is above --lr {args.lr:g}; lower it")
     if args.local_crops_number and args.local_crops_size > args.global_crops_size:
         raise ValueError(f"--local_crops_size {args.local_crops_size} is larger than --global_crops_size "
                          f"{args.global_crops_size}; make it smaller")
@@ -152,9 +158,10 @@ def make_plan(args: argparse.Namespace, n_images: int, world_size: int) -> Plan:
         )
     steps = args.steps or args.epochs * steps_per_epoch
     epochs = steps / steps_per_epoch
-    if args.warmup_epochs > epochs:
-        raise ValueError(f"--warmup_epochs {args.warmup_epochs:g} is longer than the run of {epochs:g} epochs "
-                         f"(--steps {args.steps}); lower it")
+    for name in ("warmup_epochs", "warmup_teacher_temp_epochs"):
+        if getattr(args, name) > epochs:
+            raise ValueError(f"--{name} {getattr(args, name):g} is longer than the run of {epochs:g} epochs "
+                             f"(--steps {args.steps}); lower it")
     # Linear scaling rule: the learning rate is given for 256 images.
     lr = utils.cosine_scheduler(
         args.lr * global_batch / 256, args.min_lr, epochs, steps_per_epoch, warmup_epochs=args.warmup_epochs
@@ -176,9 +183,7 @@ def build_networks(args: argparse.Namespace, device: torch.device) -> tuple[nn.M
 
     student, teacher = build(args.drop_path_rate), build(0.0)
     if args.init_from:
-        loaded = checkpoint.read(args.init_from)
-        state = checkpoint.backbone_state(loaded, "teacher", args.init_from)
-        checkpoint.load_matching(student.backbone, state, args.init_from)
+        load_initial(student.backbone, args.init_from)
     teacher.load_state_dict(student.state_dict())
     teacher.requires_grad_(False)
     student, teacher = student.to(device), teacher.to(device)
@@ -188,6 +193,15 @@ def build_networks(args: argparse.Namespace, device: torch.device) -> tuple[nn.M
         for module in (student.backbone, student.head, teacher.backbone, teacher.head):
             module.compile()
     return student, teacher
+
+
+def load_initial(backbone: nn.Module, path: str) -> None:
+    try:
+        state = checkpoint.backbone_state(checkpoint.read(path), "teacher", path)
+        checkpoint.load_matching(backbone, state, path)
+    except ValueError as error:  # it names the evaluation scripts' flags
+        reason = re.sub("--(pretrained_weights|checkpoint_key) ", "", str(error)).removeprefix(f"{path}: ")
+        raise ValueError(f"--init_from {path}: {reason}") from error
 
 
 def build_optimizer(name: str, model: nn.Module) -> torch.optim.Optimizer:
@@ -225,7 +239,7 @@ def half_precision(precision: str, use_fp16: bool, device: torch.device) -> torc
 FREE_FLAGS = {
     "data_path", "output_dir", "saveckp_freq", "saveckp_every_steps", "eval_knn_every", "eval_data_path", "log_every",
     "tensorboard", "device", "num_workers", "dist_url", "dist_timeout", "local_rank", "compile", "max_bad_images",
-    "init_from", "batch_size_per_gpu", "grad_accum_steps", "world_size",
+    "max_pixels", "init_from", "batch_size_per_gpu", "grad_accum_steps", "world_size",
 }
 
 
@@ -252,7 +266,7 @@ class Run:
 
     def __init__(self, args: argparse.Namespace, device: torch.device) -> None:
         self.args, self.device = args, device
-        self.images = data.open_images(args.data_path, None, args.in_chans)
+        self.images = data.open_images(args.data_path, None, args.in_chans, args.max_pixels)
         self.evaluation = Evaluation(args, device) if args.eval_knn_every else None
         self.plan = make_plan(args, len(self.images), parallel.world_size())
         seed_everything(args.seed)  # the networks start the same on every process
@@ -455,7 +469,8 @@ class Evaluation:
         self.args, self.device = args, device
         path = args.eval_data_path or args.data_path
         flag = "--eval_data_path" if args.eval_data_path else "--data_path"
-        self.train, self.val = (data.open_images(path, part, args.in_chans, flag=flag) for part in ("train", "val"))
+        self.train, self.val = (data.open_images(path, part, args.in_chans, args.max_pixels, flag)
+                                for part in ("train", "val"))
         for images, part in ((self.train, "train"), (self.val, "val")):
             if images.labels is None:
                 raise ValueError(f"--eval_data_path {path}: its {part} part has no labels; --eval_knn_every needs "
@@ -469,20 +484,24 @@ class Evaluation:
     def knn(self, backbone: nn.Module | None, autocast=None) -> tuple[float, float]:
         """(top-1, top-5) in % of 20-NN on a backbone's features, or on raw pixels for None."""
         from eval_knn import knn_classifier
+
+        try:
+            found = [self.features(images, backbone, autocast) for images in (self.train, self.val)]
+        except ValueError as error:
+            raise data.TooManyBadImages(f"--eval_data_path: {error}; evaluation needs all images: remove it") from error
+        train, val = zip(found, self.labels, strict=True)
+        return knn_classifier(*train, *val, k=20, T=0.07, num_classes=self.n_classes)
+
+    def features(self, images: data.Images, backbone: nn.Module | None, autocast) -> torch.Tensor:
         from features import extract_features, pixel_features
 
         if backbone is None:
-            found = [pixel_features(images) for images in (self.train, self.val)]
-        else:
-            backbone.eval()
-            found = [
-                extract_features(backbone, self.transformed(images), 4 * self.args.batch_size_per_gpu,
+            return pixel_features(images)
+        backbone.eval()
+        found = extract_features(backbone, self.transformed(images), 4 * self.args.batch_size_per_gpu,
                                  self.args.num_workers, self.device, autocast)
-                for images in (self.train, self.val)
-            ]
-            backbone.train()
-        train, val = zip(found, self.labels, strict=True)
-        return knn_classifier(*train, *val, k=20, T=0.07, num_classes=self.n_classes)
+        backbone.train()
+        return found
 
     def baselines(self, backbone: nn.Module, autocast) -> dict[str, float]:
         """Top-1 of the untrained network and of raw pixels: a backbone that does not beat them has learned nothing."""
@@ -506,7 +525,7 @@ def setup(args: argparse.Namespace) -> Run:
         found = checkpoint.read_latest(args.output_dir)
         if found:
             run.resume(*found)
-        prepare_output(Path(args.output_dir))
+        flags.prepare_output(Path(args.output_dir))
     except (ValueError, OSError) as error:
         raise flags.Refused(error) from error
     return run
@@ -529,16 +548,6 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-
-
-def prepare_output(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            raise PermissionError("not writable")
-    except OSError as error:
-        reason = error.strerror or error
-        raise ValueError(f"--output_dir {folder}: {reason}; choose a folder you can write to") from error
 
 
 def make_augmentation(args: argparse.Namespace) -> utils.DataAugmentationDINO:
@@ -583,7 +592,7 @@ def save_pictures(run: Run) -> None:
     plots.training_curves([output_dir / "log.txt"], output_dir / "curves.png")
     names = ["curves.png"]
     if isinstance(run.teacher.backbone, VisionTransformer) and run.args.in_chans == 3:
-        chosen = [data.resized(images.load(i), run.args.global_crops_size) for i in range(min(6, len(images)))]
+        chosen = [data.resized(image, run.args.global_crops_size) for image in data.first_readable(images, 6)]
         plots.save_attention(run.teacher.backbone, chosen, output_dir / "attention.png", run.args.mean, run.args.std)
         names.append("attention.png")
     print(f"wrote {', '.join(names)}, log.txt and {run.last_saved} in {output_dir}", flush=True)
@@ -599,6 +608,11 @@ def main(args: argparse.Namespace) -> int:
     except (metrics.NonFinite, data.TooManyBadImages) as error:
         if parallel.is_main():
             print(f"main_dino.py: stopped: {error}", file=sys.stderr, flush=True)
+        return 1
+    except RuntimeError as error:
+        if (reason := flags.worker_death(error)) is None:
+            raise
+        print(f"main_dino.py: stopped: {reason}", file=sys.stderr, flush=True)
         return 1
     finally:
         parallel.stop()

@@ -10,6 +10,7 @@ import re
 import socket
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from datetime import timedelta
 from typing import TypeVar
 
@@ -72,6 +73,27 @@ def gather_objects(value) -> list:
     values = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def on_main(make: Callable):
+    """`make()` of rank 0 on every process, and its ValueError or OSError too; all processes call it.
+
+    It may take longer than collectives may wait: while it runs in a thread, the processes meet again and again.
+    """
+    if world_size() == 1:
+        return make()
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(make) if is_main() else None
+        while not gather_objects(future is not None and bool(wait([future], 10).done))[0]:
+            pass
+    error = future.exception() if future else None
+    if error and not isinstance(error, (ValueError, OSError)):
+        raise error
+    result = [None, error] if error or not future else [future.result(), None]
+    dist.broadcast_object_list(result, src=0)
+    if result[1] is not None:
+        raise result[1]
+    return result[0]
 
 
 def map_shared(work: Callable[[int], Result], n: int) -> list[Result]:

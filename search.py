@@ -26,8 +26,8 @@ import features
 import flags
 import parallel
 import plots
-from images import MAX_PIXELS, decode
-from sources import Files
+from images import decode
+from sources import open_files
 
 ROWS_AT_A_TIME = 65_536
 CELL = 224  # pixels of a picture's longer side on the sheet
@@ -119,7 +119,7 @@ def embed(paths: Sequence[str], about: dict, args: argparse.Namespace) -> np.nda
     if network.about["weights_sha256"] != about["weights_sha256"]:
         raise ValueError(f"--pretrained_weights {args.pretrained_weights}: not the weights that the file's features "
                          "come from; give those")
-    images = Files(os.getcwd(), [os.fsencode(path) for path in paths], None, [], network.info["in_chans"], MAX_PIXELS)
+    images = open_files(os.getcwd(), paths, network.info["in_chans"])
     return features.network_features(network, images, args, device, cache=None).numpy()
 
 

@@ -5,26 +5,28 @@ A set of images is any object with
     len(images), images.load(i) -> uint8 (C, H, W), images.name(i) -> str,
     images.labels -> int64 (N,) or None, images.classes -> list of names ([] without labels)
 
+and, where names and files' times don't tell that the pictures have changed, images.fingerprint -> str.
+
 Shapes: N images in all, C channels.
 """
 
-import difflib
-import inspect
 import os
 import re
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cached_property, partial
-from typing import Any, Protocol
+from functools import cached_property
+from typing import Protocol
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
 
 import shapes
 from images import MAX_PIXELS, MODES, decode, from_pil, printable, suffixes
+from listing import Found, Texts, listed, numbered, pack, pictures_below
+from packages import open_hugging_face, open_torchvision
+from shards import named_by, open_folder_of_shards, open_shards
 
 
 class Images(Protocol):
@@ -56,6 +58,10 @@ def open_images(
                         integers are taken as they are, others are numbered in the order of their names.
     torchvision:NAME    the class of torchvision.datasets, in ./data or in the folder of `torchvision:NAME:FOLDER`;
                         downloaded if it isn't there.
+    name-{000..099}.tar tar files by WebDataset's convention, whose samples are key.jpg and the like with key.cls or
+                        key.json for a label; a folder of such files and no pictures; `pipe:command` and URLs of such
+                        files, which are copied once (shards.py).
+    hf:FOLDER           a data set that Hugging Face's `save_to_disk` wrote.
     shapes              drawn pictures: `shapes`, `shapes:COUNT` or `shapes:COUNTxPIXELS`, by default 10000x96. A
                         folder of that name is `./shapes`.
 
@@ -75,57 +81,48 @@ def open_images(
     where = f"{flag} {data_path!r}"
     if split not in (None, "train", "val"):
         raise ValueError(f"split is {split!r}: give None, 'train' or 'val'")
-    drawn = re.fullmatch(r"(shapes|torchvision)(?::(.*))?", data_path)
-    if drawn and in_chans not in MODES:
+    kind = re.fullmatch(r"(shapes|torchvision|hf)(?::(.*))?", data_path)
+    if kind and in_chans not in MODES:
         raise ValueError(f"--in_chans {in_chans} with {where}: it has pictures of 1, 3 or 4 channels")
-    if drawn:
-        return (open_shapes if drawn[1] == "shapes" else open_torchvision)(where, drawn[2], split, in_chans)
+    if kind and kind[1] == "hf":
+        return open_hugging_face(where, kind[2] or "", split, in_chans, max_pixels)
+    if kind:
+        return (open_shapes if kind[1] == "shapes" else open_torchvision)(where, kind[2], split, in_chans)
     path = os.path.expanduser(data_path)
     try:
         if os.path.isdir(path):
             return open_folder(where, path, split, in_chans, max_pixels)
         if os.path.isfile(path) and path.lower().endswith(".txt"):
             return open_list(where, path, split, in_chans, max_pixels)
+        if named_by(data_path):
+            return open_shards(where, data_path, split, in_chans, max_pixels)
     except OSError as error:
         if error.errno is None:  # raised below, with its line
             raise
         name = printable(os.fsencode(error.filename or path))
         raise OSError(f"{where}: {name!r}: {error.strerror}; make it readable or take it out") from error
     raise FileNotFoundError(
-        f"{where}: no folder or .txt list has this name; give one, or torchvision:NAME, or shapes[:COUNT[xPIXELS]]"
+        f"{where}: no folder or .txt list has this name; give one, or .tar shards, "
+        "torchvision:NAME, hf:FOLDER or shapes[:COUNT[xPIXELS]]"
     )
 
 
 class Files:
-    """Picture files. The paths lie end to end in one tensor, which workers share: a million `str` would be copied
-    into every worker, little by little, as their reference counts change."""
+    """Picture files, their paths relative to a folder."""
 
     def __init__(
-        self,
-        folder: str,
-        paths: Iterable[bytes],
-        labels: Sequence[int] | None,
-        classes: list[str],
-        in_chans: int,
+        self, folder: str, paths: Texts, labels: Sequence[int] | None, classes: list[str], in_chans: int,
         max_pixels: int,
     ) -> None:
-        """`paths` are relative to `folder`; `labels` may be filled while `paths` is consumed."""
-        text, ends = bytearray(), array("q", [0])
-        for path in paths:
-            text += path
-            ends.append(len(text))
-        self.text = torch.frombuffer(text, dtype=torch.uint8) if text else torch.empty(0, dtype=torch.uint8)
-        self.ends = torch.frombuffer(ends, dtype=torch.int64)
-        self.folder, self.in_chans, self.max_pixels = os.fsencode(folder), in_chans, max_pixels
+        self.folder, self.paths, self.in_chans, self.max_pixels = os.fsencode(folder), paths, in_chans, max_pixels
         self.labels = None if labels is None else torch.from_numpy(np.array(labels, np.int64))
         self.classes = classes
 
     def __len__(self) -> int:
-        return len(self.ends) - 1
+        return len(self.paths)
 
     def path(self, i: int) -> bytes:
-        start, end = self.ends[i].item(), self.ends[i + 1].item()
-        return os.path.join(self.folder, self.text[start:end].numpy().tobytes())
+        return os.path.join(self.folder, self.paths[i])
 
     def name(self, i: int) -> str:
         return printable(self.path(i))
@@ -134,26 +131,42 @@ class Files:
         return decode(os.fsdecode(self.path(i)), self.in_chans, self.max_pixels)
 
 
-def open_folder(where: str, folder: str, split: str | None, in_chans: int, max_pixels: int) -> Files:
+def open_files(folder: str | os.PathLike, names: Iterable[str], in_chans: int) -> Files:
+    """These files, named relative to `folder`, without labels."""
+    return Files(os.fspath(folder), Texts(pack(map(os.fsencode, names))), None, [], in_chans, MAX_PIXELS)
+
+
+def open_folder(where: str, folder: str, split: str | None, in_chans: int, max_pixels: int) -> Images:
     folder = split_folder(where, folder, split)
-    with os.scandir(os.fsencode(folder)) as entries:
+    known = frozenset(map(os.fsencode, suffixes(in_chans)))
+    real = os.path.realpath(folder)
+    found = listed(real, known, lambda stamps: find_pictures(os.fsencode(real), known, stamps))
+    paths, labels = Texts(found["paths"]), found["labels"]
+    if not len(paths):
+        if shards := open_folder_of_shards(where, folder, in_chans, max_pixels):
+            return shards
+        kinds = "pictures that Pillow reads, .npy, .tar" if in_chans in MODES else f".npy, as --in_chans is {in_chans}"
+        raise FileNotFoundError(f"{where}: no images in {folder!r}; give a folder that holds some ({kinds})")
+    if labels.min() < 0 or len(np.unique(labels)) < 2:
+        return Files(folder, paths, None, [], in_chans, max_pixels)
+    classes = [printable(name) for name in Texts(found["classes"])]
+    return Files(folder, paths, labels, classes, in_chans, max_pixels)
+
+
+def find_pictures(folder: bytes, known: frozenset[bytes], stamps: list[tuple]) -> Found:
+    """paths; labels: the number of the first-level folder, -1 outside of them; classes: their names."""
+    with os.scandir(folder) as entries:
         names = sorted(e.name for e in entries if e.is_dir() and not e.name.startswith(b"."))
     numbers = {name: number for number, name in enumerate(names)}
     labels = array("q")
 
     def paths() -> Iterator[bytes]:
-        for path in pictures_below(os.fsencode(folder), b"", frozenset(map(os.fsencode, suffixes(in_chans)))):
+        for path in pictures_below(folder, b"", known, stamps):
             first, slash, _ = path.partition(b"/")
             labels.append(numbers[first] if slash else -1)
             yield path
 
-    files = Files(folder, paths(), labels, [printable(name) for name in names], in_chans, max_pixels)
-    if not len(files):
-        known = "pictures that Pillow reads, or .npy" if in_chans in MODES else f".npy, as --in_chans is {in_chans}"
-        raise FileNotFoundError(f"{where}: no images in {folder!r}; give a folder that holds some ({known})")
-    if (files.labels < 0).any() or len(files.labels.unique()) < 2:
-        files.labels, files.classes = None, []
-    return files
+    return {"paths": pack(paths()), "labels": np.array(labels), "classes": pack(names)}
 
 
 def split_folder(where: str, folder: str, split: str | None) -> str:
@@ -164,30 +177,6 @@ def split_folder(where: str, folder: str, split: str | None) -> str:
     if split == "val":
         raise FileNotFoundError(f"{where}: no folder val or test in it; give a folder that has one")
     return folder
-
-
-def pictures_below(folder: bytes, prefix: bytes, known: frozenset[bytes], above: tuple = ()) -> Iterator[bytes]:
-    """Paths of pictures, each behind `prefix`: a folder's files, then its folders', in the order of their bytes.
-
-    That is the order of Python's strings too, and the same on all file systems. `above` holds the folders on the
-    way here: a link back to one of them is not followed.
-    """
-    status = os.stat(folder)
-    if (status.st_dev, status.st_ino) in above:
-        return
-    above += ((status.st_dev, status.st_ino),)
-    files, folders = [], []
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name.startswith(b"."):
-                continue
-            if entry.is_dir():
-                folders.append(entry.name)
-            elif os.path.splitext(entry.name)[1].lower() in known and (entry.is_file() or entry.is_symlink()):
-                files.append(entry.name)  # a broken link too: a bad image, to be reported; a pipe is none
-    yield from (prefix + name for name in sorted(files))
-    for name in sorted(folders):
-        yield from pictures_below(os.path.join(folder, name), prefix + name + b"/", known, above)
 
 
 def open_list(where: str, path: str, split: str | None, in_chans: int, max_pixels: int) -> Files:
@@ -201,20 +190,10 @@ def open_list(where: str, path: str, split: str | None, in_chans: int, max_pixel
     if len({len(row) for row in rows}) > 1 or len(rows[0]) > 2:
         raise ValueError(f"{where}: some lines have a label and some don't; write 'path' or 'path<TAB>label' in all")
     labels, classes = numbered([printable(row[1]) for row in rows]) if len(rows[0]) == 2 else (None, [])
-    files = Files(os.path.dirname(path), (row[0] for row in rows), labels, classes, in_chans, max_pixels)
+    files = Files(os.path.dirname(path), Texts(pack(row[0] for row in rows)), labels, classes, in_chans, max_pixels)
     if not os.path.isfile(files.path(0)):  # one look, for the usual mistake
         raise FileNotFoundError(f"{where}: {files.name(0)!r} isn't there; paths are relative to the list's folder")
     return files
-
-
-def numbered(labels: list[str]) -> tuple[list[int], list[str]]:
-    """Labels as text -> as integers, and the classes' names."""
-    if all(re.fullmatch(r"[0-9]{1,6}", label) for label in labels):
-        numbers = [int(label) for label in labels]
-        return numbers, [str(number) for number in range(max(numbers) + 1)]
-    names = sorted(set(labels))
-    number = {name: i for i, name in enumerate(names)}
-    return [number[label] for label in labels], names
 
 
 class Shapes:
@@ -250,95 +229,3 @@ def open_shapes(where: str, size: str | None, split: str | None, in_chans: int) 
         )
     start, count = (VAL_START, max(1, count // 4)) if split == "val" else (0, count)
     return Shapes(start, count, pixels, in_chans)
-
-
-class Torchvision:
-    """A data set of torchvision whose items are (PIL image, target)."""
-
-    def __init__(self, name: str, dataset: Any, in_chans: int) -> None:
-        self.dataset, self.in_chans, self._name = dataset, in_chans, name
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def name(self, i: int) -> str:
-        return f"{self._name}[{i}]"
-
-    def load(self, i: int) -> Tensor:
-        try:
-            return from_pil(self.dataset[i][0], self.in_chans)
-        except Exception as error:  # what decoders raise on broken files
-            raise ValueError(f"{self.name(i)}: {error}") from error
-
-    @cached_property
-    def labels(self) -> Tensor | None:
-        """The targets, where they are one non-negative integer an image."""
-        samples = getattr(self.dataset, "samples", None) or getattr(self.dataset, "_samples", None)
-        targets = [target for _, target in samples] if samples else None
-        for attribute in ("targets", "labels", "_labels"):  # torchvision has no one name for it
-            targets = getattr(self.dataset, attribute, None) if targets is None else targets
-        try:
-            labels = torch.as_tensor([self.dataset[i][1] for i in range(len(self))] if targets is None else targets)
-        except (TypeError, ValueError, RuntimeError):  # targets of boxes, masks, text ...
-            return None
-        whole = labels.shape == (len(self),) and not labels.is_floating_point() and labels.min() >= 0
-        return labels.long() if whole else None
-
-    @cached_property
-    def classes(self) -> list[str]:
-        if self.labels is None:
-            return []
-        names = getattr(self.dataset, "classes", None)
-        return list(map(str, names or range(int(self.labels.max()) + 1)))
-
-
-def open_torchvision(where: str, value: str | None, split: str | None, in_chans: int) -> Torchvision:
-    from torchvision import datasets
-
-    name, _, root = (value or "").partition(":")
-    known = {n: d for n, d in vars(datasets).items() if isinstance(d, type) and issubclass(d, Dataset)}
-    if name not in known:
-        lower = {n.lower(): n for n in known}
-        near = [lower[n] for n in difflib.get_close_matches(name.lower(), lower, 5, 0.5)] or ["CIFAR10", "Flowers102"]
-        raise ValueError(f"{where}: torchvision has no such data set; near names: {', '.join(near)}")
-    takes = inspect.signature(known[name]).parameters
-    folder = {"root": os.path.expanduser(root or "data")} if "root" in takes else {}
-    for choice in split_choices(where, takes, split):
-        try:
-            dataset = construct(partial(known[name], **folder, **choice), folder.get("root"), "download" in takes)
-            if not isinstance(dataset[0][0], Image.Image):
-                raise TypeError("its items aren't (picture, target)")
-            return Torchvision(f"torchvision:{name}", dataset, in_chans)
-        except Exception as error:  # not found, no network, no such split, arguments missing, no package to read it ...
-            last = error
-            if not isinstance(error, ValueError):  # which says that there is no such split
-                break
-    reason = (str(last) or type(last).__name__).splitlines()[0]
-    raise OSError(f"{where}: {reason}; give the folder that holds it as torchvision:{name}:FOLDER") from last
-
-
-def split_choices(where: str, takes: Iterable[str], split: str | None) -> list[dict[str, Any]]:
-    """Arguments that choose a split in a class of torchvision, to be tried in this order."""
-    if "train" in takes:
-        return [{"train": split != "val"}]
-    if split is None:
-        return [{}]
-    if "split" not in takes:
-        raise ValueError(f"{where}: it has no splits, so none for {split!r}; give another data set")
-    names = {"train": ("train", "trainval", "train-standard"), "val": ("val", "valid", "test")}[split]
-    return [{"split": name} for name in names]
-
-
-def construct(make: partial, root: str | None, downloadable: bool) -> Any:
-    """`make()`; where files are missing, with download=True, one process of the machine after the other."""
-    try:
-        return make()
-    except (RuntimeError, OSError):
-        if not downloadable or root is None:
-            raise
-    import fcntl
-
-    os.makedirs(root, exist_ok=True)
-    with open(os.path.join(root, ".download.lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # let go of by the system, however the process ends
-        return make(download=True)

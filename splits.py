@@ -21,7 +21,9 @@ import data
 def has_test_part(data_path: str) -> bool:
     if re.fullmatch(r"(shapes|torchvision)(:.*)?", data_path):
         return True
-    return any(os.path.isdir(os.path.join(os.path.expanduser(data_path), name)) for name in ("val", "test"))
+    names = ("validation", "val", "test") if data_path.startswith("hf:") else ("val", "test")
+    folder = os.path.expanduser(data_path.removeprefix("hf:"))
+    return any(os.path.isdir(os.path.join(folder, name)) for name in names)
 
 
 def open_parts(args: argparse.Namespace, in_chans: int) -> list[data.Images]:

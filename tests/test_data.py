@@ -16,9 +16,12 @@ import torch
 import torchvision
 from PIL import Image
 
+import packages
 import shapes
 import sources
 from data import BadImages, EvalImages, GlobalBatches, MultiCrop, batches, open_images
+from images import from_pil
+from listing import Texts, pack
 
 
 def colour(i: int) -> tuple[int, int, int]:
@@ -211,9 +214,9 @@ def test_channels(tmp_path):
 
 def test_paths_are_small():
     paths = (f"n{i % 1000:08d}/n{i % 1000:08d}_{i}.JPEG".encode() for i in range(100_000))
-    images = sources.Files("/data", paths, None, [], 3, 100)
+    images = sources.Files("/data", Texts(pack(paths)), None, [], 3, 100)
     assert images.name(99_999) == "/data/n00000999/n00000999_99999.JPEG" and len(images) == 100_000
-    assert len(images.text) < 32 * len(images)
+    assert len(images.paths.text) < 32 * len(images)
     assert len(pickle.dumps(images)) < 45 * len(images)
 
 
@@ -352,9 +355,9 @@ def test_torchvision_without_root_or_labels(monkeypatch):
     images = open_images("torchvision:FakeData")
     assert images.load(4).shape == (3, 8, 8) and images.labels.shape == (5,) and images.labels.max() < 4
     images.dataset = [(None, {"boxes": []})]
-    assert sources.Torchvision("x", [(None, {"boxes": []})], 3).labels is None
-    assert sources.Torchvision("x", [(None, 1), (None, -1)], 3).labels is None
-    assert sources.Torchvision("x", [(None, 1), (None, -1)], 3).classes == []
+    assert packages.Torchvision("x", [(None, {"boxes": []})], 3).labels is None
+    assert packages.Torchvision("x", [(None, 1), (None, -1)], 3).labels is None
+    assert packages.Torchvision("x", [(None, 1), (None, -1)], 3).classes == []
 
 
 # ---- What can't be opened ----
@@ -579,7 +582,7 @@ def test_bad_images_are_replaced():
 
 
 def test_a_hundred_bad_images_in_a_row():
-    with pytest.raises(RuntimeError, match="100 images in a row .* the last: noise/.: it is broken"):
+    with pytest.raises(RuntimeError, match="100 images in a row .* The last: noise/.: it is broken"):
         MultiCrop(Noise(3, bad=range(3)), Crops(), 0)[0, 1]
 
 
@@ -629,8 +632,8 @@ def test_workers_end_when_their_parent_tells_them():
 def test_a_worker_that_dies_is_an_error():
     loader = iter(batches(Noise(40), Crops(), 4, 2, seed=0))
     next(loader)
-    os.kill(active_children()[0].pid, signal.SIGKILL)
-    with pytest.raises(RuntimeError, match="DataLoader worker"):
+    with pytest.raises(RuntimeError, match="DataLoader worker"):  # wherever this process stands
+        os.kill(active_children()[0].pid, signal.SIGKILL)
         for _ in range(1000):
             next(loader)
 
@@ -704,7 +707,7 @@ class Photos:
         return 1
 
     def load(self, i):
-        return sources.from_pil(self.picture, self.channels)
+        return from_pil(self.picture, self.channels)
 
 
 @pytest.mark.parametrize("height, width", [(128, 128), (100, 301), (257, 90), (64, 65), (31, 400), (7, 5), (1, 1)])

@@ -1,0 +1,97 @@
+"""Start and memory with many files: ours against torchvision's ImageFolder.
+
+    python benchmarks/listing.py [--images 1000000] [--folder /dev/shm]
+
+Makes empty files in 1000 class folders, which in memory (tmpfs) take about 1 KiB each, and removes them. Times are of
+a listing in memory: on a disk, or over a network, walking takes many times as long and the index what it takes here.
+Memory is what a forked worker comes to hold for itself alone by reading every name once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from data import open_images  # noqa: E402
+
+CLASSES = 1000
+
+
+def private_mb() -> float:
+    """Memory of this process that it shares with no other."""
+    text = Path("/proc/self/smaps_rollup").read_text()
+    return sum(int(line.split()[1]) for line in text.splitlines() if line.startswith("Private_")) / 1024
+
+
+def growth_in_a_fork(read: Callable[[int], object], n: int) -> float:
+    """Private memory in MB that a forked process, as a loader's worker is, gains by read(0) ... read(n - 1)."""
+    receive, send = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            for i in range(100):  # what the first reads alone need
+                read(i)
+            before = private_mb()
+            for i in range(n):
+                read(i)
+            os.write(send, str(private_mb() - before).encode())
+        finally:
+            os._exit(0)
+    os.close(send)
+    with os.fdopen(receive) as file:
+        grown = file.read()
+    os.waitpid(pid, 0)
+    return float(grown)
+
+
+def make_files(folder: Path, n: int) -> None:
+    for c in range(min(CLASSES, n)):
+        name = f"n{c:08d}"
+        (folder / name).mkdir()
+        for i in range(c, n, CLASSES):
+            (folder / name / f"{name}_{i}.JPEG").touch()
+
+
+def timed(make: Callable):
+    start = time.perf_counter()
+    made = make()
+    return made, time.perf_counter() - start
+
+
+def main(args: argparse.Namespace) -> int:
+    from torchvision.datasets import ImageFolder
+
+    top = Path(tempfile.mkdtemp(dir=args.folder))
+    try:
+        os.environ["DINO_CACHE"] = str(top / "cache")
+        (top / "set").mkdir()
+        make_files(top / "set", args.images)
+        time.sleep(4)  # an index of what has just been written would not be kept
+        baseline, walk = timed(lambda: ImageFolder(top / "set"))
+        images, first = timed(lambda: open_images(top / "set"))
+        images, later = timed(lambda: open_images(top / "set"))
+        assert [s for s, _ in baseline.samples[::997]] == [images.name(i) for i in range(0, len(images), 997)]
+        grown = [growth_in_a_fork(read, len(images)) for read in (baseline.samples.__getitem__, images.path)]
+        size = sum(f.stat().st_size for f in (top / "cache").iterdir()) / 2**20 if (top / "cache").exists() else 0
+    finally:
+        shutil.rmtree(top)
+    print(f"{len(images)} files; index of {size:.0f} MB")
+    print(f"{'':44}{'ImageFolder':>12}{'ours':>12}")
+    print(f"{'first start, s':44}{walk:12.2f}{first:12.2f}")
+    print(f"{'every later start, s':44}{walk:12.2f}{later:12.2f}")
+    print(f"{'memory a worker gains in an epoch, MB':44}{grown[0]:12.1f}{grown[1]:12.1f}")
+    return 0
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--images", type=int, default=1_000_000)
+    parser.add_argument("--folder", default="/dev/shm", help="where to make the files")
+    sys.exit(main(parser.parse_args()))

@@ -1,0 +1,274 @@
+"""Wrong flags and combinations: exit code 2, one line with flag, value and remedy, nothing written, at once."""
+
+import re
+import shlex
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from processes import SMALL, launch
+
+import eval_knn
+import main_dino
+import visualize_attention
+from vision_transformer import build_backbone
+
+SECONDS = 5  # torch is imported already
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory):
+    """What the command lines below name: pictures, lists, weights, and things that are none of these."""
+    folder = tmp_path_factory.mktemp("bad")
+    for i in range(4):
+        Image.new("RGB", (8, 8), (60 * i, 0, 0)).save(folder / f"picture{i}.png")
+    for name in ("few", "unlabelled/train", "unlabelled/val", "labelled/train/a", "labelled/train/b"):
+        (folder / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(folder / name / "x.png")
+    (folder / "empty").mkdir()
+    (folder / "file").write_text("neither a folder nor a picture")
+    (folder / "empty.txt").write_text("")
+    (folder / "gone.txt").write_text("gone.png\n")
+    (folder / "mixed.txt").write_text("picture0.png\t1\npicture1.png\n")
+    (folder / "binary.txt").write_bytes(bytes(range(256)))
+    (folder / "broken.pth").write_bytes(b"PK\3\4 no more than this")
+    torch.manual_seed(0)
+    state = build_backbone("vit_nano", 16, img_size=32)[0].state_dict()
+    torch.save(state, folder / "nano.pth")
+    torch.save({"student": {"x": torch.zeros(1)}, "epoch": 3}, folder / "student.pth")
+    np.save(folder / "array.npy", np.zeros(3))
+    return folder
+
+
+def run(script, argv: str, here: Path, out: Path, defaults=()) -> tuple[int, float]:
+    """Exit code and seconds of the script's own parser and main; {here} stands for the folder above."""
+    argv = [a.replace("{here}", str(here)) for a in shlex.split(argv)]
+    output = [] if "--output_dir" in argv else ["--output_dir", str(out)]
+    begun = time.monotonic()
+    try:
+        code = script.main(script.get_args_parser().parse_args([*defaults, *output, *argv]))
+    except SystemExit as error:
+        code = error.code
+    return code, time.monotonic() - begun
+
+
+def files(folder: Path) -> list[tuple]:
+    return sorted((str(p), p.stat().st_mtime_ns) for p in folder.rglob("*"))
+
+
+def check(script, argv, words, here, tmp_path, capfd, monkeypatch, defaults=()):
+    monkeypatch.chdir(tmp_path)
+    before = files(here)
+    code, seconds = run(script, argv, here, tmp_path / "out", defaults)
+    stderr = capfd.readouterr().err
+    assert code == 2, (code, stderr)
+    assert len(stderr.strip().splitlines()) == 1 and "Traceback" not in stderr, stderr
+    for word in words:
+        assert re.search(word.replace("{here}", str(here)), stderr), (word, stderr)
+    assert not list(tmp_path.iterdir()) and files(here) == before and seconds < SECONDS
+
+
+# Each: the flags; what the line must say: flag, value, remedy (regular expressions).
+TRAINING = [
+    # One value: text, sign, bounds, not a number
+    ("--epochs 0", ("--epochs", "0 is out of range", "at least 1")),
+    ("--epochs -3", ("--epochs", "-3 is out of range", "at least 1")),
+    ("--epochs ten", ("--epochs", "'ten' is not a whole number", "at least 1")),
+    ("--epochs 1.5", ("--epochs", "'1.5' is not a whole number", "at least 1")),
+    ("--epochs ''", ("--epochs", "'' is not a whole number", "at least 1")),
+    ("--steps -1", ("--steps", "-1", "at least 0")),
+    ("--batch_size_per_gpu 0", ("--batch_size_per_gpu", "0", "at least 1")),
+    ("--grad_accum_steps 0", ("--grad_accum_steps", "0", "at least 1")),
+    ("--patch_size 0", ("--patch_size", "0", "at least 1")),
+    ("--out_dim 0", ("--out_dim", "0", "at least 1")),
+    ("--in_chans 0", ("--in_chans", "0", "at least 1")),
+    ("--global_crops_size 0", ("--global_crops_size", "0", "at least 1")),
+    ("--local_crops_size -96", ("--local_crops_size", "-96", "at least 1")),
+    ("--local_crops_number -1", ("--local_crops_number", "-1", "at least 0")),
+    ("--num_workers -1", ("--num_workers", "-1", "at least 0")),
+    ("--saveckp_freq -1", ("--saveckp_freq", "-1", "at least 0")),
+    ("--saveckp_every_steps x", ("--saveckp_every_steps", "'x'", "at least 0")),
+    ("--eval_knn_every -1", ("--eval_knn_every", "-1", "at least 0")),
+    ("--log_every 0", ("--log_every", "0", "at least 1")),
+    ("--freeze_last_layer -1", ("--freeze_last_layer", "-1", "at least 0")),
+    ("--seed -1", ("--seed", "-1", "at least 0")),
+    ("--seed 18446744073709551616", ("--seed", "18446744073709551616", "at most")),
+    ("--max_pixels 0", ("--max_pixels", "0", "at least 1")),
+    ("--lr nan", ("--lr", "nan", "above 0")),
+    ("--lr inf", ("--lr", "inf", "above 0")),
+    ("--lr 1e999", ("--lr", "1e999", "above 0")),
+    ("--lr 0", ("--lr", "0", "above 0")),
+    ("--lr -0.1", ("--lr", "-0.1", "above 0")),
+    ("--lr 0,0005", ("--lr", "'0,0005' is not a number", "above 0")),
+    ("--min_lr=-1e-6", ("--min_lr", "-1e-6", "at least 0")),
+    ("--weight_decay nan", ("--weight_decay", "nan", "at least 0")),
+    ("--weight_decay_end=-inf", ("--weight_decay_end", "-inf", "at least 0")),
+    ("--clip_grad -3", ("--clip_grad", "-3", "at least 0")),
+    ("--warmup_epochs -1", ("--warmup_epochs", "-1", "at least 0")),
+    ("--warmup_teacher_temp 0", ("--warmup_teacher_temp", "0", "above 0")),
+    ("--teacher_temp 0", ("--teacher_temp", "0", "above 0")),
+    ("--teacher_temp -0.04", ("--teacher_temp", "-0.04", "above 0")),
+    ("--momentum_teacher 1.5", ("--momentum_teacher", "1.5", "at most 1")),
+    ("--momentum_teacher nan", ("--momentum_teacher", "nan", "at most 1")),
+    ("--drop_path_rate 1", ("--drop_path_rate", "1", "at most 0.99")),
+    ("--max_bad_images 2", ("--max_bad_images", "2", "at most 1")),
+    ("--mean nan nan nan", ("--mean", "nan", "at most 1")),
+    ("--mean 123.7 116.3 103.5", ("--mean", "123.7", "at most 1")),
+    ("--mean a b c", ("--mean", "'a' is not a number", "at most 1")),
+    ("--std 0 0 0", ("--std", "0", "above 0 and at most 1")),
+    ("--std 58.4 57.1 57.4", ("--std", "58.4", "at most 1")),
+    ("--use_fp16 maybe", ("--use_fp16", "'maybe' is neither", "give one of them")),
+    ("--norm_last_layer 2", ("--norm_last_layer", "'2' is neither", "give one of them")),
+    ("--optimizer adam", ("--optimizer", "'adam'", "adamw")),
+    ("--clip_mode norm", ("--clip_mode", "'norm'", "global")),
+    ("--precision fp8", ("--precision", "'fp8'", "bf16")),
+    # Number of values, names of flags, files of flags
+    ("--global_crops_scale 0.4", ("--global_crops_scale", "expected 2")),
+    ("--epochs", ("--epochs", "expected one")),
+    ("--mean", ("--mean", "expected at least one")),
+    ("--epoch 3", ("--epoch 3", "--epochs")),
+    ("--learning_rate 0.1", ("--learning_rate", "--help")),
+    ("stray", ("stray", "--help")),
+    ("@presets/none.txt", ("@presets/none.txt", "No such file", "presets/shapes.txt")),
+    ("@{here}", ("@{here}", "not a file of flags .Is a directory", "presets/shapes.txt")),
+    ("@{here}/binary.txt", ("@{here}/binary.txt", "not text", "there are")),
+    # Values that contradict each other
+    ("--global_crops_scale 1 0.4", ("--global_crops_scale 1 0.4", "low <= high")),
+    ("--local_crops_scale 0.4 0.05", ("--local_crops_scale 0.4 0.05", "low <= high")),
+    ("--global_crops_scale 0 1", ("--global_crops_scale 0 1", "0 < low")),
+    ("--global_crops_scale 0.4 1.4", ("--global_crops_scale", "1.4", "at most 1")),
+    ("--local_crops_size 64", ("--local_crops_size 64", "--global_crops_size 32", "smaller")),
+    ("--patch_size 17", ("--patch_size 17", "--local_crops_size 16", "lower")),
+    ("--patch_size 33 --local_crops_number 0", ("--patch_size 33", "--global_crops_size 32", "lower")),
+    ("--warmup_epochs 3", ("--warmup_epochs 3", "--epochs 2", "lower")),
+    ("--warmup_epochs 2 --steps 3", ("--warmup_epochs 2", "--steps 3", "lower")),
+    ("--warmup_teacher_temp_epochs 3", ("--warmup_teacher_temp_epochs 3", "--epochs 2", "lower")),
+    ("--warmup_teacher_temp_epochs 3 --steps 8", ("--warmup_teacher_temp_epochs 3", "--steps 8", "lower")),
+    ("--min_lr 0.01", ("--min_lr 0.01", "--lr 0.0005", "lower")),
+    ("--mean 0.5", ("--mean 0.5", "--in_chans 3", "3 values")),
+    ("--std 0.2 0.2 0.2 0.2", ("--std 0.2 0.2 0.2 0.2", "--in_chans 3", "3 values")),
+    ("--in_chans 2", ("--mean", "--in_chans 2", "2 values")),
+    ("--in_chans 2 --mean 0.5 0.5 --std 0.2 0.2", ("--in_chans 2", "shapes", "1, 3 or 4")),
+    ("--precision bf16 --use_fp16 false", ("--use_fp16 false", "--precision bf16", "leave one")),
+    ("--batch_size_per_gpu 65", ("--batch_size_per_gpu 65", "64 images", "lower")),
+    ("--grad_accum_steps 9", ("--grad_accum_steps 9", "64 images", "lower")),
+    # Network and device
+    ("--arch vit_smal", ("--arch", "vit_smal", "vit_small")),
+    ("--arch ''", ("--arch", "no such network", "vit_small")),
+    ("--device cuda:99", ("--device cuda:99", "--device cpu|fewer")),
+    ("--device tpu", ("--device tpu", "use auto")),
+    ("--init_from {here}/none.pth", ("--init_from {here}/none.pth", "no such file")),
+    ("--init_from {here}", ("--init_from {here}", "no such file")),
+    ("--init_from {here}/broken.pth", ("--init_from {here}/broken.pth", "not a readable checkpoint")),
+    ("--init_from {here}/picture0.png", ("--init_from {here}/picture0.png", "not a readable checkpoint")),
+    ("--init_from {here}/nano.pth", ("--init_from {here}/nano.pth", "of 150 tensors", "--arch")),
+    ("--init_from {here}/student.pth", ("--init_from {here}/student.pth", "teacher", "it has student")),
+    # Data
+    ("--data_path {here}/none", ("--data_path '{here}/none'", "give")),
+    ("--data_path ''", ("--data_path ''", "give")),
+    ("--data_path {here}/file", ("--data_path '{here}/file'", "give")),
+    ("--data_path {here}/file/images", ("--data_path '{here}/file/images'", "give")),
+    ("--data_path {here}/picture0.png", ("--data_path '{here}/picture0.png'", "give")),
+    ("--data_path {here}/empty", ("--data_path '{here}/empty'", "no images", "give")),
+    ("--data_path {here}/few", ("--batch_size_per_gpu 8", "1 images", "lower")),
+    ("--data_path {here}/empty.txt", ("--data_path '{here}/empty.txt'", "empty", "write")),
+    ("--data_path {here}/gone.txt", ("--data_path '{here}/gone.txt'", "gone.png", "relative")),
+    ("--data_path {here}/mixed.txt", ("--data_path '{here}/mixed.txt'", "TAB", "in all")),
+    ("--data_path shapes:0", ("--data_path 'shapes:0'", "give shapes:COUNT")),
+    ("--data_path shapes:64x4", ("--data_path 'shapes:64x4'", "8 pixels or more")),
+    ("--data_path torchvision:CIFAR11", ("--data_path 'torchvision:CIFAR11'", "CIFAR10")),
+    ("--data_path torchvision:", ("--data_path 'torchvision:'", "CIFAR10")),
+    ("--data_path '{here}/x-{000..002}.tar'", ("--data_path '{here}/x-{000..002}.tar'", "3 of 3 shards", "correct")),
+    ("--data_path {here}/file.tar.gz", ("--data_path '{here}/file.tar.gz'", "isn't there", "correct")),
+    ("--data_path hf:{here}/none", ("--data_path 'hf:{here}/none'", "no folder", "give")),
+    ("--data_path hf:{here}/few", ("--data_path 'hf:{here}/few'", "save_to_disk|pip install datasets", "give|pip")),
+    ("--eval_knn_every 1 --eval_data_path {here}/none", ("--eval_data_path '{here}/none'", "give")),
+    ("--eval_knn_every 1 --eval_data_path {here}/few", ("--eval_data_path '{here}/few'", "val", "give")),
+    ("--eval_knn_every 1 --eval_data_path {here}/unlabelled", ("--eval_data_path {here}/unlabelled", "no labels")),
+    ("--eval_knn_every 1 --eval_data_path {here}/labelled", ("--eval_data_path '{here}/labelled'", "val", "give")),
+    # Output
+    ("--output_dir {here}/file", ("--output_dir {here}/file", "File exists|Not a directory", "choose")),
+    ("--output_dir {here}/file/out", ("--output_dir {here}/file/out", "Not a directory", "choose")),
+    ("--output_dir /proc/out", ("--output_dir /proc/out", "choose")),  # where root can't write either
+]  # fmt: skip
+
+KNN = [
+    ("--nb_knn 0", ("--nb_knn", "0", "at least 1")),
+    ("--nb_knn", ("--nb_knn", "expected at least one")),
+    ("--temperature 0", ("--temperature", "0", "above 0")),
+    ("--temperature nan", ("--temperature", "nan", "above 0")),
+    ("--metric cos", ("--metric", "'cos'", "cosine")),
+    ("--n_per_class -5", ("--n_per_class", "-5", "at least 1")),
+    ("--draws 0", ("--draws", "0", "at least 1")),
+    ("--pretrained_weights {here}/none.pth", ("--pretrained_weights {here}/none.pth", "no such file")),
+    ("--pretrained_weights {here}/broken.pth", ("--pretrained_weights {here}/broken.pth", "not a readable")),
+    ("--pretrained_weights {here}/nano.pth --arch vit_tiny", ("--pretrained_weights {here}/nano.pth", "--arch")),
+    ("--pretrained_weights {here}/student.pth", ("--checkpoint_key teacher", "student.pth", "it has student")),
+    ("--data_path {here}/none", ("--data_path '{here}/none'", "give")),
+    ("--val_data_path {here}/none", ("--val_data_path '{here}/none'", "give")),
+    ("--resize_size 16 --crop_size 32", ("--resize_size 16", "--crop_size 32", "larger")),
+    ("--load_features {here}/none", ("--load_features {here}/none", "trainfeat.pth")),
+    ("--output_dir {here}/file", ("--output_dir {here}/file", "choose")),
+    ("--device cuda:99", ("--device cuda:99", "--device cpu|fewer")),
+]  # fmt: skip
+
+ATTENTION = [
+    ("--image_path {here}/none.png", ("--image_path {here}/none.png", "(?i)no such file")),
+    ("--image_path {here}/file", ("--image_path", "{here}/file", "not a picture")),
+    ("--images {here}/none", ("--images '{here}/none'", "give")),
+    ("--image_path {here}/picture0.png --images {here}", ("--image_path and --images", "one of them")),
+    ("--image_size 4", ("--image_size 4", "16 or more")),
+    ("--image_size 64 64 64", ("--image_size 64 64 64", "give the shorter side")),
+    ("--layer 99", ("--layer 99", "0 to 11")),
+    ("--threshold 1.5", ("--threshold", "1.5", "at most 1")),
+    ("--point 900 900", ("--point 900 900", "outside")),
+    ("--point nan 0", ("--point", "nan", "at least 0")),
+    ("--arch resnet18", ("--arch resnet18", "use one of")),
+    ("--video {here}/none.mp4", ("--video {here}/none.mp4", "no such file")),
+    ("--output_dir {here}/file/out", ("--output_dir {here}/file/out", "is a file", "give a folder")),
+]  # fmt: skip
+
+KNN_DEFAULTS = "--arch vit_nano --patch_size 16 --data_path shapes:16x32 --crop_size 32 --device cpu".split()
+ATTENTION_DEFAULTS = "--arch vit_tiny --patch_size 16 --device cpu".split()
+
+
+def test_there_are_enough_of_them():
+    assert len({argv for argv, _ in TRAINING}) == len(TRAINING) >= 100
+
+
+@pytest.mark.parametrize("argv, words", TRAINING, ids=[argv for argv, _ in TRAINING])
+def test_training(argv, words, here, tmp_path, capfd, monkeypatch):
+    check(main_dino, argv, words, here, tmp_path, capfd, monkeypatch, SMALL)
+
+
+@pytest.mark.parametrize("argv, words", KNN, ids=[argv for argv, _ in KNN])
+def test_knn(argv, words, here, tmp_path, capfd, monkeypatch):
+    check(eval_knn, argv, words, here, tmp_path, capfd, monkeypatch, KNN_DEFAULTS)
+
+
+@pytest.mark.parametrize("argv, words", ATTENTION, ids=[argv for argv, _ in ATTENTION])
+def test_attention(argv, words, here, tmp_path, capfd, monkeypatch):
+    check(visualize_attention, argv, words, here, tmp_path, capfd, monkeypatch, ATTENTION_DEFAULTS)
+
+
+@pytest.mark.parametrize("variables, word", [({"RANK": "0"}, "MASTER_ADDR|WORLD_SIZE"), ({"WORLD_SIZE": "2"}, "RANK")])
+def test_half_a_launch(variables, word, here, tmp_path, capfd, monkeypatch):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    check(main_dino, "", (word, "torchrun"), here, tmp_path, capfd, monkeypatch, SMALL)
+
+
+@pytest.mark.parametrize("script, argv, words", [
+    ("main_dino.py", ["@presets/none.txt"], ("@presets/none.txt", "No such file")),
+    ("main_dino.py", [*SMALL, "--data_path", "/no/such/folder"], ("--data_path '/no/such/folder'", "give")),
+    ("eval_knn.py", ["--pretrained_weights", "/no/such.pth"], ("--pretrained_weights /no/such.pth", "no such file")),
+    ("visualize_attention.py", ["--layer", "99", "--device", "cpu"], ("--layer 99", "0 to 11")),
+])  # fmt: skip
+def test_in_a_process_of_its_own(script, argv, words, tmp_path):
+    done = launch(script, *argv, "--output_dir", tmp_path / "out", timeout=60)
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert done.stderr.startswith(f"{script}: error: ") and all(re.search(word, done.stderr) for word in words)
+    assert not list(tmp_path.iterdir())
