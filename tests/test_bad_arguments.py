@@ -44,15 +44,15 @@ def here(tmp_path_factory):
 
 
 def run(script, argv: str, here: Path, out: Path, defaults=()) -> tuple[int, float]:
-    """Exit code and seconds of the script's own parser and main; {here} stands for the folder above."""
+    """Exit code and CPU seconds of the script's own parser and main; {here} stands for the folder above."""
     argv = [a.replace("{here}", str(here)) for a in shlex.split(argv)]
     output = [] if "--output_dir" in argv else ["--output_dir", str(out)]
-    begun = time.monotonic()
+    begun = time.process_time()
     try:
         code = script.main(script.get_args_parser().parse_args([*defaults, *output, *argv]))
     except SystemExit as error:
         code = error.code
-    return code, time.monotonic() - begun
+    return code, time.process_time() - begun
 
 
 def files(folder: Path) -> list[tuple]:
