@@ -26,7 +26,10 @@ import parallel
 from images import MAX_PIXELS
 from sources import Images, open_images
 
-__all__ = ["MAX_PIXELS", "BadImages", "EvalImages", "Images", "TooManyBadImages", "Unreadable", "batches", "open_images", "resized"]
+__all__ = [
+    "MAX_PIXELS", "BadImages", "EvalImages", "Images", "TooManyBadImages", "Unreadable", "batches", "open_images",
+    "resized",
+]  # fmt: skip
 
 Bad = tuple[str, str]  # name of an image that can't be decoded, and the reason
 
