@@ -26,7 +26,10 @@ import parallel
 from images import MAX_PIXELS
 from sources import Images, open_images
 
-__all__ = ["MAX_PIXELS", "BadImages", "EvalImages", "Images", "TooManyBadImages", "batches", "open_images", "resized"]
+__all__ = [
+    "MAX_PIXELS", "BadImages", "EvalImages", "Images", "TooManyBadImages", "Unreadable", "batches", "open_images",
+    "resized",
+]  # fmt: skip
 
 Bad = tuple[str, str]  # name of an image that can't be decoded, and the reason
 
@@ -103,7 +106,7 @@ class MultiCrop(Dataset):
     the same random numbers; bad lists the (name, reason) of those tried in vain, and index stays what was asked for.
 
     Raises:
-        TooManyBadImages: after TRIES such images in a row.
+        Unreadable: after TRIES such images in a row.
     """
 
     TRIES = 100
@@ -129,7 +132,7 @@ class MultiCrop(Dataset):
                 crops, params = self.augmentation.cut(image, rng)
                 return crops, params, index, bad
         name, reason = bad[-1]
-        raise TooManyBadImages(
+        raise Unreadable(
             f"--data_path: {self.TRIES} images in a row can't be decoded; remove such. The last: {name}: {reason}"
         )
 
@@ -206,10 +209,14 @@ def heed_parent() -> None:
 
 
 class TooManyBadImages(RuntimeError):
-    """Too many images can't be decoded."""
+    """More images than --max_bad_images allows can't be decoded; all processes agree on it."""
+
+
+class Unreadable(RuntimeError):
+    """One process can't go on for want of an image."""
 
     def __init__(self, message: str) -> None:  # raised in a worker, it comes behind that one's traceback
-        super().__init__(message.strip().splitlines()[-1].removeprefix("data.TooManyBadImages: "))
+        super().__init__(message.strip().splitlines()[-1].removeprefix("data.Unreadable: "))
 
 
 class BadImages:

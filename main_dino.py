@@ -488,7 +488,7 @@ class Evaluation:
         try:
             found = [self.features(images, backbone, autocast) for images in (self.train, self.val)]
         except ValueError as error:
-            raise data.TooManyBadImages(f"--eval_data_path: {error}; evaluation needs all images: remove it") from error
+            raise data.Unreadable(f"--eval_data_path: {error}; evaluation needs all images: remove it") from error
         train, val = zip(found, self.labels, strict=True)
         return knn_classifier(*train, *val, k=20, T=0.07, num_classes=self.n_classes)
 
@@ -609,8 +609,9 @@ def main(args: argparse.Namespace) -> int:
         if parallel.is_main():
             print(f"main_dino.py: stopped: {error}", file=sys.stderr, flush=True)
         return 1
-    except RuntimeError as error:
-        if (reason := flags.worker_death(error)) is None:
+    except RuntimeError as error:  # of this process alone
+        reason = error if isinstance(error, data.Unreadable) else flags.worker_death(error)
+        if reason is None:
             raise
         print(f"main_dino.py: stopped: {reason}", file=sys.stderr, flush=True)
         return 1
