@@ -247,6 +247,8 @@ class VisionTransformer(nn.Module):
         if x.shape[1] - 1 == n_stored and w == h:
             return self.pos_embed
         rows, columns = self.patch_embed.grid(w, h)
+        if torch.jit.is_tracing():  # a trace is made for one size, and has tensors in place of numbers
+            rows, columns = int(rows), int(columns)
         side = math.isqrt(n_stored)
         patch_pos = self.pos_embed[:, 1:].reshape(1, side, side, -1).permute(0, 3, 1, 2)
         # The published weights were trained with scale factors made from the grid size + 0.1, which also keeps

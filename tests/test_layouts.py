@@ -226,3 +226,11 @@ def test_wrong_files_are_named(tmp_path):
     (tmp_path / "w.safetensors").write_bytes(b"not a file of tensors")
     with pytest.raises(ValueError, match="w.safetensors: not a readable checkpoint of plain tensors"):
         layouts.read(tmp_path / "w.safetensors")
+
+
+def test_a_stored_timm_network_keeps_its_names(tmp_path):
+    arch = "vit_small_patch14_reg4_dinov2"
+    trained, _ = build_backbone(arch, depth=1)
+    path = saved({"teacher": trained.state_dict(), "args": {"arch": arch}}, tmp_path)
+    with pytest.raises(ValueError, match=r" of 175 tensors matched; missing: blocks.1\."):  # it has one block of twelve
+        checkpoint.load_backbone(path)
