@@ -18,11 +18,13 @@ from vision_transformer import build_backbone
 def random_like(state, seed=0):
     """Weights large enough for every tensor to show in the output; running variances stay positive."""
     generator = torch.Generator().manual_seed(seed)
-    return {
-        k: v if not v.is_floating_point() else torch.randn(v.shape, generator=generator).mul(0.05)
-        + (1.0 if k.endswith(("norm.weight", "norm1.weight", "running_var", "gamma", "lambda1")) else 0.0)
-        for k, v in state.items()
-    }  # fmt: skip
+    filled = {}
+    for name, value in state.items():
+        if value.is_floating_point():
+            is_scale = value.ndim == 1 and not name.endswith(("bias", "running_mean"))
+            value = 0.05 * torch.randn(value.shape, generator=generator) + is_scale
+        filled[name] = value
+    return filled
 
 
 def saved(state, tmp_path):
@@ -33,7 +35,9 @@ def saved(state, tmp_path):
 @torch.no_grad()
 def assert_same(ours, theirs, *size):
     x = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(1))
-    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-5)
+    expected = theirs(x)
+    torch.testing.assert_close(ours(x), expected, rtol=1e-5, atol=1e-5)
+    assert (expected[0] - expected[1]).abs().max() > 0.01  # else equal outputs would say nothing
 
 
 @pytest.mark.parametrize("arch", ["vit_tiny", "vit_small", "vit_base"])
