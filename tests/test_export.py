@@ -102,7 +102,7 @@ def test_timm(weights, tmp_path):
     theirs = timm.create_model(f"local-dir:{tmp_path / 'folder'}", pretrained=True).eval()
     assert_same(weights, theirs, 32, 32)
     found = timm.data.resolve_model_data_config(theirs)
-    assert (list(found["mean"]), found["crop_pct"], found["input_size"]) == (MEAN, 32 / 37, (3, 32, 32))
+    assert (list(found["mean"]), found["crop_pct"], list(found["input_size"])) == (MEAN, 32 / 37, [3, 32, 32])
     theirs = timm.create_model(
         "vit_tiny_patch16_224", pretrained=True, num_classes=0, depth=4, patch_size=8, img_size=32,
         pretrained_cfg_overlay={"file": str(tmp_path / "folder/model.safetensors")}).eval()
