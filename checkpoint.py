@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import os
 import random
@@ -14,13 +13,12 @@ import torch
 from torch import Tensor, nn
 
 import parallel
+from layouts import HEAD, Weights, backbone_state, read, recognize, stored_args
 from utils import IMAGENET_MEAN, IMAGENET_STD
-from vision_transformer import build_backbone
+from vision_transformer import VITS, XCITS, build_backbone
 
 NAME, PREVIOUS, BEST = "checkpoint.pth", "checkpoint_prev.pth", "checkpoint_best.pth"
 
-# What wrappers put in front of a backbone's parameter names. Only leading ones are stripped, as often as they stand.
-PREFIXES = ("module.", "_orig_mod.", "backbone.", "encoder.")
 MIN_MATCHED = 0.9  # share of the backbone's tensors that a file must hold to pass for its weights
 
 
@@ -53,29 +51,6 @@ def save(state: Mapping, path: str | os.PathLike) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
-
-
-def read(path: str | os.PathLike) -> dict:
-    """Load a file of tensors and plain types onto the CPU, never running code that a pickle names.
-
-    Published full checkpoints hold one argparse.Namespace, which is allowed by name.
-
-    Raises:
-        FileNotFoundError: there is no such file. Weights are never substituted.
-        ValueError: the file is truncated, corrupt, or holds something other than data.
-    """
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path}: no such file of weights")
-    if str(path).endswith(".safetensors"):
-        from safetensors.torch import load_file
-
-        return load_file(path)
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{path}: not a readable checkpoint of plain tensors ({reason[:160]})") from error
 
 
 def read_latest(folder: str | os.PathLike) -> tuple[dict, Path] | None:
@@ -140,28 +115,6 @@ def set_rng_state(state: Mapping, device: torch.device) -> None:
 # ---- Backbones ----
 
 
-def strip_prefixes(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Parameter names without the leading prefixes of wrappers (`module.`, `backbone.`, ...)."""
-    stripped = {}
-    for name, value in state.items():
-        while name.startswith(PREFIXES):
-            name = name[len(next(p for p in PREFIXES if name.startswith(p))) :]
-        stripped[name] = value
-    return stripped
-
-
-def backbone_state(loaded: Mapping, checkpoint_key: str, path: str = "") -> dict[str, Tensor]:
-    """The backbone's tensors in a loaded file: under `checkpoint_key` in a full checkpoint, else the file itself."""
-    if checkpoint_key in loaded and isinstance(loaded[checkpoint_key], Mapping):
-        loaded = loaded[checkpoint_key]
-    elif "state_dict" in loaded and isinstance(loaded["state_dict"], Mapping):
-        loaded = loaded["state_dict"]
-    elif any(isinstance(v, Mapping) for v in loaded.values()):
-        keys = [k for k, v in loaded.items() if isinstance(v, Mapping)]
-        raise ValueError(f"--checkpoint_key {checkpoint_key}: {path} has no such part; it has {', '.join(keys)}")
-    return {k: v for k, v in strip_prefixes(loaded).items() if isinstance(v, Tensor)}
-
-
 def load_matching(model: nn.Module, state: Mapping[str, Tensor], path: str, min_matched: float = MIN_MATCHED) -> None:
     """Copy the tensors whose name and shape fit into the model, and print `N of M tensors matched`.
 
@@ -174,8 +127,7 @@ def load_matching(model: nn.Module, state: Mapping[str, Tensor], path: str, min_
     fitting = {k: v for k, v in state.items() if k in own and own[k].shape == v.shape}
     missing = sorted(own.keys() - fitting.keys())
     wrong = [f"{k} {tuple(state[k].shape)} instead of {tuple(own[k].shape)}" for k in missing if k in state]
-    # Heads and classifiers of a full checkpoint have no place in a backbone and are no surprise.
-    unused = sorted(k for k in state if k not in own and not k.startswith(("head.", "fc.", "projection_head.")))
+    unused = sorted(k for k in state if k not in own and not HEAD.match(k))
     report = f"{path}: {len(fitting)} of {len(own)} tensors matched"
     absent = [k for k in missing if k not in state]
     for what, names in (("missing", absent), ("wrong shape", wrong), ("unused", unused)):
@@ -186,12 +138,6 @@ def load_matching(model: nn.Module, state: Mapping[str, Tensor], path: str, min_
     model.load_state_dict(fitting, strict=False)
     if parallel.is_main():
         print(report, flush=True)
-
-
-def stored_args(loaded: Mapping) -> dict:
-    """The flags that a checkpoint of ours or a published one was trained with; {} for plain weights."""
-    args = loaded.get("args", {})
-    return dict(vars(args)) if isinstance(args, argparse.Namespace) else dict(args)
 
 
 def load_backbone(
@@ -215,26 +161,24 @@ def load_backbone(
     except (FileNotFoundError, ValueError) as error:
         raise type(error)(f"--pretrained_weights {error}") from error
     args = stored_args(loaded)
+    state = backbone_state(loaded, checkpoint_key, weights) if weights else {}
+    known = args.get("arch") in (None, *VITS, *XCITS)  # tensors of other networks have the names that these give them
+    found = recognize(state) if known else Weights("", None, {}, state)
     info = {
-        "arch": args.get("arch", arch or "vit_small"),
-        "patch_size": args.get("patch_size", patch_size or 16),
-        "in_chans": args.get("in_chans", 3),
+        "arch": args.get("arch") or found.arch or arch or "vit_small",
+        "patch_size": found.options.get("patch_size") or args.get("patch_size") or patch_size or 16,
+        "in_chans": found.options.get("in_chans") or args.get("in_chans", 3),
         "mean": tuple(args.get("mean", IMAGENET_MEAN)),
         "std": tuple(args.get("std", IMAGENET_STD)),
         "global_crops_size": args.get("global_crops_size", 224),
     }
-    state = backbone_state(loaded, checkpoint_key, weights) if weights else {}
-    options = {}
-    if "pos_embed" in state and "patch_embed.proj.weight" in state:
-        info["patch_size"] = state["patch_embed.proj.weight"].shape[-1]
-        info["in_chans"] = state["patch_embed.proj.weight"].shape[1]
-        options["img_size"] = round((state["pos_embed"].shape[1] - 1) ** 0.5) * info["patch_size"]
-    elif "global_crops_size" in args:
-        options["img_size"] = args["global_crops_size"]
-    model, embed_dim = build_backbone(info["arch"], info["patch_size"], in_chans=info["in_chans"], **options)
+    options = {"img_size": args["global_crops_size"]} if "global_crops_size" in args else {}
+    options |= found.options | {k: args[k] for k in ("interpolate_antialias", "interpolate_offset") if k in args}
+    options |= {k: info[k] for k in ("patch_size", "in_chans")}
+    model, embed_dim = build_backbone(info["arch"], **options)
     info["embed_dim"] = embed_dim
     if weights:
-        load_matching(model, state, weights)
+        load_matching(model, found.state, weights + (f" ({found.layout} names)" if found.layout else ""))
     elif parallel.is_main():
         print("no --pretrained_weights: the network has random weights", flush=True)
     return model.eval().requires_grad_(False), info

@@ -60,6 +60,12 @@ class Mlp(nn.Module):
         return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
 
 
+def is_observed(module: nn.Module) -> bool:
+    """Whether somebody listens to what goes in or out of a module, forwards or backwards."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
+                or module._backward_pre_hooks)
+
+
 HALF = (torch.float16, torch.bfloat16)
 LONGEST_PLAIN = 1024  # tokens; for more, the memory of N x N weights counts for more than the speed
 
@@ -67,9 +73,10 @@ LONGEST_PLAIN = 1024  # tokens; for more, the memory of N x N weights counts for
 class Attention(nn.Module):
     """Multi-head self-attention: (B, N, D) -> ((B, N, D), weights (B, H, N, N) or None).
 
-    The weights are formed only when somebody asks for them: by `return_attention`, or by a forward hook on
-    this module or on `attn_drop`, which is where code written for the published models reads them. The exception is
-    half precision on a CPU, where forming them is three to eleven times as fast (benchmarks/attention.py).
+    The weights are formed only when somebody asks for them: by `return_attention`, or by a hook on this module or on
+    `attn_drop`, which is where code written for the published models reads them (or by a module that took the place of
+    `attn_drop`). The exception is half precision on a CPU, where forming them is three to eleven times as fast
+    (benchmarks/attention.py).
     """
 
     def __init__(
@@ -94,7 +101,8 @@ class Attention(nn.Module):
         qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, D // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, H, N, D / H)
         attn = None
-        wanted = return_attention or self._forward_hooks or self.attn_drop._forward_hooks
+        wanted = (return_attention or is_observed(self) or is_observed(self.attn_drop)
+                  or type(self.attn_drop) is not nn.Dropout)
         if wanted or (q.device.type == "cpu" and q.dtype in HALF and N <= LONGEST_PLAIN):
             attn = self.attn_drop((q @ k.transpose(-2, -1) * self.scale).softmax(dim=-1))
             x = attn @ v
@@ -177,6 +185,8 @@ class VisionTransformer(nn.Module):
         qk_scale: factor of the attention scores; None is 1 / sqrt(D / H).
         num_register_tokens: extra tokens without a position (Darcet et al. 2023).
         init_values: start of LayerScale; None leaves it out.
+        interpolate_antialias, interpolate_offset: how position embeddings are interpolated, which is part of what the
+            weights were trained with: DINO's and DINOv2's without registers False and 0.1, DINOv2's with True and 0.
     """
 
     def __init__(
@@ -197,6 +207,8 @@ class VisionTransformer(nn.Module):
         norm_layer: Callable[[int], nn.Module] = nn.LayerNorm,
         num_register_tokens: int = 0,
         init_values: float | None = None,
+        interpolate_antialias: bool = False,
+        interpolate_offset: float = 0.1,
     ) -> None:
         super().__init__()
         img_size = img_size if isinstance(img_size, int) else img_size[0]  # published code passes [224]
@@ -204,6 +216,7 @@ class VisionTransformer(nn.Module):
             raise ValueError(f"img_size {img_size} is smaller than one patch of {patch_size}")
         self.num_features = self.embed_dim = embed_dim
         self.num_register_tokens = num_register_tokens
+        self.interpolate_antialias, self.interpolate_offset = interpolate_antialias, interpolate_offset
         self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, self.patch_embed.num_patches + 1, embed_dim))
@@ -234,16 +247,17 @@ class VisionTransformer(nn.Module):
         if x.shape[1] - 1 == n_stored and w == h:
             return self.pos_embed
         rows, columns = self.patch_embed.grid(w, h)
+        if torch.jit.is_tracing():  # a trace is made for one size, and has tensors in place of numbers
+            rows, columns = int(rows), int(columns)
         side = math.isqrt(n_stored)
         patch_pos = self.pos_embed[:, 1:].reshape(1, side, side, -1).permute(0, 3, 1, 2)
         # The published weights were trained with scale factors made from the grid size + 0.1, which also keeps
         # floor(side * scale) from losing a row to rounding. Half-precision bicubic is not available everywhere.
-        half = patch_pos.dtype in HALF
-        patch_pos = F.interpolate(
-            patch_pos.float() if half else patch_pos,
-            scale_factor=((rows + 0.1) / side, (columns + 0.1) / side),
-            mode="bicubic",
-        ).to(self.pos_embed.dtype)
+        offset, half = self.interpolate_offset, patch_pos.dtype in HALF
+        to = ({"scale_factor": ((rows + offset) / side, (columns + offset) / side)} if offset
+              else {"size": (rows, columns)})
+        patch_pos = F.interpolate(patch_pos.float() if half else patch_pos, **to, mode="bicubic",
+                                  antialias=self.interpolate_antialias).to(self.pos_embed.dtype)
         return torch.cat([self.pos_embed[:, :1], patch_pos.flatten(2).transpose(1, 2)], dim=1)
 
     def prepare_tokens(self, x: Tensor) -> Tensor:
@@ -337,6 +351,11 @@ def vit_base(patch_size: int = 16, **kwargs) -> VisionTransformer:
     return _vit(768, 12, patch_size, **kwargs)
 
 
+def vit_large(patch_size: int = 16, **kwargs) -> VisionTransformer:
+    """Width 1024, 24 blocks, 16 heads: 303 M parameters at patch 16."""
+    return _vit(1024, 16, patch_size, **{"depth": 24} | kwargs)
+
+
 deit_tiny, deit_small, deit_base = vit_tiny, vit_small, vit_base
 
 
@@ -391,6 +410,7 @@ class DINOHead(nn.Module):
 
 VITS: dict[str, Callable[..., VisionTransformer]] = {
     "vit_nano": vit_nano, "vit_tiny": vit_tiny, "vit_small": vit_small, "vit_base": vit_base,
+    "vit_large": vit_large,
     "deit_tiny": deit_tiny, "deit_small": deit_small, "deit_base": deit_base,
 }
 

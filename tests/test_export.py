@@ -1,0 +1,219 @@
+"""Each format is read back by its library here too, apart from the check that the command makes itself."""
+
+import json
+
+import pytest
+import torch
+from processes import launch
+from test_layouts import dinov2_file, published_xcit, random_like
+
+import checkpoint
+import export
+import features
+import formats
+from vision_transformer import build_backbone
+
+MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.3, 0.25]
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A checkpoint of a small ViT for pictures of 32 x 32."""
+    model, _ = build_backbone("vit_nano", 8, img_size=32)
+    args = {"arch": "vit_nano", "patch_size": 8, "global_crops_size": 32, "mean": MEAN, "std": STD}
+    path = tmp_path_factory.mktemp("weights") / "checkpoint.pth"
+    torch.save({"teacher": random_like(model.state_dict()), "args": args}, path)
+    return path
+
+
+def run(weights, output, *args):
+    return export.main(export.get_args_parser().parse_args(
+        ["--pretrained_weights", str(weights), "--output", str(output), "--format", *map(str, args)]))
+
+
+def ours(weights):
+    return checkpoint.load_backbone(str(weights))[0]
+
+
+@torch.no_grad()
+def assert_same(weights, theirs, *size, batch=5):
+    x = torch.randn(batch, 3, *size)
+    expected = ours(weights)(x)
+    torch.testing.assert_close(theirs(x), expected, rtol=1e-4, atol=1e-4)
+    assert expected.std(0).max() > 0.01  # else equal outputs would say nothing
+
+
+def test_safetensors_carries_what_the_network_needs(weights, tmp_path, capsys):
+    assert run(weights, tmp_path / "w.safetensors", "safetensors") == 0
+    assert "largest difference 0.0e+00 of the features' RMS, tolerance 0.0001" in capsys.readouterr().out
+    model, info = checkpoint.load_backbone(str(tmp_path / "w.safetensors"))
+    assert_same(weights, model, 24, 48)
+    assert info["arch"] == "vit_nano" and info["mean"] == tuple(MEAN) and info["global_crops_size"] == 32
+    from safetensors import safe_open
+
+    with safe_open(tmp_path / "w.safetensors", "pt") as f:
+        assert json.loads(f.metadata()["weights_sha256"]) == features.weights_hash(ours(weights))
+
+
+def test_onnx(weights, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    assert run(weights, tmp_path / "w.onnx", "onnx", "--opset", 20) == 0
+    session = onnxruntime.InferenceSession(tmp_path / "w.onnx")
+    assert_same(weights, lambda x: torch.from_numpy(session.run(["features"], {"images": x.numpy()})[0]), 32, 32)
+    about = session.get_modelmeta().custom_metadata_map
+    assert json.loads(about["mean"]) == MEAN and json.loads(about["patch_size"]) == 8
+    import onnx
+
+    assert [o.version for o in onnx.load(tmp_path / "w.onnx").opset_import if not o.domain] == [20]
+    assert [p.name for p in tmp_path.iterdir()] == ["w.onnx"]
+
+
+def test_onnx_of_any_size(weights, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    assert run(weights, tmp_path / "w.onnx", "onnx", "--dynamic_size") == 0
+    session = onnxruntime.InferenceSession(tmp_path / "w.onnx")
+    for size in ((32, 32), (32, 37), (8, 8), (96, 40), (63, 64)):
+        assert_same(weights, lambda x: torch.from_numpy(session.run(None, {"images": x.numpy()})[0]), *size, batch=2)
+
+
+@pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_torch_export(weights, tmp_path, dynamic):
+    assert run(weights, tmp_path / "w.pt2", "torch", *["--dynamic_size"] * dynamic) == 0
+    program = torch.export.load(tmp_path / "w.pt2").module()
+    for size in ((32, 32), (24, 56), (33, 130)) if dynamic else ((32, 32),):
+        assert_same(weights, program, *size)
+
+
+@pytest.mark.parametrize("offset", [0.0, 0.1])
+@pytest.mark.parametrize("size", [(32, 32), (32, 37), (8, 64), (100, 44)])
+def test_positions_as_matrices_are_the_interpolated_ones(size, offset):
+    model, _ = build_backbone("vit_nano", 8, img_size=32, interpolate_offset=offset)
+    x = torch.empty(1, 1 + (size[0] // 8) * (size[1] // 8), 192)
+    torch.testing.assert_close(formats.positions_of_any_size(model, x, *size),
+                               model.interpolate_pos_encoding(x, *size), rtol=1e-5, atol=1e-6)
+
+
+def test_timm(weights, tmp_path):
+    import timm
+
+    assert run(weights, tmp_path / "folder", "timm") == 0
+    theirs = timm.create_model(f"local-dir:{tmp_path / 'folder'}", pretrained=True).eval()
+    assert_same(weights, theirs, 32, 32)
+    found = timm.data.resolve_model_data_config(theirs)
+    assert (list(found["mean"]), found["crop_pct"], list(found["input_size"])) == (MEAN, 32 / 37, [3, 32, 32])
+    theirs = timm.create_model(
+        "vit_tiny_patch16_224", pretrained=True, num_classes=0, depth=4, patch_size=8, img_size=32,
+        pretrained_cfg_overlay={"file": str(tmp_path / "folder/model.safetensors")}).eval()
+    assert_same(weights, theirs, 32, 32)
+
+
+def test_another_size_than_the_trained_one(weights, tmp_path):
+    import timm
+
+    assert run(weights, tmp_path / "folder", "timm", "--image_size", 56) == 0
+    assert_same(weights, timm.create_model(f"local-dir:{tmp_path / 'folder'}", pretrained=True).eval(), 56, 56)
+
+
+@pytest.mark.parametrize("registers", [0, 4])
+def test_dinov2_goes_round(tmp_path, registers):
+    """Registers and LayerScale: a DINOv2 file, exported for timm and for transformers."""
+    import timm
+
+    transformers = pytest.importorskip("transformers")
+    torch.save(dinov2_file(registers), tmp_path / "w.pth")
+    assert run(tmp_path / "w.pth", tmp_path / "timm", "timm") == 0
+    theirs = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True).eval()
+    assert_same(tmp_path / "w.pth", theirs, 56, 56)
+    assert run(tmp_path / "w.pth", tmp_path / "hf", "hf") == 0
+    kind = transformers.Dinov2WithRegistersModel if registers else transformers.Dinov2Model
+    theirs = kind.from_pretrained(tmp_path / "hf").eval()
+    assert_same(tmp_path / "w.pth", lambda x: theirs(x).last_hidden_state[:, 0], 56, 56)
+    assert run(tmp_path / "w.pth", tmp_path / "w.safetensors", "safetensors") == 0
+    assert_same(tmp_path / "w.pth", ours(tmp_path / "w.safetensors"), 42, 70)
+    if registers:
+        assert run(tmp_path / "w.pth", tmp_path / "w.pt2", "torch", "--dynamic_size") == 2
+
+
+def test_hugging_face(weights, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    results = [{"k": 20, "temperature": 0.07, "top1": {"value": 61.25, "interval": [60.0, 62.5]}, "per_class": {}}]
+    report = {"weights_sha256": features.weights_hash(ours(weights)), "results": results}
+    (tmp_path / "eval_knn.json").write_text(json.dumps(report))
+    more = ["--results", tmp_path / "eval_knn.json", "--training_data", "holiday pictures", "--license", "cc-by-4.0"]
+    assert run(weights, tmp_path / "hf", "hf", *more) == 0
+    theirs = transformers.ViTModel.from_pretrained(tmp_path / "hf").eval()
+    assert_same(weights, lambda x: theirs(x).last_hidden_state[:, 0], 32, 32)
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "hf")
+    picture = torch.full((3, 50, 80), 255, dtype=torch.uint8)
+    pixels = processor(images=picture, return_tensors="pt")["pixel_values"]
+    expected = ((1 - torch.tensor(MEAN)) / torch.tensor(STD)).view(1, 3, 1, 1).expand(1, 3, 32, 32)
+    torch.testing.assert_close(torch.as_tensor(pixels), expected, rtol=1e-4, atol=1e-4)
+    card = (tmp_path / "hf/README.md").read_text()
+    assert card.startswith("---\nlicense: cc-by-4.0\n") and "holiday pictures" in card
+    assert "| 20 | 0.07 | 61.25 [60.00, 62.50] |" in card and report["weights_sha256"] in card
+
+
+def test_figures_of_other_weights_are_refused(weights, tmp_path, capsys):
+    pytest.importorskip("transformers")
+    (tmp_path / "eval_knn.json").write_text(json.dumps({"weights_sha256": "0", "results": [{"k": 1}]}))
+    assert run(weights, tmp_path / "hf", "hf", "--results", tmp_path / "eval_knn.json") == 2
+    assert "eval_knn.json: of other weights" in capsys.readouterr().err and not (tmp_path / "hf").exists()
+
+
+def test_other_networks(tmp_path, capsys):
+    import timm
+
+    for arch in ("resnet18", "xcit_nano_12_p16_224"):
+        state = random_like(build_backbone(arch)[0].state_dict())
+        torch.save(published_xcit(state) if "xcit" in arch else state, tmp_path / "w.pth")
+        assert run(tmp_path / "w.pth", tmp_path / arch, "timm", "--image_size", 64) == 0
+        theirs = timm.create_model(f"local-dir:{tmp_path / arch}", pretrained=True).eval()
+        assert_same(tmp_path / "w.pth", theirs, 64, 64)
+        assert run(tmp_path / "w.pth", tmp_path / f"{arch}.safetensors", "safetensors", "--image_size", 64) == 0
+    capsys.readouterr()
+    assert run(tmp_path / "w.pth", tmp_path / "hf", "hf") == 2
+    assert "xcit_nano_12_p16_224 is no Vision Transformer; take timm" in capsys.readouterr().err
+
+
+def test_a_difference_leaves_nothing(weights, tmp_path, monkeypatch, capsys):
+    def broken(model, about, path, args):
+        theirs = formats.to_safetensors(model, about, path, args)
+        return lambda x: theirs(x) * 1.001
+
+    monkeypatch.setitem(formats.FORMATS, "safetensors", broken)
+    assert run(weights, tmp_path / "w.safetensors", "safetensors") == 1
+    error = capsys.readouterr().err
+    assert "largest difference" in error and "nothing was written" in error and not list(tmp_path.iterdir())
+    assert run(weights, tmp_path / "w.safetensors", "safetensors", "--tolerance", "0.1") == 0
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_library_that_gives_no_numbers_differs(weights, tmp_path, monkeypatch, bad):
+    monkeypatch.setitem(formats.FORMATS, "timm", lambda model, *_: lambda x: model(x) * bad)
+    assert run(weights, tmp_path / "w", "timm") == 1
+
+
+def test_bad_input_is_named_in_one_line(weights, tmp_path, monkeypatch, capsys):
+    (tmp_path / "there").mkdir()
+    monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
+    for args, message in (
+        ((weights, tmp_path / "there", "timm"), "there: exists; remove it"),
+        ((weights, tmp_path / "w.bin", "onnx"), "w.bin: a file of this format is named .onnx"),
+        ((weights, tmp_path / "w", "timm", "--dynamic_size"), "--dynamic_size: for onnx and torch"),
+        ((weights, tmp_path / "w", "timm", "--image_size", "4"), "--image_size 4: smaller than a patch of 8"),
+        ((tmp_path / "absent.pth", tmp_path / "w", "timm"), "absent.pth: no such file of weights"),
+        ((weights, tmp_path / "w.onnx", "onnx"), "pip install onnx onnxruntime onnxscript"),
+    ):
+        assert run(*args) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["there"]
+
+
+@pytest.mark.slow
+def test_command(weights, tmp_path):
+    done = launch("export.py", "--pretrained_weights", weights, "--format", "safetensors", "--output",
+                  tmp_path / "new/w.safetensors")  # fmt: skip
+    assert done.returncode == 0 and "wrote" in done.stdout and (tmp_path / "new/w.safetensors").is_file()
