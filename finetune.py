@@ -27,7 +27,7 @@ import parallel
 import utils
 from features import Network, available_cores, extract_features, half_context, pictures, readable
 from splits import Task
-from vision_transformer import build_backbone
+from vision_transformer import DropPath, VisionTransformer, build_backbone
 
 UNFINISHED, TUNED = "checkpoint_finetune.pth", "finetuned.pth"
 CROP_SCALE = (0.08, 1.0)
@@ -48,11 +48,13 @@ class Classifier(nn.Module):
 
 def trainable(network: Network, drop_path_rate: float) -> nn.Module:
     """The network's backbone with stochastic depth, which a frozen one has no use for."""
-    info, frozen = network.info, network.forward
-    options = {"img_size": round((frozen.pos_embed.shape[1] - 1) ** 0.5) * info["patch_size"]} if hasattr(
-        frozen, "pos_embed") else {}
-    model, _ = build_backbone(info["arch"], info["patch_size"], drop_path_rate, in_chans=info["in_chans"], **options)
-    model.load_state_dict(frozen.state_dict())
+    model, info = copy.deepcopy(network.forward), network.info
+    if isinstance(model, VisionTransformer):
+        for i, block in enumerate(model.blocks):  # rising with the depth (Huang et al. 2016)
+            block.drop_path = DropPath(drop_path_rate * i / max(len(model.blocks) - 1, 1))
+    elif drop_path_rate:
+        model, _ = build_backbone(info["arch"], info["patch_size"], drop_path_rate, in_chans=info["in_chans"])
+        model.load_state_dict(network.forward.state_dict())
     return model.requires_grad_(True)
 
 

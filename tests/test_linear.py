@@ -16,6 +16,7 @@ import eval_linear
 import finetune
 import linear
 import splits
+from features import Network
 from vision_transformer import build_backbone, vit_nano
 
 S = linear.Setting
@@ -337,6 +338,15 @@ def test_learning_rates_and_decay_of_the_layers():
     assert groups[id(model.backbone.cls_token)]["weight_decay"] == 0
     assert groups[id(blocks[0].norm1.weight)]["weight_decay"] == 0
     assert groups[id(blocks[0].mlp.fc1.weight)]["weight_decay"] == 0.05
+
+
+def test_stochastic_depth_rises_with_the_depth():
+    network = Network(vit_nano(8, img_size=32), {"arch": "vit_nano"}, {})
+    model = finetune.trainable(network, 0.3)
+    assert [block.drop_path.drop_prob for block in model.blocks] == pytest.approx([0, 0.1, 0.2, 0.3])
+    assert all(p.requires_grad for p in model.parameters()) and model is not network.forward
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(model.eval()(x), network.forward.eval()(x))
 
 
 def test_mixing():
