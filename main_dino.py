@@ -11,25 +11,23 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import random
-import signal
 import sys
 from contextlib import nullcontext
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
 import torch
-from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 import data
 import flags
 import metrics
+import monitor
 import parallel
 import utils
-from vision_transformer import VITS, DINOHead, VisionTransformer, build_backbone
+from faults import StopSignal
+from run import Run, make_augmentation, set_lr_and_wd
+from vision_transformer import VITS
 
 TO_BE_CONTINUED = 75  # exit code of a run that was asked to stop and saved; sysexits.h calls it "try again"
 
@@ -128,190 +126,61 @@ def check_args(args: argparse.Namespace) -> None:
         raise ValueError(f"--init_from {args.init_from}: no such file; weights are never downloaded")
 
 
-# ---- What a run is made of ----
+def setup(args: argparse.Namespace) -> Run:
+    """Everything that bad input can break, before anything is written. Raises flags.Refused in one line."""
+    try:
+        check_args(args)
+        device = parallel.start(args.device, args.dist_url)
+        run = Run(args, device)
+        found = checkpoint.read_latest(args.output_dir)
+        if found:
+            run.resume(*found)
+        prepare_output(Path(args.output_dir))
+    except (ValueError, OSError) as error:
+        raise flags.Refused(error) from error
+    return run
 
 
-class Plan(NamedTuple):
-    """Durations in optimizer steps, worked out once; the loop indexes the arrays by step."""
-
-    steps_per_epoch: int
-    steps: int
-    epochs: int  # the last one may be a part
-    lr: np.ndarray
-    wd: np.ndarray
-    momentum: np.ndarray
-
-
-def make_plan(args: argparse.Namespace, n_images: int, world_size: int) -> Plan:
-    global_batch = args.batch_size_per_gpu * world_size * args.grad_accum_steps
-    steps_per_epoch = n_images // global_batch
-    if steps_per_epoch == 0:
-        raise ValueError(
-            f"--batch_size_per_gpu {args.batch_size_per_gpu}: {n_images} images are less than one step of "
-            f"{global_batch} ({world_size} processes x --grad_accum_steps {args.grad_accum_steps}); lower it"
-        )
-    steps = args.steps or args.epochs * steps_per_epoch
-    epochs = steps / steps_per_epoch
-    if args.warmup_epochs > epochs:
-        raise ValueError(f"--warmup_epochs {args.warmup_epochs:g} is longer than the run of {epochs:g} epochs "
-                         f"(--steps {args.steps}); lower it")
-    # Linear scaling rule: the learning rate is given for 256 images.
-    lr = utils.cosine_scheduler(
-        args.lr * global_batch / 256, args.min_lr, epochs, steps_per_epoch, warmup_epochs=args.warmup_epochs
-    )
-    wd = utils.cosine_scheduler(args.weight_decay, args.weight_decay_end, epochs, steps_per_epoch)
-    momentum = utils.cosine_scheduler(args.momentum_teacher, 1.0, epochs, steps_per_epoch)
-    return Plan(steps_per_epoch, steps, math.ceil(epochs), lr, wd, momentum)
+def train_dino(args: argparse.Namespace) -> bool:
+    """Set up, resume if there is something to resume, train. Returns False if a signal ended it early."""
+    run = setup(args)
+    describe(run)
+    log = metrics.Log(args.output_dir, run.step // run.plan.steps_per_epoch, run.step, args.tensorboard)
+    if run.evaluation and "untrained" not in run.knn:
+        run.knn |= run.evaluation.baselines(run.teacher.backbone, run.autocast())
+    finished = train(run, log)
+    if finished and parallel.is_main():
+        names = monitor.save_pictures(run.images, run.teacher.backbone, args)
+        print(f"wrote {', '.join(names)}, log.txt and {run.last_saved} in {args.output_dir}", flush=True)
+    return finished
 
 
-def build_networks(args: argparse.Namespace, device: torch.device) -> tuple[nn.Module, nn.Module]:
-    """Student and teacher with the same weights; stochastic depth is the student's alone."""
-
-    def build(drop_path_rate: float) -> utils.MultiCropWrapper:
-        backbone, embed_dim = build_backbone(
-            args.arch, args.patch_size, drop_path_rate, in_chans=args.in_chans, img_size=args.global_crops_size
-        )
-        head = DINOHead(embed_dim, args.out_dim, args.use_bn_in_head, args.norm_last_layer)
-        return utils.MultiCropWrapper(backbone, head)
-
-    student, teacher = build(args.drop_path_rate), build(0.0)
-    if args.init_from:
-        loaded = checkpoint.read(args.init_from)
-        state = checkpoint.backbone_state(loaded, "teacher", args.init_from)
-        checkpoint.load_matching(student.backbone, state, args.init_from)
-    teacher.load_state_dict(student.state_dict())
-    teacher.requires_grad_(False)
-    student, teacher = student.to(device), teacher.to(device)
-    if parallel.world_size() > 1 and device.type == "cuda":  # batch norm over all processes; torch has it on GPUs only
-        student, teacher = (nn.SyncBatchNorm.convert_sync_batchnorm(m) for m in (student, teacher))
-    if args.compile:
-        for module in (student.backbone, student.head, teacher.backbone, teacher.head):
-            module.compile()
-    return student, teacher
+def prepare_output(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError("not writable")
+    except OSError as error:
+        reason = error.strerror or error
+        raise ValueError(f"--output_dir {folder}: {reason}; choose a folder you can write to") from error
 
 
-def build_optimizer(name: str, model: nn.Module) -> torch.optim.Optimizer:
-    """Learning rate and weight decay are set at every step."""
-    groups = utils.get_params_groups(model)
-    if name == "adamw":
-        return torch.optim.AdamW(groups, fused=True)
-    if name == "sgd":
-        return torch.optim.SGD(groups, lr=0, momentum=0.9)
-    return utils.LARS(groups)
+def describe(run: Run) -> None:
+    """What is about to run, in four lines: what a reader of the console asks first."""
+    if not parallel.is_main():
+        return
+    args, plan = run.args, run.plan
+    n_params = sum(p.numel() for p in run.student.backbone.parameters())
+    used = plan.steps_per_epoch * args.batch_size_per_gpu * args.grad_accum_steps * parallel.world_size()
+    print(f"{args.arch}: {n_params / 1e6:.1f} M parameters; K {args.out_dim}; {run.device}, "
+          f"{str(run.dtype or torch.float32).removeprefix('torch.')}, {parallel.world_size()} process(es)")
+    print(f"{args.data_path}: {len(run.images)} images, {used} used an epoch; 2 x {args.global_crops_size} + "
+          f"{args.local_crops_number} x {args.local_crops_size} pixels")
+    print(f"{plan.steps} steps of {used // plan.steps_per_epoch} images, {plan.steps_per_epoch} an epoch; "
+          f"peak learning rate {plan.lr.max():.2e}", flush=True)
 
 
-def set_lr_and_wd(optimizer: torch.optim.Optimizer, lr: float, wd: float) -> None:
-    for i, group in enumerate(optimizer.param_groups):
-        group["lr"] = lr
-        if i == 0:  # the second group, biases and norms, is not decayed
-            group["weight_decay"] = wd
-
-
-def half_precision(precision: str, use_fp16: bool, device: torch.device) -> torch.dtype | None:
-    """The autocast type, None for float32. bf16 needs no gradient scaler, so `auto` prefers it where it is fast."""
-    if precision == "fp32" or not use_fp16:
-        return None
-    if precision != "auto":
-        return torch.float16 if precision == "fp16" else torch.bfloat16
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    bf16_units = device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
-    return torch.bfloat16 if bf16_units else None
-
-
-# ---- Resume ----
-
-# Flags that may change when a run goes on: where it runs and what it says, not what it computes.
-FREE_FLAGS = {
-    "data_path", "output_dir", "saveckp_freq", "saveckp_every_steps", "eval_knn_every", "eval_data_path", "log_every",
-    "tensorboard", "device", "num_workers", "dist_url", "local_rank", "compile", "max_bad_images", "init_from",
-    "batch_size_per_gpu", "grad_accum_steps", "world_size",
-}
-
-
-def plain_args(args: argparse.Namespace, n_images: int) -> dict:
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in vars(args).items()} | {
-        "images": n_images,
-        "world_size": parallel.world_size(),
-        "global_batch": args.batch_size_per_gpu * args.grad_accum_steps * parallel.world_size(),
-    }
-
-
-def refuse_other_hyperparameters(now: dict, then: dict, path: Path) -> None:
-    changed = [f"{k} {then.get(k)} -> {v}" for k, v in now.items() if k not in FREE_FLAGS and then.get(k) != v]
-    if changed:
-        raise ValueError(f"--output_dir {path.parent}: {path.name} there is of another run ({', '.join(changed)}); "
-                         "choose another folder, or the same flags to resume")
-
-
-# ---- The run ----
-
-
-class Run:
-    """The state of a training run: everything that a checkpoint holds."""
-
-    def __init__(self, args: argparse.Namespace, device: torch.device) -> None:
-        self.args, self.device = args, device
-        self.images = data.open_images(args.data_path, None, args.in_chans)
-        self.evaluation = Evaluation(args, device) if args.eval_knn_every else None
-        self.plan = make_plan(args, len(self.images), parallel.world_size())
-        seed_everything(args.seed)  # the networks start the same on every process
-        self.student, self.teacher = build_networks(args, device)
-        seed_everything(args.seed + parallel.rank())  # stochastic depth differs between them
-        self.dino_loss = utils.DINOLoss(
-            args.out_dim, args.local_crops_number + 2, args.warmup_teacher_temp, args.teacher_temp,
-            args.warmup_teacher_temp_epochs, self.plan.epochs,
-        ).to(device)
-        self.optimizer = build_optimizer(args.optimizer, self.student)
-        self.dtype = half_precision(args.precision, args.use_fp16, device)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
-        self.meters = metrics.Meters()  # of the running epoch
-        self.knn: dict[str, float] = {}  # latest figures, the baselines and the best
-        self.step = 0
-        self.last_saved = "none"
-
-    def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
-
-    def state(self) -> dict:
-        return {
-            "student": self.student.state_dict(),
-            "teacher": self.teacher.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "fp16_scaler": self.scaler.state_dict(),
-            "dino_loss": self.dino_loss.state_dict(),
-            "epoch": self.step // self.plan.steps_per_epoch,
-            "step": self.step,
-            "args": plain_args(self.args, len(self.images)),
-            "rng": parallel.gather_objects(checkpoint.rng_state(self.device)),
-            "meters": self.meters.state_dict(),
-            "knn": self.knn,
-        }
-
-    def save(self, *names: str) -> None:
-        """Write the state under each name in --output_dir; every process calls it, rank 0 writes."""
-        state = self.state()
-        for name in names:
-            if parallel.is_main():
-                checkpoint.save(state, Path(self.args.output_dir) / name)
-        self.last_saved = names[0]
-        parallel.barrier()
-
-    def resume(self, state: dict, path: Path) -> None:
-        refuse_other_hyperparameters(plain_args(self.args, len(self.images)), state["args"], path)
-        for name in ("student", "teacher", "optimizer", "dino_loss"):
-            getattr(self, name).load_state_dict(state[name])
-        self.scaler.load_state_dict(state["fp16_scaler"])
-        self.meters.load_state_dict(state["meters"], self.device)
-        self.knn, self.step, self.last_saved = dict(state["knn"]), state["step"], path.name
-        same_processes = len(state["rng"]) == parallel.world_size()
-        if same_processes:
-            checkpoint.set_rng_state(state["rng"][parallel.rank()], self.device)
-        if parallel.is_main():
-            print(f"resuming from {path} at step {self.step} of {self.plan.steps}"
-                  + ("" if same_processes else
-                     f": {len(state['rng'])} -> {parallel.world_size()} processes, equal to rounding, not to the bit"),
-                  flush=True)
+# ---- The loop ----
 
 
 def train(run: Run, log: metrics.Log) -> bool:
@@ -424,145 +293,6 @@ def log_step(run: Run, log: metrics.Log, step: int, epoch: int, window: metrics.
         print(f"WARNING at step {step}: {warning}", flush=True)
 
 
-class StopSignal:
-    """SIGTERM, SIGINT and SIGUSR1 ask the run to save and stop after the step; a second SIGINT stops at once."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, self.ask)
-
-    def ask(self, number: int, frame) -> None:
-        if self.asked and number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            raise KeyboardInterrupt
-        self.asked = True
-
-    def agreed(self, talk: bool) -> bool:
-        """All processes must stop after the same step: they compare notes on logged steps only."""
-        if parallel.world_size() == 1:
-            return self.asked
-        return talk and any(parallel.gather_objects(self.asked))
-
-
-# ---- Evaluation during training ----
-
-
-class Evaluation:
-    """k-NN of the teacher's features on labelled pictures, and the figures it must beat."""
-
-    def __init__(self, args: argparse.Namespace, device: torch.device) -> None:
-        self.args, self.device = args, device
-        path = args.eval_data_path or args.data_path
-        flag = "--eval_data_path" if args.eval_data_path else "--data_path"
-        self.train, self.val = (data.open_images(path, part, args.in_chans, flag=flag) for part in ("train", "val"))
-        for images, part in ((self.train, "train"), (self.val, "val")):
-            if images.labels is None:
-                raise ValueError(f"--eval_data_path {path}: its {part} part has no labels; --eval_knn_every needs "
-                                 "train/ and val/ folders of class folders")
-        from splits import Part, match_classes
-
-        parts = (Part(torch.empty(0), images.labels, images.classes) for images in (self.train, self.val))
-        train, val = match_classes(*parts)  # by name: a class may be missing in one part
-        self.labels, self.n_classes = (train.labels, val.labels), len(train.classes)
-
-    def knn(self, backbone: nn.Module | None, autocast=None) -> tuple[float, float]:
-        """(top-1, top-5) in % of 20-NN on a backbone's features, or on raw pixels for None."""
-        from eval_knn import knn_classifier
-        from features import extract_features, pixel_features
-
-        if backbone is None:
-            found = [pixel_features(images) for images in (self.train, self.val)]
-        else:
-            backbone.eval()
-            found = [
-                extract_features(backbone, self.transformed(images), 4 * self.args.batch_size_per_gpu,
-                                 self.args.num_workers, self.device, autocast)
-                for images in (self.train, self.val)
-            ]
-            backbone.train()
-        train, val = zip(found, self.labels, strict=True)
-        return knn_classifier(*train, *val, k=20, T=0.07, num_classes=self.n_classes)
-
-    def baselines(self, backbone: nn.Module, autocast) -> dict[str, float]:
-        """Top-1 of the untrained network and of raw pixels: a backbone that does not beat them has learned nothing."""
-        found = {"untrained": self.knn(backbone, autocast)[0], "pixels": self.knn(None)[0]}
-        if parallel.is_main():
-            print(f"20-NN before training: {found['untrained']:.1f} % on this network's features, "
-                  f"{found['pixels']:.1f} % on raw pixels", flush=True)
-        return found
-
-    def transformed(self, images):
-        crop = self.args.global_crops_size
-        return data.EvalImages(images, round(crop * 256 / 224), crop, self.args.mean, self.args.std)
-
-
-def setup(args: argparse.Namespace) -> Run:
-    """Everything that bad input can break, before anything is written. Raises flags.Refused in one line."""
-    try:
-        check_args(args)
-        device = parallel.start(args.device, args.dist_url)
-        run = Run(args, device)
-        found = checkpoint.read_latest(args.output_dir)
-        if found:
-            run.resume(*found)
-        prepare_output(Path(args.output_dir))
-    except (ValueError, OSError) as error:
-        raise flags.Refused(error) from error
-    return run
-
-
-def train_dino(args: argparse.Namespace) -> bool:
-    """Set up, resume if there is something to resume, train. Returns False if a signal ended it early."""
-    run = setup(args)
-    describe(run)
-    log = metrics.Log(args.output_dir, run.step // run.plan.steps_per_epoch, run.step, args.tensorboard)
-    if run.evaluation and "untrained" not in run.knn:
-        run.knn |= run.evaluation.baselines(run.teacher.backbone, run.autocast())
-    finished = train(run, log)
-    if finished and parallel.is_main():
-        save_pictures(run)
-    return finished
-
-
-def seed_everything(seed: int) -> None:
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-
-
-def prepare_output(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            raise PermissionError("not writable")
-    except OSError as error:
-        reason = error.strerror or error
-        raise ValueError(f"--output_dir {folder}: {reason}; choose a folder you can write to") from error
-
-
-def make_augmentation(args: argparse.Namespace) -> utils.DataAugmentationDINO:
-    return utils.DataAugmentationDINO(
-        args.global_crops_scale, args.local_crops_scale, args.local_crops_number, args.global_crops_size,
-        args.local_crops_size, args.mean, args.std,
-    )
-
-
-def describe(run: Run) -> None:
-    """What is about to run, in four lines: what a reader of the console asks first."""
-    if not parallel.is_main():
-        return
-    args, plan = run.args, run.plan
-    n_params = sum(p.numel() for p in run.student.backbone.parameters())
-    used = plan.steps_per_epoch * args.batch_size_per_gpu * args.grad_accum_steps * parallel.world_size()
-    print(f"{args.arch}: {n_params / 1e6:.1f} M parameters; K {args.out_dim}; {run.device}, "
-          f"{str(run.dtype or torch.float32).removeprefix('torch.')}, {parallel.world_size()} process(es)")
-    print(f"{args.data_path}: {len(run.images)} images, {used} used an epoch; 2 x {args.global_crops_size} + "
-          f"{args.local_crops_number} x {args.local_crops_size} pixels")
-    print(f"{plan.steps} steps of {used // plan.steps_per_epoch} images, {plan.steps_per_epoch} an epoch; "
-          f"peak learning rate {plan.lr.max():.2e}", flush=True)
-
-
 def write_epoch(run: Run, log: metrics.Log, epoch: int) -> None:
     values = {f"train_{k}": v for k, v in run.meters.means().items()}
     values |= {"train_ln_k": math.log(run.args.out_dim), "epoch": epoch, "step": run.step}
@@ -572,21 +302,6 @@ def write_epoch(run: Run, log: metrics.Log, epoch: int) -> None:
         console += (f"; 20-NN top-1 {run.knn['top1']:.1f} %, best {run.knn['best']:.1f} % "
                     f"(untrained {run.knn['untrained']:.1f} %, raw pixels {run.knn['pixels']:.1f} %)")
     log.epoch(console, values)
-
-
-def save_pictures(run: Run) -> None:
-    """The curves of the run, and where the teacher looks in six pictures."""
-    import plots
-
-    images, output_dir = run.images, Path(run.args.output_dir)
-
-    plots.training_curves([output_dir / "log.txt"], output_dir / "curves.png")
-    names = ["curves.png"]
-    if isinstance(run.teacher.backbone, VisionTransformer) and run.args.in_chans == 3:
-        chosen = [data.resized(images.load(i), run.args.global_crops_size) for i in range(min(6, len(images)))]
-        plots.save_attention(run.teacher.backbone, chosen, output_dir / "attention.png", run.args.mean, run.args.std)
-        names.append("attention.png")
-    print(f"wrote {', '.join(names)}, log.txt and {run.last_saved} in {output_dir}", flush=True)
 
 
 def main(args: argparse.Namespace) -> int:
