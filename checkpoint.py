@@ -6,6 +6,7 @@ import argparse
 import hashlib
 import os
 import random
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from utils import IMAGENET_MEAN, IMAGENET_STD
 from vision_transformer import build_backbone
 
 NAME, PREVIOUS, BEST = "checkpoint.pth", "checkpoint_prev.pth", "checkpoint_best.pth"
+
+NUMBERED = re.compile(r"checkpoint(\d+)\.pth")
 
 # What wrappers put in front of a backbone's parameter names. Only leading ones are stripped, as often as they stand.
 PREFIXES = ("module.", "_orig_mod.", "backbone.", "encoder.")
@@ -53,6 +56,19 @@ def save(state: Mapping, path: str | os.PathLike) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def remove_numbered(folder: str | os.PathLike, keep: int) -> None:
+    """Delete all but the newest `keep` of checkpoint0019.pth, checkpoint0039.pth ...; no other file is touched."""
+    found = [p for p in Path(folder).iterdir() if NUMBERED.fullmatch(p.name)]
+    for path in sorted(found, key=lambda p: int(NUMBERED.fullmatch(p.name)[1]))[:-keep]:
+        path.unlink()
+
+
+def remove_temporary(folder: str | os.PathLike) -> None:
+    """Delete what a killed `save` left of files it had not finished."""
+    for path in Path(folder).glob(".checkpoint*.tmp"):
+        path.unlink(missing_ok=True)
 
 
 def read(path: str | os.PathLike) -> dict:

@@ -25,11 +25,9 @@ import metrics
 import monitor
 import parallel
 import utils
-from faults import StopSignal
+from faults import TO_BE_CONTINUED, Requests, other_process_lost
 from run import Run, make_augmentation, set_lr_and_wd
 from vision_transformer import VITS
-
-TO_BE_CONTINUED = 75  # exit code of a run that was asked to stop and saved; sysexits.h calls it "try again"
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -89,6 +87,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--output_dir", default=".", help="checkpoints and logs; a run that finds its own checkpoint there resumes")
     add("--saveckp_freq", type=flags.count, default=20, help="epochs between checkpoints that are kept; 0: none")
     add("--saveckp_every_steps", type=flags.count, default=0, help="steps between checkpoints; 0: epochs only")
+    add("--saveckp_every_minutes", type=flags.non_negative, default=0, help="minutes between checkpoints; 0: never")
+    add("--keep_checkpoints", type=flags.count, default=0,
+        help="how many of the checkpoints of --saveckp_freq are kept, the newest; 0: all")
     add("--seed", type=flags.count, default=0, help="of the weights, the order and the views")
     add("--eval_knn_every", type=flags.count, default=0, help="epochs between k-NN evaluations; 0: never")
     add("--eval_data_path", default="", help="labelled images with train and val (or test) parts; empty: --data_path")
@@ -160,6 +161,8 @@ def prepare_output(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
             raise PermissionError("not writable")
+        if parallel.is_main():
+            checkpoint.remove_temporary(folder)
     except OSError as error:
         reason = error.strerror or error
         raise ValueError(f"--output_dir {folder}: {reason}; choose a folder you can write to") from error
@@ -191,7 +194,8 @@ def train(run: Run, log: metrics.Log) -> bool:
         student = DistributedDataParallel(student, device_ids=[device.index] if device.type == "cuda" else None)
     augmentation = make_augmentation(args)
     batches, bad_images = iter(load(run, augmentation)), data.BadImages(len(run.images), args.max_bad_images)
-    watch, window, clock, stop = metrics.FiniteWatch(device), metrics.Meters(), metrics.Clock(), StopSignal()
+    watch, window, clock = metrics.FiniteWatch(device), metrics.Meters(), metrics.Clock()
+    requests = Requests(device, args.saveckp_every_minutes)
 
     while run.step < plan.steps:
         step, epoch = run.step, run.step // plan.steps_per_epoch
@@ -231,16 +235,15 @@ def train(run: Run, log: metrics.Log) -> bool:
             log_step(run, log, step, epoch, window, clock)
         dino_loss.update_center(torch.cat(teacher_means))
         run.step += 1
+        stop, save = requests.agreed(run.step)
         if run.step % plan.steps_per_epoch == 0 or run.step == plan.steps:
             watch.check(run.last_saved)
             end_epoch(run, log, epoch)
             clock.reset()
-        elif args.saveckp_every_steps and run.step % args.saveckp_every_steps == 0:
+        elif stop or save or (args.saveckp_every_steps and run.step % args.saveckp_every_steps == 0):
             watch.check(run.last_saved)
             run.save(checkpoint.NAME)
-        if stop.agreed(run.step % args.log_every == 0) and run.step < plan.steps:
-            watch.check(run.last_saved)
-            run.save(checkpoint.NAME)
+        if stop and run.step < plan.steps:
             return False
     return True
 
@@ -256,8 +259,11 @@ def load(run: Run, augmentation: utils.DataAugmentationDINO):
 
 
 def end_epoch(run: Run, log: metrics.Log, epoch: int) -> None:
-    """k-NN when it is due, the line of the epoch, then the checkpoints: a kill in between repeats the epoch."""
-    args, names = run.args, [checkpoint.NAME]
+    """k-NN when it is due, the line of the epoch, then the checkpoints.
+
+    The one to resume from comes last: a kill before it repeats what is left of the epoch, and so writes the others.
+    """
+    args, names = run.args, []
     if args.saveckp_freq and (epoch + 1) % args.saveckp_freq == 0:
         names.append(f"checkpoint{epoch:04d}.pth")
     if run.evaluation and ((epoch + 1) % args.eval_knn_every == 0 or run.step == run.plan.steps):
@@ -268,7 +274,7 @@ def end_epoch(run: Run, log: metrics.Log, epoch: int) -> None:
             names.append(checkpoint.BEST)
     write_epoch(run, log, epoch)
     run.meters = metrics.Meters()
-    run.save(*names)
+    run.save(*names, checkpoint.NAME)
 
 
 def log_step(run: Run, log: metrics.Log, step: int, epoch: int, window: metrics.Meters, clock: metrics.Clock) -> None:
@@ -307,20 +313,33 @@ def write_epoch(run: Run, log: metrics.Log, epoch: int) -> None:
 def main(args: argparse.Namespace) -> int:
     """Returns the exit code: 0 done, 2 refused, 1 stopped by an error, 75 stopped by a signal, to be continued."""
     try:
-        finished = train_dino(args)
+        if train_dino(args):
+            return 0
+        if parallel.is_main():
+            print(f"stopped by a signal and saved; start again to continue (exit code {TO_BE_CONTINUED})", flush=True)
+        return TO_BE_CONTINUED
     except flags.Refused as error:
         print(f"main_dino.py: error: {error}", file=sys.stderr)
         return 2
-    except (metrics.NonFinite, data.TooManyBadImages) as error:
-        if parallel.is_main():
-            print(f"main_dino.py: stopped: {error}", file=sys.stderr, flush=True)
-        return 1
+    except (metrics.NonFinite, data.TooManyBadImages) as error:  # of all processes
+        return stopped(error, parallel.is_main())
+    except OSError as error:  # of one: a full disk, say
+        return stopped(error)
+    except RuntimeError as error:
+        if not other_process_lost(error):
+            raise
+        # Two processes say so, as one of them may be the one that has ended.
+        return stopped(f"another process of the run has ended ({str(error).splitlines()[0]}); its own message says "
+                       f"why; start again to continue from the last checkpoint in {args.output_dir}",
+                       parallel.rank() < 2)
     finally:
         parallel.stop()
-    if not finished:
-        print(f"stopped by a signal and saved; start again to continue (exit code {TO_BE_CONTINUED})", flush=True)
-        return TO_BE_CONTINUED
-    return 0
+
+
+def stopped(reason: object, say_so: bool = True) -> int:
+    if say_so:
+        print(f"main_dino.py: stopped: {reason}", file=sys.stderr, flush=True)
+    return 1
 
 
 if __name__ == "__main__":

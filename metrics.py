@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from pathlib import Path
 
@@ -47,6 +48,12 @@ class Meters:
     def load_state_dict(self, state: dict, device: torch.device) -> None:
         self.sums = {k: v.to(device) for k, v in state["sums"].items()}
         self.counts = dict(state["counts"])
+
+
+def averaged(states: list[dict]) -> dict:
+    """One state of Meters for each of several processes that go on where others stopped: their mean stays the same."""
+    sums = {k: sum(state["sums"][k] for state in states) / len(states) for k in states[0]["sums"]}
+    return {"sums": sums, "counts": states[0]["counts"]}
 
 
 class NonFinite(RuntimeError):
@@ -179,6 +186,9 @@ class Log:
         print(console, flush=True)
         with open(self.folder / name, "a") as f:
             f.write(json.dumps(values) + "\n")
+            if name == "log.txt":  # on the disk before the checkpoint that counts on it
+                f.flush()
+                os.fsync(f.fileno())
         if self.writer is not None:
             for key, value in values.items():
                 if isinstance(value, (int, float)) and key not in ("step", "epoch"):
@@ -190,7 +200,9 @@ def drop_lines_from(path: Path, key: str, first: int) -> None:
     """Keep the lines before `first`: a run killed after its last checkpoint had gone further, and will say so again."""
     if path.exists():
         lines = [x for x in path.read_text().splitlines() if x.endswith("}") and json.loads(x)[key] < first]
-        path.write_text("".join(x + "\n" for x in lines))
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_text("".join(x + "\n" for x in lines))
+        os.replace(temporary, path)  # a kill leaves the old file or the new one, never a part
 
 
 class Clock:

@@ -34,20 +34,24 @@ class Evaluation:
     def knn(self, backbone: nn.Module | None, autocast=None) -> tuple[float, float]:
         """(top-1, top-5) in % of 20-NN on a backbone's features, or on raw pixels for None."""
         from eval_knn import knn_classifier
+
+        with torch.random.fork_rng(devices=[]):  # loaders draw a seed: it must not move the run's random numbers
+            found = [self.features(backbone, images, autocast) for images in (self.train, self.val)]
+        train, val = zip(found, self.labels, strict=True)
+        return knn_classifier(*train, *val, k=20, T=0.07, num_classes=self.n_classes)
+
+    def features(self, backbone: nn.Module | None, images: data.Images, autocast) -> torch.Tensor:
         from features import extract_features, pixel_features
 
         if backbone is None:
-            found = [pixel_features(images) for images in (self.train, self.val)]
-        else:
-            backbone.eval()
-            found = [
-                extract_features(backbone, self.transformed(images), 4 * self.args.batch_size_per_gpu,
-                                 self.args.num_workers, self.device, autocast)
-                for images in (self.train, self.val)
-            ]
-            backbone.train()
-        train, val = zip(found, self.labels, strict=True)
-        return knn_classifier(*train, *val, k=20, T=0.07, num_classes=self.n_classes)
+            return pixel_features(images)
+        crop = self.args.global_crops_size
+        dataset = data.EvalImages(images, round(crop * 256 / 224), crop, self.args.mean, self.args.std)
+        backbone.eval()
+        found = extract_features(
+            backbone, dataset, 4 * self.args.batch_size_per_gpu, self.args.num_workers, self.device, autocast)
+        backbone.train()
+        return found
 
     def baselines(self, backbone: nn.Module, autocast) -> dict[str, float]:
         """Top-1 of the untrained network and of raw pixels: a backbone that does not beat them has learned nothing."""
@@ -56,10 +60,6 @@ class Evaluation:
             print(f"20-NN before training: {found['untrained']:.1f} % on this network's features, "
                   f"{found['pixels']:.1f} % on raw pixels", flush=True)
         return found
-
-    def transformed(self, images):
-        crop = self.args.global_crops_size
-        return data.EvalImages(images, round(crop * 256 / 224), crop, self.args.mean, self.args.std)
 
 
 def save_pictures(images: data.Images, backbone: nn.Module, args: argparse.Namespace) -> list[str]:

@@ -116,9 +116,10 @@ def half_precision(precision: str, use_fp16: bool, device: torch.device) -> torc
 
 # Flags that may change when a run goes on: where it runs and what it says, not what it computes.
 FREE_FLAGS = {
-    "data_path", "output_dir", "saveckp_freq", "saveckp_every_steps", "eval_knn_every", "eval_data_path", "log_every",
-    "tensorboard", "device", "num_workers", "dist_url", "local_rank", "compile", "max_bad_images", "init_from",
-    "batch_size_per_gpu", "grad_accum_steps", "world_size",
+    "data_path", "output_dir", "saveckp_freq", "saveckp_every_steps", "saveckp_every_minutes", "keep_checkpoints",
+    "eval_knn_every", "eval_data_path", "log_every", "tensorboard", "device", "num_workers", "dist_url",
+    "dist_timeout", "local_rank", "compile", "max_bad_images", "init_from", "batch_size_per_gpu", "grad_accum_steps",
+    "world_size",
 }
 
 
@@ -177,34 +178,43 @@ class Run:
             "step": self.step,
             "args": plain_args(self.args, len(self.images)),
             "rng": parallel.gather_objects(checkpoint.rng_state(self.device)),
-            "meters": self.meters.state_dict(),
+            "meters": parallel.gather_objects(self.meters.state_dict()),
             "knn": self.knn,
+            "best_checkpoint": checkpoint.BEST if "best" in self.knn else None,
         }
 
     def save(self, *names: str) -> None:
-        """Write the state under each name in --output_dir; every process calls it, rank 0 writes."""
+        """Write the state under each name in --output_dir, in this order; every process calls it, rank 0 writes."""
         state = self.state()
         for name in names:
             if parallel.is_main():
                 checkpoint.save(state, Path(self.args.output_dir) / name)
-        self.last_saved = names[0]
+        if parallel.is_main() and self.args.keep_checkpoints:
+            checkpoint.remove_numbered(self.args.output_dir, keep=self.args.keep_checkpoints)
+        self.last_saved = names[-1]
         parallel.barrier()
 
     def resume(self, state: dict, path: Path) -> None:
+        if "rng" not in state:
+            raise ValueError(f"--output_dir {path.parent}: {path.name} there lacks what a resume needs; to start from "
+                             f"its weights, give --init_from {path} and another folder")
         refuse_other_hyperparameters(plain_args(self.args, len(self.images)), state["args"], path)
         for name in ("student", "teacher", "optimizer", "dino_loss"):
             getattr(self, name).load_state_dict(state[name])
         self.scaler.load_state_dict(state["fp16_scaler"])
-        self.meters.load_state_dict(state["meters"], self.device)
         self.knn, self.step, self.last_saved = dict(state["knn"]), state["step"], path.name
         same_processes = len(state["rng"]) == parallel.world_size()
         if same_processes:
             checkpoint.set_rng_state(state["rng"][parallel.rank()], self.device)
+            self.meters.load_state_dict(state["meters"][parallel.rank()], self.device)
+        else:
+            seed_everything(self.args.seed + self.step + parallel.rank())
+            self.meters.load_state_dict(metrics.averaged(state["meters"]), self.device)
         if parallel.is_main():
-            print(f"resuming from {path} at step {self.step} of {self.plan.steps}"
-                  + ("" if same_processes else
-                     f": {len(state['rng'])} -> {parallel.world_size()} processes, equal to rounding, not to the bit"),
-                  flush=True)
+            print(f"resuming from {path} at step {self.step} of {self.plan.steps}", flush=True)
+            if not same_processes:
+                print(f"{len(state['rng'])} -> {parallel.world_size()} processes: equal to rounding, not to the bit, "
+                      "and stochastic depth draws anew", flush=True)
 
 
 def seed_everything(seed: int) -> None:
