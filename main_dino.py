@@ -24,6 +24,7 @@ import flags
 import metrics
 import monitor
 import parallel
+import replay
 import utils
 from faults import TO_BE_CONTINUED, Requests, other_process_lost
 from run import Run, make_augmentation, set_lr_and_wd
@@ -93,6 +94,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--seed", type=flags.count, default=0, help="of the weights, the order and the views")
     add("--eval_knn_every", type=flags.count, default=0, help="epochs between k-NN evaluations; 0: never")
     add("--eval_data_path", default="", help="labelled images with train and val (or test) parts; empty: --data_path")
+    add("--replay", default="", metavar="FAILURE", help="look into a failure.pt that a loss of NaN left, and exit")
     add("--log_every", type=flags.positive_int, default=10, help="steps between progress lines and health checks")
     add("--tensorboard", action="store_true", help="write TensorBoard scalars into --output_dir")
     flags.add_launch_flags(parser)
@@ -187,18 +189,25 @@ def describe(run: Run) -> None:
 
 
 def train(run: Run, log: metrics.Log) -> bool:
-    """The training loop, from `run.step` to the plan's end. Returns False when a signal ended it early."""
+    """The training loop, from `run.step` to the plan's end. Returns False when a signal ended it early.
+
+    Raises metrics.NonFinite at the first look (logged steps, checkpoints) after a step that was not finite.
+    """
     args, plan, device, teacher, dino_loss = run.args, run.plan, run.device, run.teacher, run.dino_loss
     student = run.student
     if parallel.world_size() > 1:
         student = DistributedDataParallel(student, device_ids=[device.index] if device.type == "cuda" else None)
     augmentation = make_augmentation(args)
-    batches, bad_images = iter(load(run, augmentation)), data.BadImages(len(run.images), args.max_bad_images)
+    batches = iter(load(run, augmentation, run.step, plan.steps))
+    bad_images = data.BadImages(len(run.images), args.max_bad_images)
     watch, window, clock = metrics.FiniteWatch(device), metrics.Meters(), metrics.Clock()
     requests = Requests(device, args.saveckp_every_minutes)
+    if not run.scaler.is_enabled():
+        run.optimizer.found_inf = watch.found  # keeps the weights before a step that is not finite
 
     while run.step < plan.steps:
         step, epoch = run.step, run.step // plan.steps_per_epoch
+        run.rng[step] = replay.torch_rng(device)
         set_lr_and_wd(run.optimizer, float(plan.lr[step]), float(plan.wd[step]))
         step_loss, teacher_means = torch.zeros((), device=device), []
         for micro in range(args.grad_accum_steps):
@@ -229,33 +238,49 @@ def train(run: Run, log: metrics.Log) -> bool:
         clock.steps += 1
 
         if step % args.log_every == 0 or step + 1 == plan.steps:
-            watch.check(run.last_saved)
+            check_finite(run, watch)
             bad_images.share()
             window.update(**metrics.health(teacher_out, features, loss, dino_loss, epoch))
             log_step(run, log, step, epoch, window, clock)
+        center = dino_loss.center
         dino_loss.update_center(torch.cat(teacher_means))
+        dino_loss.center = torch.where(watch.found > 0, center, dino_loss.center)
         run.step += 1
         stop, save = requests.agreed(run.step)
         if run.step % plan.steps_per_epoch == 0 or run.step == plan.steps:
-            watch.check(run.last_saved)
+            check_finite(run, watch)
             end_epoch(run, log, epoch)
             clock.reset()
         elif stop or save or (args.saveckp_every_steps and run.step % args.saveckp_every_steps == 0):
-            watch.check(run.last_saved)
+            check_finite(run, watch)
             run.save(checkpoint.NAME)
         if stop and run.step < plan.steps:
             return False
     return True
 
 
-def load(run: Run, augmentation: utils.DataAugmentationDINO):
-    """The rest of the run's micro-batches; one loader for all epochs, so that its workers never start anew."""
+def load(run: Run, augmentation: utils.DataAugmentationDINO, first: int, last: int):
+    """The micro-batches of steps first ... last - 1; one loader for all epochs: its workers never start anew."""
     accum = run.args.grad_accum_steps
     return data.batches(
         run.images, augmentation, run.args.batch_size_per_gpu, run.args.num_workers, run.args.seed, parallel.rank(),
-        parallel.world_size(), batches_per_epoch=run.plan.steps_per_epoch * accum, first_batch=run.step * accum,
-        last_batch=run.plan.steps * accum, pin_memory=run.device.type == "cuda",
+        parallel.world_size(), batches_per_epoch=run.plan.steps_per_epoch * accum, first_batch=first * accum,
+        last_batch=last * accum, pin_memory=run.device.type == "cuda",
     )
+
+
+def check_finite(run: Run, watch: metrics.FiniteWatch) -> None:
+    """Stop the run at a step that was not finite, and keep what it takes to look into it."""
+    try:
+        watch.check(run.last_saved)
+    except metrics.NonFinite as found:
+        # The crops are a function of the step, so they are made again rather than kept.
+        batches = load(run, make_augmentation(run.args), found.step, found.step + 1)
+        updates = run.plan.momentum[found.step : max(run.rng) + 1]
+        path = replay.save_failure(run, found, batches, run.rng[found.step], updates)
+        found.args = (f"{found}; to look into it: python main_dino.py --replay {path}",)
+        raise
+    run.rng.clear()
 
 
 def end_epoch(run: Run, log: metrics.Log, epoch: int) -> None:
@@ -313,6 +338,8 @@ def write_epoch(run: Run, log: metrics.Log, epoch: int) -> None:
 def main(args: argparse.Namespace) -> int:
     """Returns the exit code: 0 done, 2 refused, 1 stopped by an error, 75 stopped by a signal, to be continued."""
     try:
+        if args.replay:
+            return replay_step(args)
         if train_dino(args):
             return 0
         if parallel.is_main():
@@ -334,6 +361,14 @@ def main(args: argparse.Namespace) -> int:
                        parallel.rank() < 2)
     finally:
         parallel.stop()
+
+
+def replay_step(args: argparse.Namespace) -> int:
+    try:
+        replay.replay(args.replay, parallel.pick_device(args.device))
+    except (ValueError, OSError) as error:
+        raise flags.Refused(error) from error
+    return 0
 
 
 def stopped(reason: object, say_so: bool = True) -> int:

@@ -89,7 +89,7 @@ def build_optimizer(name: str, model: nn.Module) -> torch.optim.Optimizer:
     if name == "adamw":
         return torch.optim.AdamW(groups, fused=True)
     if name == "sgd":
-        return torch.optim.SGD(groups, lr=0, momentum=0.9)
+        return torch.optim.SGD(groups, lr=0, momentum=0.9, fused=True)
     return utils.LARS(groups)
 
 
@@ -119,7 +119,7 @@ FREE_FLAGS = {
     "data_path", "output_dir", "saveckp_freq", "saveckp_every_steps", "saveckp_every_minutes", "keep_checkpoints",
     "eval_knn_every", "eval_data_path", "log_every", "tensorboard", "device", "num_workers", "dist_url",
     "dist_timeout", "local_rank", "compile", "max_bad_images", "init_from", "batch_size_per_gpu", "grad_accum_steps",
-    "world_size",
+    "world_size", "replay",
 }
 
 
@@ -163,14 +163,19 @@ class Run:
         self.knn: dict[str, float] = {}  # latest figures, the baselines and the best
         self.step = 0
         self.last_saved = "none"
+        self.rng: dict[int, dict] = {}  # torch's random state before each step that has not been found finite yet
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
 
+    def network_state(self, name: str) -> dict:
+        """The student's or the teacher's tensors; every process calls it."""
+        return getattr(self, name).state_dict()
+
     def state(self) -> dict:
         return {
-            "student": self.student.state_dict(),
-            "teacher": self.teacher.state_dict(),
+            "student": self.network_state("student"),
+            "teacher": self.network_state("teacher"),
             "optimizer": self.optimizer.state_dict(),
             "fp16_scaler": self.scaler.state_dict(),
             "dino_loss": self.dino_loss.state_dict(),

@@ -16,6 +16,7 @@ from forks import PATHS, SMALLEST, Started, lines, server
 
 import checkpoint
 import main_dino
+import replay
 import utils
 
 # ---- Hooks that run in the processes of a run, before it starts ----
@@ -190,6 +191,8 @@ def test_a_loss_that_is_no_number_on_one_process_ends_all(tmp_path):
     assert started.wait() == [1, 1], started.output()
     assert "stopped: step 5: loss or gradient is not finite" in started.output(0)
     assert "stopped" not in started.output(1) and "Traceback" not in started.output()
+    failure = checkpoint.read(tmp_path / replay.NAME)
+    assert (failure["rank"], failure["step"], len(failure["index"][0])) == (1, 5, 4)
 
 
 def torchrun(*argv, out: Path, options=()) -> subprocess.Popen:
