@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import random
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from utils import IMAGENET_MEAN, IMAGENET_STD
 from vision_transformer import VITS, XCITS, build_backbone
 
 NAME, PREVIOUS, BEST = "checkpoint.pth", "checkpoint_prev.pth", "checkpoint_best.pth"
+
+NUMBERED = re.compile(r"checkpoint(\d+)\.pth")
 
 MIN_MATCHED = 0.9  # share of the backbone's tensors that a file must hold to pass for its weights
 
@@ -51,6 +54,19 @@ def save(state: Mapping, path: str | os.PathLike) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def remove_numbered(folder: str | os.PathLike, keep: int) -> None:
+    """Delete all but the newest `keep` of checkpoint0019.pth, checkpoint0039.pth ...; no other file is touched."""
+    found = [p for p in Path(folder).iterdir() if NUMBERED.fullmatch(p.name)]
+    for path in sorted(found, key=lambda p: int(NUMBERED.fullmatch(p.name)[1]))[:-keep]:
+        path.unlink()
+
+
+def remove_temporary(folder: str | os.PathLike) -> None:
+    """Delete what a killed `save` left of files it had not finished."""
+    for path in Path(folder).glob(".checkpoint*.tmp"):
+        path.unlink(missing_ok=True)
 
 
 def read_latest(folder: str | os.PathLike) -> tuple[dict, Path] | None:

@@ -11,28 +11,24 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import random
-import re
-import signal
 import sys
 from contextlib import nullcontext
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
 import torch
-from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 import data
 import flags
 import metrics
+import monitor
 import parallel
+import replay
 import utils
-from vision_transformer import VITS, DINOHead, VisionTransformer, build_backbone
-
-TO_BE_CONTINUED = 75  # exit code of a run that was asked to stop and saved; sysexits.h calls it "try again"
+from faults import TO_BE_CONTINUED, Requests, other_process_lost
+from run import Run, make_augmentation, set_lr_and_wd
+from vision_transformer import VITS
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -95,9 +91,13 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--output_dir", default=".", help="checkpoints and logs; a run that finds its own checkpoint there resumes")
     add("--saveckp_freq", type=flags.count, default=20, help="epochs between checkpoints that are kept; 0: none")
     add("--saveckp_every_steps", type=flags.count, default=0, help="steps between checkpoints; 0: epochs only")
+    add("--saveckp_every_minutes", type=flags.non_negative, default=0, help="minutes between checkpoints; 0: never")
+    add("--keep_checkpoints", type=flags.count, default=0,
+        help="how many of the checkpoints of --saveckp_freq are kept, the newest; 0: all")
     add("--seed", type=flags.seed, default=0, help="of the weights, the order and the views")
     add("--eval_knn_every", type=flags.count, default=0, help="epochs between k-NN evaluations; 0: never")
     add("--eval_data_path", default="", help="labelled images with train and val (or test) parts; empty: --data_path")
+    add("--replay", default="", metavar="FAILURE", help="look into a failure.pt that a loss of NaN left, and exit")
     add("--log_every", type=flags.positive_int, default=10, help="steps between progress lines and health checks")
     add("--tensorboard", action="store_true", help="write TensorBoard scalars into --output_dir")
     flags.add_launch_flags(parser)
@@ -134,212 +134,75 @@ def check_args(args: argparse.Namespace) -> None:
         raise ValueError(f"--init_from {args.init_from}: no such file; weights are never downloaded")
 
 
-# ---- What a run is made of ----
-
-
-class Plan(NamedTuple):
-    """Durations in optimizer steps, worked out once; the loop indexes the arrays by step."""
-
-    steps_per_epoch: int
-    steps: int
-    epochs: int  # the last one may be a part
-    lr: np.ndarray
-    wd: np.ndarray
-    momentum: np.ndarray
-
-
-def make_plan(args: argparse.Namespace, n_images: int, world_size: int) -> Plan:
-    global_batch = args.batch_size_per_gpu * world_size * args.grad_accum_steps
-    steps_per_epoch = n_images // global_batch
-    if steps_per_epoch == 0:
-        raise ValueError(
-            f"--batch_size_per_gpu {args.batch_size_per_gpu}: {n_images} images are less than one step of "
-            f"{global_batch} ({world_size} processes x --grad_accum_steps {args.grad_accum_steps}); lower it"
-        )
-    steps = args.steps or args.epochs * steps_per_epoch
-    epochs = steps / steps_per_epoch
-    for name in ("warmup_epochs", "warmup_teacher_temp_epochs"):
-        if getattr(args, name) > epochs:
-            raise ValueError(f"--{name} {getattr(args, name):g} is longer than the run of {epochs:g} epochs "
-                             f"(--steps {args.steps}); lower it")
-    # Linear scaling rule: the learning rate is given for 256 images.
-    lr = utils.cosine_scheduler(
-        args.lr * global_batch / 256, args.min_lr, epochs, steps_per_epoch, warmup_epochs=args.warmup_epochs
-    )
-    wd = utils.cosine_scheduler(args.weight_decay, args.weight_decay_end, epochs, steps_per_epoch)
-    momentum = utils.cosine_scheduler(args.momentum_teacher, 1.0, epochs, steps_per_epoch)
-    return Plan(steps_per_epoch, steps, math.ceil(epochs), lr, wd, momentum)
-
-
-def build_networks(args: argparse.Namespace, device: torch.device) -> tuple[nn.Module, nn.Module]:
-    """Student and teacher with the same weights; stochastic depth is the student's alone."""
-
-    def build(drop_path_rate: float) -> utils.MultiCropWrapper:
-        backbone, embed_dim = build_backbone(
-            args.arch, args.patch_size, drop_path_rate, in_chans=args.in_chans, img_size=args.global_crops_size
-        )
-        head = DINOHead(embed_dim, args.out_dim, args.use_bn_in_head, args.norm_last_layer)
-        return utils.MultiCropWrapper(backbone, head)
-
-    student, teacher = build(args.drop_path_rate), build(0.0)
-    if args.init_from:
-        load_initial(student.backbone, args.init_from)
-    teacher.load_state_dict(student.state_dict())
-    teacher.requires_grad_(False)
-    student, teacher = student.to(device), teacher.to(device)
-    if parallel.world_size() > 1 and device.type == "cuda":  # batch norm over all processes; torch has it on GPUs only
-        student, teacher = (nn.SyncBatchNorm.convert_sync_batchnorm(m) for m in (student, teacher))
-    if args.compile:
-        for module in (student.backbone, student.head, teacher.backbone, teacher.head):
-            module.compile()
-    return student, teacher
-
-
-def load_initial(backbone: nn.Module, path: str) -> None:
+def setup(args: argparse.Namespace) -> Run:
+    """Everything that bad input can break, before anything is written. Raises flags.Refused in one line."""
     try:
-        state = checkpoint.backbone_state(checkpoint.read(path), "teacher", path)
-        checkpoint.load_matching(backbone, state, path)
-    except ValueError as error:  # it names the evaluation scripts' flags
-        reason = re.sub("--(pretrained_weights|checkpoint_key) ", "", str(error)).removeprefix(f"{path}: ")
-        raise ValueError(f"--init_from {path}: {reason}") from error
-
-
-def build_optimizer(name: str, model: nn.Module) -> torch.optim.Optimizer:
-    """Learning rate and weight decay are set at every step."""
-    groups = utils.get_params_groups(model)
-    if name == "adamw":
-        return torch.optim.AdamW(groups, fused=True)
-    if name == "sgd":
-        return torch.optim.SGD(groups, lr=0, momentum=0.9)
-    return utils.LARS(groups)
-
-
-def set_lr_and_wd(optimizer: torch.optim.Optimizer, lr: float, wd: float) -> None:
-    for i, group in enumerate(optimizer.param_groups):
-        group["lr"] = lr
-        if i == 0:  # the second group, biases and norms, is not decayed
-            group["weight_decay"] = wd
-
-
-def half_precision(precision: str, use_fp16: bool, device: torch.device) -> torch.dtype | None:
-    """The autocast type, None for float32. bf16 needs no gradient scaler, so `auto` prefers it where it is fast."""
-    if precision == "fp32" or not use_fp16:
-        return None
-    if precision != "auto":
-        return torch.float16 if precision == "fp16" else torch.bfloat16
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    bf16_units = device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
-    return torch.bfloat16 if bf16_units else None
-
-
-# ---- Resume ----
-
-# Flags that may change when a run goes on: where it runs and what it says, not what it computes.
-FREE_FLAGS = {
-    "data_path", "output_dir", "saveckp_freq", "saveckp_every_steps", "eval_knn_every", "eval_data_path", "log_every",
-    "tensorboard", "device", "num_workers", "dist_url", "dist_timeout", "local_rank", "compile", "max_bad_images",
-    "max_pixels", "init_from", "batch_size_per_gpu", "grad_accum_steps", "world_size",
-}
-
-
-def plain_args(args: argparse.Namespace, n_images: int) -> dict:
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in vars(args).items()} | {
-        "images": n_images,
-        "world_size": parallel.world_size(),
-        "global_batch": args.batch_size_per_gpu * args.grad_accum_steps * parallel.world_size(),
-    }
-
-
-def refuse_other_hyperparameters(now: dict, then: dict, path: Path) -> None:
-    changed = [f"{k} {then.get(k)} -> {v}" for k, v in now.items() if k not in FREE_FLAGS and then.get(k) != v]
-    if changed:
-        raise ValueError(f"--output_dir {path.parent}: {path.name} there is of another run ({', '.join(changed)}); "
-                         "choose another folder, or the same flags to resume")
-
-
-# ---- The run ----
-
-
-class Run:
-    """The state of a training run: everything that a checkpoint holds."""
-
-    def __init__(self, args: argparse.Namespace, device: torch.device) -> None:
-        self.args, self.device = args, device
-        self.images = data.open_images(args.data_path, None, args.in_chans, args.max_pixels)
-        self.evaluation = Evaluation(args, device) if args.eval_knn_every else None
-        self.plan = make_plan(args, len(self.images), parallel.world_size())
-        seed_everything(args.seed)  # the networks start the same on every process
-        self.student, self.teacher = build_networks(args, device)
-        seed_everything(args.seed + parallel.rank())  # stochastic depth differs between them
-        self.dino_loss = utils.DINOLoss(
-            args.out_dim, args.local_crops_number + 2, args.warmup_teacher_temp, args.teacher_temp,
-            args.warmup_teacher_temp_epochs, self.plan.epochs,
-        ).to(device)
-        self.optimizer = build_optimizer(args.optimizer, self.student)
-        self.dtype = half_precision(args.precision, args.use_fp16, device)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
-        self.meters = metrics.Meters()  # of the running epoch
-        self.knn: dict[str, float] = {}  # latest figures, the baselines and the best
-        self.step = 0
-        self.last_saved = "none"
-
-    def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
-
-    def state(self) -> dict:
-        return {
-            "student": self.student.state_dict(),
-            "teacher": self.teacher.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "fp16_scaler": self.scaler.state_dict(),
-            "dino_loss": self.dino_loss.state_dict(),
-            "epoch": self.step // self.plan.steps_per_epoch,
-            "step": self.step,
-            "args": plain_args(self.args, len(self.images)),
-            "rng": parallel.gather_objects(checkpoint.rng_state(self.device)),
-            "meters": parallel.gather_objects(self.meters.state_dict()),
-            "knn": self.knn,
-        }
-
-    def save(self, *names: str) -> None:
-        """Write the state under each name in --output_dir; every process calls it, rank 0 writes."""
-        state = self.state()
-        for name in names:
-            if parallel.is_main():
-                checkpoint.save(state, Path(self.args.output_dir) / name)
-        self.last_saved = names[0]
-        parallel.barrier()
-
-    def resume(self, state: dict, path: Path) -> None:
-        refuse_other_hyperparameters(plain_args(self.args, len(self.images)), state["args"], path)
-        for name in ("student", "teacher", "optimizer", "dino_loss"):
-            getattr(self, name).load_state_dict(state[name])
-        self.scaler.load_state_dict(state["fp16_scaler"])
-        self.knn, self.step, self.last_saved = dict(state["knn"]), state["step"], path.name
-        same_processes = len(state["rng"]) == parallel.world_size()
-        self.meters.load_state_dict(state["meters"][parallel.rank() if same_processes else 0], self.device)
-        if same_processes:
-            checkpoint.set_rng_state(state["rng"][parallel.rank()], self.device)
+        check_args(args)
+        device = parallel.start(args.device, args.dist_url, args.dist_timeout)
+        run = Run(args, device)
+        found = checkpoint.read_latest(args.output_dir)
+        if found:
+            run.resume(*found)
+        flags.prepare_output(Path(args.output_dir))
         if parallel.is_main():
-            print(f"resuming from {path} at step {self.step} of {self.plan.steps}"
-                  + ("" if same_processes else
-                     f": {len(state['rng'])} -> {parallel.world_size()} processes, equal to rounding, not to the bit"),
-                  flush=True)
+            checkpoint.remove_temporary(args.output_dir)
+    except (ValueError, OSError) as error:
+        raise flags.Refused(error) from error
+    return run
+
+
+def train_dino(args: argparse.Namespace) -> bool:
+    """Set up, resume if there is something to resume, train. Returns False if a signal ended it early."""
+    run = setup(args)
+    describe(run)
+    log = metrics.Log(args.output_dir, run.step // run.plan.steps_per_epoch, run.step, args.tensorboard)
+    if run.evaluation and "untrained" not in run.knn:
+        run.knn |= run.evaluation.baselines(run.teacher.backbone, run.autocast())
+    finished = train(run, log)
+    if finished and parallel.is_main():
+        names = monitor.save_pictures(run.images, run.teacher.backbone, args)
+        print(f"wrote {', '.join(names)}, log.txt and {run.last_saved} in {args.output_dir}", flush=True)
+    return finished
+
+
+def describe(run: Run) -> None:
+    """What is about to run, in four lines: what a reader of the console asks first."""
+    if not parallel.is_main():
+        return
+    args, plan = run.args, run.plan
+    n_params = sum(p.numel() for p in run.student.backbone.parameters())
+    used = plan.steps_per_epoch * args.batch_size_per_gpu * args.grad_accum_steps * parallel.world_size()
+    print(f"{args.arch}: {n_params / 1e6:.1f} M parameters; K {args.out_dim}; {run.device}, "
+          f"{str(run.dtype or torch.float32).removeprefix('torch.')}, {parallel.world_size()} process(es)")
+    print(f"{args.data_path}: {len(run.images)} images, {used} used an epoch; 2 x {args.global_crops_size} + "
+          f"{args.local_crops_number} x {args.local_crops_size} pixels")
+    print(f"{plan.steps} steps of {used // plan.steps_per_epoch} images, {plan.steps_per_epoch} an epoch; "
+          f"peak learning rate {plan.lr.max():.2e}", flush=True)
+
+
+# ---- The loop ----
 
 
 def train(run: Run, log: metrics.Log) -> bool:
-    """The training loop, from `run.step` to the plan's end. Returns False when a signal ended it early."""
+    """The training loop, from `run.step` to the plan's end. Returns False when a signal ended it early.
+
+    Raises metrics.NonFinite at the first look (logged steps, checkpoints) after a step that was not finite.
+    """
     args, plan, device, teacher, dino_loss = run.args, run.plan, run.device, run.teacher, run.dino_loss
     student = run.student
     if parallel.world_size() > 1:
         student = DistributedDataParallel(student, device_ids=[device.index] if device.type == "cuda" else None)
     augmentation = make_augmentation(args)
-    batches, bad_images = iter(load(run, augmentation)), data.BadImages(len(run.images), args.max_bad_images)
-    watch, window, clock, stop = metrics.FiniteWatch(device), metrics.Meters(), metrics.Clock(), StopSignal()
+    batches = iter(load(run, augmentation, run.step, plan.steps))
+    bad_images = data.BadImages(len(run.images), args.max_bad_images)
+    watch, window, clock = metrics.FiniteWatch(device), metrics.Meters(), metrics.Clock()
+    requests = Requests(device, args.saveckp_every_minutes)
+    if not run.scaler.is_enabled():
+        run.optimizer.found_inf = watch.found  # keeps the weights before a step that is not finite
 
     while run.step < plan.steps:
         step, epoch = run.step, run.step // plan.steps_per_epoch
+        run.rng[step] = replay.torch_rng(device)
         set_lr_and_wd(run.optimizer, float(plan.lr[step]), float(plan.wd[step]))
         step_loss, teacher_means = torch.zeros((), device=device), []
         for micro in range(args.grad_accum_steps):
@@ -370,39 +233,57 @@ def train(run: Run, log: metrics.Log) -> bool:
         clock.steps += 1
 
         if step % args.log_every == 0 or step + 1 == plan.steps:
-            watch.check(run.last_saved)
+            check_finite(run, watch)
             bad_images.share()
             window.update(**metrics.health(teacher_out, features, loss, dino_loss, epoch))
             log_step(run, log, step, epoch, window, clock)
+        center = dino_loss.center
         dino_loss.update_center(torch.cat(teacher_means))
+        dino_loss.center = torch.where(watch.found > 0, center, dino_loss.center)
         run.step += 1
+        stop, save = requests.agreed(run.step)
         if run.step % plan.steps_per_epoch == 0 or run.step == plan.steps:
-            watch.check(run.last_saved)
+            check_finite(run, watch)
             end_epoch(run, log, epoch)
             clock.reset()
-        elif args.saveckp_every_steps and run.step % args.saveckp_every_steps == 0:
-            watch.check(run.last_saved)
+        elif stop or save or (args.saveckp_every_steps and run.step % args.saveckp_every_steps == 0):
+            check_finite(run, watch)
             run.save(checkpoint.NAME)
-        if stop.agreed(run.step % args.log_every == 0) and run.step < plan.steps:
-            watch.check(run.last_saved)
-            run.save(checkpoint.NAME)
+        if stop and run.step < plan.steps:
             return False
     return True
 
 
-def load(run: Run, augmentation: utils.DataAugmentationDINO):
-    """The rest of the run's micro-batches; one loader for all epochs, so that its workers never start anew."""
+def load(run: Run, augmentation: utils.DataAugmentationDINO, first: int, last: int):
+    """The micro-batches of steps first ... last - 1; one loader for all epochs: its workers never start anew."""
     accum = run.args.grad_accum_steps
     return data.batches(
         run.images, augmentation, run.args.batch_size_per_gpu, run.args.num_workers, run.args.seed, parallel.rank(),
-        parallel.world_size(), batches_per_epoch=run.plan.steps_per_epoch * accum, first_batch=run.step * accum,
-        last_batch=run.plan.steps * accum, pin_memory=run.device.type == "cuda",
+        parallel.world_size(), batches_per_epoch=run.plan.steps_per_epoch * accum, first_batch=first * accum,
+        last_batch=last * accum, pin_memory=run.device.type == "cuda",
     )
 
 
+def check_finite(run: Run, watch: metrics.FiniteWatch) -> None:
+    """Stop the run at a step that was not finite, and keep what it takes to look into it."""
+    try:
+        watch.check(run.last_saved)
+    except metrics.NonFinite as found:
+        # The crops are a function of the step, so they are made again rather than kept.
+        batches = load(run, make_augmentation(run.args), found.step, found.step + 1)
+        updates = run.plan.momentum[found.step : max(run.rng) + 1]
+        path = replay.save_failure(run, found, batches, run.rng[found.step], updates)
+        found.args = (f"{found}; to look into it: python main_dino.py --replay {path}",)
+        raise
+    run.rng.clear()
+
+
 def end_epoch(run: Run, log: metrics.Log, epoch: int) -> None:
-    """k-NN when it is due, the line of the epoch, then the checkpoints: a kill in between repeats the epoch."""
-    args, names = run.args, [checkpoint.NAME]
+    """k-NN when it is due, the line of the epoch, then the checkpoints.
+
+    The one to resume from comes last: a kill before it repeats what is left of the epoch, and so writes the others.
+    """
+    args, names = run.args, []
     if args.saveckp_freq and (epoch + 1) % args.saveckp_freq == 0:
         names.append(f"checkpoint{epoch:04d}.pth")
     if run.evaluation and ((epoch + 1) % args.eval_knn_every == 0 or run.step == run.plan.steps):
@@ -413,7 +294,7 @@ def end_epoch(run: Run, log: metrics.Log, epoch: int) -> None:
             names.append(checkpoint.BEST)
     write_epoch(run, log, epoch)
     run.meters = metrics.Meters()
-    run.save(*names)
+    run.save(*names, checkpoint.NAME)
 
 
 def log_step(run: Run, log: metrics.Log, step: int, epoch: int, window: metrics.Meters, clock: metrics.Clock) -> None:
@@ -438,140 +319,6 @@ def log_step(run: Run, log: metrics.Log, step: int, epoch: int, window: metrics.
         print(f"WARNING at step {step}: {warning}", flush=True)
 
 
-class StopSignal:
-    """SIGTERM, SIGINT and SIGUSR1 ask the run to save and stop after the step; a second SIGINT stops at once."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, self.ask)
-
-    def ask(self, number: int, frame) -> None:
-        if self.asked and number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            raise KeyboardInterrupt
-        self.asked = True
-
-    def agreed(self, talk: bool) -> bool:
-        """All processes must stop after the same step: they compare notes on logged steps only."""
-        if parallel.world_size() == 1:
-            return self.asked
-        return talk and any(parallel.gather_objects(self.asked))
-
-
-# ---- Evaluation during training ----
-
-
-class Evaluation:
-    """k-NN of the teacher's features on labelled pictures, and the figures it must beat."""
-
-    def __init__(self, args: argparse.Namespace, device: torch.device) -> None:
-        self.args, self.device = args, device
-        path = args.eval_data_path or args.data_path
-        flag = "--eval_data_path" if args.eval_data_path else "--data_path"
-        self.train, self.val = (data.open_images(path, part, args.in_chans, args.max_pixels, flag)
-                                for part in ("train", "val"))
-        for images, part in ((self.train, "train"), (self.val, "val")):
-            if images.labels is None:
-                raise ValueError(f"--eval_data_path {path}: its {part} part has no labels; --eval_knn_every needs "
-                                 "train/ and val/ folders of class folders")
-        from splits import Part, match_classes
-
-        parts = (Part(torch.empty(0), images.labels, images.classes) for images in (self.train, self.val))
-        train, val = match_classes(*parts)  # by name: a class may be missing in one part
-        self.labels, self.n_classes = (train.labels, val.labels), len(train.classes)
-
-    def knn(self, backbone: nn.Module | None, autocast=None) -> tuple[float, float]:
-        """(top-1, top-5) in % of 20-NN on a backbone's features, or on raw pixels for None."""
-        from eval_knn import knn_classifier
-
-        try:
-            found = [self.features(images, backbone, autocast) for images in (self.train, self.val)]
-        except ValueError as error:
-            raise data.Unreadable(f"--eval_data_path: {error}; evaluation needs all images: remove it") from error
-        train, val = zip(found, self.labels, strict=True)
-        return knn_classifier(*train, *val, k=20, T=0.07, num_classes=self.n_classes)
-
-    def features(self, images: data.Images, backbone: nn.Module | None, autocast) -> torch.Tensor:
-        from features import extract_features, pixel_features
-
-        if backbone is None:
-            return pixel_features(images)
-        backbone.eval()
-        found = extract_features(backbone, self.transformed(images), 4 * self.args.batch_size_per_gpu,
-                                 self.args.num_workers, self.device, autocast)
-        backbone.train()
-        return found
-
-    def baselines(self, backbone: nn.Module, autocast) -> dict[str, float]:
-        """Top-1 of the untrained network and of raw pixels: a backbone that does not beat them has learned nothing."""
-        found = {"untrained": self.knn(backbone, autocast)[0], "pixels": self.knn(None)[0]}
-        if parallel.is_main():
-            print(f"20-NN before training: {found['untrained']:.1f} % on this network's features, "
-                  f"{found['pixels']:.1f} % on raw pixels", flush=True)
-        return found
-
-    def transformed(self, images):
-        crop = self.args.global_crops_size
-        return data.EvalImages(images, round(crop * 256 / 224), crop, self.args.mean, self.args.std)
-
-
-def setup(args: argparse.Namespace) -> Run:
-    """Everything that bad input can break, before anything is written. Raises flags.Refused in one line."""
-    try:
-        check_args(args)
-        device = parallel.start(args.device, args.dist_url, args.dist_timeout)
-        run = Run(args, device)
-        found = checkpoint.read_latest(args.output_dir)
-        if found:
-            run.resume(*found)
-        flags.prepare_output(Path(args.output_dir))
-    except (ValueError, OSError) as error:
-        raise flags.Refused(error) from error
-    return run
-
-
-def train_dino(args: argparse.Namespace) -> bool:
-    """Set up, resume if there is something to resume, train. Returns False if a signal ended it early."""
-    run = setup(args)
-    describe(run)
-    log = metrics.Log(args.output_dir, run.step // run.plan.steps_per_epoch, run.step, args.tensorboard)
-    if run.evaluation and "untrained" not in run.knn:
-        run.knn |= run.evaluation.baselines(run.teacher.backbone, run.autocast())
-    finished = train(run, log)
-    if finished and parallel.is_main():
-        save_pictures(run)
-    return finished
-
-
-def seed_everything(seed: int) -> None:
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-
-
-def make_augmentation(args: argparse.Namespace) -> utils.DataAugmentationDINO:
-    return utils.DataAugmentationDINO(
-        args.global_crops_scale, args.local_crops_scale, args.local_crops_number, args.global_crops_size,
-        args.local_crops_size, args.mean, args.std,
-    )
-
-
-def describe(run: Run) -> None:
-    """What is about to run, in four lines: what a reader of the console asks first."""
-    if not parallel.is_main():
-        return
-    args, plan = run.args, run.plan
-    n_params = sum(p.numel() for p in run.student.backbone.parameters())
-    used = plan.steps_per_epoch * args.batch_size_per_gpu * args.grad_accum_steps * parallel.world_size()
-    print(f"{args.arch}: {n_params / 1e6:.1f} M parameters; K {args.out_dim}; {run.device}, "
-          f"{str(run.dtype or torch.float32).removeprefix('torch.')}, {parallel.world_size()} process(es)")
-    print(f"{args.data_path}: {len(run.images)} images, {used} used an epoch; 2 x {args.global_crops_size} + "
-          f"{args.local_crops_number} x {args.local_crops_size} pixels")
-    print(f"{plan.steps} steps of {used // plan.steps_per_epoch} images, {plan.steps_per_epoch} an epoch; "
-          f"peak learning rate {plan.lr.max():.2e}", flush=True)
-
-
 def write_epoch(run: Run, log: metrics.Log, epoch: int) -> None:
     values = {f"train_{k}": v for k, v in run.meters.means().items()}
     values |= {"train_ln_k": math.log(run.args.out_dim), "epoch": epoch, "step": run.step}
@@ -583,44 +330,48 @@ def write_epoch(run: Run, log: metrics.Log, epoch: int) -> None:
     log.epoch(console, values)
 
 
-def save_pictures(run: Run) -> None:
-    """The curves of the run, and where the teacher looks in six pictures."""
-    import plots
-
-    images, output_dir = run.images, Path(run.args.output_dir)
-
-    plots.training_curves([output_dir / "log.txt"], output_dir / "curves.png")
-    names = ["curves.png"]
-    if isinstance(run.teacher.backbone, VisionTransformer) and run.args.in_chans == 3:
-        chosen = [data.resized(image, run.args.global_crops_size) for image in data.first_readable(images, 6)]
-        plots.save_attention(run.teacher.backbone, chosen, output_dir / "attention.png", run.args.mean, run.args.std)
-        names.append("attention.png")
-    print(f"wrote {', '.join(names)}, log.txt and {run.last_saved} in {output_dir}", flush=True)
-
-
 def main(args: argparse.Namespace) -> int:
     """Returns the exit code: 0 done, 2 refused, 1 stopped by an error, 75 stopped by a signal, to be continued."""
     try:
-        finished = train_dino(args)
+        if args.replay:
+            return replay_step(args)
+        if train_dino(args):
+            return 0
+        if parallel.is_main():
+            print(f"stopped by a signal and saved; start again to continue (exit code {TO_BE_CONTINUED})", flush=True)
+        return TO_BE_CONTINUED
     except flags.Refused as error:
         print(f"main_dino.py: error: {error}", file=sys.stderr)
         return 2
-    except (metrics.NonFinite, data.TooManyBadImages) as error:
-        if parallel.is_main():
-            print(f"main_dino.py: stopped: {error}", file=sys.stderr, flush=True)
-        return 1
-    except RuntimeError as error:  # of this process alone
-        reason = error if isinstance(error, data.Unreadable) else flags.worker_death(error)
-        if reason is None:
+    except (metrics.NonFinite, data.TooManyBadImages) as error:  # of all processes
+        return stopped(error, parallel.is_main())
+    except OSError as error:  # of one: a full disk, say
+        return stopped(error)
+    except RuntimeError as error:
+        if reason := error if isinstance(error, data.Unreadable) else flags.worker_death(error):
+            return stopped(reason)  # of one
+        if not other_process_lost(error):
             raise
-        print(f"main_dino.py: stopped: {reason}", file=sys.stderr, flush=True)
-        return 1
+        # Two processes say so, as one of them may be the one that has ended.
+        return stopped(f"another process of the run has ended ({str(error).splitlines()[0]}); its own message says "
+                       f"why; start again to continue from the last checkpoint in {args.output_dir}",
+                       parallel.rank() < 2)
     finally:
         parallel.stop()
-    if not finished:
-        print(f"stopped by a signal and saved; start again to continue (exit code {TO_BE_CONTINUED})", flush=True)
-        return TO_BE_CONTINUED
+
+
+def replay_step(args: argparse.Namespace) -> int:
+    try:
+        replay.replay(args.replay, parallel.pick_device(args.device))
+    except (ValueError, OSError) as error:
+        raise flags.Refused(error) from error
     return 0
+
+
+def stopped(reason: object, say_so: bool = True) -> int:
+    if say_so:
+        print(f"main_dino.py: stopped: {reason}", file=sys.stderr, flush=True)
+    return 1
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from pathlib import Path
 
@@ -49,16 +50,34 @@ class Meters:
         self.counts = dict(state["counts"])
 
 
+def averaged(states: list[dict]) -> dict:
+    """One state of Meters for each of several processes that go on where others stopped: their mean stays the same."""
+    sums = {k: sum(state["sums"][k] for state in states) / len(states) for k in states[0]["sums"]}
+    return {"sums": sums, "counts": states[0]["counts"]}
+
+
 class NonFinite(RuntimeError):
-    """A loss or gradient that is not a finite number."""
+    """A loss or gradient that is not a finite number: the first such step, and the first rank that had one."""
+
+    def __init__(self, step: int, rank: int, losses: list[float], last_good: str) -> None:
+        self.step, self.rank = step, rank
+        super().__init__(f"step {step}: loss or gradient is not finite (loss {', '.join(f'{x:g}' for x in losses)} by "
+                         f"rank); the last good checkpoint is {last_good}; try a lower --lr or --clip_grad, or "
+                         "--precision bf16")
 
 
 class FiniteWatch:
-    """Remembers, on the device, the first step whose loss or gradient was not finite."""
+    """Remembers, on the device, the first step whose loss or gradient was not finite.
+
+    Attributes:
+        found: float32 scalar, 1 from that step on: what PyTorch's fused optimizers call found_inf. Given to one, it
+            leaves the weights as they were before that step, and no step waits for the host.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.step = torch.full((), -1, dtype=torch.int64, device=device)
         self.loss = torch.zeros((), device=device)
+        self.found = torch.zeros((), device=device)
 
     def update(self, step: int, loss: Tensor, grad_norms: Tensor | None = None) -> None:
         """`grad_norms`: None where a gradient scaler expects an overflow now and then."""
@@ -68,15 +87,18 @@ class FiniteWatch:
         first = bad & (self.step < 0)
         self.step = torch.where(first, step, self.step)
         self.loss = torch.where(first, loss.detach().float(), self.loss)
+        self.found.logical_or_(bad)
 
     def check(self, last_good: str) -> None:
         """Raise NonFinite on all processes if any of them saw one: waits for the device once."""
-        step = int(parallel.max_over_processes(self.step).item())
-        if step >= 0:
-            losses = parallel.gather(self.loss[None]).tolist()
-            shown = ", ".join(f"{x:g}" for x in losses)
-            raise NonFinite(f"step {step}: loss or gradient is not finite (loss {shown} by rank); the last good "
-                            f"checkpoint is {last_good}; try a lower --lr or --clip_grad, or --precision bf16")
+        if parallel.max_over_processes(self.step).item() < 0:
+            return
+        losses, steps = parallel.gather(self.loss[None]).tolist(), parallel.gather(self.step[None]).tolist()
+        step = min(s for s in steps if s >= 0)
+        those = [rank for rank, s in enumerate(steps) if s == step]
+        # A gradient is everyone's; a loss that is no number is the rank's own.
+        rank = next((r for r in those if not math.isfinite(losses[r])), those[0])
+        raise NonFinite(step, rank, losses, last_good)
 
 
 # ---- Health of the training ----
@@ -179,6 +201,9 @@ class Log:
         print(console, flush=True)
         with open(self.folder / name, "a") as f:
             f.write(json.dumps(values) + "\n")
+            if name == "log.txt":  # on the disk before the checkpoint that counts on it
+                f.flush()
+                os.fsync(f.fileno())
         if self.writer is not None:
             for key, value in values.items():
                 if isinstance(value, (int, float)) and key not in ("step", "epoch"):
@@ -190,7 +215,9 @@ def drop_lines_from(path: Path, key: str, first: int) -> None:
     """Keep the lines before `first`: a run killed after its last checkpoint had gone further, and will say so again."""
     if path.exists():
         lines = [x for x in path.read_text().splitlines() if x.endswith("}") and json.loads(x)[key] < first]
-        path.write_text("".join(x + "\n" for x in lines))
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_text("".join(x + "\n" for x in lines))
+        os.replace(temporary, path)  # a kill leaves the old file or the new one, never a part
 
 
 class Clock:

@@ -226,13 +226,15 @@ def start(device: str = "auto", dist_url: str = "env://", timeout_minutes: float
         where = f"{env['MASTER_ADDR']}:{env['MASTER_PORT']}"
         refuse_unusable_address(env["MASTER_ADDR"], int(env["MASTER_PORT"]), listens=env["RANK"] == "0")
     try:
-        dist.init_process_group(
-            "nccl" if chosen.type == "cuda" else "gloo",
-            init_method=dist_url,
-            rank=int(env["RANK"]),
-            world_size=int(env["WORLD_SIZE"]),
-            timeout=timedelta(minutes=timeout_minutes),
-        )
+        timeout = timedelta(minutes=timeout_minutes)
+        store, rank, world_size = next(
+            dist.rendezvous(dist_url, int(env["RANK"]), int(env["WORLD_SIZE"]), timeout=timeout))
+        # When torchrun restarts the processes of a node, its store still has the addresses of those that are gone.
+        # On several nodes the counts may differ: there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 gives a new store.
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":
+            store = dist.PrefixStore(f"start_{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", store=store, rank=rank,
+                                world_size=world_size, timeout=timeout)
     except (OSError, RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"--dist_url {dist_url}: no process group of {env['WORLD_SIZE']} at {where} ({reason}); "

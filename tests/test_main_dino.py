@@ -11,6 +11,7 @@ from processes import ENV, SMALL, json_lines, launch
 
 import checkpoint
 import main_dino
+import monitor
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +114,7 @@ def test_classes_of_evaluation_are_matched_by_name(tmp_path):
             (tmp_path / part / name).mkdir(parents=True)
             Image.new("RGB", (8, 8)).save(tmp_path / part / name / "x.png")
     args = main_dino.get_args_parser().parse_args(["--eval_data_path", str(tmp_path)])
-    train, val = main_dino.Evaluation(args, torch.device("cpu")).labels
+    train, val = monitor.Evaluation(args, torch.device("cpu")).labels
     assert train.tolist() == [0, 1, 2] and val.tolist() == [0, 2]
 
 

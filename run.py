@@ -1,0 +1,244 @@
+"""What a training run is made of: its plan, its networks, and the state that a checkpoint holds.
+
+Shapes: K prototypes, D width.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import random
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+import checkpoint
+import data
+import metrics
+import parallel
+import utils
+from monitor import Evaluation
+from vision_transformer import DINOHead, build_backbone
+
+
+class Plan(NamedTuple):
+    """Durations in optimizer steps, worked out once; the loop indexes the arrays by step."""
+
+    steps_per_epoch: int
+    steps: int
+    epochs: int  # the last one may be a part
+    lr: np.ndarray
+    wd: np.ndarray
+    momentum: np.ndarray
+
+
+def make_plan(args: argparse.Namespace, n_images: int, world_size: int) -> Plan:
+    global_batch = args.batch_size_per_gpu * world_size * args.grad_accum_steps
+    steps_per_epoch = n_images // global_batch
+    if steps_per_epoch == 0:
+        raise ValueError(
+            f"--batch_size_per_gpu {args.batch_size_per_gpu}: {n_images} images are less than one step of "
+            f"{global_batch} ({world_size} processes x --grad_accum_steps {args.grad_accum_steps}); lower it"
+        )
+    steps = args.steps or args.epochs * steps_per_epoch
+    epochs = steps / steps_per_epoch
+    for name in ("warmup_epochs", "warmup_teacher_temp_epochs"):
+        if getattr(args, name) > epochs:
+            raise ValueError(f"--{name} {getattr(args, name):g} is longer than the run of {epochs:g} epochs "
+                             f"(--steps {args.steps}); lower it")
+    # Linear scaling rule: the learning rate is given for 256 images.
+    lr = utils.cosine_scheduler(
+        args.lr * global_batch / 256, args.min_lr, epochs, steps_per_epoch, warmup_epochs=args.warmup_epochs
+    )
+    wd = utils.cosine_scheduler(args.weight_decay, args.weight_decay_end, epochs, steps_per_epoch)
+    momentum = utils.cosine_scheduler(args.momentum_teacher, 1.0, epochs, steps_per_epoch)
+    return Plan(steps_per_epoch, steps, math.ceil(epochs), lr, wd, momentum)
+
+
+def build_networks(args: argparse.Namespace, device: torch.device) -> tuple[nn.Module, nn.Module]:
+    """Student and teacher with the same weights; stochastic depth is the student's alone."""
+
+    def build(drop_path_rate: float) -> utils.MultiCropWrapper:
+        backbone, embed_dim = build_backbone(
+            args.arch, args.patch_size, drop_path_rate, in_chans=args.in_chans, img_size=args.global_crops_size
+        )
+        head = DINOHead(embed_dim, args.out_dim, args.use_bn_in_head, args.norm_last_layer)
+        return utils.MultiCropWrapper(backbone, head)
+
+    student, teacher = build(args.drop_path_rate), build(0.0)
+    if args.init_from:
+        load_initial(student.backbone, args.init_from)
+    teacher.load_state_dict(student.state_dict())
+    teacher.requires_grad_(False)
+    student, teacher = student.to(device), teacher.to(device)
+    if parallel.world_size() > 1 and device.type == "cuda":  # batch norm over all processes; torch has it on GPUs only
+        student, teacher = (nn.SyncBatchNorm.convert_sync_batchnorm(m) for m in (student, teacher))
+    if args.compile:
+        for module in (student.backbone, student.head, teacher.backbone, teacher.head):
+            module.compile()
+    return student, teacher
+
+
+def load_initial(backbone: nn.Module, path: str) -> None:
+    try:
+        state = checkpoint.backbone_state(checkpoint.read(path), "teacher", path)
+        checkpoint.load_matching(backbone, state, path)
+    except ValueError as error:  # it names the evaluation scripts' flags
+        reason = re.sub("--(pretrained_weights|checkpoint_key) ", "", str(error)).removeprefix(f"{path}: ")
+        raise ValueError(f"--init_from {path}: {reason}") from error
+
+
+def build_optimizer(name: str, model: nn.Module) -> torch.optim.Optimizer:
+    """Learning rate and weight decay are set at every step."""
+    groups = utils.get_params_groups(model)
+    if name == "adamw":
+        return torch.optim.AdamW(groups, fused=True)
+    if name == "sgd":
+        return torch.optim.SGD(groups, lr=0, momentum=0.9, fused=True)
+    return utils.LARS(groups)
+
+
+def set_lr_and_wd(optimizer: torch.optim.Optimizer, lr: float, wd: float) -> None:
+    for i, group in enumerate(optimizer.param_groups):
+        group["lr"] = lr
+        if i == 0:  # the second group, biases and norms, is not decayed
+            group["weight_decay"] = wd
+
+
+def half_precision(precision: str, use_fp16: bool, device: torch.device) -> torch.dtype | None:
+    """The autocast type, None for float32. bf16 needs no gradient scaler, so `auto` prefers it where it is fast."""
+    if precision == "fp32" or not use_fp16:
+        return None
+    if precision != "auto":
+        return torch.float16 if precision == "fp16" else torch.bfloat16
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    bf16_units = device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
+    return torch.bfloat16 if bf16_units else None
+
+
+# ---- Resume ----
+
+# Flags that may change when a run goes on: where it runs and what it says, not what it computes.
+FREE_FLAGS = {
+    "data_path", "output_dir", "saveckp_freq", "saveckp_every_steps", "saveckp_every_minutes", "keep_checkpoints",
+    "eval_knn_every", "eval_data_path", "log_every", "tensorboard", "device", "num_workers", "dist_url",
+    "dist_timeout", "local_rank", "compile", "max_bad_images", "init_from", "batch_size_per_gpu", "grad_accum_steps",
+    "world_size", "replay", "max_pixels",
+}
+
+
+def plain_args(args: argparse.Namespace, n_images: int) -> dict:
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in vars(args).items()} | {
+        "images": n_images,
+        "world_size": parallel.world_size(),
+        "global_batch": args.batch_size_per_gpu * args.grad_accum_steps * parallel.world_size(),
+    }
+
+
+def refuse_other_hyperparameters(now: dict, then: dict, path: Path) -> None:
+    changed = [f"{k} {then.get(k)} -> {v}" for k, v in now.items() if k not in FREE_FLAGS and then.get(k) != v]
+    if changed:
+        raise ValueError(f"--output_dir {path.parent}: {path.name} there is of another run ({', '.join(changed)}); "
+                         "choose another folder, or the same flags to resume")
+
+
+# ---- The run ----
+
+
+class Run:
+    """The state of a training run: everything that a checkpoint holds."""
+
+    def __init__(self, args: argparse.Namespace, device: torch.device) -> None:
+        self.args, self.device = args, device
+        self.images = data.open_images(args.data_path, None, args.in_chans, args.max_pixels)
+        self.evaluation = Evaluation(args, device) if args.eval_knn_every else None
+        self.plan = make_plan(args, len(self.images), parallel.world_size())
+        seed_everything(args.seed)  # the networks start the same on every process
+        self.student, self.teacher = build_networks(args, device)
+        seed_everything(args.seed + parallel.rank())  # stochastic depth differs between them
+        self.dino_loss = utils.DINOLoss(
+            args.out_dim, args.local_crops_number + 2, args.warmup_teacher_temp, args.teacher_temp,
+            args.warmup_teacher_temp_epochs, self.plan.epochs,
+        ).to(device)
+        self.optimizer = build_optimizer(args.optimizer, self.student)
+        self.dtype = half_precision(args.precision, args.use_fp16, device)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
+        self.meters = metrics.Meters()  # of the running epoch
+        self.knn: dict[str, float] = {}  # latest figures, the baselines and the best
+        self.step = 0
+        self.last_saved = "none"
+        self.rng: dict[int, dict] = {}  # torch's random state before each step that has not been found finite yet
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
+
+    def network_state(self, name: str) -> dict:
+        """The student's or the teacher's tensors; every process calls it."""
+        return getattr(self, name).state_dict()
+
+    def state(self) -> dict:
+        return {
+            "student": self.network_state("student"),
+            "teacher": self.network_state("teacher"),
+            "optimizer": self.optimizer.state_dict(),
+            "fp16_scaler": self.scaler.state_dict(),
+            "dino_loss": self.dino_loss.state_dict(),
+            "epoch": self.step // self.plan.steps_per_epoch,
+            "step": self.step,
+            "args": plain_args(self.args, len(self.images)),
+            "rng": parallel.gather_objects(checkpoint.rng_state(self.device)),
+            "meters": parallel.gather_objects(self.meters.state_dict()),
+            "knn": self.knn,
+            "best_checkpoint": checkpoint.BEST if "best" in self.knn else None,
+        }
+
+    def save(self, *names: str) -> None:
+        """Write the state under each name in --output_dir, in this order; every process calls it, rank 0 writes."""
+        state = self.state()
+        for name in names:
+            if parallel.is_main():
+                checkpoint.save(state, Path(self.args.output_dir) / name)
+        if parallel.is_main() and self.args.keep_checkpoints:
+            checkpoint.remove_numbered(self.args.output_dir, keep=self.args.keep_checkpoints)
+        self.last_saved = names[-1]
+        parallel.barrier()
+
+    def resume(self, state: dict, path: Path) -> None:
+        if "rng" not in state:
+            raise ValueError(f"--output_dir {path.parent}: {path.name} there lacks what a resume needs; to start from "
+                             f"its weights, give --init_from {path} and another folder")
+        refuse_other_hyperparameters(plain_args(self.args, len(self.images)), state["args"], path)
+        for name in ("student", "teacher", "optimizer", "dino_loss"):
+            getattr(self, name).load_state_dict(state[name])
+        self.scaler.load_state_dict(state["fp16_scaler"])
+        self.knn, self.step, self.last_saved = dict(state["knn"]), state["step"], path.name
+        same_processes = len(state["rng"]) == parallel.world_size()
+        if same_processes:
+            checkpoint.set_rng_state(state["rng"][parallel.rank()], self.device)
+            self.meters.load_state_dict(state["meters"][parallel.rank()], self.device)
+        else:
+            seed_everything(self.args.seed + self.step + parallel.rank())
+            self.meters.load_state_dict(metrics.averaged(state["meters"]), self.device)
+        if parallel.is_main():
+            print(f"resuming from {path} at step {self.step} of {self.plan.steps}", flush=True)
+            if not same_processes:
+                print(f"{len(state['rng'])} -> {parallel.world_size()} processes: equal to rounding, not to the bit, "
+                      "and stochastic depth draws anew", flush=True)
+
+
+def seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def make_augmentation(args: argparse.Namespace) -> utils.DataAugmentationDINO:
+    return utils.DataAugmentationDINO(
+        args.global_crops_scale, args.local_crops_scale, args.local_crops_number, args.global_crops_size,
+        args.local_crops_size, args.mean, args.std,
+    )
