@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import parallel
-from layouts import HEAD, Weights, backbone_state, read, recognize, stored_args
+from layouts import HEAD, STORED_OPTIONS, Weights, backbone_state, read, recognize, stored_args
 from utils import IMAGENET_MEAN, IMAGENET_STD
 from vision_transformer import VITS, XCITS, build_backbone
 
@@ -189,12 +189,13 @@ def load_backbone(
         "global_crops_size": args.get("global_crops_size", 224),
     }
     options = {"img_size": args["global_crops_size"]} if "global_crops_size" in args else {}
-    options |= found.options | {k: args[k] for k in ("interpolate_antialias", "interpolate_offset") if k in args}
+    options |= found.options | {k: args[k] for k in STORED_OPTIONS if k in args}
     options |= {k: info[k] for k in ("patch_size", "in_chans")}
     model, embed_dim = build_backbone(info["arch"], **options)
     info["embed_dim"] = embed_dim
     if weights:
-        load_matching(model, found.state, weights + (f" ({found.layout} names)" if found.layout else ""))
+        layout = f", {found.layout} names" if found.layout else ""
+        load_matching(model, found.state, f"{weights} ({info['arch']}{layout})")
     elif parallel.is_main():
         print("no --pretrained_weights: the network has random weights", flush=True)
     return model.eval().requires_grad_(False), info

@@ -30,6 +30,7 @@ import checkpoint
 import flags
 from features import weights_hash
 from formats import FORMATS, SUFFIXES, Differs, Run, same
+from layouts import STORED_OPTIONS
 from vision_transformer import VisionTransformer
 
 
@@ -98,7 +99,7 @@ def describe(model: nn.Module, info: dict, args: argparse.Namespace) -> dict:
         "global_crops_size": size, "image_size": size, "resize_size": args.resize_size or round(size * 256 / 224),
         "weights_sha256": weights_hash(model)}  # fmt: skip
     if is_vit:
-        about |= {k: getattr(model, k) for k in ("interpolate_antialias", "interpolate_offset")}
+        about |= {k: getattr(model, k) for k in STORED_OPTIONS}
     return about
 
 

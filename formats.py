@@ -13,9 +13,10 @@ import copy
 import importlib
 import json
 import math
+import os
 import re
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -46,6 +47,16 @@ def need(*packages: str) -> list[types.ModuleType]:
 def same(what: str, found, expected) -> None:
     if found != expected:
         raise Differs(f"{what}: {found} instead of {expected}")
+
+
+def save_tensors(state: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    need("safetensors")
+    from safetensors.torch import save_file
+
+    save_file({k: v.contiguous().clone() for k, v in state.items()}, path, {"format": "pt", **(metadata or {})})
+    umask = os.umask(0)  # the library leaves files that only their owner can read
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)
 
 
 # ---- Graphs: ONNX and torch.export ----
@@ -125,18 +136,12 @@ def to_torch(model: nn.Module, about: dict, path: Path, args: argparse.Namespace
 
 def to_safetensors(model: nn.Module, about: dict, path: Path, args: argparse.Namespace) -> Run:
     """The project's own names; the metadata, JSON values, is what `checkpoint.load_backbone` reads back."""
-    need("safetensors")
-    from safetensors.torch import save_file
-
-    tensors = {k: v.contiguous().clone() for k, v in model.state_dict().items()}
-    save_file(tensors, path, {"format": "pt"} | {k: json.dumps(v) for k, v in about.items()})
+    save_tensors(model.state_dict(), path, {k: json.dumps(v) for k, v in about.items()})
     return checkpoint.load_backbone(str(path))[0]
 
 
 def to_timm(model: nn.Module, about: dict, path: Path, args: argparse.Namespace) -> Run:
-    timm, _ = need("timm", "safetensors")
-    from safetensors.torch import save_file
-
+    timm = need("timm")[0]
     arch, options, state = XCITS.get(about["arch"], about["arch"]), {}, dict(model.state_dict())
     if isinstance(model, VisionTransformer):
         arch, options, state = timm_vit(model, about)
@@ -159,7 +164,7 @@ def to_timm(model: nn.Module, about: dict, path: Path, args: argparse.Namespace)
     }
     path.mkdir()
     (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    save_file({k: v.contiguous().clone() for k, v in state.items()}, path / "model.safetensors", {"format": "pt"})
+    save_tensors(state, path / "model.safetensors")
     theirs = timm.create_model(f"local-dir:{path}", pretrained=True).eval()
     found = timm.data.resolve_model_data_config(theirs)
     same("mean and std", (list(found["mean"]), list(found["std"])), (about["mean"], about["std"]))
@@ -190,9 +195,7 @@ def timm_vit(model: VisionTransformer, about: dict) -> tuple[str, dict, dict[str
 def to_hf(model: nn.Module, about: dict, path: Path, args: argparse.Namespace) -> Run:
     if not isinstance(model, VisionTransformer):
         raise flags.Refused(f"--format hf: {about['arch']} is no Vision Transformer; take timm, safetensors or onnx")
-    transformers, _ = need("transformers", "safetensors")
-    from safetensors.torch import save_file
-
+    transformers = need("transformers")[0]
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     kind, options, names = hf_vit(model)
@@ -204,7 +207,7 @@ def to_hf(model: nn.Module, about: dict, path: Path, args: argparse.Namespace) -
     )
     config.architectures = [kind.__name__]
     config.save_pretrained(path)
-    save_file(hf_state(model, names), path / "model.safetensors", {"format": "pt"})
+    save_tensors(hf_state(model, names), path / "model.safetensors")
     transformers.BitImageProcessor(
         size={"shortest_edge": about["resize_size"]}, crop_size=about["image_size"], resample=3,
         image_mean=about["mean"], image_std=about["std"], do_convert_rgb=about["in_chans"] == 3,
@@ -256,9 +259,9 @@ def hf_state(model: VisionTransformer, names: dict[str, str]) -> dict[str, Tenso
             name = f"encoder.layer.{match[1]}.{part}"
         if ".attn.qkv." in name:
             for one, tensor in zip(("query", "key", "value"), value.chunk(3), strict=True):
-                renamed[name.replace("attn.qkv", f"attention.attention.{one}")] = tensor.clone()
+                renamed[name.replace("attn.qkv", f"attention.attention.{one}")] = tensor
         else:
-            renamed[name] = value.contiguous().clone()
+            renamed[name] = value
     return renamed
 
 

@@ -58,8 +58,9 @@ def _make(name, pretrained, weights, kwargs):
     found = layouts.recognize(layouts.backbone_state(loaded, "teacher", path))
     if found.arch not in (None, network.arch, vision_transformer.XCITS.get(network.arch)):
         raise ValueError(f"{name}: {path} holds the weights of a {found.arch}, not of a {network.arch}")
-    options = {k: v for k, v in found.options.items() if k != "patch_size"} | kwargs
-    model, _ = vision_transformer.build_backbone(network.arch, network.patch_size, **options)
+    options = {k: v for k, v in found.options.items() if k != "patch_size"}
+    options |= {k: v for k, v in layouts.stored_args(loaded).items() if k in layouts.STORED_OPTIONS}
+    model, _ = vision_transformer.build_backbone(network.arch, network.patch_size, **options | kwargs)
     _fill(model, found.state, layouts.HEAD, f"{name}: {path}")
     return model
 

@@ -24,6 +24,8 @@ from torch import Tensor, nn
 PREFIXES = ("module.", "_orig_mod.", "backbone.", "encoder.")
 # Heads and classifiers have no place in a backbone.
 HEAD = re.compile(r"(\w+_)?(head|fc|classifier|pooler)\.")
+# Options of a ViT that no tensor says: export.py writes them beside the weights.
+STORED_OPTIONS = ("interpolate_antialias", "interpolate_offset")
 
 
 class Weights(NamedTuple):
@@ -48,6 +50,8 @@ def read(path: str | os.PathLike) -> dict:
         FileNotFoundError: there is no such file. Weights are never substituted.
         ValueError: the file is truncated, corrupt, or holds something other than data.
     """
+    if os.path.isdir(path):
+        raise FileNotFoundError(f"{path}: a folder; give the file of weights in it")
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path}: no such file of weights")
     try:

@@ -1,6 +1,7 @@
 """Each format is read back by its library here too, apart from the check that the command makes itself."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -53,6 +54,9 @@ def test_safetensors_carries_what_the_network_needs(weights, tmp_path, capsys):
 
     with safe_open(tmp_path / "w.safetensors", "pt") as f:
         assert json.loads(f.metadata()["weights_sha256"]) == features.weights_hash(ours(weights))
+    umask = os.umask(0)
+    os.umask(umask)
+    assert (tmp_path / "w.safetensors").stat().st_mode & 0o777 == 0o666 & ~umask
 
 
 def test_onnx(weights, tmp_path):

@@ -230,6 +230,8 @@ def test_wrong_files_are_named(tmp_path):
     (tmp_path / "w.safetensors").write_bytes(b"not a file of tensors")
     with pytest.raises(ValueError, match="w.safetensors: not a readable checkpoint of plain tensors"):
         layouts.read(tmp_path / "w.safetensors")
+    with pytest.raises(FileNotFoundError, match="a folder; give the file of weights in it"):
+        layouts.read(tmp_path)
 
 
 def test_a_stored_timm_network_keeps_its_names(tmp_path):
