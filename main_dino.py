@@ -68,6 +68,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--steps", type=flags.count, default=0, help="length of the run in optimizer steps instead of epochs")
     add("--use_fp16", type=flags.boolean, default=True, help="half precision where the device has it; false is fp32")
     flags.add_precision_flags(parser)
+    add("--parallel", choices=("ddp", "fsdp"), default="ddp",
+        help="several processes: each holds the networks, or (fsdp) its part of them")
     add("--compile", action="store_true", help="torch.compile the networks")
 
     # Crops
@@ -150,10 +152,11 @@ def train_dino(args: argparse.Namespace) -> bool:
     describe(run)
     log = metrics.Log(args.output_dir, run.step // run.plan.steps_per_epoch, run.step, args.tensorboard)
     if run.evaluation and "untrained" not in run.knn:
-        run.knn |= run.evaluation.baselines(run.teacher.backbone, run.autocast())
+        run.knn |= run.evaluation.baselines(run.teacher_backbone(), run.autocast())
     finished = train(run, log)
+    backbone = run.teacher_backbone()
     if finished and parallel.is_main():
-        names = monitor.save_pictures(run.images, run.teacher.backbone, args)
+        names = monitor.save_pictures(run.images, backbone, args)
         print(f"wrote {', '.join(names)}, log.txt and {run.last_saved} in {args.output_dir}", flush=True)
     return finished
 
@@ -195,14 +198,15 @@ def train(run: Run, log: metrics.Log) -> bool:
     """
     args, plan, device, teacher, dino_loss = run.args, run.plan, run.device, run.teacher, run.dino_loss
     student = run.student
-    if parallel.world_size() > 1:
+    if parallel.world_size() > 1 and not run.sharded:
         student = DistributedDataParallel(student, device_ids=[device.index] if device.type == "cuda" else None)
     augmentation = make_augmentation(args)
     batches = iter(load(run, augmentation, run.step, plan.steps))
     bad_images = data.BadImages(len(run.images), args.max_bad_images)
     watch, window, clock = metrics.FiniteWatch(device), metrics.Meters(), metrics.Clock()
     requests = Requests(device, args.saveckp_every_minutes)
-    if not run.scaler.is_enabled():
+    fused = run.optimizer.defaults.get("fused", False)
+    if fused and not run.scaler.is_enabled():
         run.optimizer.found_inf = watch.found  # keeps the weights before a step that is not finite
 
     while run.step < plan.steps:
@@ -228,6 +232,8 @@ def train(run: Run, log: metrics.Log) -> bool:
         run.scaler.unscale_(run.optimizer)
         norms = utils.clip_gradients(run.student, args.clip_grad, per_tensor=args.clip_mode == "tensor")
         watch.update(step, step_loss, None if run.scaler.is_enabled() else norms)
+        if not fused:  # it can't: wait for the device before each update
+            check_finite(run, watch, step)
         utils.cancel_gradients_last_layer(epoch, run.student, args.freeze_last_layer)
         run.scaler.step(run.optimizer)
         run.scaler.update()
@@ -238,7 +244,7 @@ def train(run: Run, log: metrics.Log) -> bool:
         clock.steps += 1
 
         if step % args.log_every == 0 or step + 1 == plan.steps:
-            check_finite(run, watch)
+            check_finite(run, watch, step + 1)
             bad_images.share()
             window.update(**metrics.health(teacher_out, features, loss, dino_loss, epoch))
             log_step(run, log, step, epoch, window, clock)
@@ -248,11 +254,11 @@ def train(run: Run, log: metrics.Log) -> bool:
         run.step += 1
         stop, save = requests.agreed(run.step)
         if run.step % plan.steps_per_epoch == 0 or run.step == plan.steps:
-            check_finite(run, watch)
+            check_finite(run, watch, step + 1)
             end_epoch(run, log, epoch)
             clock.reset()
         elif stop or save or (args.saveckp_every_steps and run.step % args.saveckp_every_steps == 0):
-            check_finite(run, watch)
+            check_finite(run, watch, step + 1)
             run.save(checkpoint.NAME)
         if stop and run.step < plan.steps:
             return False
@@ -269,18 +275,22 @@ def load(run: Run, augmentation: utils.DataAugmentationDINO, first: int, last: i
     )
 
 
-def check_finite(run: Run, watch: metrics.FiniteWatch) -> None:
-    """Stop the run at a step that was not finite, and keep what it takes to look into it."""
+def check_finite(run: Run, watch: metrics.FiniteWatch, updates: int) -> None:
+    """Stop the run at a step that was not finite, and keep what it takes to look into it.
+
+    `updates`: how many the teacher has had.
+    """
     try:
         watch.check(run.last_saved)
     except metrics.NonFinite as found:
         # The crops are a function of the step, so they are made again rather than kept.
         batches = load(run, make_augmentation(run.args), found.step, found.step + 1)
-        updates = run.plan.momentum[found.step : max(run.rng) + 1]
-        path = replay.save_failure(run, found, batches, run.rng[found.step], updates)
+        momenta = run.plan.momentum[found.step : updates]
+        path = replay.save_failure(run, found, batches, run.rng[found.step], momenta)
         found.args = (f"{found}; to look into it: python main_dino.py --replay {path}",)
         raise
-    run.rng.clear()
+    for step in [s for s in run.rng if s < updates]:
+        del run.rng[step]
 
 
 def end_epoch(run: Run, log: metrics.Log, epoch: int) -> None:
@@ -292,7 +302,7 @@ def end_epoch(run: Run, log: metrics.Log, epoch: int) -> None:
     if args.saveckp_freq and (epoch + 1) % args.saveckp_freq == 0:
         names.append(f"checkpoint{epoch:04d}.pth")
     if run.evaluation and ((epoch + 1) % args.eval_knn_every == 0 or run.step == run.plan.steps):
-        top1, top5 = run.evaluation.knn(run.teacher.backbone, run.autocast())
+        top1, top5 = run.evaluation.knn(run.teacher_backbone(), run.autocast())
         run.knn |= {"epoch": epoch, "top1": top1, "top5": top5}
         if run.knn["top1"] > run.knn.get("best", -1):
             run.knn |= {"best": run.knn["top1"], "best_epoch": epoch}
