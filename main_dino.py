@@ -9,7 +9,6 @@ Shapes: B images a process and micro-batch, L local crops, V = 2 + L views, K pr
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import sys
 from contextlib import nullcontext
@@ -149,15 +148,16 @@ def setup(args: argparse.Namespace) -> Run:
 def train_dino(args: argparse.Namespace) -> bool:
     """Set up, resume if there is something to resume, train. Returns False if a signal ended it early."""
     run = setup(args)
-    describe(run)
+    monitor.describe(run)
     log = metrics.Log(args.output_dir, run.step // run.plan.steps_per_epoch, run.step, args.tensorboard)
     if run.evaluation and "untrained" not in run.knn:
         run.knn |= run.evaluation.baselines(run.teacher_backbone(), run.autocast())
     finished = train(run, log)
-    backbone = run.teacher_backbone()
-    if finished and parallel.is_main():
-        names = monitor.save_pictures(run.images, backbone, args)
-        print(f"wrote {', '.join(names)}, log.txt and {run.last_saved} in {args.output_dir}", flush=True)
+    if finished:
+        backbone = run.teacher_backbone()  # all processes help, where it is sharded
+        if parallel.is_main():
+            names = monitor.save_pictures(run.images, backbone, args)
+            print(f"wrote {', '.join(names)}, log.txt and {run.last_saved} in {args.output_dir}", flush=True)
     return finished
 
 
@@ -171,21 +171,6 @@ def prepare_output(folder: Path) -> None:
     except OSError as error:
         reason = error.strerror or error
         raise ValueError(f"--output_dir {folder}: {reason}; choose a folder you can write to") from error
-
-
-def describe(run: Run) -> None:
-    """What is about to run, in four lines: what a reader of the console asks first."""
-    if not parallel.is_main():
-        return
-    args, plan = run.args, run.plan
-    n_params = sum(p.numel() for p in run.student.backbone.parameters())
-    used = plan.steps_per_epoch * args.batch_size_per_gpu * args.grad_accum_steps * parallel.world_size()
-    print(f"{args.arch}: {n_params / 1e6:.1f} M parameters; K {args.out_dim}; {run.device}, "
-          f"{str(run.dtype or torch.float32).removeprefix('torch.')}, {parallel.world_size()} process(es)")
-    print(f"{args.data_path}: {len(run.images)} images, {used} used an epoch; 2 x {args.global_crops_size} + "
-          f"{args.local_crops_number} x {args.local_crops_size} pixels")
-    print(f"{plan.steps} steps of {used // plan.steps_per_epoch} images, {plan.steps_per_epoch} an epoch; "
-          f"peak learning rate {plan.lr.max():.2e}", flush=True)
 
 
 # ---- The loop ----
@@ -247,7 +232,7 @@ def train(run: Run, log: metrics.Log) -> bool:
             check_finite(run, watch, step + 1)
             bad_images.share()
             window.update(**metrics.health(teacher_out, features, loss, dino_loss, epoch))
-            log_step(run, log, step, epoch, window, clock)
+            monitor.log_step(run, log, step, epoch, window, clock)
         center = dino_loss.center
         dino_loss.update_center(torch.cat(teacher_means))
         dino_loss.center = torch.where(watch.found > 0, center, dino_loss.center)
@@ -307,42 +292,9 @@ def end_epoch(run: Run, log: metrics.Log, epoch: int) -> None:
         if run.knn["top1"] > run.knn.get("best", -1):
             run.knn |= {"best": run.knn["top1"], "best_epoch": epoch}
             names.append(checkpoint.BEST)
-    write_epoch(run, log, epoch)
+    monitor.write_epoch(run, log, epoch)
     run.meters = metrics.Meters()
     run.save(*names, checkpoint.NAME)
-
-
-def log_step(run: Run, log: metrics.Log, step: int, epoch: int, window: metrics.Meters, clock: metrics.Clock) -> None:
-    """Progress and health of a logged step; only there does the loop wait for the device."""
-    seen = window.means()
-    window.reset()
-    health = {k: v for k, v in seen.items() if k != "loss"}
-    run.meters.update(**health)
-    seconds, waiting = clock.read()
-    images = run.args.batch_size_per_gpu * run.args.grad_accum_steps * parallel.world_size() / seconds
-    eta = metrics.duration(seconds * (run.plan.steps - step - 1))
-    ln_k = math.log(run.args.out_dim)
-    log.step(
-        f"epoch {epoch} step {step + 1}/{run.plan.steps}  loss {seen['loss']:.4f} (ln K {ln_k:.2f})"
-        f"  entropy {seen['entropy']:.2f}  kl {seen['kl']:.3f}  rank {seen['feature_rank']:.1f}"
-        f"  lr {run.plan.lr[step]:.2e}  {images:.0f} images/s  data {waiting:.0%}  eta {eta}",
-        {"step": step, "epoch": epoch, **seen, "lr": float(run.plan.lr[step]), "images_per_s": images,
-         "data_wait": waiting},
-    )
-    warning = metrics.collapse(seen["entropy"], ln_k, seen["prototypes_used"])
-    if warning and parallel.is_main():
-        print(f"WARNING at step {step}: {warning}", flush=True)
-
-
-def write_epoch(run: Run, log: metrics.Log, epoch: int) -> None:
-    values = {f"train_{k}": v for k, v in run.meters.means().items()}
-    values |= {"train_ln_k": math.log(run.args.out_dim), "epoch": epoch, "step": run.step}
-    console = f"epoch {epoch} done: loss {values['train_loss']:.4f}"
-    if run.evaluation and run.knn.get("epoch") == epoch:
-        values |= {f"knn_{k}": v for k, v in run.knn.items() if k != "epoch"}
-        console += (f"; 20-NN top-1 {run.knn['top1']:.1f} %, best {run.knn['best']:.1f} % "
-                    f"(untrained {run.knn['untrained']:.1f} %, raw pixels {run.knn['pixels']:.1f} %)")
-    log.epoch(console, values)
 
 
 def main(args: argparse.Namespace) -> int:

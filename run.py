@@ -40,9 +40,12 @@ def make_plan(args: argparse.Namespace, n_images: int, world_size: int) -> Plan:
     global_batch = args.batch_size_per_gpu * world_size * args.grad_accum_steps
     steps_per_epoch = n_images // global_batch
     if steps_per_epoch == 0:
+        most = n_images // (world_size * args.grad_accum_steps)
+        remedy = f"lower it to {most} or less" if most else "start fewer processes or lower --grad_accum_steps"
         raise ValueError(
             f"--batch_size_per_gpu {args.batch_size_per_gpu}: {n_images} images are less than one step of "
-            f"{global_batch} ({world_size} processes x --grad_accum_steps {args.grad_accum_steps}); lower it"
+            f"{global_batch} ({world_size} processes x --grad_accum_steps {args.grad_accum_steps}), so an epoch would "
+            f"have no step; {remedy}"
         )
     steps = args.steps or args.epochs * steps_per_epoch
     epochs = steps / steps_per_epoch

@@ -39,8 +39,9 @@ def assert_same_state(one, two) -> None:
 ], ids=lambda extra: extra[1])  # fmt: skip
 def test_sharded_equals_replicated(tmp_path, extra):
     runs = {kind: run(kind, tmp_path / kind, *extra, "--steps", 12) for kind in ("ddp", "fsdp")}
-    for started in runs.values():
+    for kind, started in runs.items():
         assert started.wait() == [0, 0], started.output()
+        assert ("networks sharded" in started.output()) == (kind == "fsdp")
     assert_same_state(*(checkpoint.read(tmp_path / kind / checkpoint.NAME) for kind in runs))
 
 
