@@ -9,7 +9,6 @@ Shapes: B images a process and micro-batch, L local crops, V = 2 + L views, K pr
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import sys
 from contextlib import nullcontext
@@ -68,6 +67,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--steps", type=flags.count, default=0, help="length of the run in optimizer steps instead of epochs")
     add("--use_fp16", type=flags.boolean, default=True, help="half precision where the device has it; false is fp32")
     flags.add_precision_flags(parser)
+    add("--parallel", choices=("ddp", "fsdp"), default="ddp",
+        help="several processes: each holds the networks, or (fsdp) its part of them")
     add("--compile", action="store_true", help="torch.compile the networks")
 
     # Crops
@@ -154,30 +155,17 @@ def setup(args: argparse.Namespace) -> Run:
 def train_dino(args: argparse.Namespace) -> bool:
     """Set up, resume if there is something to resume, train. Returns False if a signal ended it early."""
     run = setup(args)
-    describe(run)
+    monitor.describe(run)
     log = metrics.Log(args.output_dir, run.step // run.plan.steps_per_epoch, run.step, args.tensorboard)
     if run.evaluation and "untrained" not in run.knn:
-        run.knn |= run.evaluation.baselines(run.teacher.backbone, run.autocast())
+        run.knn |= run.evaluation.baselines(run.teacher_backbone(), run.autocast())
     finished = train(run, log)
-    if finished and parallel.is_main():
-        names = monitor.save_pictures(run.images, run.teacher.backbone, args)
-        print(f"wrote {', '.join(names)}, log.txt and {run.last_saved} in {args.output_dir}", flush=True)
+    if finished:
+        backbone = run.teacher_backbone()  # all processes help, where it is sharded
+        if parallel.is_main():
+            names = monitor.save_pictures(run.images, backbone, args)
+            print(f"wrote {', '.join(names)}, log.txt and {run.last_saved} in {args.output_dir}", flush=True)
     return finished
-
-
-def describe(run: Run) -> None:
-    """What is about to run, in four lines: what a reader of the console asks first."""
-    if not parallel.is_main():
-        return
-    args, plan = run.args, run.plan
-    n_params = sum(p.numel() for p in run.student.backbone.parameters())
-    used = plan.steps_per_epoch * args.batch_size_per_gpu * args.grad_accum_steps * parallel.world_size()
-    print(f"{args.arch}: {n_params / 1e6:.1f} M parameters; K {args.out_dim}; {run.device}, "
-          f"{str(run.dtype or torch.float32).removeprefix('torch.')}, {parallel.world_size()} process(es)")
-    print(f"{args.data_path}: {len(run.images)} images, {used} used an epoch; 2 x {args.global_crops_size} + "
-          f"{args.local_crops_number} x {args.local_crops_size} pixels")
-    print(f"{plan.steps} steps of {used // plan.steps_per_epoch} images, {plan.steps_per_epoch} an epoch; "
-          f"peak learning rate {plan.lr.max():.2e}", flush=True)
 
 
 # ---- The loop ----
@@ -190,14 +178,15 @@ def train(run: Run, log: metrics.Log) -> bool:
     """
     args, plan, device, teacher, dino_loss = run.args, run.plan, run.device, run.teacher, run.dino_loss
     student = run.student
-    if parallel.world_size() > 1:
+    if parallel.world_size() > 1 and not run.sharded:
         student = DistributedDataParallel(student, device_ids=[device.index] if device.type == "cuda" else None)
     augmentation = make_augmentation(args)
     batches = iter(load(run, augmentation, run.step, plan.steps))
     bad_images = data.BadImages(len(run.images), args.max_bad_images)
     watch, window, clock = metrics.FiniteWatch(device), metrics.Meters(), metrics.Clock()
     requests = Requests(device, args.saveckp_every_minutes)
-    if not run.scaler.is_enabled():
+    fused = run.optimizer.defaults.get("fused", False)
+    if fused and not run.scaler.is_enabled():
         run.optimizer.found_inf = watch.found  # keeps the weights before a step that is not finite
 
     while run.step < plan.steps:
@@ -223,6 +212,8 @@ def train(run: Run, log: metrics.Log) -> bool:
         run.scaler.unscale_(run.optimizer)
         norms = utils.clip_gradients(run.student, args.clip_grad, per_tensor=args.clip_mode == "tensor")
         watch.update(step, step_loss, None if run.scaler.is_enabled() else norms)
+        if not fused:  # it can't: wait for the device before each update
+            check_finite(run, watch, step)
         utils.cancel_gradients_last_layer(epoch, run.student, args.freeze_last_layer)
         run.scaler.step(run.optimizer)
         run.scaler.update()
@@ -233,21 +224,21 @@ def train(run: Run, log: metrics.Log) -> bool:
         clock.steps += 1
 
         if step % args.log_every == 0 or step + 1 == plan.steps:
-            check_finite(run, watch)
+            check_finite(run, watch, step + 1)
             bad_images.share()
             window.update(**metrics.health(teacher_out, features, loss, dino_loss, epoch))
-            log_step(run, log, step, epoch, window, clock)
+            monitor.log_step(run, log, step, epoch, window, clock)
         center = dino_loss.center
         dino_loss.update_center(torch.cat(teacher_means))
         dino_loss.center = torch.where(watch.found > 0, center, dino_loss.center)
         run.step += 1
         stop, save = requests.agreed(run.step)
         if run.step % plan.steps_per_epoch == 0 or run.step == plan.steps:
-            check_finite(run, watch)
+            check_finite(run, watch, step + 1)
             end_epoch(run, log, epoch)
             clock.reset()
         elif stop or save or (args.saveckp_every_steps and run.step % args.saveckp_every_steps == 0):
-            check_finite(run, watch)
+            check_finite(run, watch, step + 1)
             run.save(checkpoint.NAME)
         if stop and run.step < plan.steps:
             return False
@@ -264,18 +255,22 @@ def load(run: Run, augmentation: utils.DataAugmentationDINO, first: int, last: i
     )
 
 
-def check_finite(run: Run, watch: metrics.FiniteWatch) -> None:
-    """Stop the run at a step that was not finite, and keep what it takes to look into it."""
+def check_finite(run: Run, watch: metrics.FiniteWatch, updates: int) -> None:
+    """Stop the run at a step that was not finite, and keep what it takes to look into it.
+
+    `updates`: how many the teacher has had.
+    """
     try:
         watch.check(run.last_saved)
     except metrics.NonFinite as found:
         # The crops are a function of the step, so they are made again rather than kept.
         batches = load(run, make_augmentation(run.args), found.step, found.step + 1)
-        updates = run.plan.momentum[found.step : max(run.rng) + 1]
-        path = replay.save_failure(run, found, batches, run.rng[found.step], updates)
+        momenta = run.plan.momentum[found.step : updates]
+        path = replay.save_failure(run, found, batches, run.rng[found.step], momenta)
         found.args = (f"{found}; to look into it: python main_dino.py --replay {path}",)
         raise
-    run.rng.clear()
+    for step in [s for s in run.rng if s < updates]:
+        del run.rng[step]
 
 
 def end_epoch(run: Run, log: metrics.Log, epoch: int) -> None:
@@ -287,47 +282,14 @@ def end_epoch(run: Run, log: metrics.Log, epoch: int) -> None:
     if args.saveckp_freq and (epoch + 1) % args.saveckp_freq == 0:
         names.append(f"checkpoint{epoch:04d}.pth")
     if run.evaluation and ((epoch + 1) % args.eval_knn_every == 0 or run.step == run.plan.steps):
-        top1, top5 = run.evaluation.knn(run.teacher.backbone, run.autocast())
+        top1, top5 = run.evaluation.knn(run.teacher_backbone(), run.autocast())
         run.knn |= {"epoch": epoch, "top1": top1, "top5": top5}
         if run.knn["top1"] > run.knn.get("best", -1):
             run.knn |= {"best": run.knn["top1"], "best_epoch": epoch}
             names.append(checkpoint.BEST)
-    write_epoch(run, log, epoch)
+    monitor.write_epoch(run, log, epoch)
     run.meters = metrics.Meters()
     run.save(*names, checkpoint.NAME)
-
-
-def log_step(run: Run, log: metrics.Log, step: int, epoch: int, window: metrics.Meters, clock: metrics.Clock) -> None:
-    """Progress and health of a logged step; only there does the loop wait for the device."""
-    seen = window.means()
-    window.reset()
-    health = {k: v for k, v in seen.items() if k != "loss"}
-    run.meters.update(**health)
-    seconds, waiting = clock.read()
-    images = run.args.batch_size_per_gpu * run.args.grad_accum_steps * parallel.world_size() / seconds
-    eta = metrics.duration(seconds * (run.plan.steps - step - 1))
-    ln_k = math.log(run.args.out_dim)
-    log.step(
-        f"epoch {epoch} step {step + 1}/{run.plan.steps}  loss {seen['loss']:.4f} (ln K {ln_k:.2f})"
-        f"  entropy {seen['entropy']:.2f}  kl {seen['kl']:.3f}  rank {seen['feature_rank']:.1f}"
-        f"  lr {run.plan.lr[step]:.2e}  {images:.0f} images/s  data {waiting:.0%}  eta {eta}",
-        {"step": step, "epoch": epoch, **seen, "lr": float(run.plan.lr[step]), "images_per_s": images,
-         "data_wait": waiting},
-    )
-    warning = metrics.collapse(seen["entropy"], ln_k, seen["prototypes_used"])
-    if warning and parallel.is_main():
-        print(f"WARNING at step {step}: {warning}", flush=True)
-
-
-def write_epoch(run: Run, log: metrics.Log, epoch: int) -> None:
-    values = {f"train_{k}": v for k, v in run.meters.means().items()}
-    values |= {"train_ln_k": math.log(run.args.out_dim), "epoch": epoch, "step": run.step}
-    console = f"epoch {epoch} done: loss {values['train_loss']:.4f}"
-    if run.evaluation and run.knn.get("epoch") == epoch:
-        values |= {f"knn_{k}": v for k, v in run.knn.items() if k != "epoch"}
-        console += (f"; 20-NN top-1 {run.knn['top1']:.1f} %, best {run.knn['best']:.1f} % "
-                    f"(untrained {run.knn['untrained']:.1f} %, raw pixels {run.knn['pixels']:.1f} %)")
-    log.epoch(console, values)
 
 
 def main(args: argparse.Namespace) -> int:

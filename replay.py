@@ -27,16 +27,16 @@ NAME = "failure.pt"
 # ---- Keeping it ----
 
 
-def save_failure(run: Run, found: metrics.NonFinite, batches: Iterable[dict], rng: dict, updates: np.ndarray) -> str:
+def save_failure(run: Run, found: metrics.NonFinite, batches: Iterable[dict], rng: dict, momenta: np.ndarray) -> str:
     """Write what computing the failed step again needs; every process calls it, the one that failed first writes.
 
-    The optimizer leaves the student's weights alone from the failed step on, and so does the loop the centre. The
-    teacher has followed the student in vain since then: that is taken back, to rounding.
+    The student's weights and the centre are left alone from the failed step on (with --precision fp16, weights only
+    where gradients overflow). The teacher has followed the student in vain since: that is taken back, to rounding.
 
     Args:
         batches: the micro-batches of that step on this process, as the loader gives them.
         rng: torch's random state before the step (see torch_rng).
-        updates: the teacher's momentum in each update since, (n,).
+        momenta: the teacher's in each update since, (n,).
 
     Returns:
         The file.
@@ -48,7 +48,7 @@ def save_failure(run: Run, found: metrics.NonFinite, batches: Iterable[dict], rn
         checkpoint.save({
             "step": found.step, "epoch": found.step // run.plan.steps_per_epoch, "rank": found.rank,
             "args": plain_args(run.args, len(run.images)), "student": student,
-            "teacher": without_updates(teacher, student, [k for k, _ in run.teacher.named_parameters()], updates),
+            "teacher": without_updates(teacher, student, [k for k, _ in run.teacher.named_parameters()], momenta),
             "dino_loss": run.dino_loss.state_dict(), "rng": rng, "dtype": str(run.dtype), "epochs": run.plan.epochs,
             "crops": [b["crops"] for b in batches], "params": [b["params"] for b in batches],
             "index": [b["index"] for b in batches],

@@ -20,6 +20,7 @@ import checkpoint
 import data
 import metrics
 import parallel
+import sharding
 import utils
 from monitor import Evaluation
 from vision_transformer import DINOHead, build_backbone
@@ -40,9 +41,12 @@ def make_plan(args: argparse.Namespace, n_images: int, world_size: int) -> Plan:
     global_batch = args.batch_size_per_gpu * world_size * args.grad_accum_steps
     steps_per_epoch = n_images // global_batch
     if steps_per_epoch == 0:
+        most = n_images // (world_size * args.grad_accum_steps)
+        remedy = f"lower it to {most} or less" if most else "start fewer processes or lower --grad_accum_steps"
         raise ValueError(
             f"--batch_size_per_gpu {args.batch_size_per_gpu}: {n_images} images are less than one step of "
-            f"{global_batch} ({world_size} processes x --grad_accum_steps {args.grad_accum_steps}); lower it"
+            f"{global_batch} ({world_size} processes x --grad_accum_steps {args.grad_accum_steps}), so an epoch would "
+            f"have no step; {remedy}"
         )
     steps = args.steps or args.epochs * steps_per_epoch
     epochs = steps / steps_per_epoch
@@ -98,7 +102,7 @@ def build_optimizer(name: str, model: nn.Module) -> torch.optim.Optimizer:
     if name == "adamw":
         return torch.optim.AdamW(groups, fused=True)
     if name == "sgd":
-        return torch.optim.SGD(groups, lr=0, momentum=0.9, fused=True)
+        return torch.optim.SGD(groups, lr=0, momentum=0.9)
     return utils.LARS(groups)
 
 
@@ -128,7 +132,7 @@ FREE_FLAGS = {
     "data_path", "output_dir", "saveckp_freq", "saveckp_every_steps", "saveckp_every_minutes", "keep_checkpoints",
     "eval_knn_every", "eval_data_path", "log_every", "tensorboard", "device", "num_workers", "dist_url",
     "dist_timeout", "local_rank", "compile", "max_bad_images", "init_from", "batch_size_per_gpu", "grad_accum_steps",
-    "world_size", "replay", "max_pixels",
+    "world_size", "replay", "max_pixels", "parallel",
 }
 
 
@@ -161,12 +165,18 @@ class Run:
         seed_everything(args.seed)  # the networks start the same on every process
         self.student, self.teacher = build_networks(args, device)
         seed_everything(args.seed + parallel.rank())  # stochastic depth differs between them
+        self.sharded = args.parallel == "fsdp" and parallel.world_size() > 1
+        if self.sharded:
+            for network in (self.student, self.teacher):
+                sharding.shard(network, device)
         self.dino_loss = utils.DINOLoss(
             args.out_dim, args.local_crops_number + 2, args.warmup_teacher_temp, args.teacher_temp,
             args.warmup_teacher_temp_epochs, self.plan.epochs,
         ).to(device)
         self.optimizer = build_optimizer(args.optimizer, self.student)
         self.dtype = half_precision(args.precision, args.use_fp16, device)
+        if self.sharded and self.dtype == torch.float16:  # each process would judge overflows by its own part
+            raise ValueError(f"--parallel fsdp: --precision {args.precision} is fp16 here; choose bf16 or fp32")
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         self.meters = metrics.Meters()  # of the running epoch
         self.knn: dict[str, float] = {}  # latest figures, the baselines and the best
@@ -178,14 +188,27 @@ class Run:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
 
     def network_state(self, name: str) -> dict:
-        """The student's or the teacher's tensors; every process calls it."""
-        return getattr(self, name).state_dict()
+        """The student's or the teacher's whole tensors; every process calls it."""
+        return sharding.whole(getattr(self, name).state_dict())
+
+    def teacher_backbone(self) -> nn.Module:
+        """The teacher's backbone, whole on every process; every process calls it."""
+        if not self.sharded:
+            return self.teacher.backbone
+        args = self.args
+        with torch.random.fork_rng(devices=[]):
+            backbone, _ = build_backbone(
+                args.arch, args.patch_size, in_chans=args.in_chans, img_size=args.global_crops_size)
+        backbone.load_state_dict(sharding.whole(self.teacher.backbone.state_dict()))
+        return backbone.to(self.device)
 
     def state(self) -> dict:
+        """What a checkpoint holds; every process calls it, and rank 0 has it whole."""
+        keep = parallel.is_main()
         return {
-            "student": self.network_state("student"),
-            "teacher": self.network_state("teacher"),
-            "optimizer": self.optimizer.state_dict(),
+            "student": sharding.whole(self.student.state_dict(), keep),
+            "teacher": sharding.whole(self.teacher.state_dict(), keep),
+            "optimizer": sharding.whole(self.optimizer.state_dict(), keep),
             "fp16_scaler": self.scaler.state_dict(),
             "dino_loss": self.dino_loss.state_dict(),
             "epoch": self.step // self.plan.steps_per_epoch,
@@ -213,8 +236,10 @@ class Run:
             raise ValueError(f"--output_dir {path.parent}: {path.name} there lacks what a resume needs; to start from "
                              f"its weights, give --init_from {path} and another folder")
         refuse_other_hyperparameters(plain_args(self.args, len(self.images)), state["args"], path)
-        for name in ("student", "teacher", "optimizer", "dino_loss"):
-            getattr(self, name).load_state_dict(state[name])
+        sharding.load(self.student, state["student"])
+        sharding.load(self.teacher, state["teacher"])
+        sharding.load_optimizer(self.optimizer, state["optimizer"])
+        self.dino_loss.load_state_dict(state["dino_loss"])
         self.scaler.load_state_dict(state["fp16_scaler"])
         self.knn, self.step, self.last_saved = dict(state["knn"]), state["step"], path.name
         same_processes = len(state["rng"]) == parallel.world_size()

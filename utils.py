@@ -274,6 +274,7 @@ def ema_update(student: nn.Module, teacher: nn.Module, momentum: float) -> None:
     targets, sources = [], []
     for t, s in zip((*teacher.parameters(), *teacher.buffers()), (*student.parameters(), *student.buffers()),
                     strict=True):
+        t, s = local_part(t), local_part(s)
         if t.is_floating_point():
             targets.append(t)
             sources.append(s)
@@ -306,12 +307,22 @@ def clip_gradients(model: nn.Module, clip: float, per_tensor: bool = True) -> Te
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     if not grads:
         return torch.zeros(0)
-    norms = torch.stack(torch._foreach_norm(grads))
+    parts = [local_part(g) for g in grads]
+    norms = torch.stack(torch._foreach_norm(parts))
+    if any(part is not g for part, g in zip(parts, grads, strict=True)):  # sharded over the processes
+        norms = norms.square()
+        dist.all_reduce(norms)
+        norms = norms.sqrt()
     if clip > 0:
         reference = norms if per_tensor else torch.linalg.vector_norm(norms).expand_as(norms)
         factors = (clip / (reference + 1e-6)).clamp(max=1.0)
-        torch._foreach_mul_(grads, list(factors.unbind()))
+        torch._foreach_mul_(parts, list(factors.unbind()))
     return norms
+
+
+def local_part(x: Tensor) -> Tensor:
+    """This process's part of a tensor that is sharded over the processes (DTensor), sharing its memory; else x."""
+    return x.to_local() if hasattr(x, "to_local") else x
 
 
 def cancel_gradients_last_layer(epoch: int, model: nn.Module, freeze_last_layer: int) -> None:

@@ -1,9 +1,11 @@
 import argparse
+import ast
 import os
 from collections import OrderedDict
 
 import pytest
 import torch
+from conftest import ROOT
 
 import checkpoint
 from vision_transformer import build_backbone
@@ -55,6 +57,18 @@ def test_pickled_code_never_runs(tmp_path):
     assert not flag.exists()
     torch.load(path, weights_only=False)  # the file is armed
     assert flag.exists()
+
+
+def test_no_script_loads_without_weights_only():
+    calls = []
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("benchmarks/*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call):
+                name = ast.unparse(node.func)
+                assert not name.startswith(("pickle.", "cPickle.", "dill.", "joblib.")), f"{path.name}: {name}"
+                if name in ("torch.load", "torch.hub.load_state_dict_from_url"):
+                    calls.append((path.name, [ast.unparse(k.value) for k in node.keywords if k.arg == "weights_only"]))
+    assert calls and all(given == ["True"] for _, given in calls), calls
 
 
 def test_missing_weights_are_an_error_not_a_download(tmp_path):

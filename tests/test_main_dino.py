@@ -100,6 +100,21 @@ def test_variants_run(tmp_path, extra):
     assert len(losses) == 2 and all(0 < loss < 20 for loss in losses)
 
 
+def test_images_left_out_are_told(tmp_path, capsys):
+    argv = [*SMALL, "--data_path", "shapes:20x32", "--steps", "1", "--output_dir", str(tmp_path)]
+    assert main_dino.main(main_dino.get_args_parser().parse_args(argv)) == 0
+    said = capsys.readouterr().out
+    assert "4 of 20 images are left out of an epoch" in said and "--batch_size_per_gpu that divides 20" in said
+
+
+@pytest.mark.parametrize("accum, remedy", [(1, "lower it to 7 or less"), (8, "lower --grad_accum_steps")])
+def test_an_epoch_without_a_step_is_refused(tmp_path, capsys, accum, remedy):
+    argv = [*SMALL, "--data_path", "shapes:7x32", "--grad_accum_steps", str(accum), "--output_dir", str(tmp_path / "o")]
+    assert main_dino.main(main_dino.get_args_parser().parse_args(argv)) == 2
+    said = capsys.readouterr().err
+    assert "--batch_size_per_gpu 8: 7 images" in said and remedy in said and not (tmp_path / "o").exists()
+
+
 def test_non_finite_loss_stops_the_run(tmp_path):
     extra = ["--lr", 1e30, "--clip_grad", 0, "--freeze_last_layer", 0]
     done = launch("main_dino.py", *SMALL, *extra, "--output_dir", tmp_path)
