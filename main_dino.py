@@ -100,7 +100,10 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--eval_data_path", default="", help="labelled images with train and val (or test) parts; empty: --data_path")
     add("--replay", default="", metavar="FAILURE", help="look into a failure.pt that a loss of NaN left, and exit")
     add("--log_every", type=flags.positive_int, default=10, help="steps between progress lines and health checks")
-    add("--tensorboard", action="store_true", help="write TensorBoard scalars into --output_dir")
+    add("--pictures_every", type=flags.count, default=0,
+        help="epochs between pictures of the teacher's attention and patch tokens (PCA) on six fixed images; 0: never")
+    add("--tensorboard", action="store_true", help="write scalars and pictures for TensorBoard into --output_dir")
+    add("--wandb", action="store_true", help="send them to Weights & Biases; WANDB_PROJECT, WANDB_MODE are heeded")
     flags.add_launch_flags(parser)
     return parser
 
@@ -131,6 +134,9 @@ def check_args(args: argparse.Namespace) -> None:
                          f"{args.epochs}; lower it")
     if args.precision in ("fp16", "bf16") and not args.use_fp16:
         raise ValueError(f"--use_fp16 false contradicts --precision {args.precision}; leave one of them out")
+    for name in ("tensorboard", "wandb"):
+        if getattr(args, name) and not metrics.installed(name):
+            raise ValueError(f"--{name}: not installed; pip install {name}")
     if args.init_from and not os.path.isfile(args.init_from):
         raise ValueError(f"--init_from {args.init_from}: no such file; weights are never downloaded")
 
@@ -156,16 +162,27 @@ def train_dino(args: argparse.Namespace) -> bool:
     """Set up, resume if there is something to resume, train. Returns False if a signal ended it early."""
     run = setup(args)
     monitor.describe(run)
-    log = metrics.Log(args.output_dir, run.step // run.plan.steps_per_epoch, run.step, args.tensorboard)
     if run.evaluation and "untrained" not in run.knn:
         run.knn |= run.evaluation.baselines(run.teacher_backbone(), run.autocast())
-    finished = train(run, log)
+    log = metrics.Log(args, run.step // run.plan.steps_per_epoch, run.step, run.plan.steps)
+    try:
+        if args.pictures_every and run.step == 0:
+            save_pictures(run, log, "start")
+        finished = train(run, log)
+    finally:
+        log.close()
     if finished:
         backbone = run.teacher_backbone()  # all processes help, where it is sharded
         if parallel.is_main():
-            names = monitor.save_pictures(run.images, backbone, args)
+            names = monitor.save_last_pictures(run.images, backbone, args)
             print(f"wrote {', '.join(names)}, log.txt and {run.last_saved} in {args.output_dir}", flush=True)
     return finished
+
+
+def save_pictures(run: Run, log: metrics.Log, when: str) -> None:
+    backbone = run.teacher_backbone()
+    if parallel.is_main():
+        log.pictures(monitor.pictures(run.images, backbone, run.args), when, run.step)
 
 
 # ---- The loop ----
@@ -288,6 +305,8 @@ def end_epoch(run: Run, log: metrics.Log, epoch: int) -> None:
             run.knn |= {"best": run.knn["top1"], "best_epoch": epoch}
             names.append(checkpoint.BEST)
     monitor.write_epoch(run, log, epoch)
+    if args.pictures_every and ((epoch + 1) % args.pictures_every == 0 or run.step == run.plan.steps):
+        save_pictures(run, log, f"epoch{epoch:04d}")
     run.meters = metrics.Meters()
     run.save(*names, checkpoint.NAME)
 

@@ -5,16 +5,20 @@ Shapes: B images, V views, K prototypes, D width.
 
 from __future__ import annotations
 
+import argparse
+import importlib.util
 import json
 import math
 import os
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 import parallel
+from progress import Lines
 
 
 class Meters:
@@ -169,46 +173,99 @@ def duration(seconds: float) -> str:
 
 
 class Log:
-    """Console lines, log.txt (one JSON line an epoch), log_steps.txt (one a logged step) and TensorBoard, on rank 0.
+    """Console, log.txt (one JSON line an epoch), log_steps.txt (one a logged step), pictures, and on request
+    TensorBoard and Weights & Biases; on rank 0.
 
     log.txt holds nothing that depends on the clock, so that an interrupted run's equals an uninterrupted one's;
     speed and waiting stand in log_steps.txt.
     """
 
-    def __init__(self, output_dir: str, first_epoch: int, first_step: int, tensorboard: bool = False) -> None:
-        self.folder = Path(output_dir)
-        self.writer = None
+    def __init__(self, args: argparse.Namespace, first_epoch: int, first_step: int, steps: int) -> None:
+        self.folder = Path(args.output_dir)
+        self.writer = self.wandb = None
         if not parallel.is_main():
             return
+        self.lines = Lines(steps)
         for name, key, first in (("log.txt", "epoch", first_epoch), ("log_steps.txt", "step", first_step)):
             drop_lines_from(self.folder / name, key, first)
-        if tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError as error:
-                raise ImportError("--tensorboard: pip install tensorboard") from error
+        if args.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
             self.writer = SummaryWriter(str(self.folder), purge_step=first_step)
+        if args.wandb:
+            self.wandb = start_wandb(self.folder, vars(args))
 
     def step(self, console: str, values: dict) -> None:
-        self._write("log_steps.txt", console, values)
+        if parallel.is_main():
+            self._write("log_steps.txt", values)
+            self.lines.passing(console, values["step"] + 1)
 
     def epoch(self, console: str, values: dict) -> None:
-        self._write("log.txt", console, values)
+        if parallel.is_main():
+            self._write("log.txt", values)
+            self.lines.lasting(console)
 
-    def _write(self, name: str, console: str, values: dict) -> None:
-        if not parallel.is_main():
-            return
-        print(console, flush=True)
+    def pictures(self, named: dict[str, np.ndarray], when: str, step: int) -> None:
+        """Write pictures uint8 (height, width, 3) as pictures/NAME_WHEN.png."""
+        from PIL import Image
+
+        (self.folder / "pictures").mkdir(exist_ok=True)
+        for name, picture in named.items():
+            Image.fromarray(picture).save(self.folder / "pictures" / f"{name}_{when}.png")
+            if self.writer is not None:
+                self.writer.add_image(f"pictures/{name}", picture, step, dataformats="HWC")
+        if self.writer is not None:
+            self.writer.flush()
+        if self.wandb is not None:
+            from wandb import Image as Shown
+
+            self.wandb.log({f"pictures/{k}": Shown(v) for k, v in named.items()} | {"step": step})
+
+    def close(self) -> None:
+        if parallel.is_main():
+            self.lines.close()
+            for receiver, end in ((self.writer, "close"), (self.wandb, "finish")):
+                if receiver is not None:
+                    getattr(receiver, end)()
+
+    def _write(self, name: str, values: dict) -> None:
         with open(self.folder / name, "a") as f:
             f.write(json.dumps(values) + "\n")
             if name == "log.txt":  # on the disk before the checkpoint that counts on it
                 f.flush()
                 os.fsync(f.fileno())
+        scalars = {f"{name.removesuffix('.txt')}/{k}": v for k, v in values.items()
+                   if isinstance(v, (int, float)) and k not in ("step", "epoch")}
         if self.writer is not None:
-            for key, value in values.items():
-                if isinstance(value, (int, float)) and key not in ("step", "epoch"):
-                    self.writer.add_scalar(f"{name.removesuffix('.txt')}/{key}", value, values["step"])
+            for key, value in scalars.items():
+                self.writer.add_scalar(key, value, values["step"])
             self.writer.flush()
+        if self.wandb is not None:
+            self.wandb.log(scalars | {"step": values["step"], "epoch": values["epoch"]})
+
+
+def installed(package: str) -> bool:
+    spec = importlib.util.find_spec(package)
+    return spec is not None and spec.origin is not None  # None: a mere folder of that name
+
+
+def start_wandb(folder: Path, config: dict):
+    """A run of Weights & Biases that goes on when the training does; its id lies in wandb_run.txt.
+
+    Raises OSError in one line where there is no account or no connection.
+    """
+    import wandb
+
+    name = folder / "wandb_run.txt"
+    found = name.read_text().strip() if name.exists() else None
+    try:
+        run = wandb.init(project=os.environ.get("WANDB_PROJECT", "dino"), name=folder.resolve().name, dir=str(folder),
+                         config=config, id=found, resume="allow")
+    except wandb.Error as error:
+        raise OSError(f"--wandb: {error}; `wandb login`, WANDB_MODE=offline, or leave the flag out") from error
+    name.write_text(f"{run.id}\n")
+    run.define_metric("*", step_metric="step")  # a resumed run says a few steps again
+    return run
 
 
 def drop_lines_from(path: Path, key: str, first: int) -> None:

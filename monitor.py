@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -128,14 +129,34 @@ def write_epoch(run: Run, log: metrics.Log, epoch: int) -> None:
     log.epoch(console, values)
 
 
-def save_pictures(images: data.Images, backbone: nn.Module, args: argparse.Namespace) -> list[str]:
-    """The curves of the run, and where the teacher looks in six pictures. Returns the files' names."""
+def pictures(images: data.Images, backbone: nn.Module, args: argparse.Namespace) -> dict[str, np.ndarray]:
+    """Where the teacher looks in the fixed images, and their patch tokens as colours: {name: uint8 sheet}."""
+    import plots
+
+    if not isinstance(backbone, VisionTransformer):
+        return {}
+    return plots.network_sheets(backbone, fixed_images(images, args.global_crops_size), args.mean, args.std)
+
+
+def fixed_images(images: data.Images, size: int, count: int = 6) -> list[torch.Tensor]:
+    """The same few images of a set at any time, spread evenly over it; one that can't be decoded is passed over."""
+    found = []
+    for i in np.linspace(0, len(images) - 1, min(count, len(images))).astype(int).tolist():
+        try:
+            found.append(data.resized(images.load(i), size))
+        except (ValueError, OSError):
+            continue
+    return found
+
+
+def save_last_pictures(images: data.Images, backbone: nn.Module, args: argparse.Namespace) -> list[str]:
+    """The curves of the run and the attention of its teacher, beside the checkpoint. Returns the files' names."""
     import plots
 
     folder, names = Path(args.output_dir), ["curves.png"]
     plots.training_curves([folder / "log.txt"], folder / "curves.png")
-    if isinstance(backbone, VisionTransformer) and args.in_chans == 3:
-        chosen = [data.resized(image, args.global_crops_size) for image in data.first_readable(images, 6)]
-        plots.save_attention(backbone, chosen, folder / "attention.png", args.mean, args.std)
+    sheets = pictures(images, backbone, args)
+    if "attention" in sheets:
+        plots.save_picture(sheets["attention"], folder / "attention.png")
         names.append("attention.png")
     return names

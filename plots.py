@@ -423,31 +423,41 @@ def attention_and_tokens(model: "torch.nn.Module", x: "torch.Tensor", layer: int
     return rows[..., -h * w:].unflatten(-1, (h, w)).cpu(), tokens.float().cpu()
 
 
-def save_attention(model: "torch.nn.Module", images: "Sequence[torch.Tensor]", path: str | Path,
-                   mean: Sequence[float], std: Sequence[float], layer: int = -1, cell: int = 160) -> None:
-    """Write the attention sheet of a few pictures as a PNG; training modes are left as they were found.
+def network_sheets(model: "torch.nn.Module", images: "Sequence[torch.Tensor]", mean: Sequence[float],
+                   std: Sequence[float], layer: int = -1, cell: int = 160) -> dict[str, np.ndarray]:
+    """What a network makes of a few pictures; training modes are left as they were found.
 
     Args:
         model: a VisionTransformer, on any device.
         images: uint8 tensors (C, height, width), of one size or several, none smaller than a patch.
-        path: the file to write.
         mean, std: one value a channel, of pixels in [0, 1], as in training.
-        layer: number of the block.
+        layer: number of the block whose attention is drawn.
+    Returns:
+        {"attention": the attention sheet, "pca": the pictures above their patch tokens as colours, of one basis},
+        both uint8 (height, width, 3); empty without pictures.
     """
     import torch
 
+    if not images:
+        return {}
     device = next(model.parameters()).device
     center, spread = (torch.tensor(values, device=device).view(-1, 1, 1) for values in (mean, std))
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         with torch.no_grad():
-            inputs = [((image.to(device).float() / 255 - center) / spread)[None] for image in images]
-            maps = [attention_and_tokens(model, x, layer)[0][0].numpy() for x in inputs]
+            seen = [attention_and_tokens(model, ((image.to(device).float() / 255 - center) / spread)[None], layer)
+                    for image in images]
     finally:
         for module, training in modes:
             module.training = training
-    save_picture(attention_sheet([as_picture(image) for image in images], maps, cell=cell), path)
+    pictures = [as_picture(image) for image in images]
+    tokens = [t[0].numpy() for _, t in seen]
+    basis = pca_basis(np.concatenate([t.reshape(-1, t.shape[-1]) for t in tokens]))
+    colors = [resize(pca_picture(t, basis), *p.shape[:2], smooth=False)
+              for p, t in zip(pictures, tokens, strict=True)]
+    return {"attention": attention_sheet(pictures, [a[0].numpy() for a, _ in seen], cell=cell),
+            "pca": contact_sheet([pictures, colors], cell=cell)}
 
 
 # ---------------------------------------------------------------- script

@@ -130,9 +130,10 @@ def half_precision(precision: str, use_fp16: bool, device: torch.device) -> torc
 # Flags that may change when a run goes on: where it runs and what it says, not what it computes.
 FREE_FLAGS = {
     "data_path", "output_dir", "saveckp_freq", "saveckp_every_steps", "saveckp_every_minutes", "keep_checkpoints",
-    "eval_knn_every", "eval_data_path", "log_every", "tensorboard", "device", "num_workers", "dist_url",
-    "dist_timeout", "local_rank", "compile", "max_bad_images", "init_from", "batch_size_per_gpu", "grad_accum_steps",
-    "world_size", "replay", "max_pixels", "parallel",
+    "eval_knn_every", "eval_data_path", "log_every", "pictures_every", "tensorboard", "wandb", "device",
+    "num_workers", "dist_url", "dist_timeout", "local_rank", "compile", "max_bad_images", "init_from",
+    "batch_size_per_gpu", "grad_accum_steps", "world_size", "replay", "max_pixels",
+    "parallel",
 }
 
 

@@ -195,14 +195,15 @@ def test_attention_is_the_class_tokens_row_of_the_networks_own(layer, registers)
     assert not model.blocks[layer].attn.qkv._forward_hooks
 
 
-def test_save_attention_writes_a_sheet_and_leaves_the_model_as_it_was(tmp_path):
+def test_network_sheets_have_a_row_a_picture_and_leave_the_model_as_it_was():
     model = tiny_vit().train()
     model.patch_embed.eval()
     modes = [module.training for module in model.modules()]
     images = [torch.randint(0, 256, (3, height, 40), dtype=torch.uint8) for height in (40, 64)]
-    plots.save_attention(model, images, tmp_path / "new" / "attention.png", (0.5,) * 3, (0.2,) * 3, cell=50)
-    with Image.open(tmp_path / "new" / "attention.png") as sheet:
-        assert sheet.size == (6 + 5 * 56, 14 + 2 * 56)
+    sheets = plots.network_sheets(model, images, (0.5,) * 3, (0.2,) * 3, cell=50)
+    assert sheets["attention"].shape == (14 + 2 * 56, 6 + 5 * 56, 3)
+    assert sheets["pca"].shape == (6 + 2 * 56, 6 + 2 * 56, 3)
+    assert plots.network_sheets(model, [], (0.5,) * 3, (0.2,) * 3) == {}
     assert [module.training for module in model.modules()] == modes
     assert all(parameter.grad is None for parameter in model.parameters())
 
