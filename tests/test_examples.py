@@ -9,8 +9,7 @@ from conftest import ROOT
 from PIL import Image
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("with_weights", [False, True])
+@pytest.mark.parametrize("with_weights", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_quickstart(tmp_path, monkeypatch, with_weights):
     nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
     pytest.importorskip("ipykernel")

@@ -1,0 +1,214 @@
+"""What the documentation says: its commands are taken by the scripts, the quick ones run, and its pages are current."""
+
+import importlib
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from PIL import Image
+from processes import ENV
+
+import shapes
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PRESETS = sorted((ROOT / "presets").glob("*.txt"))
+SCRIPTS = sorted(ROOT.glob("*.py"))
+
+# Documented commands that are not run here, by a word that is in them; the first that fits counts.
+NOT_RUN = {
+    "torchrun": "needs several GPUs; its flags are checked, tests/test_distributed.py runs two processes",
+    "srun": "needs Slurm",
+    "run_with_submitit.py": "needs Slurm; tests/test_submitit.py",
+    "pytest": "is what runs this test",
+    "ruff": "lint, which CI runs",
+    "venv": "needs the network",
+    "pip": "needs the network",
+    "benchmarks/": "measures for minutes",
+    "docs/make_flags.py": "test_the_page_of_flags_is_current",
+    "export.py": "needs optional packages; tests/test_export.py",
+    "DAVIS": "needs the data set; tests/test_video_segmentation.py",
+    "roxford5k": "needs the data set; tests/test_image_retrieval.py",
+    "copydays": "needs the data set; tests/test_copy_detection.py",
+    "imagenette128": "needs the data set",
+    "torchvision:": "needs the data set",
+    ".tar": "needs shards; tests/test_shards.py",
+    "hf:": "needs the data set",
+    "pipe:": "needs the data set",
+}
+
+# Flags that make a documented command quick, after its own: the last of two counts.
+NETWORK = "--device cpu --num_workers 0"
+QUICK = {
+    "main_dino.py": f"{NETWORK} --arch vit_nano --patch_size 8 --steps 2 --warmup_epochs 0 --precision fp32 "
+                    "--batch_size_per_gpu 8 --global_crops_size 32 --local_crops_size 16 --out_dim 64",
+    "eval_knn.py": NETWORK,
+    "eval_linear.py": f"{NETWORK} --epochs 2 --views 1",
+    "eval_segmentation.py": "--device cpu --image_size 32",
+    "visualize_attention.py": "--device cpu --image_size 32 --max_images 2",
+    "evaluate.py": f"{NETWORK} --image_size 32 --linear_epochs 2 --linear_views 1",
+    "extract_features.py": NETWORK,
+}
+
+
+def fenced(text: str) -> list[str]:
+    """Lines of the bash blocks, those that end with a backslash joined to the next."""
+    blocks = re.findall(r"^```bash\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+    return [line for block in blocks for line in block.replace("\\\n", " ").splitlines() if line.strip()]
+
+
+def commands(line: str) -> list[list[str]]:
+    """`a && b  # why` -> the words of a, the words of b; settings of variables before a command are left out."""
+    words, found = shlex.split(line, comments=True), [[]]
+    for word in words:
+        if word in ("&&", ";", "|"):
+            found.append([])
+        elif found[-1] or not re.fullmatch(r"[A-Z_]+=.*", word):
+            found[-1].append(word)
+    return [command for command in found if command]
+
+
+def documented() -> list[tuple[str, list[str]]]:
+    """(where, words) of every command on the pages, in the presets' headers and in the scripts' docstrings."""
+    lines = [(page.name, line) for page in PAGES for line in fenced(page.read_text())]
+    for preset in PRESETS:
+        lines += [(preset.name, line) for line in re.findall(r"^#   (\w.*)", preset.read_text(), re.MULTILINE)]
+    for script in SCRIPTS:
+        docstring = script.read_text().split('"""')[1].replace("\\\\\n", " ")
+        lines += [(script.name, line) for line in re.findall(r"^    ((?:python|torchrun) .*)", docstring, re.MULTILINE)]
+    return [(where, words) for where, line in lines for words in commands(line)]
+
+
+def script_and_flags(words: list[str]) -> tuple[str, list[str]] | None:
+    """The Python script that a command starts, and the words after it; None when it starts none."""
+    if words[0] not in ("python", "python3", "torchrun", "srun"):
+        return None
+    at = next((i for i, word in enumerate(words) if word.endswith(".py")), None)
+    return (words[at], words[at + 1:]) if at else None
+
+
+def with_presets(flags: list[str]) -> list[str]:
+    return [f"@{ROOT}/{word[1:]}" if word.startswith("@presets/") else word for word in flags]
+
+
+DOCUMENTED = documented()
+
+
+def test_commands_are_found():
+    assert commands("A=1 python x.py --b 'c d' && pip install y  # z") == [["python", "x.py", "--b", "c d"],
+                                                                          ["pip", "install", "y"]]
+    assert script_and_flags("torchrun --nproc_per_node=8 x.py --y 1".split()) == ("x.py", ["--y", "1"])
+    assert len([where for where, _ in DOCUMENTED if where == "README.md"]) > 15
+    assert {preset.name for preset in PRESETS} <= {where for where, _ in DOCUMENTED}
+
+
+@pytest.mark.parametrize("where, words", DOCUMENTED, ids=lambda x: x if isinstance(x, str) else " ".join(x)[:60])
+def test_every_documented_command_is_one_that_its_script_takes(where, words, capsys):
+    found = script_and_flags(words)
+    if found is None:
+        assert words[0] in ("python", "python3", "pip", ".", "git", "cd", "ruff", "pytest", "sbatch"), words
+        for file in re.findall(r"requirements\S*", " ".join(words)):
+            assert (ROOT / file).is_file(), file
+        return
+    script, flags = found
+    assert (ROOT / script).is_file(), f"{where}: there is no {script}"
+    if "\ndef get_args_parser(" not in (ROOT / script).read_text():
+        return
+    parser = importlib.import_module(script.removesuffix(".py")).get_args_parser()
+    given = with_presets([flag for flag in flags if flag not in ("...", "[...]")])
+    if len(given) < len(flags):  # a part is left out: what is there must be known
+        assert {flag for flag in given if flag.startswith("--")} <= set(parser._option_string_actions), words
+        return
+    try:
+        parser.parse_args(given)
+    except SystemExit:
+        pytest.fail(f"{where}: {' '.join(words)}: {capsys.readouterr().err}")
+
+
+@pytest.fixture(scope="module")
+def playground(tmp_path_factory):
+    """A folder with the pictures that the pages call /path/to/images."""
+    folder = tmp_path_factory.mktemp("reader")
+    for i in range(12):
+        for part in ("images/a", "images/b"):
+            (folder / part).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(shapes.draw(i, 40)[0]).save(folder / part / f"{i}.png")
+    return folder
+
+
+def quick(script: str, flags: list[str], folder: Path) -> list[str]:
+    """The command's flags, with its data made small and what QUICK says."""
+    smaller = [re.sub(r"^shapes:\d+x(\d+)$", "shapes:200x32", flag) for flag in flags]
+    smaller = [flag.replace("/path/to/images", str(folder / "images")) for flag in smaller]
+    data = ["--data_path", "shapes:200x32"] if script == "main_dino.py" and "--data_path" not in smaller else []
+    return [*with_presets(smaller), *data, *QUICK.get(script, "").split()]
+
+
+def test_readme_runs_from_its_first_command_to_its_last(playground, monkeypatch, capsys):
+    """In this process, in the order of the page and in one folder: what a command writes the next ones read."""
+    monkeypatch.chdir(playground)
+    ran, left = [], []
+    for where, words in DOCUMENTED:
+        found = script_and_flags(words)
+        if where != "README.md" or words[0] == ".":
+            continue
+        reason = next((why for word, why in NOT_RUN.items() if word in " ".join(words)), None)
+        if reason:
+            left.append((words, reason))
+            continue
+        assert found, f"{' '.join(words)}: neither a script nor in NOT_RUN"
+        module = importlib.import_module(found[0].removesuffix(".py"))
+        args = module.get_args_parser().parse_args(quick(*found, playground))
+        assert module.main(args) in (0, None), (words, capsys.readouterr().err)
+        ran.append(found[0])
+    assert len(ran) >= 10 and ran[0] == "main_dino.py", ran
+    written = {str(p.relative_to(playground)) for p in playground.rglob("*") if "images" not in p.parts}
+    assert {"output/shapes/checkpoint.pth", "output/shapes/curves.png", "output/shapes/attention.png",
+            "output/images.npy", "output/neighbours.png", "output/curves.png"} <= written  # fmt: skip
+    print(f"{len(ran)} run; not run:", *(f"{' '.join(words)[:70]}: {why}" for words, why in left), sep="\n  ")
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=lambda p: p.stem)
+def test_presets_make_a_valid_run_and_say_what_they_cost_and_reach(preset):
+    import main_dino
+
+    args = main_dino.get_args_parser().parse_args([f"@{preset}"])
+    main_dino.check_args(args)
+    header = "".join(line for line in preset.read_text().splitlines(True) if line.startswith("#"))
+    assert "%" in header or "shapes" in preset.name
+    assert f"@presets/{preset.name}" in header
+
+
+def test_the_page_of_flags_is_current():
+    code = "import sys; sys.path.insert(0, 'docs'); import make_flags; print(make_flags.page(), end='')"
+    done = subprocess.run([sys.executable, "-c", code], env=ENV, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == (ROOT / "docs" / "flags.md").read_text(), "run  python docs/make_flags.py"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#\s]+)\)", page.read_text()):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), target
+
+
+def test_every_module_is_in_the_file_table():
+    table = (ROOT / "README.md").read_text().split("## Files")[1].split("\n## ")[0]
+    missing = [script.name for script in SCRIPTS if f"`{script.name}`" not in table]
+    named = set(re.findall(r"`(\w+\.py)`", table))
+    assert not missing and named <= {script.name for script in SCRIPTS}, (missing, named)
+
+
+def test_how_it_works_names_functions_that_are_there():
+    for file, name in re.findall(r"`(\w+\.py):([\w.]+)`", (ROOT / "docs" / "how_it_works.md").read_text()):
+        found = importlib.import_module(file.removesuffix(".py"))
+        for part in name.split("."):
+            found = getattr(found, part)
+
+
+def test_first_screen_of_the_readme_is_short():
+    head = (ROOT / "README.md").read_text().split("\n## ")[0].splitlines()
+    assert len(head) < 40 and any(line.startswith("![") for line in head) and any("@presets" in line for line in head)
