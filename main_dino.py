@@ -151,7 +151,7 @@ def train_dino(args: argparse.Namespace) -> bool:
     monitor.describe(run)
     log = metrics.Log(args.output_dir, run.step // run.plan.steps_per_epoch, run.step, args.tensorboard)
     if run.evaluation and "untrained" not in run.knn:
-        run.knn |= run.evaluation.baselines(run.teacher_backbone(), run.autocast())
+        run.knn |= run.evaluation.baselines(run.first_backbone(), run.autocast())
     finished = train(run, log)
     if finished:
         backbone = run.teacher_backbone()  # all processes help, where it is sharded
