@@ -163,7 +163,7 @@ def train_dino(args: argparse.Namespace) -> bool:
     run = setup(args)
     monitor.describe(run)
     if run.evaluation and "untrained" not in run.knn:
-        run.knn |= run.evaluation.baselines(run.teacher_backbone(), run.autocast())
+        run.knn |= run.evaluation.baselines(run.first_backbone(), run.autocast())
     log = metrics.Log(args, run.step // run.plan.steps_per_epoch, run.step, run.plan.steps)
     try:
         if args.pictures_every and run.step == 0:

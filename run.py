@@ -203,6 +203,16 @@ class Run:
         backbone.load_state_dict(sharding.whole(self.teacher.backbone.state_dict()))
         return backbone.to(self.device)
 
+    def first_backbone(self) -> nn.Module:
+        """The backbone that training started from, whole on every process; every process calls it."""
+        if self.step == 0:
+            return self.teacher_backbone()
+        rng = checkpoint.rng_state(self.device)
+        seed_everything(self.args.seed)
+        _, teacher = build_networks(self.args, self.device)
+        checkpoint.set_rng_state(rng, self.device)
+        return teacher.backbone
+
     def state(self) -> dict:
         """What a checkpoint holds; every process calls it, and rank 0 has it whole."""
         keep = parallel.is_main()

@@ -245,6 +245,20 @@ def test_torchrun_without_restarts(tmp_path, fault):
 
 # ---- Elsewhere ----
 
+
+def test_evaluation_switched_on_later_changes_nothing_else(tmp_path):
+    """k-NN moves no random number of the run, and the baselines are the same."""
+    moving = ["--lr", 0.3, "--momentum_teacher", 0.5]  # far enough to move the figures
+    whole = run(*moving, "--eval_knn_every", 3, out=tmp_path / "whole")
+    late = run(*moving, out=tmp_path / "late", before=slow_steps)
+    stepping(late, tmp_path / "late", 4)
+    late.signal(signal.SIGTERM)
+    assert late.wait() == [main_dino.TO_BE_CONTINUED], late.output()
+    late = run(*moving, "--eval_knn_every", 3, out=tmp_path / "late")
+    assert late.wait() == [0] and whole.wait() == [0], late.output()
+    assert "at step" in late.output() and "20-NN before training" in late.output()
+    assert (tmp_path / "late" / "log.txt").read_text() == (tmp_path / "whole" / "log.txt").read_text()
+
 SGD = ["--optimizer", "sgd", "--lr", 3, "--drop_path_rate", 0, "--freeze_last_layer", 0]
 
 

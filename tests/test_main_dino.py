@@ -12,6 +12,7 @@ from processes import ENV, SMALL, json_lines, launch
 import checkpoint
 import main_dino
 import monitor
+from run import Run
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +99,17 @@ def test_variants_run(tmp_path, extra):
     assert main_dino.main(args) == 0
     losses = [line["loss"] for line in json_lines(tmp_path / "log_steps.txt")]
     assert len(losses) == 2 and all(0 < loss < 20 for loss in losses)
+
+
+def test_the_first_backbone_is_the_untrained_one_at_any_step(tmp_path):
+    args = main_dino.get_args_parser().parse_args([*SMALL, "--output_dir", str(tmp_path)])
+    run = Run(args, torch.device("cpu"))
+    first = {k: v.clone() for k, v in run.first_backbone().state_dict().items()}
+    for p in run.teacher.parameters():
+        p.add_(1)
+    run.step, rng = 5, torch.get_rng_state()
+    assert all(torch.equal(v, first[k]) for k, v in run.first_backbone().state_dict().items())
+    assert torch.equal(rng, torch.get_rng_state())
 
 
 def test_images_left_out_are_told(tmp_path, capsys):
