@@ -29,17 +29,21 @@ class Trainer:
                                            fused=True)
         self.device, self.dtype = device, dtype
 
-    def loss(self, crops: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """crops: [(2B, 3, g, g), (LB, 3, l, l)] -> loss, and the teacher's output (2B, K)."""
+    def loss(self, crops: list[torch.Tensor], forward=None) -> tuple[torch.Tensor, torch.Tensor]:
+        """crops: [(2B, 3, g, g), (LB, 3, l, l)] -> loss, and the teacher's output (2B, K).
+
+        Args:
+            forward: the student as a distributed run wraps it; itself by default.
+        """
         with torch.autocast(self.device.split(":")[0], self.dtype, enabled=self.dtype is not None):
             with torch.no_grad():
                 teacher_out = self.teacher(crops[:1])
-            student_out = self.student(crops)
+            student_out = (forward or self.student)(crops)
         return self.dino_loss(student_out, teacher_out, 0, update_center=False), teacher_out
 
-    def step(self, crops: list[torch.Tensor], momentum: float = 0.996) -> torch.Tensor:
+    def step(self, crops: list[torch.Tensor], momentum: float = 0.996, forward=None) -> torch.Tensor:
         """One optimizer step; the loss stays on the device."""
-        loss, teacher_out = self.loss(crops)
+        loss, teacher_out = self.loss(crops, forward)
         loss.backward()
         utils.clip_gradients(self.student, 3.0)
         self.optimizer.step()

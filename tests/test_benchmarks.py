@@ -15,7 +15,7 @@ import naive  # noqa: E402
 import ours  # noqa: E402
 
 TINY = {"arch": "vit_nano", "size": 32, "k": 64, "drop_path": 0.1}
-SCRIPTS = ["train_step", "loss"]
+SCRIPTS = ["train_step", "loss", "data_pipeline", "end_to_end", "startup", "model"]
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -27,6 +27,26 @@ def test_script_runs_and_leaves_a_line_of_json(name, tmp_path, capsys):
     (line,) = (tmp_path / "out.jsonl").read_text().splitlines()
     seen = json.loads(line)
     assert seen["benchmark"] == name and seen["machine"]["torch"] == torch.__version__
+
+
+def test_bytes_communicated_are_those_of_gradients_and_centre(tmp_path):
+    """Two real processes."""
+    import scaling
+
+    args = scaling.get_args_parser().parse_args(["--quick", "--json", str(tmp_path / "out.jsonl")])
+    assert scaling.main(args) == 0
+    (run,) = json.loads((tmp_path / "out.jsonl").read_text())["runs"]
+    assert run["gradients"] == 4 * model.Shape.of("vit_nano", 16, (32, 16), 2, 64).parameters()
+    assert run["centre"] == 4 * 64
+
+
+def test_profile_names_the_largest_operations(tmp_path, capsys):
+    import train_step
+
+    trace = tmp_path / "trace.json"
+    assert train_step.main(train_step.get_args_parser().parse_args(["--quick", "--profile", str(trace)])) == 0
+    assert json.loads(trace.read_text())["traceEvents"]
+    assert len([x for x in capsys.readouterr().out.splitlines() if "%" in x]) == 10
 
 
 def views(batch=3, local=2):
@@ -100,3 +120,60 @@ def test_predictions_fall_with_slower_links_and_never_wait_alone():
     fast, slow = (model.Hardware(788e12, 4.8e12, between=link) for link in (50e9, 1e9))
     assert model.predict(shape, 64, 1, fast)["waiting"] == 0
     assert model.predict(shape, 64, 64, slow)["images_per_s"] < 0.9 * model.predict(shape, 64, 64, fast)["images_per_s"]
+
+
+# ---- The loop never waits for the device ----
+
+
+class EndOfTest(Exception):
+    pass
+
+
+@pytest.fixture
+def device_that_cannot_be_read(monkeypatch, tmp_path):
+    """A run on torch's meta device, whose tensors have no values: item(), cpu(), bool() and the like all raise."""
+    import main_dino
+
+    started = sys.modules[main_dino.Run.__module__]  # where its networks and optimizer are made
+    monkeypatch.setattr(started, "build_optimizer", lambda name, model: torch.optim.AdamW(model.parameters()))
+    monkeypatch.setattr(main_dino.Run, "autocast", lambda run: torch.autocast("cpu", enabled=False))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *args: pytest.fail("a step waits for the device"))
+    argv = ("--arch vit_nano --data_path shapes:16x32 --global_crops_size 32 --local_crops_size 16 --out_dim 64 "
+            "--local_crops_number 2 --batch_size_per_gpu 4 --num_workers 0 --epochs 4 --warmup_epochs 0 "
+            "--freeze_last_layer 0 --log_every 100 --saveckp_freq 0 --precision fp32").split()  # fmt: skip
+    args = main_dino.get_args_parser().parse_args([*argv, "--output_dir", str(tmp_path)])
+    run = main_dino.Run(args, torch.device("meta"))
+    run.step = 1  # step 0 is a logged one
+    return main_dino, run
+
+
+def run_steps(main_dino, run, monkeypatch, steps):
+    """Steps of the real loop, none of them logged, that end with EndOfTest."""
+    load = main_dino.load
+
+    def some(*args, **kwargs):
+        for number, batch in enumerate(load(*args, **kwargs)):
+            if number == steps:
+                raise EndOfTest
+            yield batch
+
+    monkeypatch.setattr(main_dino, "load", some)
+    with pytest.raises(EndOfTest):
+        main_dino.train(run, log=None)
+
+
+def test_a_step_of_the_loop_reads_nothing_from_the_device(device_that_cannot_be_read, monkeypatch):
+    main_dino, run = device_that_cannot_be_read
+    run_steps(main_dino, run, monkeypatch, steps=2)
+    assert run.step == 3
+
+
+def test_that_device_notices_a_read(device_that_cannot_be_read, monkeypatch):
+    main_dino, run = device_that_cannot_be_read
+    ema_update = main_dino.utils.ema_update
+    for read in (lambda x: x.item(), lambda x: x.cpu(), bool, lambda x: x.tolist(), lambda x: x.nonzero()):
+        monkeypatch.setattr(main_dino.utils, "ema_update",
+                            lambda s, t, m, read=read: (read(next(s.parameters()).sum()), ema_update(s, t, m)))
+        run.step = 1
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            main_dino.train(run, log=None)
