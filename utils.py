@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 import photometric
 
@@ -173,9 +174,8 @@ class DINOLoss(nn.Module):
         p_v = softmax(student_v / student_temp),  q_i = softmax((teacher_i - center) / teacher_temp(epoch))
         center <- m center + (1 - m) mean(teacher)            (over all images of all processes)
 
-    i runs over the two global views, v over all `ncrops` views. Since q sums to one, the cross-entropy of a pair is
-    logsumexp(p_v's logits) - <q_i, logits>: no (V B, K) log-softmax is kept. The arithmetic is float32 at least;
-    float64 stays float64.
+    i runs over the two global views, v over all `ncrops` views. The arithmetic is float32 at least; float64 stays
+    float64.
     """
 
     def __init__(
@@ -201,9 +201,7 @@ class DINOLoss(nn.Module):
 
     def teacher_probabilities(self, teacher_output: Tensor, epoch: int) -> Tensor:
         """q (..., K) of the teacher's output (..., K), centred and sharpened with this epoch's temperature."""
-        temp = float(self.teacher_temp_schedule[epoch])
-        logits = (at_least_float32(teacher_output) - self.center) / temp
-        return F.softmax(logits, dim=-1)
+        return sharpened(teacher_output, self.center, float(self.teacher_temp_schedule[epoch]))
 
     def forward(
         self, student_output: Tensor, teacher_output: Tensor, epoch: int, update_center: bool = True
@@ -214,13 +212,8 @@ class DINOLoss(nn.Module):
             student_output: (V B, K), crop-major: all images' first view, then all images' second, ...
             teacher_output: (2 B, K), the global views only, in the same order.
         """
-        student = at_least_float32(student_output).unflatten(0, (self.ncrops, -1)) / self.student_temp  # (V, B, K)
-        q = self.teacher_probabilities(teacher_output.detach(), epoch).unflatten(0, (2, -1))  # (2, B, K)
-        n_pairs = 2 * (self.ncrops - 1)
-        # Global view 0 learns from q_1 and 1 from q_0; each local view from both.
-        match = (q.flip(0) * student[:2]).sum() + (q.sum(0) * student[2:].sum(0)).sum()
-        log_z = torch.logsumexp(student, dim=-1)  # (V, B)
-        loss = (log_z[:2].sum() + 2 * log_z[2:].sum() - match) / (n_pairs * q.shape[1])
+        temps = self.student_temp, float(self.teacher_temp_schedule[epoch])
+        loss = PairsOfViews.apply(student_output, teacher_output.detach(), self.center, *temps, self.ncrops)
         if update_center:
             self.update_center(teacher_output)
         return loss
@@ -233,6 +226,60 @@ class DINOLoss(nn.Module):
             dist.all_reduce(mean)
             mean = mean / dist.get_world_size()
         self.center = self.center * self.center_momentum + mean * (1 - self.center_momentum)
+
+
+class PairsOfViews(torch.autograd.Function):
+    """DINOLoss's equation, some images at a time: of (V B, K) logits, nothing is kept for backward but themselves.
+
+    The gradient of the student's logits in view v is (n_v p_v - t_v) / (student_temp B pairs), where t_v is the sum
+    of the q_i that v learns from and n_v their number; p and q are computed again for it. A part of the images fits
+    the cache of a CPU, and on a GPU bounds the float32 temporaries (benchmarks/loss.py).
+    """
+
+    PART_CPU, PART_GPU = 2**20, 2**26  # values of a part's logits
+
+    @staticmethod
+    def forward(ctx, student: Tensor, teacher: Tensor, center: Tensor, student_temp: float, teacher_temp: float,
+                ncrops: int) -> Tensor:  # fmt: skip
+        ctx.save_for_backward(student, teacher, center)
+        ctx.options = student_temp, teacher_temp, ncrops
+        loss = torch.zeros((), dtype=at_least_float32(student[:0]).dtype, device=student.device)
+        for _, x, q in PairsOfViews.parts(student, teacher, center, *ctx.options):
+            log_p = F.log_softmax(x, dim=-1)
+            # Global view 0 learns from q_1 and 1 from q_0; each local view from both.
+            loss -= (q.flip(0) * log_p[:2]).sum() + (q.sum(0) * log_p[2:].sum(0)).sum()
+        return loss / (2 * (ncrops - 1) * (len(student) // ncrops))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        student, teacher, center = ctx.saved_tensors
+        student_temp, _, ncrops = ctx.options
+        grad = torch.empty_like(student)
+        views = grad.unflatten(0, (ncrops, -1))  # (V, B, K)
+        scale = grad_output / (student_temp * 2 * (ncrops - 1) * (len(student) // ncrops))
+        for rows, x, q in PairsOfViews.parts(student, teacher, center, *ctx.options):
+            p = F.softmax(x, dim=-1)
+            p[:2] -= q.flip(0)
+            p[2:].mul_(2).sub_(q.sum(0))
+            views[:, rows] = p.mul_(scale)
+        return grad, None, None, None, None, None
+
+    @staticmethod
+    def parts(student, teacher, center, student_temp, teacher_temp, ncrops):
+        """Yields (images' rows, the student's logits over its temperature (V, b, K), q (2, b, K))."""
+        student, teacher = student.unflatten(0, (ncrops, -1)), teacher.unflatten(0, (2, -1))
+        most = PairsOfViews.PART_CPU if student.device.type == "cpu" else PairsOfViews.PART_GPU
+        size = max(1, most // (ncrops * student.shape[-1]))
+        for first in range(0, student.shape[1], size):
+            rows = slice(first, first + size)
+            x = at_least_float32(student[:, rows]) / student_temp
+            yield rows, x, sharpened(teacher[:, rows], center, teacher_temp)
+
+
+def sharpened(teacher_output: Tensor, center: Tensor, temp: float) -> Tensor:
+    """softmax((teacher - center) / temp) over the last dimension, in float32 at least."""
+    return F.softmax((at_least_float32(teacher_output) - center) / temp, dim=-1)
 
 
 def at_least_float32(x: Tensor) -> Tensor:

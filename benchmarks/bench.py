@@ -1,0 +1,185 @@
+"""What every benchmark shares: flags, timing in turns, the table, and the line of JSON.
+
+Variants take turns within one process, so that a busy or throttled machine slows all of them alike, and ratios are
+taken round by round. A table holds the median, the fastest and the slowest round, and the ratio to the baseline with
+its range.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # before this folder: some modules there have the names of benchmarks here
+
+
+def parser(doc: str, rounds: int = 5) -> argparse.ArgumentParser:
+    """The flags of every benchmark; `doc` is the script's docstring."""
+    found = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs")
+    found.add_argument("--rounds", type=int, default=rounds, help="turns of each variant")
+    found.add_argument("--device", default="cpu", help="cpu or cuda")
+    found.add_argument("--json", default="", metavar="FILE", help="append a line of JSON to this file")
+    return found
+
+
+def machine(device: str = "cpu") -> dict:
+    """Versions and hardware, as every line of JSON has them."""
+    found = {
+        "cpu": cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
+        "capability": torch.backends.cpu.get_cpu_capability(), "load": round(os.getloadavg()[0], 1),
+        "python": platform.python_version(), "torch": torch.__version__, "platform": platform.platform(),
+    }
+    if device.startswith("cuda"):
+        found |= {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
+    return found
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def header(title: str, device: str = "cpu") -> None:
+    seen = machine(device)
+    where = seen.get("gpu") or f"{seen['cpu']}, {seen['cores']} cores, {seen['threads']} threads, {seen['capability']}"
+    print(f"{title}\n{where}; torch {seen['torch']}; load {seen['load']} before the run", flush=True)
+
+
+def wait(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def cpu_seconds() -> float:
+    """Processor time of this process: what work costs a core, also where others use it meanwhile."""
+    return time.process_time()
+
+
+def in_turns(
+    variants: Mapping[str, Callable[[], object]], rounds: int, device: str = "cpu",
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
+    """Seconds of each variant in each round, after one call of each that is not counted; every other round backwards.
+    """
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for number in range(-1, rounds):
+        for name in list(variants)[:: 1 if number % 2 else -1]:
+            wait(device)
+            start = clock()
+            variants[name]()
+            wait(device)
+            if number >= 0:
+                times[name].append(clock() - start)
+    return times
+
+
+def summary(times: Mapping[str, Sequence[float]], baseline: str | None = None, per: float = 1) -> dict[str, dict]:
+    """{variant: median, low and high in ms, ratio to the baseline with its range}; a ratio above 1 is faster.
+
+    Args:
+        times: seconds of each round, of `per` items each.
+    """
+    found = {}
+    for name, seconds in times.items():
+        ms = [1000 * t / per for t in seconds]
+        found[name] = {"ms": statistics.median(ms), "low": min(ms), "high": max(ms)}
+        if baseline is not None:
+            ratios = [b / t for b, t in zip(times[baseline], seconds, strict=True)]
+            found[name] |= {"ratio": statistics.median(ratios), "ratio_low": min(ratios), "ratio_high": max(ratios)}
+    return found
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Printed in Markdown, to be pasted into docs/performance.md; floats with three digits, None as an empty cell."""
+    text = [[shown(cell) for cell in row] for row in [columns, *rows]]
+    widths = [max(len(row[i]) for row in text) for i in range(len(columns))]
+    for number, row in enumerate(text):
+        cells = (cell.ljust(w) if i == 0 else cell.rjust(w)
+                 for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
+        print("| " + " | ".join(cells) + " |")
+        if number == 0:
+            print("|" + "|".join("-" * (w + 1) + (":" if i else "-") for i, w in enumerate(widths)) + "|")
+    sys.stdout.flush()
+
+
+def shown(cell: object) -> str:
+    if cell is None:
+        return ""
+    if not isinstance(cell, float):
+        return f"{cell:,}" if isinstance(cell, int) and not isinstance(cell, bool) else str(cell)
+    return f"{cell:,.0f}" if abs(cell) >= 1000 else f"{cell:.3g}"
+
+
+def time_rows(found: Mapping[str, dict]) -> list[list]:
+    """Rows of `summary` under the columns TIMES."""
+    return [
+        [name, row["ms"], f"{shown(row['low'])} .. {shown(row['high'])}",
+         f"{row['ratio']:.2f} ({row['ratio_low']:.2f} .. {row['ratio_high']:.2f})" if "ratio" in row else None]
+        for name, row in found.items()
+    ]
+
+
+TIMES = ("variant", "median ms", "range ms", "times as fast (range)")
+
+
+def record(args: argparse.Namespace, benchmark: str, **results: object) -> None:
+    """Append the line of JSON that --json asks for."""
+    if args.json:
+        line = {"benchmark": benchmark, "time": time.strftime("%Y-%m-%dT%H:%M:%S"), "machine": machine(args.device),
+                "flags": {k: v for k, v in vars(args).items() if k != "json"}, **results}
+        with open(args.json, "a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+# ---- What is counted, not timed ----
+
+
+def kept_bytes(function: Callable[[], object]) -> int:
+    """Bytes that autograd keeps for backward while `function` runs: each storage once, leaves (weights) left out."""
+    kept: dict[int, tuple[int, torch.UntypedStorage]] = {}
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        source = x if x._base is None else x._base
+        if not (source.is_leaf and source.requires_grad):
+            storage = x.untyped_storage()
+            kept[storage._cdata] = storage.nbytes(), storage
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        result = function()  # noqa: F841 - the graph must live until everything is counted
+    return sum(size for size, _ in kept.values())
+
+
+def peak_rss() -> int:
+    """Most memory this process has held so far, bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def matmul_rate(device: str, dtype: torch.dtype, side: int = 0, seconds: float = 1.0) -> float:
+    """Measured FLOP/s of a product of square matrices: what a step's rate is compared with."""
+    side = side or (8192 if device.startswith("cuda") else 1024)
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    best, end = 0.0, time.perf_counter() + seconds
+    a @ b
+    while best == 0 or time.perf_counter() < end:
+        wait(device)
+        start = time.perf_counter()
+        a @ b
+        wait(device)
+        best = max(best, 2 * side**3 / (time.perf_counter() - start))
+    return best

@@ -1,0 +1,139 @@
+"""From a JPEG file to ten crops: milliseconds of one core an image, stage by stage, and images/s of some workers.
+
+    python benchmarks/data_pipeline.py                        # 500 x 375 pixels, 2 x 224 + 8 x 96
+    python benchmarks/data_pipeline.py --workers 1 2 4 8 16
+
+Ours splits the work: a worker decodes, cuts and resizes, the device does colours and blur for the whole batch. naive.py
+does all of it in the worker, picture by picture with Pillow. Milliseconds are processor time, which neighbours on the
+machine hardly change; images/s is by the clock.
+"""
+
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import bench
+import naive
+import numpy as np
+import photos
+import torch
+from PIL import Image
+
+import data
+import images
+import utils
+
+
+def stages(paths: list[Path], args) -> dict:
+    """{stage: function that does it for all pictures}; the worker's are those before `colours`."""
+    aug = augmentation(args)
+    decoded = [images.decode(path) for path in paths]
+    items = [(*aug.cut(x, np.random.default_rng(i)), i, []) for i, x in enumerate(decoded)]
+    batch = data.collate(items)
+    pictures = [Image.open(path).convert("RGB") for path in paths]
+    options = {"local": args.local, "sizes": tuple(args.sizes)}
+    return {
+        "ours: read, decode": lambda: [images.decode(path) for path in paths],
+        "ours: draw the views": lambda: [draw(aug, x, i) for i, x in enumerate(decoded)],
+        "ours: draw, cut, resize, flip": lambda: [aug.cut(x, np.random.default_rng(i)) for i, x in enumerate(decoded)],
+        "ours: collate": lambda: data.collate(items),
+        "ours: worker, all of it": lambda: data.collate([
+            (*aug.cut(images.decode(path), np.random.default_rng(i)), i, []) for i, path in enumerate(paths)]),
+        "ours: colours, blur, normalize on this CPU": lambda: aug.finish(batch["crops"], batch["params"]),
+        "naive: read, decode": lambda: [Image.open(path).convert("RGB") for path in paths],
+        "naive: ten crops with colours": lambda: [naive.augment(picture, **options) for picture in pictures],
+        "naive: worker, all of it": lambda: [naive.augment(Image.open(p).convert("RGB"), **options) for p in paths],
+    }
+
+
+def draw(aug: utils.DataAugmentationDINO, image: torch.Tensor, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    for view, scale in enumerate(aug.scales):
+        utils.random_resized_crop_box(*image.shape[-2:], scale, rng)
+        rng.random()
+        aug.draw_photometric(view, rng)
+
+
+def augmentation(args) -> utils.DataAugmentationDINO:
+    return utils.DataAugmentationDINO((0.4, 1.0), (0.05, 0.4), args.local, *args.sizes)
+
+
+def by_stage(paths: list[Path], args) -> dict:
+    times = bench.in_turns(stages(paths, args), args.rounds, clock=bench.cpu_seconds)
+    found = bench.summary(times, "naive: worker, all of it", per=len(paths))
+    print(f"\nms of a core an image; {len(paths)} files of {args.width} x {args.height}, "
+          f"{np.mean([p.stat().st_size for p in paths]) / 1e3:.0f} kB; views 2 x {args.sizes[0]} + "
+          f"{args.local} x {args.sizes[1]}")
+    rows = bench.time_rows(found)
+    bench.table(bench.TIMES, [row if "all of it" in row[0] else [*row[:3], None] for row in rows])
+    return found
+
+
+def loader(name: str, paths: list[Path], workers: int, args):
+    """An endless loader of batches."""
+    if name == "ours":
+        opened = data.open_images(str(paths[0].parent), None)
+        return data.batches(opened, augmentation(args), args.batch, workers, 0)
+    pictures = naive.Pictures(paths, local=args.local, sizes=tuple(args.sizes))
+    forever = torch.utils.data.RandomSampler(paths, replacement=True, num_samples=10**9)
+    return torch.utils.data.DataLoader(pictures, args.batch, sampler=forever, num_workers=workers,
+                                       prefetch_factor=4 if workers else None)
+
+
+def rate(name: str, paths: list[Path], workers: int, args) -> float:
+    """images/s by the clock, of a loader whose first batches, which fill its queue, are not counted."""
+    batches = 1 if args.quick else 4 * max(1, workers)
+    iterator = iter(loader(name, paths, workers, args))
+    for _ in range(batches):
+        next(iterator)
+    start = time.perf_counter()
+    for _ in range(batches):
+        next(iterator)
+    return batches * args.batch / (time.perf_counter() - start)
+
+
+def by_workers(paths: list[Path], args) -> list[dict]:
+    """Loaders live one after the other, as an idle one would work ahead; the median of three turns."""
+    found = []
+    for workers in args.workers:
+        rates = {"naive": [], "ours": []}
+        for _ in range(1 if args.quick else 3):
+            for name, seen in rates.items():
+                seen.append(rate(name, paths, workers, args))
+        found.append({"workers": workers} | {name: statistics.median(seen) for name, seen in rates.items()})
+    print("\nimages/s by the clock")
+    bench.table(["workers", "naive", "ours", "ratio"],
+                [[r["workers"], r["naive"], r["ours"], r["ours"] / r["naive"]] for r in found])
+    return found
+
+
+def get_args_parser():
+    parser = bench.parser(__doc__)
+    parser.add_argument("--images", type=int, default=24, help="files, drawn and written into a temporary folder")
+    parser.add_argument("--width", type=int, default=500)
+    parser.add_argument("--height", type=int, default=375)
+    parser.add_argument("--sizes", type=int, nargs=2, default=(224, 96), help="pixels of global and local crops")
+    parser.add_argument("--local", type=int, default=8, help="local crops")
+    parser.add_argument("--batch", type=int, default=16, help="images a batch of the loaders")
+    parser.add_argument("--workers", type=int, nargs="*", default=[1, 2], help="numbers of workers to try")
+    return parser
+
+
+def main(args) -> int:
+    if args.quick:
+        args.images, args.width, args.height, args.sizes, args.local = 4, 64, 48, (32, 16), 2
+        args.batch, args.workers, args.rounds = 2, [0], 1
+    torch.set_num_threads(1)
+    bench.header("data pipeline")
+    with tempfile.TemporaryDirectory() as folder:
+        paths = photos.write(Path(folder), args.images, args.width, args.height)
+        found = by_stage(paths, args)
+        rates = by_workers(paths, args)
+    bench.record(args, "data_pipeline", stages=found, rates=rates)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(get_args_parser().parse_args()))

@@ -1,0 +1,89 @@
+"""The loss alone, forward and backward, at K = 65,536 and ten crops: ours against the double loop of naive.py.
+
+    python benchmarks/loss.py                                            # 8 images, float32 logits
+    python benchmarks/loss.py --device cuda --precision bf16 --batch 128
+
+`kept` counts the bytes that autograd holds between forward and backward; `peak` adds the largest temporaries, on
+CUDA only. Losses and gradients of all variants must agree.
+"""
+
+import sys
+
+import bench
+import naive
+import torch
+
+import utils
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+WORST = {"fp32": 1e-4, "bf16": 2e-2}  # largest difference of gradients, as a share of the largest gradient
+
+
+def variants(crops: int, k: int, device: str) -> dict:
+    loss = utils.DINOLoss(k, crops, 0.04, 0.04, 0, 1).to(device)
+    return {
+        "naive": lambda s, t: naive.dino_loss(s.chunk(crops), t.chunk(2), loss.center),
+        "ours": lambda s, t: loss(s, t, 0, update_center=False),
+    }
+
+
+def agree(found: dict, precision: str) -> None:
+    (loss, grad), *others = found.values()
+    for other, other_grad in others:
+        worst = ((grad - other_grad).abs().max() / grad.abs().max()).item()
+        if abs(loss - other) > 1e-3 * abs(loss) or worst > WORST[precision]:
+            raise SystemExit(f"the variants differ: losses {loss} and {other}, gradients by {worst:.2g} of the largest")
+
+
+def measure(args) -> dict:
+    crops, dtype = 2 + args.local, PRECISIONS[args.precision]
+    student = (3 * torch.randn(crops * args.batch, args.out_dim, device=args.device)).to(dtype).requires_grad_()
+    teacher = torch.randn(2 * args.batch, args.out_dim, device=args.device).to(dtype)
+    functions, results, counted = variants(crops, args.out_dim, args.device), {}, {}
+    for name, function in functions.items():
+        kept = bench.kept_bytes(lambda function=function: function(student, teacher))
+        student.grad = None
+        if args.device.startswith("cuda"):
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+        value = function(student, teacher)
+        value.backward()
+        results[name] = value.item(), student.grad.float()
+        peak = torch.cuda.max_memory_allocated() - before if args.device.startswith("cuda") else None
+        counted[name] = {"kept": kept, "peak": peak}
+    agree(results, args.precision)
+
+    def run(name: str) -> None:
+        student.grad = None
+        functions[name](student, teacher).backward()
+
+    times = bench.in_turns({n: (lambda n=n: run(n)) for n in functions}, args.rounds, args.device)
+    found = {n: row | counted[n] for n, row in bench.summary(times, "naive").items()}
+    logits = student.numel() * student.element_size()
+    print(f"{args.batch} images, {crops} crops, K {args.out_dim}: the student's logits are {logits / 1e6:.0f} MB")
+    bench.table([*bench.TIMES, "kept MB", "peak MB"],
+                [[*cells, row["kept"] / 1e6, row["peak"] and row["peak"] / 1e6]
+                 for cells, row in zip(bench.time_rows(found), found.values(), strict=True)])
+    return found
+
+
+def get_args_parser():
+    parser = bench.parser(__doc__)
+    parser.add_argument("--batch", type=int, default=8, help="images")
+    parser.add_argument("--local", type=int, default=8, help="local crops")
+    parser.add_argument("--out_dim", type=int, default=65536, help="K")
+    parser.add_argument("--precision", choices=sorted(PRECISIONS), default="fp32", help="of the logits")
+    return parser
+
+
+def main(args) -> int:
+    if args.quick:
+        args.batch, args.local, args.out_dim, args.rounds = 2, 2, 64, 1
+    torch.manual_seed(0)
+    bench.header(f"loss, {args.precision} logits", args.device)
+    bench.record(args, "loss", variants=measure(args))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(get_args_parser().parse_args()))

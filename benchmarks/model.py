@@ -1,0 +1,193 @@
+"""What a run should cost, on paper: arithmetic, memory traffic, memory, communication, decoding, storage.
+
+    python benchmarks/model.py                                    # the tables of docs/performance.md
+    python benchmarks/model.py --flops 788 --bandwidth 4.8 --worker_ms 4 --batch 128
+
+Nothing is timed here: rates come from flags, which are measured (train_step.py prints the matmul rate, data_pipeline.py
+the worker's milliseconds) or a data sheet's. Arithmetic counts matrix products, and a backward pass as two forward
+ones. Bytes are those of eager execution under bf16 autocast as vision_transformer.py does it: residual stream and
+layer norms in float32, everything else in bf16, attention weights never written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from dataclasses import dataclass
+
+import bench
+
+ARCHS = {  # width, blocks, patch, pixels of global and local crops
+    "ViT-S/16": (384, 12, 16, (224, 96)), "ViT-B/16": (768, 12, 16, (224, 96)), "ViT-L/16": (1024, 24, 16, (224, 96)),
+    "ViT-g/14": (1536, 40, 14, (224, 98)),
+}
+SIZES = {"vit_nano": (192, 4), "vit_tiny": (192, 12), "vit_small": (384, 12), "vit_base": (768, 12)}
+HIDDEN, BOTTLENECK = 2048, 256
+
+# Bytes a token and unit of width that one block moves or keeps, in bf16 autocast; r read, w written.
+FORWARD_TRAFFIC = sum((
+    2 * (4 + 4 + 4 + 2),  # two layer norms: r4 w4, and the cast of the result: r4 w2
+    2 + 6, 6 + 2, 2 + 2,  # qkv, attention, projection
+    2 + 8, 8 + 8, 8 + 2,  # fc1, GELU, fc2
+    2 * (2 + 2), 2 * (4 + 2 + 4),  # drop path and addition to the residual stream, twice each
+))
+TEACHER_TRAFFIC = FORWARD_TRAFFIC - 2 * (2 + 2)  # no drop path
+KEPT = {  # for backward: two norms' inputs and results, q k v, attention's result, fc1's and GELU's
+    "bf16": 2 * (4 + 2) + 6 + 2 + 8 + 8,
+    "fp32": 4 * (2 * 2 + 3 + 1 + 4 + 4),
+}
+OPTIMIZER_TRAFFIC = 4 * (5 + 3 + 2 + 2 + 1)  # bytes a parameter: AdamW r4 w3, clipping r2 w1, EMA r2 w1
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A network, its crops and its prototypes."""
+
+    width: int
+    blocks: int
+    patch: int
+    sizes: tuple[int, int]
+    local: int
+    k: int
+
+    @classmethod
+    def of(cls, arch: str, patch: int, sizes, local: int, k: int) -> Shape:
+        return cls(*SIZES[arch], patch, tuple(sizes), local, k)
+
+    def tokens(self, size: int) -> int:
+        return 1 + (size // self.patch) ** 2
+
+    def tokens_per_image(self) -> tuple[int, int]:
+        """(teacher's, student's): two global crops, and all crops."""
+        teacher = 2 * self.tokens(self.sizes[0])
+        return teacher, teacher + self.local * self.tokens(self.sizes[1])
+
+    def backbone_flop(self, size: int) -> int:
+        """Forward pass of one crop."""
+        n, d = self.tokens(size), self.width
+        return 2 * (n - 1) * 3 * self.patch**2 * d + self.blocks * (24 * n * d**2 + 4 * n**2 * d)
+
+    def head_weights(self) -> int:
+        return self.width * HIDDEN + HIDDEN**2 + HIDDEN * BOTTLENECK + BOTTLENECK * self.k
+
+    def flop_per_image(self) -> int:
+        """Teacher: a forward pass of two global crops; student: three times a forward pass of all crops."""
+        glob, loc = (self.backbone_flop(size) + 2 * self.head_weights() for size in self.sizes)
+        return 2 * glob + 3 * (2 * glob + self.local * loc)
+
+    def parameters(self) -> int:
+        """Of backbone and head, weights and biases."""
+        d, n = self.width, self.tokens(self.sizes[0])
+        block = 12 * d**2 + 13 * d
+        backbone = 3 * self.patch**2 * d + d + d + n * d + self.blocks * block + 2 * d
+        return backbone + self.head_weights() + 2 * HIDDEN + BOTTLENECK
+
+    def kept_bytes(self, precision: str = "bf16") -> int:
+        """Activations an image that the student's backbone keeps for backward."""
+        return self.tokens_per_image()[1] * self.blocks * self.width * KEPT[precision]
+
+    def logit_bytes(self, precision: str = "bf16") -> int:
+        """An image's logits and their gradient, and the teacher's logits and probabilities in float32."""
+        half = 2 if precision == "bf16" else 4
+        return self.k * ((2 + self.local) * 2 * half + 2 * (half + 4))
+
+    def fixed_bytes(self) -> int:
+        """Weights of student and teacher, gradients and AdamW's two moments in float32; both nets' copies in bf16."""
+        return self.parameters() * (5 * 4 + 2 * 2)
+
+    def traffic(self) -> tuple[float, float]:
+        """Bytes moved (an image, a step): activations and logits; weights and the update."""
+        teacher, student = self.tokens_per_image()
+        tokens = (teacher * TEACHER_TRAFFIC + 3 * student * FORWARD_TRAFFIC) * self.blocks * self.width
+        logits = self.k * ((2 + self.local) * (5 * 2) + 2 * (2 * 2 + 4 * 4))
+        return tokens + logits, self.parameters() * (OPTIMIZER_TRAFFIC + 3 * (4 + 2) + 4)
+
+
+@dataclass(frozen=True)
+class Hardware:
+    flops: float  # FLOP/s of a large matrix product, measured
+    bandwidth: float  # bytes/s of device memory
+    inside: float = 450e9  # bytes/s in each direction between the GPUs of a host
+    between: float = 50e9  # and from a GPU to other hosts
+    per_host: int = 8
+    worker_ms: float = 4.0  # of one core an image
+    image_bytes: float = 110e3
+
+
+def step_seconds(shape: Shape, batch: int, gpus: int, at: Hardware) -> dict[str, float]:
+    """Seconds of a step by cause; the sum of arithmetic and traffic supposes that they do not overlap at all.
+
+    Gradients travel while backward goes on: only what is longer than backward, two thirds of the student's time,
+    is waited for.
+    """
+    per_image, per_step = shape.traffic()
+    arithmetic = batch * shape.flop_per_image() / at.flops
+    memory = (batch * per_image + per_step) / at.bandwidth
+    link = at.inside if gpus <= at.per_host else at.between
+    sent = 2 * (gpus - 1) / gpus * 4 * shape.parameters()  # a ring all-reduce of float32 gradients
+    hops = 5e-6 * math.ceil(math.log2(gpus)) if gpus > 1 else 0.0
+    travel = sent / link + hops
+    waited = max(0.0, travel - 0.6 * (arithmetic + memory))
+    center = 2 * (gpus - 1) / gpus * 4 * shape.k / link + hops
+    return {"arithmetic": arithmetic, "memory": memory, "communication": waited + center}
+
+
+def predict(shape: Shape, batch: int, gpus: int, at: Hardware) -> dict[str, float]:
+    seconds = step_seconds(shape, batch, gpus, at)
+    rate = gpus * batch / sum(seconds.values())
+    return {"images_per_s": rate, "arithmetic_only": gpus * at.flops / shape.flop_per_image(),
+            "waiting": seconds["communication"] / sum(seconds.values()),
+            "cores_per_gpu": rate / gpus * at.worker_ms / 1000, "storage_gb_s": rate * at.image_bytes / 1e9}
+
+
+def largest_batch(shape: Shape, memory: float, precision: str = "bf16") -> int:
+    """Images a GPU that fit into `memory` bytes, a tenth of which is left to the allocator and to temporaries."""
+    free = 0.9 * memory - shape.fixed_bytes()
+    return max(0, int(free / (shape.kept_bytes(precision) + shape.logit_bytes(precision))))
+
+
+def tables(args: argparse.Namespace) -> list[dict]:
+    at = Hardware(args.flops * 1e12, args.bandwidth * 1e12, worker_ms=args.worker_ms, image_bytes=args.image_kb * 1e3)
+    shapes = {name: Shape(*spec, 8, args.out_dim) for name, spec in ARCHS.items()}
+    print("\nAn image: 2 global and 8 local crops")
+    bench.table(["network", "M parameters", "GFLOP", "GB moved", "MB kept", "MB logits", "GB weights, optimizer",
+                 "batch in 80 GB", "in 141 GB"],
+                [[n, s.parameters() / 1e6, s.flop_per_image() / 1e9, s.traffic()[0] / 1e9, s.kept_bytes() / 1e6,
+                  s.logit_bytes() / 1e6, s.fixed_bytes() / 1e9, largest_batch(s, 80e9), largest_batch(s, 141e9)]
+                 for n, s in shapes.items()])
+    found = []
+    for name, shape in shapes.items():
+        batch = min(args.batch, largest_batch(shape, 141e9))
+        print(f"\n{name}, {batch} images a GPU")
+        rows = [{"network": name, "gpus": g, "batch": batch, **predict(shape, batch, g, at)} for g in args.gpus]
+        bench.table(["GPUs", "images/s", "arithmetic alone", "waits for others", "cores a GPU", "storage GB/s",
+                     "h for 100 epochs of ImageNet-1k", "h for 1e9 images"],
+                    [[r["gpus"], r["images_per_s"], r["arithmetic_only"], f"{r['waiting']:.1%}", r["cores_per_gpu"],
+                      r["storage_gb_s"], 128.1167e6 / r["images_per_s"] / 3600, 1e9 / r["images_per_s"] / 3600]
+                     for r in rows])
+        found += rows
+    return found
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = bench.parser(__doc__)
+    parser.add_argument("--flops", type=float, default=788, help="TFLOP/s of a large bf16 product on the device")
+    parser.add_argument("--bandwidth", type=float, default=4.8, help="TB/s of its memory")
+    parser.add_argument("--worker_ms", type=float, default=4.0, help="of a core, to decode and cut an image")
+    parser.add_argument("--image_kb", type=float, default=110, help="of a stored image; ImageNet's mean is 110")
+    parser.add_argument("--batch", type=int, default=128, help="images a GPU, or as many as fit")
+    parser.add_argument("--gpus", type=int, nargs="+", default=[1, 8, 64, 512])
+    parser.add_argument("--out_dim", type=int, default=65536, help="K")
+    return parser
+
+
+def main(args: argparse.Namespace) -> int:
+    print(f"{args.flops:g} TFLOP/s, {args.bandwidth:g} TB/s, a worker's {args.worker_ms:g} ms, "
+          f"{args.image_kb:g} kB an image, K {args.out_dim}")
+    bench.record(args, "model", predictions=tables(args))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(get_args_parser().parse_args()))

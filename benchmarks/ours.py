@@ -1,0 +1,53 @@
+"""The product's training step on tensors that are given: what main_dino.py's loop does between loader and log."""
+
+from __future__ import annotations
+
+import bench  # noqa: F401 - finds the project
+import torch
+
+import utils
+from vision_transformer import DINOHead, build_backbone
+
+
+class Trainer:
+    """Same arguments and initial weights' names as naive.Trainer."""
+
+    def __init__(self, arch="vit_small", patch=16, size=224, k=65536, device="cpu", dtype=None, local=8,
+                 drop_path=0.1, compiled=False) -> None:
+        def build(rate: float) -> utils.MultiCropWrapper:
+            backbone, width = build_backbone(arch, patch, rate, img_size=size)
+            return utils.MultiCropWrapper(backbone, DINOHead(width, k)).to(device)
+
+        self.student, self.teacher = build(drop_path), build(0.0)
+        self.teacher.load_state_dict(self.student.state_dict())
+        self.teacher.requires_grad_(False)
+        if compiled:
+            for module in (self.student.backbone, self.student.head, self.teacher.backbone, self.teacher.head):
+                module.compile()
+        self.dino_loss = utils.DINOLoss(k, 2 + local, 0.04, 0.04, 0, 1).to(device)
+        self.optimizer = torch.optim.AdamW(utils.get_params_groups(self.student), lr=1e-4, weight_decay=0.04,
+                                           fused=True)
+        self.device, self.dtype = device, dtype
+
+    def loss(self, crops: list[torch.Tensor], forward=None) -> tuple[torch.Tensor, torch.Tensor]:
+        """crops: [(2B, 3, g, g), (LB, 3, l, l)] -> loss, and the teacher's output (2B, K).
+
+        Args:
+            forward: the student as a distributed run wraps it; itself by default.
+        """
+        with torch.autocast(self.device.split(":")[0], self.dtype, enabled=self.dtype is not None):
+            with torch.no_grad():
+                teacher_out = self.teacher(crops[:1])
+            student_out = (forward or self.student)(crops)
+        return self.dino_loss(student_out, teacher_out, 0, update_center=False), teacher_out
+
+    def step(self, crops: list[torch.Tensor], momentum: float = 0.996, forward=None) -> torch.Tensor:
+        """One optimizer step; the loss stays on the device."""
+        loss, teacher_out = self.loss(crops, forward)
+        loss.backward()
+        utils.clip_gradients(self.student, 3.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        utils.ema_update(self.student, self.teacher, momentum)
+        self.dino_loss.update_center(teacher_out)
+        return loss.detach()

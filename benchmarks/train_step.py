@@ -1,0 +1,120 @@
+"""A training step on fixed tensors: networks, loss, backward, clipping, optimizer, EMA; ours against naive.py.
+
+    python benchmarks/train_step.py --batch 4                                     # a CPU; one precision, both sides
+    python benchmarks/train_step.py --device cuda --precision bf16 --batch 64 128 256 --rounds 20
+    python benchmarks/train_step.py --device cuda --precision bf16 --profile trace.json
+
+TFLOP/s counts the method's arithmetic (model.py), the same for every variant. --profile writes a trace of our step
+for chrome://tracing or Perfetto and prints the ten operations that take most time on the device.
+"""
+
+import sys
+
+import bench
+import model
+import naive
+import ours
+import torch
+
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def crops_of(batch: int, args) -> tuple[list, list]:
+    """The same pictures as naive.py and ours take them: a list of views, and one tensor a resolution."""
+    sizes = [args.sizes[0]] * 2 + [args.sizes[1]] * args.local
+    views = [torch.randn(batch, 3, s, s, device=args.device) for s in sizes]
+    return views, [torch.cat(group) for group in (views[:2], views[2:]) if group]
+
+
+def trainers(args) -> dict:
+    shared = {"arch": args.arch, "patch": args.patch, "size": args.sizes[0], "k": args.out_dim,
+              "device": args.device, "dtype": PRECISIONS[args.precision]}
+    found = {"naive, a pass a crop": naive.Trainer(**shared),
+             "naive, a pass a resolution": naive.Trainer(**shared, grouped=True),
+             "ours": ours.Trainer(**shared, local=args.local)}
+    if args.compile:
+        found["ours, compiled"] = ours.Trainer(**shared, local=args.local, compiled=True)
+    return found
+
+
+def measure(batch: int, args, rate: float) -> dict:
+    views, grouped = crops_of(batch, args)
+    flop = model.Shape.of(args.arch, args.patch, args.sizes, args.local, args.out_dim).flop_per_image() * batch
+    variants, peaks = trainers(args), {}
+
+    def run(name: str) -> None:
+        if args.device.startswith("cuda"):
+            torch.cuda.reset_peak_memory_stats()
+        variants[name].step(grouped if name.startswith("ours") else views)
+        if args.device.startswith("cuda"):
+            peaks[name] = torch.cuda.max_memory_allocated()
+
+    times = bench.in_turns({name: (lambda name=name: run(name)) for name in variants}, args.rounds, args.device)
+    found = bench.summary(times, "naive, a pass a crop")
+    for name, row in found.items():
+        seconds = row["ms"] / 1000
+        row |= {"images_per_s": batch / seconds, "tflops": flop / seconds / 1e12, "share": flop / seconds / rate,
+                "peak_gb": peaks[name] / 1e9 if peaks else None}
+    rows = [[*cells, row["images_per_s"], row["tflops"], f"{row['share']:.0%}", row["peak_gb"]]
+            for cells, row in zip(bench.time_rows(found), found.values(), strict=True)]
+    print(f"\n{batch} images a step, {flop / batch / 1e9:.1f} GFLOP an image")
+    bench.table([*bench.TIMES, "images/s", "TFLOP/s", "of matmul", "peak GB"], rows)
+    return {"batch": batch, "variants": found}
+
+
+def profile(args) -> None:
+    """A trace of three steps and the ten largest operations on the device, with their share."""
+    from torch.profiler import ProfilerActivity
+
+    cuda = args.device.startswith("cuda")
+    trainer, crops = trainers(args)["ours, compiled" if args.compile else "ours"], crops_of(args.batch[0], args)[1]
+    trainer.step(crops)
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda
+    with torch.profiler.profile(activities=activities) as found:
+        for _ in range(1 if args.quick else 3):
+            trainer.step(crops)
+        bench.wait(args.device)
+    found.export_chrome_trace(args.profile)
+
+    def time_of(event) -> float:
+        return event.self_device_time_total if cuda else event.self_cpu_time_total
+
+    events = sorted(found.key_averages(), key=time_of, reverse=True)
+    events = [e for e in events if not cuda or e.device_type != torch.autograd.DeviceType.CPU]  # kernels alone
+    total = sum(map(time_of, events))
+    print(f"\nwrote {args.profile}; the ten largest {'kernels' if cuda else 'operations'}:")
+    bench.table(["name", "share", "ms", "calls"],
+                [[e.key[:80], f"{time_of(e) / total:.1%}", time_of(e) / 1000, e.count] for e in events[:10]])
+
+
+def get_args_parser():
+    parser = bench.parser(__doc__)
+    parser.add_argument("--arch", default="vit_small", choices=sorted(naive.SIZES))
+    parser.add_argument("--patch", type=int, default=16)
+    parser.add_argument("--sizes", type=int, nargs=2, default=(224, 96), help="pixels of global and local crops")
+    parser.add_argument("--local", type=int, default=8, help="local crops")
+    parser.add_argument("--out_dim", type=int, default=65536, help="K")
+    parser.add_argument("--batch", type=int, nargs="+", default=[4], help="images a step; one table each")
+    parser.add_argument("--precision", choices=sorted(PRECISIONS), default="fp32")
+    parser.add_argument("--compile", action="store_true", help="also our step with torch.compile")
+    parser.add_argument("--profile", default="", metavar="FILE", help="write a trace of our step, instead of timing")
+    return parser
+
+
+def main(args) -> int:
+    if args.quick:
+        args.arch, args.sizes, args.local, args.out_dim, args.batch, args.rounds = "vit_nano", (32, 16), 2, 64, [2], 1
+    torch.manual_seed(0)
+    bench.header(f"training step of {args.arch}/{args.patch}, {args.precision}", args.device)
+    if args.profile:
+        profile(args)
+        return 0
+    rate = bench.matmul_rate(args.device, PRECISIONS[args.precision] or torch.float32, 64 if args.quick else 0)
+    print(f"measured matmul rate {rate / 1e12:.3g} TFLOP/s")
+    found = [measure(batch, args, rate) for batch in args.batch]
+    bench.record(args, "train_step", matmul_flops=rate, batches=found)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(get_args_parser().parse_args()))

@@ -1,0 +1,179 @@
+"""The benchmarks run on tiny sizes, without a word about time; what they count and compare is right."""
+
+import importlib
+import json
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+sys.path.append(str(ROOT / "benchmarks"))  # behind the root: two names there are also names of modules
+import bench  # noqa: E402
+import model  # noqa: E402
+import naive  # noqa: E402
+import ours  # noqa: E402
+
+TINY = {"arch": "vit_nano", "size": 32, "k": 64, "drop_path": 0.1}
+SCRIPTS = ["train_step", "loss", "data_pipeline", "end_to_end", "startup", "model"]
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_script_runs_and_leaves_a_line_of_json(name, tmp_path, capsys):
+    script = importlib.import_module(name)
+    args = script.get_args_parser().parse_args(["--quick", "--json", str(tmp_path / "out.jsonl")])
+    assert script.main(args) == 0
+    assert "|" in capsys.readouterr().out
+    (line,) = (tmp_path / "out.jsonl").read_text().splitlines()
+    seen = json.loads(line)
+    assert seen["benchmark"] == name and seen["machine"]["torch"] == torch.__version__
+
+
+def test_bytes_communicated_are_those_of_gradients_and_centre(tmp_path):
+    """Two real processes."""
+    import scaling
+
+    args = scaling.get_args_parser().parse_args(["--quick", "--json", str(tmp_path / "out.jsonl")])
+    assert scaling.main(args) == 0
+    (run,) = json.loads((tmp_path / "out.jsonl").read_text())["runs"]
+    assert run["gradients"] == 4 * model.Shape.of("vit_nano", 16, (32, 16), 2, 64).parameters()
+    assert run["centre"] == 4 * 64
+
+
+def test_profile_names_the_largest_operations(tmp_path, capsys):
+    import train_step
+
+    trace = tmp_path / "trace.json"
+    assert train_step.main(train_step.get_args_parser().parse_args(["--quick", "--profile", str(trace)])) == 0
+    assert json.loads(trace.read_text())["traceEvents"]
+    assert len([x for x in capsys.readouterr().out.splitlines() if "%" in x]) == 10
+
+
+def views(batch=3, local=2):
+    crops = [torch.randn(batch, 3, s, s) for s in [32] * 2 + [16] * local]
+    return crops, [torch.cat(crops[:2]), torch.cat(crops[2:])]
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_naive_and_ours_train_alike(grouped):
+    """From the same weights, two steps in float32 give the same losses and weights: the baseline does all the work."""
+    torch.manual_seed(0)
+    mine = ours.Trainer(**TINY | {"drop_path": 0.0}, local=2)
+    theirs = naive.Trainer(**TINY | {"drop_path": 0.0}, grouped=grouped)
+    assert theirs.student.load_state_dict(mine.student.state_dict())
+    theirs.teacher.load_state_dict(mine.teacher.state_dict())
+    for _ in range(2):
+        separate, joined = views()
+        torch.testing.assert_close(torch.tensor(theirs.step(separate)), mine.step(joined), rtol=1e-5, atol=1e-5)
+    for part in ("student", "teacher"):
+        expected = getattr(theirs, part).state_dict()
+        for name, value in getattr(mine, part).state_dict().items():
+            # AdamW's first steps are +-lr a value: where a gradient is rounding noise, its sign is too
+            torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=3e-4, msg=name)
+    torch.testing.assert_close(mine.dino_loss.center, theirs.center, rtol=1e-4, atol=1e-6)
+
+
+def test_arithmetic_of_the_model_is_what_torch_counts():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    torch.manual_seed(0)
+    trainer, crops = ours.Trainer(**TINY, local=2), views()[1]
+    with FlopCounterMode(display=False) as counted:
+        trainer.loss(crops)[0].backward()
+    predicted = 3 * model.Shape.of("vit_nano", 16, (32, 16), 2, 64).flop_per_image()
+    assert predicted == pytest.approx(counted.get_total_flops(), rel=0.03)  # no gradient of the pictures is needed
+
+
+def test_parameters_and_kept_bytes_of_the_model_are_those_of_the_network():
+    trainer, crops = ours.Trainer(arch="vit_tiny", size=64, k=512, local=2), views(8)[1]
+    shape = model.Shape.of("vit_tiny", 16, (64, 32), 2, 512)
+    parameters = sum(p.numel() for p in trainer.student.parameters() if p.requires_grad)
+    assert shape.parameters() == parameters
+    crops = [torch.randn(16, 3, 64, 64), torch.randn(16, 3, 32, 32)]
+    kept = bench.kept_bytes(lambda: trainer.student.features(crops))
+    assert 8 * shape.kept_bytes("fp32") == pytest.approx(kept, rel=0.1)
+
+
+def test_published_figures_of_the_arithmetic():
+    """ViT-S/16, 2 x 224 + 8 x 96, K 65,536: 9.2 and 1.6 GFLOP a crop, 114 an image."""
+    shape = model.Shape.of("vit_small", 16, (224, 96), 8, 65536)
+    assert shape.backbone_flop(224) / 1e9 == pytest.approx(9.2, abs=0.05)
+    assert shape.backbone_flop(96) / 1e9 == pytest.approx(1.62, abs=0.01)
+    assert shape.flop_per_image() / 1e9 == pytest.approx(113.8, abs=0.1)
+
+
+def test_kept_bytes_counts_storages_once_and_no_weights():
+    w = torch.nn.Parameter(torch.ones(10, 10))
+    x = torch.ones(5, 10)
+    assert bench.kept_bytes(lambda: (x @ w).exp()) == 5 * 10 * 4 + 5 * 10 * 4  # x, and exp's result
+    assert bench.kept_bytes(lambda: (x @ w, x @ w)) == 5 * 10 * 4
+
+
+def test_ratios_are_taken_round_by_round():
+    found = bench.summary({"naive": [2.0, 4.0, 6.0], "ours": [1.0, 4.0, 2.0]}, "naive", per=2)
+    assert found["ours"] == {"ms": 1000.0, "low": 500.0, "high": 2000.0, "ratio": 2.0, "ratio_low": 1.0,
+                             "ratio_high": 3.0}  # fmt: skip
+
+
+def test_predictions_fall_with_slower_links_and_never_wait_alone():
+    shape = model.Shape(*model.ARCHS["ViT-S/16"], 8, 65536)
+    fast, slow = (model.Hardware(788e12, 4.8e12, between=link) for link in (50e9, 1e9))
+    assert model.predict(shape, 64, 1, fast)["waiting"] == 0
+    assert model.predict(shape, 64, 64, slow)["images_per_s"] < 0.9 * model.predict(shape, 64, 64, fast)["images_per_s"]
+
+
+# ---- The loop never waits for the device ----
+
+
+class EndOfTest(Exception):
+    pass
+
+
+@pytest.fixture
+def device_that_cannot_be_read(monkeypatch, tmp_path):
+    """A run on torch's meta device, whose tensors have no values: item(), cpu(), bool() and the like all raise."""
+    import main_dino
+
+    started = sys.modules[main_dino.Run.__module__]  # where its networks and optimizer are made
+    monkeypatch.setattr(started, "build_optimizer", lambda name, model: torch.optim.AdamW(model.parameters()))
+    monkeypatch.setattr(main_dino.Run, "autocast", lambda run: torch.autocast("cpu", enabled=False))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *args: pytest.fail("a step waits for the device"))
+    argv = ("--arch vit_nano --data_path shapes:16x32 --global_crops_size 32 --local_crops_size 16 --out_dim 64 "
+            "--local_crops_number 2 --batch_size_per_gpu 4 --num_workers 0 --epochs 4 --warmup_epochs 0 "
+            "--freeze_last_layer 0 --log_every 100 --saveckp_freq 0 --precision fp32").split()  # fmt: skip
+    args = main_dino.get_args_parser().parse_args([*argv, "--output_dir", str(tmp_path)])
+    run = main_dino.Run(args, torch.device("meta"))
+    run.step = 1  # step 0 is a logged one
+    return main_dino, run
+
+
+def run_steps(main_dino, run, monkeypatch, steps):
+    """Steps of the real loop, none of them logged, that end with EndOfTest."""
+    load = main_dino.load
+
+    def some(*args, **kwargs):
+        for number, batch in enumerate(load(*args, **kwargs)):
+            if number == steps:
+                raise EndOfTest
+            yield batch
+
+    monkeypatch.setattr(main_dino, "load", some)
+    with pytest.raises(EndOfTest):
+        main_dino.train(run, log=None)
+
+
+def test_a_step_of_the_loop_reads_nothing_from_the_device(device_that_cannot_be_read, monkeypatch):
+    main_dino, run = device_that_cannot_be_read
+    run_steps(main_dino, run, monkeypatch, steps=2)
+    assert run.step == 3
+
+
+def test_that_device_notices_a_read(device_that_cannot_be_read, monkeypatch):
+    main_dino, run = device_that_cannot_be_read
+    ema_update = main_dino.utils.ema_update
+    for read in (lambda x: x.item(), lambda x: x.cpu(), bool, lambda x: x.tolist(), lambda x: x.nonzero()):
+        monkeypatch.setattr(main_dino.utils, "ema_update",
+                            lambda s, t, m, read=read: (read(next(s.parameters()).sum()), ema_update(s, t, m)))
+        run.step = 1
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            main_dino.train(run, log=None)
