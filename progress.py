@@ -30,6 +30,7 @@ class Lines:
         if self.live is None:
             self.live = Live(console=self.console, auto_refresh=False, transient=True)
             self.live.start()
+            self.console.show_cursor(True)  # a kill must not leave the terminal without one
         rows = Table.grid(expand=True)
         rows.add_row(ProgressBar(self.total, done))
         rows.add_row(Text(line))
