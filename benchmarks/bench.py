@@ -183,3 +183,18 @@ def matmul_rate(device: str, dtype: torch.dtype, side: int = 0, seconds: float =
         wait(device)
         best = max(best, 2 * side**3 / (time.perf_counter() - start))
     return best
+
+
+def copy_rate(device: str, seconds: float = 1.0, size: int = 2**28) -> float:
+    """Measured bytes/s, read and written, of copying memory that no cache holds."""
+    source = torch.ones(size // 4, device=device)
+    target = torch.empty_like(source)
+    best, end = 0.0, time.perf_counter() + seconds
+    target.copy_(source)
+    while best == 0 or time.perf_counter() < end:
+        wait(device)
+        start = time.perf_counter()
+        target.copy_(source)
+        wait(device)
+        best = max(best, 2 * size / (time.perf_counter() - start))
+    return best

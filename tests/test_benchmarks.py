@@ -15,7 +15,7 @@ import naive  # noqa: E402
 import ours  # noqa: E402
 
 TINY = {"arch": "vit_nano", "size": 32, "k": 64, "drop_path": 0.1}
-SCRIPTS = ["train_step", "loss", "prototypes", "data_pipeline", "end_to_end", "startup", "model"]
+SCRIPTS = ["train_step", "loss", "memory", "prototypes", "data_pipeline", "end_to_end", "startup", "model"]
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
