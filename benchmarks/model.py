@@ -41,7 +41,11 @@ KEPT = {  # for backward: two norms' inputs and results, q k v, attention's resu
     "bf16": 2 * (4 + 2) + 6 + 2 + 8 + 8,
     "fp32": 4 * (2 * 2 + 3 + 1 + 4 + 4),
 }
-UPDATE_TRAFFIC = 4 * (5 + 3 + 2 + 2 + 1)  # bytes a parameter: AdamW r4 w3, clipping r2 w1, EMA r2 w1
+UPDATE_TRAFFIC = 4 * (4 + 3 + 2 + 1 + 3 + 2)  # bytes a parameter: AdamW r4 w3, clipping r2 w1, EMA r3 w2
+# Values a parameter: read by the teacher's pass and the student's two; backward, once a resolution, reads it and
+# writes its gradient, and adds the two up.
+PASS_TRAFFIC = 1 + 2 + 2 * (1 + 1) + 3
+COLOURS_TRAFFIC = 435  # bytes a value of the crops: photometric.py's jitter, grey, blur, solarize, as counted
 
 
 @dataclass(frozen=True)
@@ -107,7 +111,11 @@ class Shape:
         tokens = (teacher + 3 * student) * FORWARD_TRAFFIC[precision] * self.blocks * self.width
         logits = self.k * ((2 + self.local) * 5 * half + 2 * (2 * half + 4 * 4))
         prototypes = 4 * BOTTLENECK * self.k * (2 * 2 + 4)  # both networks' forward passes, and a backward one
-        return tokens + logits, self.parameters() * (UPDATE_TRAFFIC + 3 * half) + prototypes
+        return tokens + logits, self.parameters() * (UPDATE_TRAFFIC + PASS_TRAFFIC * half) + prototypes
+
+    def colour_bytes(self) -> int:
+        """Moved for an image's colours and blur on the device."""
+        return COLOURS_TRAFFIC * 3 * (2 * self.sizes[0] ** 2 + self.local * self.sizes[1] ** 2)
 
 
 @dataclass(frozen=True)
@@ -122,7 +130,7 @@ class Hardware:
 
 
 def step_seconds(shape: Shape, batch: int, gpus: int, at: Hardware, precision: str = "bf16") -> dict[str, float]:
-    """Seconds of a step by cause; the sum of arithmetic and traffic supposes that they do not overlap at all.
+    """Seconds of a step on tensors that are there, by cause; the sum supposes that none of them overlap.
 
     Gradients travel while backward goes on: only what is longer than backward, two thirds of the student's time,
     is waited for.
@@ -141,6 +149,7 @@ def step_seconds(shape: Shape, batch: int, gpus: int, at: Hardware, precision: s
 
 def predict(shape: Shape, batch: int, gpus: int, at: Hardware, precision: str = "bf16") -> dict[str, float]:
     seconds = step_seconds(shape, batch, gpus, at, precision)
+    seconds["colours"] = batch * shape.colour_bytes() / at.bandwidth
     rate = gpus * batch / sum(seconds.values())
     return {"images_per_s": rate, "arithmetic_only": gpus * at.flops / shape.flop_per_image(),
             "waiting": seconds["communication"] / sum(seconds.values()),
@@ -166,9 +175,12 @@ def tables(args: argparse.Namespace) -> list[dict]:
     print(f"\nViT-S/16 on one GPU, {args.batch} images: what stands between arithmetic and the step")
     kinds = {"eager": "bf16", "fused by torch.compile": "bf16, fused"}
     parts = {kind: step_seconds(small, args.batch, 1, at, key) for kind, key in kinds.items()}
-    bench.table(["step", "ms of arithmetic", "ms of memory traffic", "images/s if one after the other", "if overlapped"],
-                [[kind, 1000 * p["arithmetic"], 1000 * p["memory"], args.batch / sum(p.values()),
-                  args.batch / max(p.values())] for kind, p in parts.items()])
+    colours = args.batch * small.colour_bytes() / at.bandwidth
+    bench.table(["step", "ms of arithmetic", "of memory traffic", "of colours", "images/s, one after the other",
+                 "overlapped"],
+                [[kind, 1000 * p["arithmetic"], 1000 * p["memory"], 1000 * colours,
+                  args.batch / (sum(p.values()) + colours), args.batch / max(p["arithmetic"], p["memory"] + colours)]
+                 for kind, p in parts.items()])
     found = []
     for name, shape in shapes.items():
         batch = min(args.batch, largest_batch(shape, 141e9))
