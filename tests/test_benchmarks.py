@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import runpy
 import sys
 
 import pytest
@@ -13,6 +14,8 @@ import bench  # noqa: E402
 import model  # noqa: E402
 import naive  # noqa: E402
 import ours  # noqa: E402
+
+import utils  # noqa: E402
 
 TINY = {"arch": "vit_nano", "size": 32, "k": 64, "drop_path": 0.1}
 SCRIPTS = ["train_step", "loss", "memory", "prototypes", "data_pipeline", "end_to_end", "startup", "model"]
@@ -27,6 +30,14 @@ def test_script_runs_and_leaves_a_line_of_json(name, tmp_path, capsys):
     (line,) = (tmp_path / "out.jsonl").read_text().splitlines()
     seen = json.loads(line)
     assert seen["benchmark"] == name and seen["machine"]["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize("name", ["attention", "knn", "linear"])
+def test_older_script_runs(name, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [name, "--quick"])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    runpy.run_path(str(ROOT / "benchmarks" / f"{name}.py"), run_name="__main__")
+    assert "torch" in capsys.readouterr().out or name == "knn"
 
 
 def test_bytes_communicated_are_those_of_gradients_and_centre(tmp_path):
@@ -141,6 +152,47 @@ def test_predictions_fall_with_slower_links_and_never_wait_alone():
     fast, slow = (model.Hardware(788e12, 4.8e12, between=link) for link in (50e9, 1e9))
     assert model.predict(shape, 64, 1, fast)["waiting"] == 0
     assert model.predict(shape, 64, 64, slow)["images_per_s"] < 0.9 * model.predict(shape, 64, 64, fast)["images_per_s"]
+
+
+# ---- The loss in parts ----
+
+
+def pairs_loss(student, teacher, center, ncrops):
+    """Equation 3, pair by pair, in the type of its arguments."""
+    s, t = student.chunk(ncrops), teacher.chunk(2)
+    pairs = [-(((t[i] - center) / 0.04).softmax(1) * (s[v] / 0.1).log_softmax(1)).sum(1).mean()
+             for i in range(2) for v in range(ncrops) if v != i]
+    return sum(pairs) / len(pairs)
+
+
+@pytest.mark.parametrize("ncrops", [2, 3, 5])
+@pytest.mark.parametrize("part", [1, 5 * 7 * 2, 2**20], ids=["an image", "two images", "all"])
+def test_loss_in_parts_and_its_gradient(monkeypatch, ncrops, part):
+    """Five images of seven prototypes, in parts that do and do not divide them."""
+    monkeypatch.setattr(utils.PairsOfViews, "PART_CPU", part)
+    torch.manual_seed(0)
+    student = torch.randn(5 * ncrops, 7, dtype=torch.float64, requires_grad=True)
+    teacher, center = torch.randn(10, 7, dtype=torch.float64), torch.randn(1, 7, dtype=torch.float64)
+    loss = utils.DINOLoss(7, ncrops, 0.04, 0.04, 0, 1)
+    loss.center = center
+    for scale in (1.0, 1000.0):
+        found = scale * loss(student, teacher, 0, update_center=False)
+        expected = scale * pairs_loss(student, teacher, center, ncrops)
+        torch.testing.assert_close(found, expected)
+        grads = [torch.autograd.grad(x, student)[0] for x in (found, expected)]
+        torch.testing.assert_close(*grads)
+
+
+def test_small_gradients_survive_half_precision_when_the_loss_is_scaled():
+    """A gradient of 1e-8 is zero in float16, and must not be so before the scaler's factor is applied."""
+    torch.manual_seed(0)
+    student, teacher = torch.randn(4 * 64, 4096).half().requires_grad_(), torch.randn(2 * 64, 4096).half()
+    loss = utils.DINOLoss(4096, 4, 0.04, 0.04, 0, 1)
+    (65536 * loss(student, teacher, 0)).backward()
+    expected = student.detach().float().requires_grad_()
+    (65536 * pairs_loss(expected, teacher.float(), 0, 4)).backward()
+    assert (expected.grad / 65536).abs().median() < 6e-8  # the smallest float16 is 6e-8
+    torch.testing.assert_close(student.grad.float(), expected.grad, rtol=2e-3, atol=1e-6)
 
 
 # ---- The loop never waits for the device ----
