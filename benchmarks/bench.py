@@ -11,7 +11,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import statistics
 import sys
 import time
@@ -19,6 +18,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # before this folder: some modules there have the names of benchmarks here
@@ -165,9 +166,34 @@ def kept_bytes(function: Callable[[], object]) -> int:
     return sum(size for size, _ in kept.values())
 
 
-def peak_rss() -> int:
-    """Most memory this process has held so far, bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+class Traffic(TorchDispatchMode):
+    """Counts bytes while it is active: what every operation reads and writes, as if no cache held anything.
+
+    Views and fresh memory cost nothing. An operation reads its arguments, and writes its results or, in place, the
+    arguments that its schema says it changes.
+    """
+
+    FREE = {"empty", "empty_like", "empty_strided", "new_empty", "_unsafe_view"}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result, schema = func(*args, **kwargs), func._schema
+        view = any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
+        if not view and schema.name.split("::")[1] not in self.FREE:
+            given = dict(zip((a.name for a in schema.arguments), args, strict=False)) | kwargs
+            changed = [given.get(a.name) for a in schema.arguments if a.alias_info and a.alias_info.is_write]
+            fresh = result if not any(r.alias_info for r in schema.returns) else ()
+            read = {name: value for name, value in given.items() if name != "out"}
+            self.bytes += sum(self.size(x) for x in tree_leaves((read, changed, fresh)))
+        return result
+
+    @staticmethod
+    def size(x: object) -> int:
+        return min(x.nbytes, x.untyped_storage().nbytes()) if isinstance(x, torch.Tensor) else 0
 
 
 def matmul_rate(device: str, dtype: torch.dtype, side: int = 0, seconds: float = 1.0) -> float:
@@ -182,4 +208,19 @@ def matmul_rate(device: str, dtype: torch.dtype, side: int = 0, seconds: float =
         a @ b
         wait(device)
         best = max(best, 2 * side**3 / (time.perf_counter() - start))
+    return best
+
+
+def copy_rate(device: str, seconds: float = 1.0, size: int = 2**28) -> float:
+    """Measured bytes/s, read and written, of copying memory that no cache holds."""
+    source = torch.ones(size // 4, device=device)
+    target = torch.empty_like(source)
+    best, end = 0.0, time.perf_counter() + seconds
+    target.copy_(source)
+    while best == 0 or time.perf_counter() < end:
+        wait(device)
+        start = time.perf_counter()
+        target.copy_(source)
+        wait(device)
+        best = max(best, 2 * size / (time.perf_counter() - start))
     return best

@@ -1,4 +1,5 @@
-"""The loss alone, forward and backward, at K = 65,536 and ten crops: ours against the double loop of naive.py.
+"""The loss alone, forward and backward, at K = 65,536 and ten crops: ours against the double loop of naive.py, and
+against the same algebra without parts: logsumexp and inner products of all logits at once, differentiated by autograd.
 
     python benchmarks/loss.py                                            # 8 images, float32 logits
     python benchmarks/loss.py --device cuda --precision bf16 --batch 128
@@ -19,10 +20,20 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 WORST = {"fp32": 1e-4, "bf16": 2e-2}  # largest difference of gradients, as a share of the largest gradient
 
 
+def at_once(s: torch.Tensor, t: torch.Tensor, center: torch.Tensor, crops: int) -> torch.Tensor:
+    """As q sums to one, the cross-entropy of a pair is logsumexp(logits) - <q, logits>."""
+    s = s.float().unflatten(0, (crops, -1)) / 0.1
+    q = ((t.float() - center) / 0.04).softmax(-1).unflatten(0, (2, -1))
+    match = (q.flip(0) * s[:2]).sum() + (q.sum(0) * s[2:].sum(0)).sum()
+    log_z = s.logsumexp(-1)
+    return (log_z[:2].sum() + 2 * log_z[2:].sum() - match) / (2 * (crops - 1) * q.shape[1])
+
+
 def variants(crops: int, k: int, device: str) -> dict:
     loss = utils.DINOLoss(k, crops, 0.04, 0.04, 0, 1).to(device)
     return {
         "naive": lambda s, t: naive.dino_loss(s.chunk(crops), t.chunk(2), loss.center),
+        "all at once": lambda s, t: at_once(s, t, loss.center, crops),
         "ours": lambda s, t: loss(s, t, 0, update_center=False),
     }
 

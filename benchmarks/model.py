@@ -25,19 +25,27 @@ ARCHS = {  # width, blocks, patch, pixels of global and local crops
 SIZES = {"vit_nano": (192, 4), "vit_tiny": (192, 12), "vit_small": (384, 12), "vit_base": (768, 12)}
 HIDDEN, BOTTLENECK = 2048, 256
 
-# Bytes a token and unit of width that one block moves or keeps, in bf16 autocast; r read, w written.
-FORWARD_TRAFFIC = sum((
-    2 * (4 + 4 + 4 + 2),  # two layer norms: r4 w4, and the cast of the result: r4 w2
-    2 + 6, 6 + 2, 2 + 2,  # qkv, attention, projection
-    2 + 8, 8 + 8, 8 + 2,  # fc1, GELU, fc2
-    2 * (2 + 2), 2 * (4 + 2 + 4),  # drop path and addition to the residual stream, twice each
-))
-TEACHER_TRAFFIC = FORWARD_TRAFFIC - 2 * (2 + 2)  # no drop path
+# Bytes a token and unit of width that one block moves or keeps, forward; r read, w written.
+FORWARD_TRAFFIC = {
+    "bf16": sum((
+        2 * (4 + 4 + 4 + 2),  # two layer norms: r4 w4, and the cast of the result: r4 w2
+        2 + 6, 6 + 2, 2 + 2,  # qkv, attention, projection
+        2 + 8, 8 + 8, 8 + 2,  # fc1, GELU, fc2
+        2 * (2 + 2), 2 * (4 + 2 + 4),  # drop path and addition to the residual stream, twice each
+    )),
+    # torch.compile: the cast joins the norm; drop path, addition and residual stream are one pass
+    "bf16, fused": sum((2 * (4 + 2), 2 + 6, 6 + 2, 2 + 2, 2 + 8, 8 + 8, 8 + 2, 2 * (4 + 2 + 4))),
+    "fp32": 4 * sum((2 * (1 + 1), 1 + 3, 3 + 1, 1 + 1, 1 + 4, 4 + 4, 4 + 1, 2 * (1 + 1), 2 * (2 + 1))),
+}
 KEPT = {  # for backward: two norms' inputs and results, q k v, attention's result, fc1's and GELU's
     "bf16": 2 * (4 + 2) + 6 + 2 + 8 + 8,
     "fp32": 4 * (2 * 2 + 3 + 1 + 4 + 4),
 }
-OPTIMIZER_TRAFFIC = 4 * (5 + 3 + 2 + 2 + 1)  # bytes a parameter: AdamW r4 w3, clipping r2 w1, EMA r2 w1
+UPDATE_TRAFFIC = 4 * (4 + 3 + 2 + 1 + 3 + 2)  # bytes a parameter: AdamW r4 w3, clipping r2 w1, EMA r3 w2
+# Values a parameter: read by the teacher's pass and the student's two; backward, once a resolution, reads it and
+# writes its gradient, and adds the two up.
+PASS_TRAFFIC = 1 + 2 + 2 * (1 + 1) + 3
+COLOURS_TRAFFIC = 435  # bytes a value of the crops: photometric.py's jitter, grey, blur, solarize, as counted
 
 
 @dataclass(frozen=True)
@@ -96,12 +104,18 @@ class Shape:
         """Weights of student and teacher, gradients and AdamW's two moments in float32; both nets' copies in bf16."""
         return self.parameters() * (5 * 4 + 2 * 2)
 
-    def traffic(self) -> tuple[float, float]:
-        """Bytes moved (an image, a step): activations and logits; weights and the update."""
+    def traffic(self, precision: str = "bf16") -> tuple[float, float]:
+        """Bytes moved (an image, a step): activations and logits; weights, their casts, normalization and update."""
         teacher, student = self.tokens_per_image()
-        tokens = (teacher * TEACHER_TRAFFIC + 3 * student * FORWARD_TRAFFIC) * self.blocks * self.width
-        logits = self.k * ((2 + self.local) * (5 * 2) + 2 * (2 * 2 + 4 * 4))
-        return tokens + logits, self.parameters() * (OPTIMIZER_TRAFFIC + 3 * (4 + 2) + 4)
+        half = 4 if precision == "fp32" else 2
+        tokens = (teacher + 3 * student) * FORWARD_TRAFFIC[precision] * self.blocks * self.width
+        logits = self.k * ((2 + self.local) * 5 * half + 2 * (2 * half + 4 * 4))
+        prototypes = 4 * BOTTLENECK * self.k * (2 * 2 + 4)  # both networks' forward passes, and a backward one
+        return tokens + logits, self.parameters() * (UPDATE_TRAFFIC + PASS_TRAFFIC * half) + prototypes
+
+    def colour_bytes(self) -> int:
+        """Moved for an image's colours and blur on the device."""
+        return COLOURS_TRAFFIC * 3 * (2 * self.sizes[0] ** 2 + self.local * self.sizes[1] ** 2)
 
 
 @dataclass(frozen=True)
@@ -115,13 +129,13 @@ class Hardware:
     image_bytes: float = 110e3
 
 
-def step_seconds(shape: Shape, batch: int, gpus: int, at: Hardware) -> dict[str, float]:
-    """Seconds of a step by cause; the sum of arithmetic and traffic supposes that they do not overlap at all.
+def step_seconds(shape: Shape, batch: int, gpus: int, at: Hardware, precision: str = "bf16") -> dict[str, float]:
+    """Seconds of a step on tensors that are there, by cause; the sum supposes that none of them overlap.
 
     Gradients travel while backward goes on: only what is longer than backward, two thirds of the student's time,
     is waited for.
     """
-    per_image, per_step = shape.traffic()
+    per_image, per_step = shape.traffic(precision)
     arithmetic = batch * shape.flop_per_image() / at.flops
     memory = (batch * per_image + per_step) / at.bandwidth
     link = at.inside if gpus <= at.per_host else at.between
@@ -133,8 +147,9 @@ def step_seconds(shape: Shape, batch: int, gpus: int, at: Hardware) -> dict[str,
     return {"arithmetic": arithmetic, "memory": memory, "communication": waited + center}
 
 
-def predict(shape: Shape, batch: int, gpus: int, at: Hardware) -> dict[str, float]:
-    seconds = step_seconds(shape, batch, gpus, at)
+def predict(shape: Shape, batch: int, gpus: int, at: Hardware, precision: str = "bf16") -> dict[str, float]:
+    seconds = step_seconds(shape, batch, gpus, at, precision)
+    seconds["colours"] = batch * shape.colour_bytes() / at.bandwidth
     rate = gpus * batch / sum(seconds.values())
     return {"images_per_s": rate, "arithmetic_only": gpus * at.flops / shape.flop_per_image(),
             "waiting": seconds["communication"] / sum(seconds.values()),
@@ -156,6 +171,16 @@ def tables(args: argparse.Namespace) -> list[dict]:
                 [[n, s.parameters() / 1e6, s.flop_per_image() / 1e9, s.traffic()[0] / 1e9, s.kept_bytes() / 1e6,
                   s.logit_bytes() / 1e6, s.fixed_bytes() / 1e9, largest_batch(s, 80e9), largest_batch(s, 141e9)]
                  for n, s in shapes.items()])
+    small = shapes["ViT-S/16"]
+    print(f"\nViT-S/16 on one GPU, {args.batch} images: what stands between arithmetic and the step")
+    kinds = {"eager": "bf16", "fused by torch.compile": "bf16, fused"}
+    parts = {kind: step_seconds(small, args.batch, 1, at, key) for kind, key in kinds.items()}
+    colours = args.batch * small.colour_bytes() / at.bandwidth
+    bench.table(["step", "ms of arithmetic", "of memory traffic", "of colours", "images/s, one after the other",
+                 "overlapped"],
+                [[kind, 1000 * p["arithmetic"], 1000 * p["memory"], 1000 * colours,
+                  args.batch / (sum(p.values()) + colours), args.batch / max(p["arithmetic"], p["memory"] + colours)]
+                 for kind, p in parts.items()])
     found = []
     for name, shape in shapes.items():
         batch = min(args.batch, largest_batch(shape, 141e9))

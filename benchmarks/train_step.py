@@ -37,9 +37,11 @@ def trainers(args) -> dict:
     return found
 
 
-def measure(batch: int, args, rate: float) -> dict:
+def measure(batch: int, args, rate: float, bandwidth: float) -> dict:
     views, grouped = crops_of(batch, args)
-    flop = model.Shape.of(args.arch, args.patch, args.sizes, args.local, args.out_dim).flop_per_image() * batch
+    shape = model.Shape.of(args.arch, args.patch, args.sizes, args.local, args.out_dim)
+    flop, precision = shape.flop_per_image() * batch, "fp32" if args.precision == "fp32" else "bf16"
+    causes = model.step_seconds(shape, batch, 1, model.Hardware(rate, bandwidth), precision)
     variants, peaks = trainers(args), {}
 
     def run(name: str) -> None:
@@ -50,16 +52,19 @@ def measure(batch: int, args, rate: float) -> dict:
             peaks[name] = torch.cuda.max_memory_allocated()
 
     times = bench.in_turns({name: (lambda name=name: run(name)) for name in variants}, args.rounds, args.device)
-    found = bench.summary(times, "naive, a pass a crop")
+    found = bench.summary(times, "naive, a pass a resolution")  # the stronger of the two
     for name, row in found.items():
         seconds = row["ms"] / 1000
         row |= {"images_per_s": batch / seconds, "tflops": flop / seconds / 1e12, "share": flop / seconds / rate,
                 "peak_gb": peaks[name] / 1e9 if peaks else None}
     rows = [[*cells, row["images_per_s"], row["tflops"], f"{row['share']:.0%}", row["peak_gb"]]
             for cells, row in zip(bench.time_rows(found), found.values(), strict=True)]
-    print(f"\n{batch} images a step, {flop / batch / 1e9:.1f} GFLOP an image")
+    predicted = batch / sum(causes.values())
+    print(f"\n{batch} images a step, {flop / batch / 1e9:.1f} GFLOP an image; the model of cost predicts "
+          f"{predicted:.3g} images/s: {1000 * causes['arithmetic']:.3g} ms of arithmetic, "
+          f"{1000 * causes['memory']:.3g} ms of memory traffic")
     bench.table([*bench.TIMES, "images/s", "TFLOP/s", "of matmul", "peak GB"], rows)
-    return {"batch": batch, "variants": found}
+    return {"batch": batch, "predicted": predicted, "variants": found}
 
 
 def profile(args) -> None:
@@ -110,9 +115,10 @@ def main(args) -> int:
         profile(args)
         return 0
     rate = bench.matmul_rate(args.device, PRECISIONS[args.precision] or torch.float32, 64 if args.quick else 0)
-    print(f"measured matmul rate {rate / 1e12:.3g} TFLOP/s")
-    found = [measure(batch, args, rate) for batch in args.batch]
-    bench.record(args, "train_step", matmul_flops=rate, batches=found)
+    bandwidth = bench.copy_rate(args.device, size=2**20 if args.quick else 2**28)
+    print(f"measured: matrix products {rate / 1e12:.3g} TFLOP/s, copies {bandwidth / 1e9:.3g} GB/s")
+    found = [measure(batch, args, rate, bandwidth) for batch in args.batch]
+    bench.record(args, "train_step", matmul_flops=rate, copy_bytes=bandwidth, batches=found)
     return 0
 
 

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import runpy
 import sys
 
 import pytest
@@ -14,8 +15,10 @@ import model  # noqa: E402
 import naive  # noqa: E402
 import ours  # noqa: E402
 
+import utils  # noqa: E402
+
 TINY = {"arch": "vit_nano", "size": 32, "k": 64, "drop_path": 0.1}
-SCRIPTS = ["train_step", "loss", "data_pipeline", "end_to_end", "startup", "model"]
+SCRIPTS = ["train_step", "loss", "memory", "prototypes", "data_pipeline", "end_to_end", "startup", "model"]
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -27,6 +30,14 @@ def test_script_runs_and_leaves_a_line_of_json(name, tmp_path, capsys):
     (line,) = (tmp_path / "out.jsonl").read_text().splitlines()
     seen = json.loads(line)
     assert seen["benchmark"] == name and seen["machine"]["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize("name", ["attention", "knn", "linear"])
+def test_older_script_runs(name, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [name, "--quick"])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    runpy.run_path(str(ROOT / "benchmarks" / f"{name}.py"), run_name="__main__")
+    assert "torch" in capsys.readouterr().out or name == "knn"
 
 
 def test_bytes_communicated_are_those_of_gradients_and_centre(tmp_path):
@@ -49,8 +60,8 @@ def test_profile_names_the_largest_operations(tmp_path, capsys):
     assert len([x for x in capsys.readouterr().out.splitlines() if "%" in x]) == 10
 
 
-def views(batch=3, local=2):
-    crops = [torch.randn(batch, 3, s, s) for s in [32] * 2 + [16] * local]
+def views(batch=3, local=2, sizes=(32, 16)):
+    crops = [torch.randn(batch, 3, s, s) for s in [sizes[0]] * 2 + [sizes[1]] * local]
     return crops, [torch.cat(crops[:2]), torch.cat(crops[2:])]
 
 
@@ -94,6 +105,27 @@ def test_parameters_and_kept_bytes_of_the_model_are_those_of_the_network():
     assert 8 * shape.kept_bytes("fp32") == pytest.approx(kept, rel=0.1)
 
 
+def test_traffic_of_the_model_is_near_what_operations_read_and_write():
+    """Of ours on a CPU in float32, where a batch of one moves weights more than activations and one of 16 the reverse.
+    """
+    shape = model.Shape.of("vit_tiny", 16, (64, 32), 2, 4096)
+    for batch in (1, 16):
+        trainer = ours.Trainer("vit_tiny", 16, 64, 4096, local=2)
+        with bench.Traffic() as counted:
+            trainer.step(views(batch, 2, (64, 32))[1])
+        image, step = shape.traffic("fp32")
+        assert batch * image + step == pytest.approx(counted.bytes, rel=0.15)
+
+
+def test_traffic_counts_results_and_changes_in_place_and_no_views():
+    x, y = torch.ones(100), torch.ones(100)
+    for function, values in ((lambda: x + y, 300), (lambda: x.add_(y), 300), (lambda: x.view(10, 10).t(), 0),
+                             (lambda: torch._foreach_mul_([x, y], 2.0), 400), (lambda: torch.add(x, y, out=x), 300)):
+        with bench.Traffic() as counted:
+            function()
+        assert counted.bytes == 4 * values
+
+
 def test_published_figures_of_the_arithmetic():
     """ViT-S/16, 2 x 224 + 8 x 96, K 65,536: 9.2 and 1.6 GFLOP a crop, 114 an image."""
     shape = model.Shape.of("vit_small", 16, (224, 96), 8, 65536)
@@ -122,11 +154,64 @@ def test_predictions_fall_with_slower_links_and_never_wait_alone():
     assert model.predict(shape, 64, 64, slow)["images_per_s"] < 0.9 * model.predict(shape, 64, 64, fast)["images_per_s"]
 
 
+# ---- The loss in parts ----
+
+
+def pairs_loss(student, teacher, center, ncrops):
+    """Equation 3, pair by pair, in the type of its arguments."""
+    s, t = student.chunk(ncrops), teacher.chunk(2)
+    pairs = [-(((t[i] - center) / 0.04).softmax(1) * (s[v] / 0.1).log_softmax(1)).sum(1).mean()
+             for i in range(2) for v in range(ncrops) if v != i]
+    return sum(pairs) / len(pairs)
+
+
+@pytest.mark.parametrize("ncrops", [2, 3, 5])
+@pytest.mark.parametrize("part", [1, 5 * 7 * 2, 2**20], ids=["an image", "two images", "all"])
+def test_loss_in_parts_and_its_gradient(monkeypatch, ncrops, part):
+    """Five images of seven prototypes, in parts that do and do not divide them."""
+    monkeypatch.setattr(utils.PairsOfViews, "PART_CPU", part)
+    torch.manual_seed(0)
+    student = torch.randn(5 * ncrops, 7, dtype=torch.float64, requires_grad=True)
+    teacher, center = torch.randn(10, 7, dtype=torch.float64), torch.randn(1, 7, dtype=torch.float64)
+    loss = utils.DINOLoss(7, ncrops, 0.04, 0.04, 0, 1)
+    loss.center = center
+    for scale in (1.0, 1000.0):
+        found = scale * loss(student, teacher, 0, update_center=False)
+        expected = scale * pairs_loss(student, teacher, center, ncrops)
+        torch.testing.assert_close(found, expected)
+        grads = [torch.autograd.grad(x, student)[0] for x in (found, expected)]
+        torch.testing.assert_close(*grads)
+
+
+def test_small_gradients_survive_half_precision_when_the_loss_is_scaled():
+    """A gradient of 1e-8 is zero in float16, and must not be so before the scaler's factor is applied."""
+    torch.manual_seed(0)
+    student, teacher = torch.randn(4 * 64, 4096).half().requires_grad_(), torch.randn(2 * 64, 4096).half()
+    loss = utils.DINOLoss(4096, 4, 0.04, 0.04, 0, 1)
+    (65536 * loss(student, teacher, 0)).backward()
+    expected = student.detach().float().requires_grad_()
+    (65536 * pairs_loss(expected, teacher.float(), 0, 4)).backward()
+    assert (expected.grad / 65536).abs().median() < 6e-8  # the smallest float16 is 6e-8
+    torch.testing.assert_close(student.grad.float(), expected.grad, rtol=2e-3, atol=1e-6)
+
+
 # ---- The loop never waits for the device ----
 
 
 class EndOfTest(Exception):
     pass
+
+
+class LikeFused(torch.optim.AdamW):
+    """Stands for the fused optimizer, which there is not on this device: it takes found_inf, and reads nothing."""
+
+    def __init__(self, params):
+        super().__init__(params)
+        self.defaults["fused"] = True
+
+    def step(self, closure=None):
+        self.__dict__.pop("found_inf", None)
+        return super().step(closure)
 
 
 @pytest.fixture
@@ -135,7 +220,7 @@ def device_that_cannot_be_read(monkeypatch, tmp_path):
     import main_dino
 
     started = sys.modules[main_dino.Run.__module__]  # where its networks and optimizer are made
-    monkeypatch.setattr(started, "build_optimizer", lambda name, model: torch.optim.AdamW(model.parameters()))
+    monkeypatch.setattr(started, "build_optimizer", lambda name, model: LikeFused(model.parameters()))
     monkeypatch.setattr(main_dino.Run, "autocast", lambda run: torch.autocast("cpu", enabled=False))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *args: pytest.fail("a step waits for the device"))
     argv = ("--arch vit_nano --data_path shapes:16x32 --global_crops_size 32 --local_crops_size 16 --out_dim 64 "

@@ -1,0 +1,75 @@
+"""Bytes of a training step by category, counted: weights, optimizer, activations, logits; ours, naive.py, the model.
+
+    python benchmarks/memory.py
+    python benchmarks/memory.py --device cuda --precision bf16 --batch 32
+
+Activations and logits are what autograd keeps between forward and backward, each storage once, and are counted the
+same on any device; weights cast to a half-precision type stand with the activations. On a CPU in bf16 both keep the
+attention weights; on CUDA ours does not. Peaks are the allocator's, on CUDA only: train_step.py prints them.
+"""
+
+import sys
+
+import bench
+import model
+import naive
+import ours
+import torch
+from train_step import PRECISIONS, crops_of
+
+
+def count(trainer, crops, features) -> dict[str, int]:
+    """MB: `features` is the student's pass through the backbone alone."""
+    weights = sum(p.numel() * p.element_size() for net in (trainer.student, trainer.teacher) for p in net.parameters())
+    trained = sum(p.numel() * p.element_size() for p in trainer.student.parameters() if p.requires_grad)
+    with torch.autocast(trainer.device.split(":")[0], trainer.dtype, enabled=trainer.dtype is not None):
+        activations = bench.kept_bytes(features)
+    logits = bench.kept_bytes(lambda: trainer.loss(crops)[0]) - activations
+    return {"weights": weights, "gradients": trained, "moments": 2 * trained, "activations": activations,
+            "logits and loss": logits}
+
+
+def measure(args) -> dict:
+    shared = {"arch": args.arch, "patch": args.patch, "size": args.sizes[0], "k": args.out_dim,
+              "device": args.device, "dtype": PRECISIONS[args.precision]}
+    views, joined = crops_of(args.batch, args)
+    found = {}
+    for who, make, crops in (("naive", lambda: naive.Trainer(**shared, grouped=True), views),
+                             ("ours", lambda: ours.Trainer(**shared, local=args.local), joined)):
+        trainer = make()
+        found[who] = count(trainer, crops, lambda net=trainer.student.backbone: [net(c) for c in joined])
+    shape = model.Shape.of(args.arch, args.patch, args.sizes, args.local, args.out_dim)
+    precision = "fp32" if args.precision == "fp32" else "bf16"
+    size = 4 * shape.parameters()
+    found["the model of cost"] = {
+        "weights": 2 * size, "gradients": size, "moments": 2 * size,
+        "activations": args.batch * shape.kept_bytes(precision), "logits and loss": None}
+    return found
+
+
+def get_args_parser():
+    parser = bench.parser(__doc__)
+    parser.add_argument("--arch", default="vit_small", choices=sorted(naive.SIZES))
+    parser.add_argument("--patch", type=int, default=16)
+    parser.add_argument("--sizes", type=int, nargs=2, default=(224, 96), help="pixels of global and local crops")
+    parser.add_argument("--local", type=int, default=8, help="local crops")
+    parser.add_argument("--out_dim", type=int, default=65536, help="K")
+    parser.add_argument("--batch", type=int, default=2, help="images a step")
+    parser.add_argument("--precision", choices=sorted(PRECISIONS), default="fp32")
+    return parser
+
+
+def main(args) -> int:
+    if args.quick:
+        args.arch, args.sizes, args.local, args.out_dim = "vit_nano", (32, 16), 2, 64
+    torch.manual_seed(0)
+    bench.header(f"memory of a step, {args.arch}/{args.patch}, {args.precision}, {args.batch} images", args.device)
+    found = measure(args)
+    names = list(found["ours"])
+    bench.table(["MB", *names], [[who, *(row[n] and row[n] / 1e6 for n in names)] for who, row in found.items()])
+    bench.record(args, "memory", bytes=found)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(get_args_parser().parse_args()))
