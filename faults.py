@@ -45,13 +45,14 @@ class Requests:
         """After `step` steps: whether to stop, and whether to save for the clock. All processes get the same."""
         if parallel.world_size() > 1 and step < self.next_step:
             return False, False
-        now = time.monotonic()
+        now, stop = time.monotonic(), self.stop
         due = parallel.is_main() and 0 < self.save_seconds <= now - self.saved
-        pace = (now - self.talked) / max(step - self.step, 1)
-        stop, due, pace = parallel.max_over_processes(
-            torch.tensor([self.stop, due, pace], dtype=torch.float64, device=self.device)).tolist()
-        self.step, self.talked = step, now
-        self.next_step = step + min(max(int(self.SECONDS / max(pace, 1e-9)), 1), self.MOST_STEPS)
+        if parallel.world_size() > 1:
+            pace = (now - self.talked) / max(step - self.step, 1)
+            stop, due, pace = parallel.max_over_processes(
+                torch.tensor([stop, due, pace], dtype=torch.float64, device=self.device)).tolist()
+            self.step, self.talked = step, now
+            self.next_step = step + min(max(int(self.SECONDS / max(pace, 1e-9)), 1), self.MOST_STEPS)
         if due:
             self.saved = now
         return bool(stop), bool(due)

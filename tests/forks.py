@@ -37,7 +37,7 @@ server.set_forkserver_preload(["forks"])
 
 
 def make_small() -> None:
-    monitor.save_pictures = lambda *args: []
+    monitor.save_last_pictures = lambda *args: []
     run.DINOHead = partial(vision_transformer.DINOHead, hidden_dim=32, bottleneck_dim=16)
     vision_transformer.VITS["vit_nano"] = lambda patch_size, **kwargs: vision_transformer.VisionTransformer(
         patch_size=patch_size, embed_dim=32, depth=2, num_heads=2, qkv_bias=True, **kwargs)

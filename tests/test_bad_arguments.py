@@ -205,7 +205,6 @@ KNN = [
     ("--draws 0", ("--draws", "0", "at least 1")),
     ("--pretrained_weights {here}/none.pth", ("--pretrained_weights {here}/none.pth", "no such file")),
     ("--pretrained_weights {here}/broken.pth", ("--pretrained_weights {here}/broken.pth", "not a readable")),
-    ("--pretrained_weights {here}/nano.pth --arch vit_tiny", ("--pretrained_weights {here}/nano.pth", "--arch")),
     ("--pretrained_weights {here}/student.pth", ("--checkpoint_key teacher", "student.pth", "it has student")),
     ("--data_path {here}/none", ("--data_path '{here}/none'", "give")),
     ("--val_data_path {here}/none", ("--val_data_path '{here}/none'", "give")),

@@ -60,7 +60,7 @@ def test_a_run_goes_on_sharded_or_not(tmp_path, first, then, monkeypatch):
     if then == "fsdp":
         monkeypatch.setattr(vision_transformer, "VITS", dict(vision_transformer.VITS))
         monkeypatch.setattr("run.DINOHead", None)
-        monkeypatch.setattr("monitor.save_pictures", None)
+        monkeypatch.setattr("monitor.save_last_pictures", None)
         make_small()
         argv = ["--pretrained_weights", str(path), "--data_path", "shapes:64x16", "--device", "cpu", "--nb_knn", "5",
                 "--num_workers", "0", "--output_dir", str(tmp_path)]  # fmt: skip
