@@ -9,6 +9,7 @@ for chrome://tracing or Perfetto and prints the ten operations that take most ti
 """
 
 import sys
+import time
 
 import bench
 import model
@@ -51,7 +52,8 @@ def measure(batch: int, args, rate: float, bandwidth: float) -> dict:
         if args.device.startswith("cuda"):
             peaks[name] = torch.cuda.max_memory_allocated()
 
-    times = bench.in_turns({name: (lambda name=name: run(name)) for name in variants}, args.rounds, args.device)
+    clock = bench.cpu_seconds if args.cpu_time else time.perf_counter
+    times = bench.in_turns({n: (lambda n=n: run(n)) for n in variants}, args.rounds, args.device, clock)
     found = bench.summary(times, "naive, a pass a resolution")  # the stronger of the two
     for name, row in found.items():
         seconds = row["ms"] / 1000
@@ -102,6 +104,7 @@ def get_args_parser():
     parser.add_argument("--batch", type=int, nargs="+", default=[4], help="images a step; one table each")
     parser.add_argument("--precision", choices=sorted(PRECISIONS), default="fp32")
     parser.add_argument("--compile", action="store_true", help="also our step with torch.compile")
+    parser.add_argument("--cpu_time", action="store_true", help="processor time: one thread on a CPU that others load")
     parser.add_argument("--profile", default="", metavar="FILE", help="write a trace of our step, instead of timing")
     return parser
 
