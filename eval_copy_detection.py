@@ -191,7 +191,7 @@ def picture_features(network: features.Network, images: data.Images, args: argpa
     }
     dtype = features.PRECISIONS[args.precision]
     autocast = torch.autocast(device.type, dtype) if dtype else None
-    return features.cached_features(output_dir(args) / "features", fingerprint, lambda: features.extract_features(
+    return features.cached_features(flags.output_dir(args) / "features", fingerprint, lambda: features.extract_features(
         forward, dataset, args.batch_size_per_gpu, args.num_workers, device, autocast))
 
 
@@ -239,11 +239,6 @@ def figures(found: np.ndarray, relevant: np.ndarray) -> dict:
 # ---- The evaluation ----
 
 
-def output_dir(args: argparse.Namespace) -> Path:
-    beside = os.path.dirname(args.pretrained_weights) if os.path.isfile(args.pretrained_weights) else ""
-    return Path(args.output_dir or beside or ".")
-
-
 def compute(args: argparse.Namespace, device: torch.device, copies: Copies) -> tuple[np.ndarray, dict]:
     """(Q, M) scores, and what the report says of them."""
     network = load_network(args, device)
@@ -252,7 +247,7 @@ def compute(args: argparse.Namespace, device: torch.device, copies: Copies) -> t
     sets = [open_files(folder, names, in_chans) for names in (copies.queries, copies.database)]
     if args.distractors:
         sets.append(data.open_images(args.distractors, None, in_chans, flag="--distractors"))
-    flags.prepare_output(output_dir(args))
+    flags.prepare_output(flags.output_dir(args))
     queries, database, *others = (picture_features(network, images, args, device) for images in sets)
     uses = DISTRACTORS_FOR[args.distractors_for] if others else ()
     if "database" in uses:
@@ -285,8 +280,8 @@ def evaluate_copies(args: argparse.Namespace) -> dict:
               + (", whitened" if about["whitening"] else ""))
         print("in %, with 95 % bootstrap intervals over queries")
         print(scores.table(results))
-        scores.write_results(output_dir(args) / "eval_copy_detection.json", results, **about)
-        print(f"wrote {output_dir(args) / 'eval_copy_detection.json'}", flush=True)
+        scores.write_results(flags.output_dir(args) / "eval_copy_detection.json", results, **about)
+        print(f"wrote {flags.output_dir(args) / 'eval_copy_detection.json'}", flush=True)
     return about | {"results": results}
 
 

@@ -17,7 +17,6 @@ Shapes: Q queries, M database images, D width, C channels.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -149,7 +148,7 @@ def picture_features(network: features.Network, images: Cropped, args: argparse.
     }
     dtype = features.PRECISIONS[args.precision]
     autocast = torch.autocast(device.type, dtype) if dtype else None
-    return features.cached_features(output_dir(args) / "features", fingerprint, lambda: features.extract_features(
+    return features.cached_features(flags.output_dir(args) / "features", fingerprint, lambda: features.extract_features(
         forward, dataset, 1, args.num_workers, device, autocast))
 
 
@@ -178,11 +177,6 @@ def measure(ranked: np.ndarray, queries: Sequence[Query]) -> list[dict]:
 
 
 # ---- The evaluation ----
-
-
-def output_dir(args: argparse.Namespace) -> Path:
-    beside = os.path.dirname(args.pretrained_weights) if os.path.isfile(args.pretrained_weights) else ""
-    return Path(args.output_dir or beside or ".")
 
 
 def open_dataset(args: argparse.Namespace, in_chans: int) -> tuple[GroundTruth, Cropped, Cropped]:
@@ -221,7 +215,7 @@ def evaluate_retrieval(args: argparse.Namespace) -> dict:
         device = parallel.start(args.device if args.use_cuda else "cpu", args.dist_url, args.dist_timeout)
         network = features.load_network(args, device)
         truth, database, queries = open_dataset(args, network.info["in_chans"])
-        flags.prepare_output(output_dir(args))
+        flags.prepare_output(flags.output_dir(args))
         found = [picture_features(network, images, args, device) for images in (queries, database)]
     except (ValueError, OSError) as error:
         raise flags.Refused(error) from error
@@ -233,8 +227,8 @@ def evaluate_retrieval(args: argparse.Namespace) -> dict:
     if parallel.is_main():
         print(f"{args.dataset}: {len(queries)} queries, {len(database)} images; in %, with 95 % bootstrap intervals")
         print(scores.table(results))
-        scores.write_results(output_dir(args) / "eval_image_retrieval.json", results, **about)
-        print(f"wrote {output_dir(args) / 'eval_image_retrieval.json'}", flush=True)
+        scores.write_results(flags.output_dir(args) / "eval_image_retrieval.json", results, **about)
+        print(f"wrote {flags.output_dir(args) / 'eval_image_retrieval.json'}", flush=True)
     return about | {"results": results}
 
 

@@ -16,7 +16,6 @@ import os
 import re
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -104,12 +103,7 @@ def check_args(args: argparse.Namespace) -> None:
     if args.linear_weights and not args.evaluate:
         raise ValueError(f"--linear_weights {args.linear_weights}: add --evaluate; training starts from nothing")
     if args.evaluate and not args.linear_weights:
-        args.linear_weights = str(output_dir(args) / CLASSIFIER)
-
-
-def output_dir(args: argparse.Namespace) -> Path:
-    beside = os.path.dirname(args.pretrained_weights) if os.path.isfile(args.pretrained_weights) else ""
-    return Path(args.output_dir or beside or ".")
+        args.linear_weights = str(flags.output_dir(args) / CLASSIFIER)
 
 
 # ---- Frozen features, all that the settings see ----
@@ -134,7 +128,7 @@ def settings(args: argparse.Namespace, blocks: int) -> list[linear.Setting]:
 
 
 def eval_features(network: Network, part: Labelled, args: argparse.Namespace, device: torch.device) -> Tensor:
-    return network_features(network, part.images, args, device, output_dir(args) / "features")
+    return network_features(network, part.images, args, device, flags.output_dir(args) / "features")
 
 
 def training_batches(
@@ -147,7 +141,7 @@ def training_batches(
     order = torch.from_numpy(np.random.default_rng((args.seed, epoch)).permutation(len(part.labels)))
     if args.views:
         while len(kept) <= epoch % args.views:
-            kept.append(network_features(network, part.images, args, device, output_dir(args) / "features",
+            kept.append(network_features(network, part.images, args, device, flags.output_dir(args) / "features",
                                          view=len(kept), scale=CROP_SCALE))
         images = kept[epoch % args.views]
         batches = (images[rows].to(device) for rows in order.split(args.batch_size_per_gpu * parallel.world_size()))
@@ -192,7 +186,7 @@ def train_heads(
     args: argparse.Namespace, heads: linear.Heads, optimizer, network: Network, task: Task, device: torch.device
 ) -> Tensor:
     """Train, or go on where a run of the same settings was stopped. Returns the (S,) losses of the last epoch."""
-    path, kept, loss = output_dir(args) / UNFINISHED, [], torch.zeros(len(heads.settings))
+    path, kept, loss = flags.output_dir(args) / UNFINISHED, [], torch.zeros(len(heads.settings))
     same = {"settings": [list(s) for s in heads.settings], "weights_sha256": str(network.about["weights_sha256"]),
             "epochs": args.epochs, "seed": args.seed, "views": args.views, "images": len(task.train.labels),
             "classes": list(task.classes), "batch": args.batch_size_per_gpu * parallel.world_size()}
@@ -231,8 +225,8 @@ def keep_classifier(
     head, setting = heads.heads[best], heads.settings[best]
     state = {"linear.weight": head.weight.detach().cpu(), "linear.bias": head.bias.detach().cpu()}
     checkpoint.save({"state_dict": state, "classes": list(classes), "setting": setting._asdict(),
-                     "weights_sha256": network.about["weights_sha256"]}, output_dir(args) / CLASSIFIER)
-    (output_dir(args) / UNFINISHED).unlink(missing_ok=True)
+                     "weights_sha256": network.about["weights_sha256"]}, flags.output_dir(args) / CLASSIFIER)
+    (flags.output_dir(args) / UNFINISHED).unlink(missing_ok=True)
 
 
 def evaluate(args: argparse.Namespace, network: Network, task: Task, device: torch.device) -> tuple[list[dict], Tensor]:
@@ -280,7 +274,7 @@ def logreg(args: argparse.Namespace, network: Network, task: Task, device: torch
 def finetune(args: argparse.Namespace, network: Network, task: Task, device: torch.device) -> tuple[list[dict], Tensor]:
     from finetune import tune
 
-    return tune(args, network, task, device, output_dir(args))
+    return tune(args, network, task, device, flags.output_dir(args))
 
 
 # ---- The evaluation ----
@@ -304,7 +298,7 @@ def evaluate_linear(args: argparse.Namespace) -> dict:
         if args.num_labels and args.num_labels < len(task.classes):
             raise ValueError(f"--num_labels {args.num_labels}: the data have {len(task.classes)} classes; raise it, or "
                              "0 counts them")
-        flags.prepare_output(output_dir(args))
+        flags.prepare_output(flags.output_dir(args))
         for note in task.notes:
             say(note)
         protocol = evaluate if args.evaluate else logreg if args.logreg else finetune if args.finetune else probe
@@ -322,8 +316,8 @@ def evaluate_linear(args: argparse.Namespace) -> dict:
             print(scores.table(rows))
         print("on the test set, in %, with its 95 % bootstrap interval")
         print(scores.table([{k: v for k, v in test.items() if k != "per_class"}]))
-        scores.write_results(output_dir(args) / "eval_linear.json", rows, **about)
-        print(f"wrote {output_dir(args) / 'eval_linear.json'}", flush=True)
+        scores.write_results(flags.output_dir(args) / "eval_linear.json", rows, **about)
+        print(f"wrote {flags.output_dir(args) / 'eval_linear.json'}", flush=True)
     return about | {"results": rows}
 
 

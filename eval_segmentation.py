@@ -38,7 +38,7 @@ import plots
 import scores
 import segmentation_scores
 import visualize_attention
-from features import weights_hash
+from features import PIXELS, weights_hash
 from vision_transformer import build_backbone
 
 BOX_SIDES = tuple(round(0.3 + 0.05 * i, 2) for i in range(15))  # shares of the picture's sides: 0.3 to 1
@@ -202,6 +202,8 @@ def random_network(model: nn.Module, info: Mapping, seed: int) -> nn.Module:
 
 def load_networks(args: argparse.Namespace) -> tuple[dict[str, nn.Module], dict]:
     """The network of the flags and the same one with random weights, and how their pictures are made."""
+    if args.arch == PIXELS:
+        raise ValueError("--arch pixels: raw pixels have no attention to make masks from; name a Vision Transformer")
     torch.manual_seed(args.seed)
     model, info = visualize_attention.load_network(args)
     if not args.pretrained_weights:

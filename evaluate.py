@@ -65,8 +65,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def output_dir(args: argparse.Namespace) -> Path:
-    beside = os.path.dirname(args.pretrained_weights) if os.path.isfile(args.pretrained_weights) else ""
-    return Path(args.output_dir or os.path.join(beside or ".", "report"))
+    return flags.output_dir(args) if args.output_dir else flags.output_dir(args) / "report"
 
 
 # ---- Protocols ----

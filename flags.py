@@ -47,6 +47,12 @@ def worker_death(error: RuntimeError) -> str | None:
     return f"{what}; most often memory ran out: lower --num_workers or give the job more, then start again"
 
 
+def output_dir(args: argparse.Namespace) -> Path:
+    """--output_dir; where it is empty, the folder of --pretrained_weights, or this one."""
+    beside = os.path.dirname(args.pretrained_weights) if os.path.isfile(args.pretrained_weights) else ""
+    return Path(args.output_dir or beside or ".")
+
+
 def prepare_output(folder: Path) -> None:
     """Make --output_dir. Raises ValueError in one line where that can't be, or where nothing can be written."""
     try:
