@@ -206,6 +206,7 @@ def children(pid):
 
 
 @pytest.mark.skipif(not shutil.which("ps"), reason="no ps: apt-get install procps")
+@pytest.mark.slow
 def test_two_local_processes_stopped_and_queued_again_equal_an_uninterrupted_run(tmp_path):
     done = launch("main_dino.py", *CPU, "--output_dir", tmp_path / "whole", processes=2)
     assert done.returncode == 0, done.stderr
