@@ -35,6 +35,7 @@ NOT_RUN = {
     "roxford5k": "needs the data set; tests/test_image_retrieval.py",
     "copydays": "needs the data set; tests/test_copy_detection.py",
     "imagenette128": "needs the data set",
+    "cifar10/train": "needs the data set",
     "torchvision:": "needs the data set",
     ".tar": "needs shards; tests/test_shards.py",
     "hf:": "needs the data set",
