@@ -1,7 +1,6 @@
 import os
 import pickle
 import re
-import signal
 import struct
 import subprocess
 import sys
@@ -629,32 +628,39 @@ def test_workers_end_when_their_parent_tells_them():
     assert worker.exitcode == 0
 
 
-def test_a_worker_that_dies_is_an_error():
-    loader = iter(batches(Noise(40), Crops(), 4, 2, seed=0))
-    next(loader)
-    with pytest.raises(RuntimeError, match="DataLoader worker"):  # wherever this process stands
-        os.kill(active_children()[0].pid, signal.SIGKILL)
-        for _ in range(1000):
-            next(loader)
+CROPS = """
+import os, signal
+from multiprocessing import active_children
+import torch
+from data import batches, open_images
+class Crops:
+    def cut(self, image, rng):
+        return [image, image], torch.zeros(2, 8)
+loader = iter(batches(open_images("shapes:40x8"), Crops(), 4, 2, seed=0))
+next(loader)
+"""
+
+
+def run_script(tmp_path, text):
+    """In a process of its own: torch raises the death of a worker wherever the main thread stands."""
+    (tmp_path / "script.py").write_text(CROPS + textwrap.dedent(text))
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+    return subprocess.run([sys.executable, tmp_path / "script.py"], env=environment, timeout=60).returncode
+
+
+def test_a_worker_that_dies_is_an_error(tmp_path):
+    assert run_script(tmp_path, """
+        try:
+            os.kill(active_children()[0].pid, signal.SIGKILL)
+            for _ in range(1000):
+                next(loader)
+        except RuntimeError as error:
+            os._exit(7 if "DataLoader worker" in str(error) else 1)
+    """) == 7
 
 
 def test_a_script_with_workers_ends(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(
-        textwrap.dedent("""
-            import torch
-            from data import batches, open_images
-            class Crops:
-                def cut(self, image, rng):
-                    return [image, image], torch.zeros(2, 8)
-            loader = iter(batches(open_images("shapes:40x8"), Crops(), 4, 2, seed=0))
-            next(loader)
-            raise SystemExit(7)
-        """)
-    )
-    path = str(Path(__file__).parent.parent)
-    done = subprocess.run([sys.executable, script], env=os.environ | {"PYTHONPATH": path}, timeout=60)
-    assert done.returncode == 7
+    assert run_script(tmp_path, "raise SystemExit(7)") == 7
 
 
 # ---- Counting bad images ----
