@@ -29,7 +29,7 @@ def exit_code(script: str, evaluate: Callable, args: argparse.Namespace) -> int:
     except Refused as error:
         print(f"{script}: error: {error}", file=sys.stderr)
         return 2
-    except RuntimeError as error:
+    except (RuntimeError, ConnectionError) as error:
         if (reason := worker_death(error)) is None:
             raise
         print(f"{script}: stopped: {reason}", file=sys.stderr)
@@ -39,11 +39,15 @@ def exit_code(script: str, evaluate: Callable, args: argparse.Namespace) -> int:
     return 0
 
 
-def worker_death(error: RuntimeError) -> str | None:
-    """One line when it says that a loader's worker died; torch raises that wherever the main thread stands."""
-    if not str(error).startswith("DataLoader worker"):
+def worker_death(error: Exception) -> str | None:
+    """One line when it says that a loader's worker died; torch raises that wherever the main thread stands.
+
+    A batch that the worker had handed over half-way breaks the connection to it before that.
+    """
+    if not isinstance(error, ConnectionError) and not str(error).startswith("DataLoader worker"):
         return None
     what = " ".join(str(error).split()).removesuffix(".")
+    what = f"a DataLoader worker died ({what})" if isinstance(error, ConnectionError) else what
     return f"{what}; most often memory ran out: lower --num_workers or give the job more, then start again"
 
 

@@ -327,7 +327,7 @@ def main(args: argparse.Namespace) -> int:
     except (metrics.NonFinite, data.TooManyBadImages) as error:  # of all processes
         return stopped(error, parallel.is_main())
     except OSError as error:  # of one: a full disk, say
-        return stopped(error)
+        return stopped(flags.worker_death(error) or error)
     except RuntimeError as error:
         if reason := error if isinstance(error, data.Unreadable) else flags.worker_death(error):
             return stopped(reason)  # of one

@@ -654,8 +654,9 @@ def test_a_worker_that_dies_is_an_error(tmp_path):
             os.kill(active_children()[0].pid, signal.SIGKILL)
             for _ in range(1000):
                 next(loader)
-        except RuntimeError as error:
-            os._exit(7 if "DataLoader worker" in str(error) else 1)
+        except (RuntimeError, ConnectionError) as error:
+            from flags import worker_death
+            os._exit(7 if "memory" in worker_death(error) else 1)
     """) == 7
 
 
