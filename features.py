@@ -23,6 +23,7 @@ import checkpoint
 import data
 import parallel
 from utils import random_resized_crop_box
+from vision_transformer import VITS
 
 PIXELS = "pixels"  # the arch that is no network: raw pictures of 32 x 32
 PIXELS_SIDE = 32
@@ -271,6 +272,8 @@ def load_network(args: argparse.Namespace, device: torch.device) -> Network:
     torch.manual_seed(args.seed)
     model, info = checkpoint.load_backbone(args.pretrained_weights, args.arch, args.patch_size, args.checkpoint_key)
     crop = args.crop_size or info["global_crops_size"]
+    if info["arch"] in VITS and crop < info["patch_size"]:
+        raise ValueError(f"--crop_size {crop}: smaller than a patch of {info['patch_size']}; raise it")
     if args.resize_size and args.resize_size < crop:
         raise ValueError(f"--resize_size {args.resize_size} is smaller than --crop_size {crop}; make it larger")
     about = {

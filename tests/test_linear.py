@@ -263,6 +263,7 @@ def test_one_class_and_one_image_a_class(pictures, tmp_path, capsys):
 
 @pytest.mark.parametrize("flags, message", [
     (("--n_last_blocks", 5), "--n_last_blocks 5"),
+    (("--patch_size", 64), "--crop_size 32: smaller than a patch of 64; raise it"),
     (("--num_labels", 3), "--num_labels 3"),
     (("--evaluate",), "linear.pth: no such file"),
     (("--linear_weights", "x.pth"), "add --evaluate"),
