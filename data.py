@@ -12,7 +12,6 @@ import os
 import signal
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
 from functools import lru_cache
 from typing import Any
 
@@ -266,17 +265,6 @@ class BadImages:
                 f"{len(self.reasons)} of {self.images} images can't be decoded, more than --max_bad_images "
                 f"{self.max_bad_images:g} allows; remove them or raise it. The last: {name}: {reason}"
             )
-
-
-def first_readable(images: Images, count: int) -> list[Tensor]:
-    """The first pictures that can be decoded, `count` of them where a hundred tries give as many."""
-    found = []
-    for i in range(min(len(images), 100)):
-        with suppress(ValueError, OSError):
-            found.append(images.load(i))
-        if len(found) == count:
-            break
-    return found
 
 
 # ---- Evaluation ----

@@ -26,11 +26,10 @@ import flags
 import linear
 import parallel
 import scores
-from features import Network, feature_batches, half_context, load_network, network_features, pictures
+from features import TRAINING_SCALE, Network, feature_batches, half_context, load_network, network_features, pictures
 from splits import Labelled, Task, open_task
 from vision_transformer import VisionTransformer
 
-CROP_SCALE = (0.08, 1.0)  # share of the area of a training crop
 STRENGTHS = [10.0**e for e in range(-6, 4)]  # of --logreg
 UNFINISHED, CLASSIFIER = "checkpoint_linear.pth", "linear.pth"
 
@@ -142,12 +141,12 @@ def training_batches(
     if args.views:
         while len(kept) <= epoch % args.views:
             kept.append(network_features(network, part.images, args, device, flags.output_dir(args) / "features",
-                                         view=len(kept), scale=CROP_SCALE))
+                                         view=len(kept), scale=TRAINING_SCALE))
         images = kept[epoch % args.views]
         batches = (images[rows].to(device) for rows in order.split(args.batch_size_per_gpu * parallel.world_size()))
     else:
         batches = feature_batches(
-            network.forward, pictures(network, part.images, epoch, CROP_SCALE), order.tolist(),
+            network.forward, pictures(network, part.images, epoch, TRAINING_SCALE), order.tolist(),
             args.batch_size_per_gpu, args.num_workers, device, half_context(args.precision, device),
         )
     first = 0
@@ -200,14 +199,14 @@ def train_heads(
         heads.load_state_dict(state["heads"])
         optimizer.load_state_dict(state["optimizer"])
         first, loss = state["epoch"], state["loss"]
-        say(f"going on after epoch {first} of {path}")
+        parallel.say(f"going on after epoch {first} of {path}")
     for epoch in range(first, args.epochs):
         batches = training_batches(network, task.train, args, device, epoch, kept)
         loss = linear.train_epoch(heads, optimizer, epoch, args.epochs, batches).cpu()
         if not loss.isfinite().any():  # a sweep goes on without the settings that diverged
             raise ValueError(f"--lr {min(args.lr):g}: the loss is no longer finite; lower it")
         if (epoch + 1) % args.val_freq == 0 or epoch + 1 == args.epochs:
-            say(f"epoch {epoch + 1}/{args.epochs}: training loss {loss.min():.4f}"
+            parallel.say(f"epoch {epoch + 1}/{args.epochs}: training loss {loss.min():.4f}"
                 + (f" to {loss.max():.4f}" if len(loss) > 1 else ""))
         if parallel.is_main() and (epoch + 1 == args.epochs or not args.views or (epoch + 1) % 10 == 0):
             checkpoint.save({"same": same, "epoch": epoch + 1, "heads": heads.state_dict(), "loss": loss,
@@ -300,7 +299,7 @@ def evaluate_linear(args: argparse.Namespace) -> dict:
                              "0 counts them")
         flags.prepare_output(flags.output_dir(args))
         for note in task.notes:
-            say(note)
+            parallel.say(note)
         protocol = evaluate if args.evaluate else logreg if args.logreg else finetune if args.finetune else probe
         rows, ranked = protocol(args, network, task, device)
     except (ValueError, OSError) as error:
@@ -319,11 +318,6 @@ def evaluate_linear(args: argparse.Namespace) -> dict:
         scores.write_results(flags.output_dir(args) / "eval_linear.json", rows, **about)
         print(f"wrote {flags.output_dir(args) / 'eval_linear.json'}", flush=True)
     return about | {"results": rows}
-
-
-def say(line: str) -> None:
-    if parallel.is_main():
-        print(line, flush=True)
 
 
 def main(args: argparse.Namespace) -> int:

@@ -198,16 +198,16 @@ def extract(args: argparse.Namespace) -> None:
         forward = token_forward(network.forward, args.tokens)
         missing = on_main(lambda: missing_parts(job))
         if missing is None:
-            say(f"{output} is there already, of the same weights, images and settings: nothing to do")
+            parallel.say(f"{output} is there already, of the same weights, images and settings: nothing to do")
             return
         if len(missing) < len(job.numbers()):
-            say(f"going on with {len(missing)} of {len(job.numbers())} parts that {job.parts} has not yet")
+            parallel.say(f"going on with {len(missing)} of {len(job.numbers())} parts that {job.parts} has not yet")
         for i, number in enumerate(missing):
             began = time.perf_counter()
             count = compute_part(job, number, forward, dataset, args, device)
-            say(f"part {i + 1} of {len(missing)}: {count / (time.perf_counter() - began):.0f} images/s")
+            parallel.say(f"part {i + 1} of {len(missing)}: {count / (time.perf_counter() - began):.0f} images/s")
         on_main(lambda: finish(job, [images.name(i) for i in range(len(images))], about))
-        say(f"wrote {output}: {len(images)} images")
+        parallel.say(f"wrote {output}: {len(images)} images")
     except (ValueError, OSError) as error:
         raise flags.Refused(error) from error
 
@@ -230,11 +230,6 @@ def plan(args: argparse.Namespace, network: features.Network, images: data.Image
         "network": f"{about['arch']} {args.precision}", "tokens": args.tokens, "half": args.half,
     }
     return Job(output, len(images), args.images_per_part, fingerprint), about, dataset
-
-
-def say(line: str) -> None:
-    if parallel.is_main():
-        print(line, flush=True)
 
 
 def main(args: argparse.Namespace) -> int:

@@ -27,6 +27,7 @@ from vision_transformer import VITS
 
 PIXELS = "pixels"  # the arch that is no network: raw pictures of 32 x 32
 PIXELS_SIDE = 32
+TRAINING_SCALE = (0.08, 1.0)  # share of the area of the crops that classifiers are trained on
 PRECISIONS = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 

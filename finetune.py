@@ -25,12 +25,11 @@ import checkpoint
 import data
 import parallel
 import utils
-from features import Network, available_cores, extract_features, half_context, pictures, readable
+from features import TRAINING_SCALE, Network, available_cores, extract_features, half_context, pictures, readable
 from splits import Task
 from vision_transformer import DropPath, VisionTransformer, build_backbone
 
 UNFINISHED, TUNED = "checkpoint_finetune.pth", "finetuned.pth"
-CROP_SCALE = (0.08, 1.0)
 
 
 class Classifier(nn.Module):
@@ -107,7 +106,7 @@ def batches(
     whole = steps_per_epoch(args, task) * args.batch_size_per_gpu * parallel.world_size()
     mine = order[:whole][parallel.rank() :: parallel.world_size()].tolist()
     loader = DataLoader(
-        Subset(pictures(network, task.train.images, epoch, CROP_SCALE), mine), args.batch_size_per_gpu,
+        Subset(pictures(network, task.train.images, epoch, TRAINING_SCALE), mine), args.batch_size_per_gpu,
         num_workers=min(args.num_workers, available_cores()), pin_memory=device.type == "cuda",
         worker_init_fn=data.init_worker,
     )

@@ -154,24 +154,23 @@ def add_network_flags(parser: argparse.ArgumentParser) -> None:
     add("--batch_size_per_gpu", type=positive_int, default=128, help="images a process and batch")
 
 
-def add_weights_flags(parser: argparse._ActionsContainer) -> None:
+def add_weights_flags(parser: argparse._ActionsContainer, precision: bool = True) -> None:
     """The network alone, for scripts that make its pictures in their own way."""
     add = parser.add_argument
     add("--pretrained_weights", default="", help="a checkpoint or weights; empty: an untrained network")
     add("--checkpoint_key", default="teacher", help="part of the checkpoint: teacher or student")
     add("--arch", default="vit_small", help="where the weights do not say; `pixels` compares raw 32 x 32 pictures")
     add("--patch_size", type=positive_int, default=16, help="where the weights do not say")
-    add("--precision", choices=("fp32", "fp16", "bf16"), default="fp32", help="of the network")
+    if precision:
+        add("--precision", choices=("fp32", "fp16", "bf16"), default="fp32", help="of the network")
 
 
 def add_dense_flags(parser: argparse.ArgumentParser) -> None:
     """Network of the scripts that look at whole pictures, patch by patch: nothing is cropped or batched."""
-    add = parser.add_argument_group("network and its pictures").add_argument
-    add("--pretrained_weights", default="", help="a checkpoint or weights; empty: an untrained network")
-    add("--checkpoint_key", default="teacher", help="part of the checkpoint: teacher or student")
-    add("--arch", default="vit_small", help="a Vision Transformer; where the weights do not say")
-    add("--patch_size", type=positive_int, default=16, help="where the weights do not say")
-    add("--image_size", type=positive_int, default=480, metavar="PIXELS",
+    group = parser.add_argument_group("network and its pictures")
+    add_weights_flags(group, precision=False)
+    group.add_argument(
+        "--image_size", type=positive_int, default=480, metavar="PIXELS",
         help="shorter side as the network sees it, rounded down to whole patches; the proportions are kept")
 
 

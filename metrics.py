@@ -207,11 +207,10 @@ class Log:
 
     def pictures(self, named: dict[str, np.ndarray], when: str, step: int) -> None:
         """Write pictures uint8 (height, width, 3) as pictures/NAME_WHEN.png."""
-        from PIL import Image
+        from plots import save_picture
 
-        (self.folder / "pictures").mkdir(exist_ok=True)
         for name, picture in named.items():
-            Image.fromarray(picture).save(self.folder / "pictures" / f"{name}_{when}.png")
+            save_picture(picture, self.folder / "pictures" / f"{name}_{when}.png")
             if self.writer is not None:
                 self.writer.add_image(f"pictures/{name}", picture, step, dataformats="HWC")
         if self.writer is not None:

@@ -35,6 +35,12 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def say(line: str) -> None:
+    """Print a line once, by rank 0."""
+    if is_main():
+        print(line, flush=True)
+
+
 def barrier() -> None:
     if world_size() > 1:
         dist.barrier()

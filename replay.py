@@ -19,7 +19,7 @@ import checkpoint
 import metrics
 import parallel
 import utils
-from run import Run, build_networks, half_precision, make_augmentation, plain_args
+from run import Run, build_loss, build_networks, half_precision, make_augmentation, plain_args
 
 NAME = "failure.pt"
 
@@ -108,10 +108,7 @@ def compute(failure: dict, args: argparse.Namespace, device: torch.device, dtype
     student, teacher = build_networks(args, device)
     for name, network in (("student", student), ("teacher", teacher)):
         network.load_state_dict(failure[name])
-    dino_loss = utils.DINOLoss(
-        args.out_dim, args.local_crops_number + 2, args.warmup_teacher_temp, args.teacher_temp,
-        args.warmup_teacher_temp_epochs, failure["epochs"],
-    ).to(device)
+    dino_loss = build_loss(args, failure["epochs"]).to(device)
     dino_loss.load_state_dict(failure["dino_loss"])
     torch.set_rng_state(failure["rng"]["torch"])
     if device.type == "cuda" and "cuda" in failure["rng"]:

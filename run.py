@@ -96,6 +96,11 @@ def load_initial(backbone: nn.Module, path: str) -> None:
         raise ValueError(f"--init_from {path}: {reason}") from error
 
 
+def build_loss(args: argparse.Namespace, epochs: int) -> utils.DINOLoss:
+    return utils.DINOLoss(args.out_dim, args.local_crops_number + 2, args.warmup_teacher_temp, args.teacher_temp,
+                          args.warmup_teacher_temp_epochs, epochs)
+
+
 def build_optimizer(name: str, model: nn.Module) -> torch.optim.Optimizer:
     """Learning rate and weight decay are set at every step."""
     groups = utils.get_params_groups(model)
@@ -170,10 +175,7 @@ class Run:
         if self.sharded:
             for network in (self.student, self.teacher):
                 sharding.shard(network, device)
-        self.dino_loss = utils.DINOLoss(
-            args.out_dim, args.local_crops_number + 2, args.warmup_teacher_temp, args.teacher_temp,
-            args.warmup_teacher_temp_epochs, self.plan.epochs,
-        ).to(device)
+        self.dino_loss = build_loss(args, self.plan.epochs).to(device)
         self.optimizer = build_optimizer(args.optimizer, self.student)
         self.dtype = half_precision(args.precision, args.use_fp16, device)
         if self.sharded and self.dtype == torch.float16:  # each process would judge overflows by its own part

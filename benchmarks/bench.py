@@ -35,6 +35,17 @@ def parser(doc: str, rounds: int = 5) -> argparse.ArgumentParser:
     return found
 
 
+def step_parser(doc: str, archs: Sequence[str], arch: str, sizes: tuple[int, int]) -> argparse.ArgumentParser:
+    """`parser` and the flags of a training step's network and crops."""
+    found = parser(doc)
+    found.add_argument("--arch", default=arch, choices=sorted(archs))
+    found.add_argument("--patch", type=int, default=16)
+    found.add_argument("--sizes", type=int, nargs=2, default=sizes, help="pixels of global and local crops")
+    found.add_argument("--local", type=int, default=8, help="local crops")
+    found.add_argument("--out_dim", type=int, default=65536, help="K")
+    return found
+
+
 def machine(device: str = "cpu") -> dict:
     """Versions and hardware, as every line of JSON has them."""
     found = {

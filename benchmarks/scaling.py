@@ -85,12 +85,7 @@ def measure(processes: int, args) -> dict:
 
 
 def get_args_parser():
-    parser = bench.parser(__doc__)
-    parser.add_argument("--arch", default="vit_tiny", choices=sorted(naive.SIZES))
-    parser.add_argument("--patch", type=int, default=16)
-    parser.add_argument("--sizes", type=int, nargs=2, default=(96, 48), help="pixels of global and local crops")
-    parser.add_argument("--local", type=int, default=8, help="local crops")
-    parser.add_argument("--out_dim", type=int, default=65536, help="K")
+    parser = bench.step_parser(__doc__, naive.SIZES, "vit_tiny", (96, 48))
     parser.add_argument("--batch", type=int, default=8, help="images a process and step")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--threads", type=int, default=1, help="of each process")

@@ -95,12 +95,7 @@ def profile(args) -> None:
 
 
 def get_args_parser():
-    parser = bench.parser(__doc__)
-    parser.add_argument("--arch", default="vit_small", choices=sorted(naive.SIZES))
-    parser.add_argument("--patch", type=int, default=16)
-    parser.add_argument("--sizes", type=int, nargs=2, default=(224, 96), help="pixels of global and local crops")
-    parser.add_argument("--local", type=int, default=8, help="local crops")
-    parser.add_argument("--out_dim", type=int, default=65536, help="K")
+    parser = bench.step_parser(__doc__, naive.SIZES, "vit_small", (224, 96))
     parser.add_argument("--batch", type=int, nargs="+", default=[4], help="images a step; one table each")
     parser.add_argument("--precision", choices=sorted(PRECISIONS), default="fp32")
     parser.add_argument("--compile", action="store_true", help="also our step with torch.compile")
