@@ -27,9 +27,9 @@ def slow_steps() -> None:
     main_dino.set_lr_and_wd = lambda *args: (time.sleep(0.3), then(*args))
 
 
-def very_slow_steps() -> None:
-    then = main_dino.set_lr_and_wd
-    main_dino.set_lr_and_wd = lambda *args: (time.sleep(2), then(*args))
+def endless_step() -> None:
+    """The first step says that it has begun, and never ends."""
+    main_dino.set_lr_and_wd = lambda *args: (print("in a step", flush=True), time.sleep(1000))
 
 
 def small_files_only() -> None:
@@ -142,12 +142,12 @@ def test_a_signal_saves_and_stops(tmp_path, number):
 
 
 def test_a_second_interrupt_stops_at_once(tmp_path):
-    started = run(out=tmp_path, before=very_slow_steps)
-    stepping(started, tmp_path, 1)
-    for _ in range(8):  # within one step; two that come before the process looks are one
+    started = run(out=tmp_path, before=endless_step)
+    assert started.wait_for(lambda: "in a step" in started.output())
+    for _ in range(20):  # two that come before the process looks are one
         started.signal(signal.SIGINT)
-        time.sleep(0.2)
-    assert started.wait(10) == [-signal.SIGINT]
+        time.sleep(0.1)
+    assert started.wait(1) == [-signal.SIGINT]
     assert not (tmp_path / checkpoint.NAME).exists()
 
 
