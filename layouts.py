@@ -12,6 +12,7 @@ import argparse
 import json
 import math
 import os
+import pickle
 import re
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -63,6 +64,8 @@ def read(path: str | os.PathLike) -> dict:
         raise
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if isinstance(error, pickle.UnpicklingError):  # torch's text advises to load it unsafely
+            reason = "damaged, or it holds more than data"
         raise ValueError(f"{path}: not a readable checkpoint of plain tensors ({reason[:160]})") from error
 
 

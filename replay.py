@@ -78,9 +78,12 @@ def torch_rng(device: torch.device) -> dict[str, Tensor]:
 
 def replay(path: str, device: torch.device) -> None:
     """Print what the step's crops do to its weights, as it was computed and in float32."""
-    failure = checkpoint.read(path)
+    try:
+        failure = checkpoint.read(path)
+    except (FileNotFoundError, ValueError) as error:
+        raise ValueError(f"--replay {error}; give the {NAME} that a run left") from error
     if "crops" not in failure:
-        raise ValueError(f"--replay {path}: not a {NAME} of this script")
+        raise ValueError(f"--replay {path}: not a {NAME} of this script; give the one that a run left")
     args = argparse.Namespace(**failure["args"] | {"init_from": "", "compile": False})
     print(f"step {failure['step']} of rank {failure['rank']}, images {failure['index'][0].tolist()}"
           + (" ..." if len(failure["index"]) > 1 else ""))

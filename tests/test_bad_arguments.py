@@ -73,6 +73,8 @@ def check(script, argv, words, here, tmp_path, capfd, monkeypatch, defaults=()):
 
 # Each: the flags; what the line must say: flag, value, remedy (regular expressions).
 TRAINING = [
+    ("--replay {here}/array.npy", ("--replay {here}/array.npy", "damaged", "give the failure.pt")),
+    ("--replay {here}/absent.pt", ("--replay {here}/absent.pt", "no such file", "give the failure.pt")),
     # One value: text, sign, bounds, not a number
     ("--epochs 0", ("--epochs", "0 is out of range", "at least 1")),
     ("--epochs -3", ("--epochs", "-3 is out of range", "at least 1")),
