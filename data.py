@@ -26,8 +26,8 @@ from images import MAX_PIXELS
 from sources import Images, open_images
 
 __all__ = [
-    "MAX_PIXELS", "BadImages", "EvalImages", "Images", "TooManyBadImages", "Unreadable", "batches", "open_images",
-    "resized",
+    "MAX_PIXELS", "BadImages", "EvalImages", "Images", "TooManyBadImages", "Unreadable", "batches", "on_device",
+    "open_images", "resized",
 ]  # fmt: skip
 
 Bad = tuple[str, str]  # name of an image that can't be decoded, and the reason
@@ -122,7 +122,7 @@ class MultiCrop(Dataset):
         bad, chosen = [], index
         while len(bad) < self.TRIES:
             try:
-                image = self.images.load(chosen)
+                image = self.images.load(chosen, self.augmentation.reduction)
             except (ValueError, OSError) as error:
                 name = self.images.name(chosen)
                 bad.append((name, str(error).removeprefix(f"{name}: ")))
@@ -185,6 +185,24 @@ def batches(
         pin_memory=pin_memory,
         generator=torch.Generator(),  # its draw of a seed for workers must not move the run's own random numbers
     )
+
+
+def on_device(batches: Iterable[dict[str, Any]], device: torch.device) -> Iterator[dict[str, Any]]:
+    """The batches with their crops on the device.
+
+    On CUDA they travel on a stream of their own. The host is ahead of the device, so that the crops of a step are
+    copied while the step before is computed; on the stream of the step they would queue up behind it.
+    """
+    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    for batch in batches:
+        with torch.cuda.stream(stream):  # None: as it is
+            crops = [c.to(device, non_blocking=True) for c in batch["crops"]]
+        if stream is not None:
+            computing = torch.cuda.current_stream(device)
+            computing.wait_stream(stream)
+            for crop in crops:
+                crop.record_stream(computing)  # its memory is not given away before the step has read it
+        yield batch | {"crops": crops}
 
 
 def init_worker(worker: int) -> None:

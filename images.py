@@ -16,7 +16,7 @@ What comes out, for `in_chans` 1 (luma), 3 (RGB) or 4 (RGBA):
 import io
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 
@@ -30,6 +30,8 @@ MAX_PIXELS = 178_956_970  # where Pillow's own guard against decompression bombs
 # Registered with Pillow, but no pictures to train on: it only writes them, only recognizes them, or runs another
 # program on them (Ghostscript).
 NOT_PICTURES = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "PALM", "PDF", "WMF"}
+
+Reduction = Callable[[int, int], int]
 
 NPY_MAGIC = b"\x93NUMPY"
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # channels -> Pillow's mode
@@ -47,7 +49,8 @@ TURNS = {
 
 
 def decode(
-    source: str | os.PathLike | bytes, in_chans: int = 3, max_pixels: int = MAX_PIXELS, name: str = "<bytes>"
+    source: str | os.PathLike | bytes, in_chans: int = 3, max_pixels: int = MAX_PIXELS, name: str = "<bytes>",
+    reduction: Reduction | None = None,
 ) -> Tensor:
     """The picture in a file as uint8 (C, H, W), a view of contiguous (H, W, C) memory.
 
@@ -58,6 +61,8 @@ def decode(
         in_chans: C.
         max_pixels: larger pictures are refused before they are unpacked (an odd limit as the even one above it).
         name: of bytes, for errors.
+        reduction: (H, W) -> 1, 2, 4 or 8, by what the picture may be reduced. A JPEG file is, which costs a fraction
+            of decoding all of it: its blocks of 8 x 8 pixels are transformed at the smaller size.
 
     Raises:
         ValueError: "<name>: <reason>", for every file that can't be decoded, whatever the decoder raised.
@@ -72,7 +77,10 @@ def decode(
             if magic == NPY_MAGIC:
                 return from_array(np.load(file, allow_pickle=False), in_chans, max_pixels)
             with pillow_limits(max_pixels):
-                return from_pil(Image.open(file, formats=formats()), in_chans)
+                picture = Image.open(file, formats=formats())
+                if reduction is not None and picture.format == "JPEG":
+                    picture.draft(None, tuple(n // reduction(*picture.size) for n in picture.size))
+                return from_pil(picture, in_chans)
     except Exception as error:  # on broken bytes, decoders raise SyntaxError, KeyError, struct.error and more
         name = name if in_memory else printable(os.fsencode(source))
         raise ValueError(f"{name}: {reason(error)}") from error

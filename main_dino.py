@@ -69,7 +69,10 @@ def get_args_parser() -> argparse.ArgumentParser:
     flags.add_precision_flags(parser)
     add("--parallel", choices=("ddp", "fsdp"), default="ddp",
         help="several processes: each holds the networks, or (fsdp) its part of them")
-    add("--compile", action="store_true", help="torch.compile the networks")
+    add("--compile", nargs="?", const="default", choices=("default", "reduce-overhead", "max-autotune"),
+        help="torch.compile the networks; a mode of torch's may follow: reduce-overhead is CUDA graphs")
+    add("--grad_checkpointing", action="store_true",
+        help="keep less for backward and compute it again: larger batches fit, and a step takes a quarter longer")
 
     # Crops
     add("--global_crops_scale", type=flags.fraction, nargs=2, default=(0.4, 1.0), help="share of the area, low high")
@@ -134,6 +137,8 @@ def check_args(args: argparse.Namespace) -> None:
                          f"{args.epochs}; lower it")
     if args.precision in ("fp16", "bf16") and not args.use_fp16:
         raise ValueError(f"--use_fp16 false contradicts --precision {args.precision}; leave one of them out")
+    if args.compile and args.parallel == "fsdp":
+        raise ValueError(f"--compile {args.compile} with --parallel fsdp is not supported; leave one of them out")
     for name in ("tensorboard", "wandb"):
         if getattr(args, name) and not metrics.installed(name):
             raise ValueError(f"--{name}: not installed; pip install {name}")
@@ -198,7 +203,7 @@ def train(run: Run, log: metrics.Log) -> bool:
     if parallel.world_size() > 1 and not run.sharded:
         student = DistributedDataParallel(student, device_ids=[device.index] if device.type == "cuda" else None)
     augmentation = make_augmentation(args)
-    batches = iter(load(run, augmentation, run.step, plan.steps))
+    batches = data.on_device(load(run, augmentation, run.step, plan.steps), device)
     bad_images = data.BadImages(len(run.images), args.max_bad_images)
     watch, window, clock = metrics.FiniteWatch(device), metrics.Meters(), metrics.Clock()
     requests = Requests(device, args.saveckp_every_minutes)
@@ -214,7 +219,7 @@ def train(run: Run, log: metrics.Log) -> bool:
         for micro in range(args.grad_accum_steps):
             batch = clock.next(batches)
             bad_images.add(batch["bad"])
-            crops = augmentation.finish([c.to(device, non_blocking=True) for c in batch["crops"]], batch["params"])
+            crops = augmentation.finish(batch["crops"], batch["params"])
             last = micro == args.grad_accum_steps - 1
             with nullcontext() if last or student is run.student else student.no_sync():
                 with run.autocast():

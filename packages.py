@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from images import decode, from_pil
+from images import Reduction, decode, from_pil
 
 # ---- torchvision ----
 
@@ -32,7 +32,7 @@ class Torchvision:
     def name(self, i: int) -> str:
         return f"{self._name}[{i}]"
 
-    def load(self, i: int) -> Tensor:
+    def load(self, i: int, reduction: Reduction | None = None) -> Tensor:
         try:
             return from_pil(self.dataset[i][0], self.in_chans)
         except Exception as error:  # what decoders raise on broken files
@@ -135,12 +135,12 @@ class HuggingFace:
     def name(self, i: int) -> str:
         return f"hf:{self.folder}[{i}]"
 
-    def load(self, i: int) -> Tensor:
+    def load(self, i: int, reduction: Reduction | None = None) -> Tensor:
         cell = self.rows[i][self.column] or {"bytes": None, "path": None}
         source = cell["path"] if cell["bytes"] is None else cell["bytes"]
         if source is None:
             raise ValueError(f"{self.name(i)}: the cell is empty")
-        return decode(source, self.in_chans, self.max_pixels, self.name(i))
+        return decode(source, self.in_chans, self.max_pixels, self.name(i), reduction)
 
 
 def labels_of(dataset: Any) -> tuple[Tensor | None, list[str]]:

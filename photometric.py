@@ -18,6 +18,7 @@ Shapes: M crops, C channels, H x W pixels.
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from functools import cache
 
 import numpy as np
 import torch
@@ -29,6 +30,10 @@ from torch import Tensor
 COLUMNS = ("brightness", "contrast", "saturation", "hue", "order", "grey", "sigma", "solarize")
 BRIGHTNESS, CONTRAST, SATURATION, HUE, ORDER, GREY, SIGMA, SOLARIZE = range(8)
 ORDERS = tuple(itertools.permutations((BRIGHTNESS, CONTRAST, SATURATION, HUE)))  # 24
+
+# What torch.compile makes one pass over memory of, each; the blur chooses its steps by the parameters.
+FUSIBLE = (
+    "adjust_brightness", "adjust_contrast", "adjust_saturation", "adjust_hue", "to_grey", "solarize", "normalize")
 
 # On a CPU, work through the crops in parts of about this many values: a part and its temporaries stay in the cache.
 # Whole batches at once took three to five times as long, most of it for fresh memory.
@@ -138,8 +143,15 @@ def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     return (images - mean.view(-1, 1, 1)).div_(std.view(-1, 1, 1))
 
 
+@cache
+def fused(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return torch.compile(function, dynamic=True) if function.__name__ in FUSIBLE else function
+
+
 @torch.no_grad()
-def photometric(crops: Tensor, params: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+def photometric(
+    crops: Tensor, params: Tensor, mean: Sequence[float], std: Sequence[float], compiled: bool = False
+) -> Tensor:
     """Colour jitter, grey, blur, solarize and normalization of a batch of crops, each by its own parameters.
 
     Crops of other than three channels go without saturation, hue and grey, which mean nothing there; grey, as the
@@ -149,6 +161,7 @@ def photometric(crops: Tensor, params: Tensor, mean: Sequence[float], std: Seque
         crops: (M, C, H, W) uint8, on any device.
         params: (M, 8) float32 on the CPU; see COLUMNS.
         mean, std: C numbers each, for values in [0, 1].
+        compiled: fuse each operation by torch.compile, for any number of crops.
 
     Returns:
         (M, C, H, W) float32 on the crops' device.
@@ -164,7 +177,7 @@ def photometric(crops: Tensor, params: Tensor, mean: Sequence[float], std: Seque
         part = max(1, CPU_PART // max(1, crops[:1].numel()))
     for first in range(0, len(crops), max(1, part)):
         rows = slice(first, first + part)
-        _transform(crops[rows], params[rows].numpy(), mean, std, result[rows])
+        _transform(crops[rows], params[rows].numpy(), mean, std, result[rows], fused if compiled else _as_it_is)
     return result
 
 
@@ -193,8 +206,14 @@ def _stages(params: np.ndarray, channels: int) -> list[Stage]:
     ]
 
 
-def _transform(crops: Tensor, params: np.ndarray, mean: Tensor, std: Tensor, out: Tensor) -> None:
-    """`photometric` of crops that are worked on together.
+def _as_it_is(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return function
+
+
+def _transform(
+    crops: Tensor, params: np.ndarray, mean: Tensor, std: Tensor, out: Tensor, made: Callable[[Callable], Callable]
+) -> None:
+    """`photometric` of crops that are worked on together; `made` is what becomes of each operation.
 
     Before each stage the crops are put in the order of the functions they need, so that a function takes a slice:
     reading rows in any order is fast everywhere, writing them so is slow on a CPU.
@@ -213,12 +232,14 @@ def _transform(crops: Tensor, params: np.ndarray, mean: Tensor, std: Tensor, out
             if begin == end:
                 continue
             factor = () if column is None else (torch.from_numpy(params[places[begin:end], column]),)
-            changed = function(images[begin:end], *factor)
+            if function.__name__ in FUSIBLE:  # sent ahead: a graph of torch.compile has no place for it
+                factor = tuple(_to_device(f, images.device) for f in factor)
+            changed = made(function)(images[begin:end], *factor)
             if end - begin == count:
                 images = changed
             else:
                 images[begin:end] = changed
-    out.copy_(_reorder(normalize(images, mean, std), np.argsort(places)))
+    out.copy_(_reorder(made(normalize)(images, mean, std), np.argsort(places)))
 
 
 def _reorder(images: Tensor, order: np.ndarray) -> Tensor:

@@ -19,7 +19,7 @@ import checkpoint
 import metrics
 import parallel
 import utils
-from run import Run, build_loss, build_networks, half_precision, make_augmentation, plain_args
+from run import Run, build_loss, build_networks, dtype_named, make_augmentation, plain_args
 
 NAME = "failure.pt"
 
@@ -84,14 +84,14 @@ def replay(path: str, device: torch.device) -> None:
         raise ValueError(f"--replay {error}; give the {NAME} that a run left") from error
     if "crops" not in failure:
         raise ValueError(f"--replay {path}: not a {NAME} of this script; give the one that a run left")
-    args = argparse.Namespace(**failure["args"] | {"init_from": "", "compile": False})
+    args = argparse.Namespace(**failure["args"] | {"init_from": "", "compile": None, "grad_checkpointing": False})
     print(f"step {failure['step']} of rank {failure['rank']}, images {failure['index'][0].tolist()}"
           + (" ..." if len(failure["index"]) > 1 else ""))
     for name in ("student", "teacher"):
         largest, bad = largest_of(failure[name])
         print(f"{name}'s parameters before the step: max |w| {largest:g}"
               + (f"; NOT FINITE: {', '.join(bad[:5])}" if bad else ""))
-    dtype = half_precision(args.precision, args.use_fp16, device)
+    dtype = dtype_named(failure["dtype"])
     found = compute(failure, args, device, dtype)
     if dtype is not None:
         print("\nthe same in float32")

@@ -9,6 +9,8 @@ import argparse
 import math
 import random
 import re
+import time
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -81,9 +83,14 @@ def build_networks(args: argparse.Namespace, device: torch.device) -> tuple[nn.M
     student, teacher = student.to(device), teacher.to(device)
     if parallel.world_size() > 1 and device.type == "cuda":  # batch norm over all processes; torch has it on GPUs only
         student, teacher = (nn.SyncBatchNorm.convert_sync_batchnorm(m) for m in (student, teacher))
+    if args.grad_checkpointing:
+        if not hasattr(student.backbone, "set_grad_checkpointing"):  # timm's networks have it too
+            raise ValueError(f"--grad_checkpointing: {args.arch} cannot do it; leave it out, or choose a ViT")
+        student.backbone.set_grad_checkpointing()
     if args.compile:
-        for module in (student.backbone, student.head, teacher.backbone, teacher.head):
-            module.compile()
+        # The student is one graph for all sizes of crops; the loop calls the parts of the teacher one by one.
+        for module in (student, teacher.backbone, teacher.head):
+            module.compile(mode=args.compile)
     return student, teacher
 
 
@@ -126,8 +133,26 @@ def half_precision(precision: str, use_fp16: bool, device: torch.device) -> torc
         return torch.float16 if precision == "fp16" else torch.bfloat16
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    bf16_units = device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
-    return torch.bfloat16 if bf16_units else None
+    return torch.bfloat16 if device.type == "cpu" and parallel.gather_objects(bf16_is_faster())[0] else None
+
+
+@cache
+def bf16_is_faster() -> bool:
+    """Whether this CPU multiplies matrices faster in bf16 than in float32, by measurement: of those that have the
+    instructions, some are several times as fast, others half as fast.
+    """
+    if not torch.cpu.get_capabilities().get("avx512_bf16", False):
+        return False
+
+    def seconds(dtype: torch.dtype) -> float:
+        x, best = torch.ones(512, 512, dtype=dtype), math.inf
+        for _ in range(5):
+            start = time.perf_counter()
+            x @ x
+            best = min(best, time.perf_counter() - start)
+        return best
+
+    return seconds(torch.bfloat16) < seconds(torch.float32)
 
 
 # ---- Resume ----
@@ -136,9 +161,8 @@ def half_precision(precision: str, use_fp16: bool, device: torch.device) -> torc
 FREE_FLAGS = {
     "data_path", "output_dir", "saveckp_freq", "saveckp_every_steps", "saveckp_every_minutes", "keep_checkpoints",
     "eval_knn_every", "eval_data_path", "log_every", "pictures_every", "tensorboard", "wandb", "device",
-    "num_workers", "dist_url", "dist_timeout", "local_rank", "compile", "max_bad_images", "init_from",
-    "batch_size_per_gpu", "grad_accum_steps", "world_size", "replay", "max_pixels",
-    "parallel",
+    "num_workers", "dist_url", "dist_timeout", "local_rank", "compile", "grad_checkpointing", "max_bad_images",
+    "init_from", "batch_size_per_gpu", "grad_accum_steps", "world_size", "replay", "max_pixels", "parallel",
 }
 
 
@@ -148,6 +172,11 @@ def plain_args(args: argparse.Namespace, n_images: int) -> dict:
         "world_size": parallel.world_size(),
         "global_batch": args.batch_size_per_gpu * args.grad_accum_steps * parallel.world_size(),
     }
+
+
+def dtype_named(name: str) -> torch.dtype | None:
+    """`str` of a dtype or of None, back."""
+    return None if name == "None" else getattr(torch, name.removeprefix("torch."))
 
 
 def refuse_other_hyperparameters(now: dict, then: dict, path: Path) -> None:
@@ -177,15 +206,19 @@ class Run:
                 sharding.shard(network, device)
         self.dino_loss = build_loss(args, self.plan.epochs).to(device)
         self.optimizer = build_optimizer(args.optimizer, self.student)
-        self.dtype = half_precision(args.precision, args.use_fp16, device)
+        self.set_precision(half_precision(args.precision, args.use_fp16, device))
         if self.sharded and self.dtype == torch.float16:  # each process would judge overflows by its own part
             raise ValueError(f"--parallel fsdp: --precision {args.precision} is fp16 here; choose bf16 or fp32")
-        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         self.meters = metrics.Meters()  # of the running epoch
         self.knn: dict[str, float] = {}  # latest figures, the baselines and the best
         self.step = 0
         self.last_saved = "none"
         self.rng: dict[int, dict] = {}  # torch's random state before each step that has not been found finite yet
+
+    def set_precision(self, dtype: torch.dtype | None) -> None:
+        """`dtype`: of autocast; None is float32 throughout."""
+        self.dtype = dtype
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
@@ -226,6 +259,7 @@ class Run:
             "dino_loss": self.dino_loss.state_dict(),
             "epoch": self.step // self.plan.steps_per_epoch,
             "step": self.step,
+            "precision": str(self.dtype),
             "args": plain_args(self.args, len(self.images)),
             "rng": parallel.gather_objects(checkpoint.rng_state(self.device)),
             "meters": parallel.gather_objects(self.meters.state_dict()),
@@ -253,6 +287,8 @@ class Run:
         sharding.load(self.teacher, state["teacher"])
         sharding.load_optimizer(self.optimizer, state["optimizer"])
         self.dino_loss.load_state_dict(state["dino_loss"])
+        if self.args.precision == "auto":  # another machine might choose another one
+            self.set_precision(dtype_named(state["precision"]))
         self.scaler.load_state_dict(state["fp16_scaler"])
         self.knn, self.step, self.last_saved = dict(state["knn"]), state["step"], path.name
         same_processes = len(state["rng"]) == parallel.world_size()
@@ -278,5 +314,5 @@ def seed_everything(seed: int) -> None:
 def make_augmentation(args: argparse.Namespace) -> utils.DataAugmentationDINO:
     return utils.DataAugmentationDINO(
         args.global_crops_scale, args.local_crops_scale, args.local_crops_number, args.global_crops_size,
-        args.local_crops_size, args.mean, args.std,
+        args.local_crops_size, args.mean, args.std, bool(args.compile),
     )

@@ -27,7 +27,7 @@ from torch import Tensor
 
 import listing
 import parallel
-from images import decode, printable, suffixes
+from images import Reduction, decode, printable, suffixes
 
 BLOCK = 512  # bytes, of tar files
 
@@ -58,13 +58,13 @@ class Shards:
     def name(self, i: int) -> str:
         return printable(os.path.join(self.files[self.shard[i].item()], self.paths[i]))
 
-    def load(self, i: int) -> Tensor:
+    def load(self, i: int, reduction: Reduction | None = None) -> Tensor:
         try:
             with open(self.files[self.shard[i].item()], "rb", buffering=0) as file:
                 content = os.pread(file.fileno(), self.size[i].item(), self.offset[i].item())
         except OSError as error:
             raise ValueError(f"{self.name(i)}: {error.strerror}") from error
-        return decode(content, self.in_chans, self.max_pixels, self.name(i))
+        return decode(content, self.in_chans, self.max_pixels, self.name(i), reduction)
 
 
 # ---- Opening ----

@@ -2,10 +2,11 @@
 
 A set of images is any object with
 
-    len(images), images.load(i) -> uint8 (C, H, W), images.name(i) -> str,
+    len(images), images.load(i, reduction) -> uint8 (C, H, W), images.name(i) -> str,
     images.labels -> int64 (N,) or None, images.classes -> list of names ([] without labels)
 
-and, where names and files' times don't tell that the pictures have changed, images.fingerprint -> str.
+where `reduction` is images.decode's; and, where names and files' times don't tell that the pictures have changed,
+images.fingerprint -> str.
 
 Shapes: N images in all, C channels.
 """
@@ -23,7 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 import shapes
-from images import MAX_PIXELS, MODES, decode, from_pil, printable, suffixes
+from images import MAX_PIXELS, MODES, Reduction, decode, from_pil, printable, suffixes
 from listing import Found, Texts, listed, numbered, pack, pictures_below
 from packages import open_hugging_face, open_torchvision
 from shards import named_by, open_folder_of_shards, open_shards
@@ -34,7 +35,7 @@ class Images(Protocol):
     classes: list[str]
 
     def __len__(self) -> int: ...
-    def load(self, i: int) -> Tensor: ...
+    def load(self, i: int, reduction: Reduction | None = None) -> Tensor: ...
     def name(self, i: int) -> str: ...
 
 
@@ -127,8 +128,8 @@ class Files:
     def name(self, i: int) -> str:
         return printable(self.path(i))
 
-    def load(self, i: int) -> Tensor:
-        return decode(os.fsdecode(self.path(i)), self.in_chans, self.max_pixels)
+    def load(self, i: int, reduction: Reduction | None = None) -> Tensor:
+        return decode(os.fsdecode(self.path(i)), self.in_chans, self.max_pixels, reduction=reduction)
 
 
 def open_files(folder: str | os.PathLike, names: Iterable[str], in_chans: int) -> Files:
@@ -213,7 +214,7 @@ class Shapes:
     def name(self, i: int) -> str:
         return f"shapes[{self.start + i}]"
 
-    def load(self, i: int) -> Tensor:
+    def load(self, i: int, reduction: Reduction | None = None) -> Tensor:
         return from_pil(Image.fromarray(shapes.draw(self.start + i, self.size)[0]), self.in_chans)
 
 

@@ -39,6 +39,7 @@ class DataAugmentationDINO:
         global_crops_scale, local_crops_scale: smallest and largest share of the image's area in a crop.
         global_crops_size, local_crops_size: crops' side in pixels.
         mean, std: one value a channel, of intensities in [0, 1].
+        compiled: let torch.compile fuse the operations of `finish`.
     """
 
     BLUR = (1.0, 0.1)  # probability for the first and second global crop
@@ -56,12 +57,22 @@ class DataAugmentationDINO:
         local_crops_size: int = 96,
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
+        compiled: bool = False,
     ) -> None:
         self.scales = [tuple(global_crops_scale)] * 2 + [tuple(local_crops_scale)] * local_crops_number
         self.sizes = [global_crops_size] * 2 + [local_crops_size] * local_crops_number
         self.blur = list(self.BLUR) + [self.LOCAL_BLUR] * local_crops_number
         self.solarize = list(self.SOLARIZE) + [0.0] * local_crops_number
-        self.mean, self.std = tuple(mean), tuple(std)
+        self.mean, self.std, self.compiled = tuple(mean), tuple(std), compiled
+
+    def reduction(self, height: int, width: int) -> int:
+        """1, 2, 4 or 8: by what a picture may be reduced as it is decoded, so that no crop has to be enlarged for it.
+
+        A crop's shorter side is at least sqrt(3/4 of its area), or that of the picture (random_resized_crop_box).
+        """
+        spare = min(min(math.sqrt(scale[0] * height * width * 3 / 4), height, width) / size
+                    for scale, size in zip(self.scales, self.sizes, strict=True))
+        return next((r for r in (8, 4, 2) if r <= spare), 1)
 
     def cut(self, image: Tensor, rng: np.random.Generator) -> tuple[list[Tensor], Tensor]:
         """uint8 image (C, height, width) -> 2 + L uint8 crops (C, size, size), and their parameters (2 + L, 8).
@@ -97,7 +108,8 @@ class DataAugmentationDINO:
         `params` ((2 + L) B, 8) stays on the CPU, so that nothing waits for the device.
         """
         rows = params.split([len(c) for c in crops])
-        return [photometric.photometric(c, p, self.mean, self.std) for c, p in zip(crops, rows, strict=True)]
+        return [photometric.photometric(c, p, self.mean, self.std, self.compiled)
+                for c, p in zip(crops, rows, strict=True)]
 
     def __call__(self, image, rng: np.random.Generator | None = None) -> list[Tensor]:
         """PIL image -> 2 + L normalized float32 crops (C, size, size); `rng` defaults to one seeded by torch's."""
@@ -142,6 +154,8 @@ class MultiCropWrapper(nn.Module):
         for name in ("fc", "head"):
             if isinstance(getattr(backbone, name, None), nn.Linear):
                 setattr(backbone, name, nn.Identity())
+        if hasattr(backbone, "class_token_only"):  # a ViT's head reads nothing else
+            backbone.class_token_only = True
         self.backbone = backbone
         self.head = head
 

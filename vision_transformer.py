@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.init import trunc_normal_
+from torch.utils.checkpoint import checkpoint
 
 
 def drop_path(x: Tensor, drop_prob: float = 0.0, training: bool = False) -> Tensor:
@@ -76,7 +77,7 @@ class Attention(nn.Module):
     The weights are formed only when somebody asks for them: by `return_attention`, or by a hook on this module or on
     `attn_drop`, which is where code written for the published models reads them (or by a module that took the place of
     `attn_drop`). The exception is half precision on a CPU, where forming them is three to eleven times as fast
-    (benchmarks/attention.py).
+    (benchmarks/attention.py). `class_token_only` computes the first row of both: (B, 1, D) and (B, H, 1, N).
     """
 
     def __init__(
@@ -96,10 +97,14 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
 
-    def forward(self, x: Tensor, return_attention: bool = False) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, x: Tensor, return_attention: bool = False, class_token_only: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
         B, N, D = x.shape
         qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, D // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, H, N, D / H)
+        if class_token_only:
+            q = q[:, :, :1]
         attn = None
         wanted = (return_attention or is_observed(self) or is_observed(self.attn_drop)
                   or type(self.attn_drop) is not nn.Dropout)
@@ -109,12 +114,16 @@ class Attention(nn.Module):
         else:
             dropout = self.attn_drop.p if self.training else 0.0
             x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=self.scale)
-        x = x.transpose(1, 2).reshape(B, N, D)
+        x = x.transpose(1, 2).reshape(B, q.shape[2], D)
         return self.proj_drop(self.proj(x)), attn
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block; `return_attention=True` returns the attention weights (B, H, N, N) instead."""
+    """Pre-norm transformer block; `return_attention=True` returns the attention weights (B, H, N, N) instead.
+
+    `class_token_only=True` returns (B, 1, D): the class token meets all others' keys and values, but what would become
+    of those is not computed, three quarters of the arithmetic.
+    """
 
     def __init__(
         self,
@@ -138,10 +147,12 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop)
         self.ls2 = LayerScale(dim, init_values) if init_values is not None else nn.Identity()
 
-    def forward(self, x: Tensor, return_attention: bool = False) -> Tensor:
-        y, attn = self.attn(self.norm1(x), return_attention)
+    def forward(self, x: Tensor, return_attention: bool = False, class_token_only: bool = False) -> Tensor:
+        y, attn = self.attn(self.norm1(x), return_attention, class_token_only)
         if return_attention:
             return attn
+        if class_token_only:
+            x = x[:, :1]
         x = x + self.drop_path(self.ls1(y))
         return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
 
@@ -187,7 +198,14 @@ class VisionTransformer(nn.Module):
         init_values: start of LayerScale; None leaves it out.
         interpolate_antialias, interpolate_offset: how position embeddings are interpolated, which is part of what the
             weights were trained with: DINO's and DINOv2's without registers False and 0.1, DINOv2's with True and 0.
+
+    Attributes:
+        class_token_only: leave out of the last block what `forward` does not read: hooks there then see one token.
+            For training (utils.MultiCropWrapper sets it).
+        grad_checkpointing: see set_grad_checkpointing.
     """
+
+    class_token_only = grad_checkpointing = False
 
     def __init__(
         self,
@@ -270,16 +288,25 @@ class VisionTransformer(nn.Module):
             x = torch.cat([x[:, :1], self.register_tokens.expand(x.shape[0], -1, -1), x[:, 1:]], dim=1)
         return self.pos_drop(x)
 
-    def forward_tokens(self, x: Tensor) -> Tensor:
-        """Pictures (B, C, height, width) -> normalized tokens (B, N, D)."""
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep for backward what goes into each block alone, and compute the rest of it again (timm's name)."""
+        self.grad_checkpointing = enable
+
+    def forward_tokens(self, x: Tensor, class_token_only: bool = False) -> Tensor:
+        """Pictures (B, C, height, width) -> normalized tokens (B, N, D), or (B, 1, D) of the class token."""
         x = self.prepare_tokens(x)
         for block in self.blocks:
-            x = block(x)
+            # Blocks of other making, put in place of ours, need not know the option.
+            options = {"class_token_only": True} if class_token_only and block is self.blocks[-1] else {}
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False, **options)
+            else:
+                x = block(x, **options)
         return self.norm(x)
 
     def forward(self, x: Tensor) -> Tensor:
         """Pictures (B, C, height, width) -> normalized class token (B, D), or logits (B, num_classes)."""
-        return self.head(self.forward_tokens(x)[:, 0])
+        return self.head(self.forward_tokens(x, self.class_token_only)[:, 0])
 
     def forward_features(self, x: Tensor) -> Features:
         """Pictures (B, C, height, width) -> class token (B, D), patch tokens (B, h, w, D), registers (B, R, D)."""

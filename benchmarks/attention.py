@@ -1,44 +1,45 @@
 """Attention on this device, forward and backward: the plain product of matrices against the fused kernel.
 
     python benchmarks/attention.py
-
-Prints the fastest of the repeats, interleaved in one run.
+    python benchmarks/attention.py --device cuda
 """
 
-import argparse
-import time
+import sys
 
+import bench
 import torch
 import torch.nn.functional as F
+
+SHAPES = ((128, 10), (64, 37), (64, 65), (32, 197))  # crops, tokens; three heads of 64
 
 
 def plain(q, k, v):
     return (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1) @ v
 
 
-def fused(q, k, v):
-    return F.scaled_dot_product_attention(q, k, v)
-
-
-def measure(function, qkv: torch.Tensor) -> float:
-    started = time.perf_counter()
-    function(*qkv.unbind(0)).float().sum().backward()
-    qkv.grad = None
-    return time.perf_counter() - started
-
-
-def main(quick: bool) -> None:
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
-    print("  B    N      dtype   plain ms   fused ms   ratio")
-    for B, N in ((2, 10),) if quick else ((128, 10), (64, 37), (64, 65), (32, 197)):
+def main(args) -> int:
+    bench.header("attention", args.device)
+    rows, results = [], {}
+    for B, N in ((2, 10),) if args.quick else SHAPES:
         for dtype in (torch.float32, torch.bfloat16):
-            qkv = torch.randn(3, B, 3, N, 64).to(dtype).requires_grad_()
-            times = [(measure(plain, qkv), measure(fused, qkv)) for _ in range(2 if quick else 7)]
-            a, b = (1000 * min(column) for column in zip(*times, strict=True))
-            print(f"{B:3d} {N:4d} {str(dtype)[6:]:>10} {a:10.1f} {b:10.1f} {b / a:7.2f}")
+            qkv = torch.randn(3, B, 3, N, 64, device=args.device).to(dtype).requires_grad_()
+            functions = {"plain": plain, "fused": F.scaled_dot_product_attention}
+            times = bench.in_turns(
+                {n: (lambda f=f, x=qkv: torch.autograd.grad(f(*x.unbind(0)).float().sum(), x))
+                 for n, f in functions.items()}, args.rounds, args.device)
+            found = bench.summary(times, "fused")
+            results[f"{B} x {N} {dtype}"] = found
+            row = found["plain"]
+            rows.append([f"{B} x {N}", str(dtype).removeprefix("torch."), row["ms"], found["fused"]["ms"],
+                         f"{row['ratio']:.2f} ({row['ratio_low']:.2f} .. {row['ratio_high']:.2f})"])
+    bench.table(["crops x tokens", "type", "plain, median ms", "fused", "plain is times as fast (range)"], rows)
+    bench.record(args, "attention", shapes=results)
+    return 0
+
+
+def get_args_parser():
+    return bench.parser(__doc__, rounds=7)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs")
-    main(parser.parse_args().quick)
+    sys.exit(main(get_args_parser().parse_args()))

@@ -2,12 +2,14 @@
 
     python benchmarks/data_pipeline.py                        # 500 x 375 pixels, 2 x 224 + 8 x 96
     python benchmarks/data_pipeline.py --workers 1 2 4 8 16
+    python benchmarks/data_pipeline.py --width 4000 --height 3000 --images 4 --workers     # photographs of a phone
 
 Ours splits the work: a worker decodes, cuts and resizes, the device does colours and blur for the whole batch. naive.py
 does all of it in the worker, picture by picture with Pillow. Milliseconds are processor time, which neighbours on the
 machine hardly change; images/s is by the clock.
 """
 
+import copy
 import statistics
 import sys
 import tempfile
@@ -29,19 +31,24 @@ import utils
 def stages(paths: list[Path], args) -> dict:
     """{stage: function that does it for all pictures}; the worker's are those before `colours`."""
     aug = augmentation(args)
-    decoded = [images.decode(path) for path in paths]
+    decoded = [images.decode(path, reduction=aug.reduction) for path in paths]
     items = [(*aug.cut(x, np.random.default_rng(i)), i, []) for i, x in enumerate(decoded)]
     batch = data.collate(items)
+    crops, compiled = [c.to(args.device) for c in batch["crops"]], copy.copy(aug)
+    compiled.compiled = not args.quick  # compiling takes a minute
     pictures = [Image.open(path).convert("RGB") for path in paths]
     options = {"local": args.local, "sizes": tuple(args.sizes)}
     return {
-        "ours: read, decode": lambda: [images.decode(path) for path in paths],
+        "ours: read, decode": lambda: [images.decode(path, reduction=aug.reduction) for path in paths],
+        "ours: read, decode at full size": lambda: [images.decode(path) for path in paths],
         "ours: draw the views": lambda: [draw(aug, x, i) for i, x in enumerate(decoded)],
         "ours: draw, cut, resize, flip": lambda: [aug.cut(x, np.random.default_rng(i)) for i, x in enumerate(decoded)],
         "ours: collate": lambda: data.collate(items),
         "ours: worker, all of it": lambda: data.collate([
-            (*aug.cut(images.decode(path), np.random.default_rng(i)), i, []) for i, path in enumerate(paths)]),
-        "ours: colours, blur, normalize on this CPU": lambda: aug.finish(batch["crops"], batch["params"]),
+            (*aug.cut(images.decode(path, reduction=aug.reduction), np.random.default_rng(i)), i, [])
+            for i, path in enumerate(paths)]),
+        "ours: colours, blur, normalize": lambda: aug.finish(crops, batch["params"]),
+        "ours: the same, compiled": lambda: compiled.finish(crops, batch["params"]),
         "naive: read, decode": lambda: [Image.open(path).convert("RGB") for path in paths],
         "naive: ten crops with colours": lambda: [naive.augment(picture, **options) for picture in pictures],
         "naive: worker, all of it": lambda: [naive.augment(Image.open(p).convert("RGB"), **options) for p in paths],
@@ -75,7 +82,8 @@ def loader(name: str, paths: list[Path], workers: int, args):
     """An endless loader of batches."""
     if name == "ours":
         opened = data.open_images(str(paths[0].parent), None)
-        return data.batches(opened, augmentation(args), args.batch, workers, 0)
+        return data.batches(opened, augmentation(args), args.batch, workers, 0,
+                            pin_memory=args.device.startswith("cuda"))
     pictures = naive.Pictures(paths, local=args.local, sizes=tuple(args.sizes))
     forever = torch.utils.data.RandomSampler(paths, replacement=True, num_samples=10**9)
     return torch.utils.data.DataLoader(pictures, args.batch, sampler=forever, num_workers=workers,

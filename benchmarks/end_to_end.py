@@ -21,15 +21,18 @@ import photos
 import torch
 from train_step import PRECISIONS
 
+import data
+
 
 def batches_of(name: str, paths: list[Path], args):
     """Endless batches, each as its trainer's step takes it and on the device."""
     augmentation = data_pipeline.augmentation(args)
-    for batch in data_pipeline.loader(name, paths, args.workers, args):
-        if name == "ours":
-            crops = [c.to(args.device, non_blocking=True) for c in batch["crops"]]
-            yield augmentation.finish(crops, batch["params"])
-        else:
+    loader = data_pipeline.loader(name, paths, args.workers, args)
+    if name == "ours":
+        for batch in data.on_device(loader, torch.device(args.device)):
+            yield augmentation.finish(batch["crops"], batch["params"])
+    else:
+        for batch in loader:
             yield [view.to(args.device) for view in batch]
 
 

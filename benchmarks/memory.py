@@ -33,10 +33,14 @@ def measure(args) -> dict:
     shared = {"arch": args.arch, "patch": args.patch, "size": args.sizes[0], "k": args.out_dim,
               "device": args.device, "dtype": PRECISIONS[args.precision]}
     views, joined = crops_of(args.batch, args)
+    trainers = {
+        "naive": lambda: naive.Trainer(**shared, grouped=True),
+        "ours": lambda: ours.Trainer(**shared, local=args.local),
+        "ours, checkpointed": lambda: ours.Trainer(**shared, local=args.local, checkpointed=True),
+    }
     found = {}
-    for who, make, crops in (("naive", lambda: naive.Trainer(**shared, grouped=True), views),
-                             ("ours", lambda: ours.Trainer(**shared, local=args.local), joined)):
-        trainer = make()
+    for who, make in trainers.items():
+        trainer, crops = make(), views if who == "naive" else joined
         found[who] = count(trainer, crops, lambda net=trainer.student.backbone: [net(c) for c in joined])
     shape = model.Shape.of(args.arch, args.patch, args.sizes, args.local, args.out_dim)
     precision = "fp32" if args.precision == "fp32" else "bf16"

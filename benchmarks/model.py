@@ -37,10 +37,13 @@ FORWARD_TRAFFIC = {
     "bf16, fused": sum((2 * (4 + 2), 2 + 6, 6 + 2, 2 + 2, 2 + 8, 8 + 8, 8 + 2, 2 * (4 + 2 + 4))),
     "fp32": 4 * sum((2 * (1 + 1), 1 + 3, 3 + 1, 1 + 1, 1 + 4, 4 + 4, 4 + 1, 2 * (1 + 1), 2 * (2 + 1))),
 }
+# Of the last block only what the class token needs: first norm, qkv, and k and v read.
+LAST_TRAFFIC = {"bf16": 4 + 4 + 4 + 2 + 2 + 6 + 4, "bf16, fused": 4 + 2 + 2 + 6 + 4, "fp32": 4 * (1 + 1 + 1 + 3 + 2)}
 KEPT = {  # for backward: two norms' inputs and results, q k v, attention's result, fc1's and GELU's
     "bf16": 2 * (4 + 2) + 6 + 2 + 8 + 8,
     "fp32": 4 * (2 * 2 + 3 + 1 + 4 + 4),
 }
+LAST_KEPT = {"bf16": 4 + 2 + 6, "fp32": 4 * (2 + 3)}
 UPDATE_TRAFFIC = 4 * (4 + 3 + 2 + 1 + 3 + 2)  # bytes a parameter: AdamW r4 w3, clipping r2 w1, EMA r3 w2
 # Values a parameter: read by the teacher's pass and the student's two; backward, once a resolution, reads it and
 # writes its gradient, and adds the two up.
@@ -71,17 +74,21 @@ class Shape:
         teacher = 2 * self.tokens(self.sizes[0])
         return teacher, teacher + self.local * self.tokens(self.sizes[1])
 
-    def backbone_flop(self, size: int) -> int:
-        """Forward pass of one crop."""
+    def backbone_flop(self, size: int, all_tokens: bool = True) -> int:
+        """Forward pass of one crop; or without what the last block need not compute for the class token."""
         n, d = self.tokens(size), self.width
-        return 2 * (n - 1) * 3 * self.patch**2 * d + self.blocks * (24 * n * d**2 + 4 * n**2 * d)
+        block, last = 24 * n * d**2 + 4 * n**2 * d, 6 * n * d**2 + 18 * d**2 + 4 * n * d
+        return 2 * (n - 1) * 3 * self.patch**2 * d + (self.blocks - 1) * block + (block if all_tokens else last)
 
     def head_weights(self) -> int:
         return self.width * HIDDEN + HIDDEN**2 + HIDDEN * BOTTLENECK + BOTTLENECK * self.k
 
-    def flop_per_image(self) -> int:
-        """Teacher: a forward pass of two global crops; student: three times a forward pass of all crops."""
-        glob, loc = (self.backbone_flop(size) + 2 * self.head_weights() for size in self.sizes)
+    def flop_per_image(self, all_tokens: bool = True) -> int:
+        """Teacher: a forward pass of two global crops; student: three times a forward pass of all crops.
+
+        The method's arithmetic, by which implementations are compared; with all_tokens=False, what ours computes.
+        """
+        glob, loc = (self.backbone_flop(size, all_tokens) + 2 * self.head_weights() for size in self.sizes)
         return 2 * glob + 3 * (2 * glob + self.local * loc)
 
     def parameters(self) -> int:
@@ -93,7 +100,7 @@ class Shape:
 
     def kept_bytes(self, precision: str = "bf16") -> int:
         """Activations an image that the student's backbone keeps for backward."""
-        return self.tokens_per_image()[1] * self.blocks * self.width * KEPT[precision]
+        return self.tokens_per_image()[1] * self.width * ((self.blocks - 1) * KEPT[precision] + LAST_KEPT[precision])
 
     def logit_bytes(self, precision: str = "bf16") -> int:
         """An image's logits and their gradient, and the teacher's logits and probabilities in float32."""
@@ -108,7 +115,8 @@ class Shape:
         """Bytes moved (an image, a step): activations and logits; weights, their casts, normalization and update."""
         teacher, student = self.tokens_per_image()
         half = 4 if precision == "fp32" else 2
-        tokens = (teacher + 3 * student) * FORWARD_TRAFFIC[precision] * self.blocks * self.width
+        blocks = (self.blocks - 1) * FORWARD_TRAFFIC[precision] + LAST_TRAFFIC[precision]
+        tokens = (teacher + 3 * student) * blocks * self.width
         logits = self.k * ((2 + self.local) * 5 * half + 2 * (2 * half + 4 * 4))
         prototypes = 4 * BOTTLENECK * self.k * (2 * 2 + 4)  # both networks' forward passes, and a backward one
         return tokens + logits, self.parameters() * (UPDATE_TRAFFIC + PASS_TRAFFIC * half) + prototypes
@@ -136,7 +144,7 @@ def step_seconds(shape: Shape, batch: int, gpus: int, at: Hardware, precision: s
     is waited for.
     """
     per_image, per_step = shape.traffic(precision)
-    arithmetic = batch * shape.flop_per_image() / at.flops
+    arithmetic = batch * shape.flop_per_image(all_tokens=False) / at.flops
     memory = (batch * per_image + per_step) / at.bandwidth
     link = at.inside if gpus <= at.per_host else at.between
     sent = 2 * (gpus - 1) / gpus * 4 * shape.parameters()  # a ring all-reduce of float32 gradients
@@ -151,7 +159,7 @@ def predict(shape: Shape, batch: int, gpus: int, at: Hardware, precision: str = 
     seconds = step_seconds(shape, batch, gpus, at, precision)
     seconds["colours"] = batch * shape.colour_bytes() / at.bandwidth
     rate = gpus * batch / sum(seconds.values())
-    return {"images_per_s": rate, "arithmetic_only": gpus * at.flops / shape.flop_per_image(),
+    return {"images_per_s": rate, "arithmetic_only": gpus * at.flops / shape.flop_per_image(False),
             "waiting": seconds["communication"] / sum(seconds.values()),
             "cores_per_gpu": rate / gpus * at.worker_ms / 1000, "storage_gb_s": rate * at.image_bytes / 1e9}
 

@@ -10,10 +10,10 @@ from vision_transformer import DINOHead, build_backbone
 
 
 class Trainer:
-    """Same arguments and initial weights' names as naive.Trainer."""
+    """Same arguments and initial weights' names as naive.Trainer; `compiled`: a mode of torch.compile, "" for none."""
 
     def __init__(self, arch="vit_small", patch=16, size=224, k=65536, device="cpu", dtype=None, local=8,
-                 drop_path=0.1, compiled=False) -> None:
+                 drop_path=0.1, compiled="", checkpointed=False) -> None:
         def build(rate: float) -> utils.MultiCropWrapper:
             backbone, width = build_backbone(arch, patch, rate, img_size=size)
             return utils.MultiCropWrapper(backbone, DINOHead(width, k)).to(device)
@@ -21,9 +21,11 @@ class Trainer:
         self.student, self.teacher = build(drop_path), build(0.0)
         self.teacher.load_state_dict(self.student.state_dict())
         self.teacher.requires_grad_(False)
+        if checkpointed:
+            self.student.backbone.set_grad_checkpointing()
         if compiled:
-            for module in (self.student.backbone, self.student.head, self.teacher.backbone, self.teacher.head):
-                module.compile()
+            for module in (self.student, self.teacher):
+                module.compile(mode=compiled)
         self.dino_loss = utils.DINOLoss(k, 2 + local, 0.04, 0.04, 0, 1).to(device)
         self.optimizer = torch.optim.AdamW(utils.get_params_groups(self.student), lr=1e-4, weight_decay=0.04,
                                            fused=True)

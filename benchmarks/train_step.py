@@ -15,6 +15,7 @@ import bench
 import model
 import naive
 import ours
+import packed
 import torch
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -33,8 +34,13 @@ def trainers(args) -> dict:
     found = {"naive, a pass a crop": naive.Trainer(**shared),
              "naive, a pass a resolution": naive.Trainer(**shared, grouped=True),
              "ours": ours.Trainer(**shared, local=args.local)}
+    if args.grad_checkpointing:
+        found["ours, checkpointed"] = ours.Trainer(**shared, local=args.local, checkpointed=True)
+    if args.packed:
+        found["ours, packed"] = ours.Trainer(**shared, local=args.local)
+        packed.pack(found["ours, packed"].student)
     if args.compile:
-        found["ours, compiled"] = ours.Trainer(**shared, local=args.local, compiled=True)
+        found["ours, compiled"] = ours.Trainer(**shared, local=args.local, compiled=args.compile)
     return found
 
 
@@ -98,7 +104,10 @@ def get_args_parser():
     parser = bench.step_parser(__doc__, naive.SIZES, "vit_small", (224, 96))
     parser.add_argument("--batch", type=int, nargs="+", default=[4], help="images a step; one table each")
     parser.add_argument("--precision", choices=sorted(PRECISIONS), default="fp32")
-    parser.add_argument("--compile", action="store_true", help="also our step with torch.compile")
+    parser.add_argument("--compile", nargs="?", const="default", default="", metavar="MODE",
+                        help="also our step with torch.compile; reduce-overhead is CUDA graphs")
+    parser.add_argument("--grad_checkpointing", action="store_true", help="also our step with less kept for backward")
+    parser.add_argument("--packed", action="store_true", help="also our step with all crops in one pass (packed.py)")
     parser.add_argument("--cpu_time", action="store_true", help="processor time: one thread on a CPU that others load")
     parser.add_argument("--profile", default="", metavar="FILE", help="write a trace of our step, instead of timing")
     return parser
@@ -107,6 +116,7 @@ def get_args_parser():
 def main(args) -> int:
     if args.quick:
         args.arch, args.sizes, args.local, args.out_dim, args.batch, args.rounds = "vit_nano", (32, 16), 2, 64, [2], 1
+        args.packed = args.grad_checkpointing = True
     torch.manual_seed(0)
     bench.header(f"training step of {args.arch}/{args.patch}, {args.precision}", args.device)
     if args.profile:

@@ -155,6 +155,9 @@ TRAINING = [
     ("--in_chans 2", ("--mean", "--in_chans 2", "2 values")),
     ("--in_chans 2 --mean 0.5 0.5 --std 0.2 0.2", ("--in_chans 2", "shapes", "1, 3 or 4")),
     ("--precision bf16 --use_fp16 false", ("--use_fp16 false", "--precision bf16", "leave one")),
+    ("--compile --parallel fsdp", ("--compile default", "--parallel fsdp", "leave one")),
+    ("--compile fast", ("--compile", "'fast'", "reduce-overhead")),
+    ("--arch resnet18 --grad_checkpointing", ("--grad_checkpointing", "resnet18", "leave it out")),
     ("--batch_size_per_gpu 65", ("--batch_size_per_gpu 65", "64 images", "lower")),
     ("--grad_accum_steps 9", ("--grad_accum_steps 9", "64 images", "lower")),
     # Network and device

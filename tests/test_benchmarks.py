@@ -14,11 +14,13 @@ import bench  # noqa: E402
 import model  # noqa: E402
 import naive  # noqa: E402
 import ours  # noqa: E402
+import packed  # noqa: E402
 
 import utils  # noqa: E402
 
 TINY = {"arch": "vit_nano", "size": 32, "k": 64, "drop_path": 0.1}
-SCRIPTS = ["train_step", "loss", "memory", "prototypes", "data_pipeline", "end_to_end", "startup", "model"]
+SCRIPTS = ["train_step", "loss", "memory", "prototypes", "data_pipeline", "end_to_end", "startup", "model",
+           "attention"]
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -32,12 +34,28 @@ def test_script_runs_and_leaves_a_line_of_json(name, tmp_path, capsys):
     assert seen["benchmark"] == name and seen["machine"]["torch"] == torch.__version__
 
 
-@pytest.mark.parametrize("name", ["attention", "knn", "linear"])
+@pytest.mark.parametrize("name", ["knn", "linear"])
 def test_older_script_runs(name, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [name, "--quick"])
     monkeypatch.setattr(sys, "path", list(sys.path))
     runpy.run_path(str(ROOT / "benchmarks" / f"{name}.py"), run_name="__main__")
     assert "torch" in capsys.readouterr().out or name == "knn"
+
+
+def test_one_call_for_a_gpu_compares_the_ways_and_runs_the_scripts(tmp_path, monkeypatch, capsys):
+    import on_gpu
+
+    for name, flags in on_gpu.RUNS:
+        importlib.import_module(name).get_args_parser().parse_args(flags.split())
+    monkeypatch.setattr(on_gpu, "RUNS", [("prototypes", ""), ("loss", "")])
+    args = ["--quick", "--device", "cpu", "--json", str(tmp_path / "out.jsonl")]
+    assert on_gpu.main(on_gpu.get_args_parser().parse_args(args)) == 0
+    assert "| bf16, packed" in capsys.readouterr().out
+    assert [json.loads(x)["benchmark"] for x in (tmp_path / "out.jsonl").read_text().splitlines()] == [
+        "prototypes", "loss"]
+    monkeypatch.setitem(on_gpu.WAYS, "fp32", ({}, False, 1e-12))
+    with pytest.raises(SystemExit, match="fp32: the gradient is off by"):
+        on_gpu.main(on_gpu.get_args_parser().parse_args(args))
 
 
 def test_bytes_communicated_are_those_of_gradients_and_centre(tmp_path):
@@ -84,6 +102,23 @@ def test_naive_and_ours_train_alike(grouped):
     torch.testing.assert_close(mine.dino_loss.center, theirs.center, rtol=1e-4, atol=1e-6)
 
 
+def test_packed_pass_equals_separate_passes():
+    torch.manual_seed(0)
+    separate, together = (ours.Trainer(**TINY | {"drop_path": 0.0}, local=2) for _ in range(2))
+    packed.pack(together.student)
+    losses = []
+    crops = [c.double() for c in views()[1]]
+    for trainer in (separate, together):
+        for name in ("student", "teacher"):
+            getattr(trainer, name).load_state_dict(separate.student.state_dict())
+            getattr(trainer, name).double()
+        losses.append(trainer.loss(crops)[0])
+        losses[-1].backward()
+    torch.testing.assert_close(*losses, rtol=1e-12, atol=0)
+    for (name, p), q in zip(separate.student.named_parameters(), together.student.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-8, atol=1e-12, msg=name)
+
+
 def test_arithmetic_of_the_model_is_what_torch_counts():
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -91,7 +126,7 @@ def test_arithmetic_of_the_model_is_what_torch_counts():
     trainer, crops = ours.Trainer(**TINY, local=2), views()[1]
     with FlopCounterMode(display=False) as counted:
         trainer.loss(crops)[0].backward()
-    predicted = 3 * model.Shape.of("vit_nano", 16, (32, 16), 2, 64).flop_per_image()
+    predicted = 3 * model.Shape.of("vit_nano", 16, (32, 16), 2, 64).flop_per_image(all_tokens=False)
     assert predicted == pytest.approx(counted.get_total_flops(), rel=0.03)  # no gradient of the pictures is needed
 
 

@@ -18,7 +18,7 @@ from PIL import Image
 import packages
 import shapes
 import sources
-from data import BadImages, EvalImages, GlobalBatches, MultiCrop, batches, open_images
+from data import BadImages, EvalImages, GlobalBatches, MultiCrop, batches, on_device, open_images
 from images import from_pil
 from listing import Texts, pack
 
@@ -47,6 +47,8 @@ class Crops:
     def __init__(self, local: int = 3):
         self.sizes = [3, 3] + [2] * local
 
+    reduction = None
+
     def cut(self, image, rng):
         crops, params = [], torch.empty(len(self.sizes), 8)
         for v, size in enumerate(self.sizes):
@@ -70,7 +72,7 @@ class Noise:
     def name(self, i):
         return f"noise/{i}"
 
-    def load(self, i):
+    def load(self, i, reduction=None):
         if i in self.bad:
             raise ValueError(f"noise/{i}: it is broken")
         return torch.from_numpy(np.random.default_rng(i).integers(256, size=(3, 5, 6), dtype=np.uint8))
@@ -587,6 +589,8 @@ def test_a_hundred_bad_images_in_a_row():
 
 def test_errors_of_the_augmentation_are_not_taken_for_bad_images():
     class Wrong:
+        reduction = None
+
         def cut(self, image, rng):
             raise ValueError("a mistake in here")
 
@@ -600,6 +604,24 @@ def test_odd_files_of_a_folder_in_batches(tmp_path):
     (tmp_path / "broken.jpg").write_bytes(b"rubbish")
     for batch in batches(open_images(tmp_path), Crops(), 7, 1, seed=0, last_batch=3):
         assert set(batch["bad"]) == {(str(tmp_path / "broken.jpg"), "not a picture that Pillow can read")}
+
+
+# ---- To the device ----
+
+
+def test_crops_go_to_the_device_and_the_rest_stays():
+    found = list(on_device(batches(Noise(8), Crops(), 4, 0, seed=0, last_batch=2), torch.device("meta")))
+    assert [[c.device.type for c in batch["crops"]] for batch in found] == [["meta"] * 2] * 2
+    assert all(batch["params"].device.type == "cpu" and len(batch["index"]) == 4 for batch in found)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_crops_copied_on_their_own_stream_are_whole():
+    there = on_device(batches(Noise(8), Crops(), 4, 0, seed=0, last_batch=9, pin_memory=True),
+                           torch.device("cuda", 0))  # fmt: skip
+    for batch, expected in zip(there, batches(Noise(8), Crops(), 4, 0, seed=0, last_batch=9), strict=True):
+        for found, crop in zip(batch["crops"], expected["crops"], strict=True):
+            assert torch.equal(found.cpu(), crop)
 
 
 # ---- Workers ----
@@ -634,6 +656,8 @@ from multiprocessing import active_children
 import torch
 from data import batches, open_images
 class Crops:
+    reduction = None
+
     def cut(self, image, rng):
         return [image, image], torch.zeros(2, 8)
 loader = iter(batches(open_images("shapes:40x8"), Crops(), 4, 2, seed=0))
@@ -719,7 +743,7 @@ class Photos:
     def __len__(self):
         return 1
 
-    def load(self, i):
+    def load(self, i, reduction=None):
         return from_pil(self.picture, self.channels)
 
 

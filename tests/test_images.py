@@ -336,6 +336,24 @@ def test_size_limit(tmp_path):
         decode(icon, max_pixels=1000)
 
 
+@pytest.mark.parametrize("by", [1, 2, 4, 8])
+def test_jpeg_is_decoded_at_a_reduced_size(tmp_path, by):
+    """Near the full picture's averages over by x by pixels; turned by EXIF after that; other formats stay whole."""
+    rows, columns = np.mgrid[:160, :240]
+    pixels = np.repeat((rows + columns)[..., None] // 2, 3, 2).astype(np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    Image.fromarray(pixels).save(tmp_path / "a.jpg", quality=100, subsampling=0, exif=exif)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    asked = []
+    found = decode(tmp_path / "a.jpg", reduction=lambda h, w: asked.append({h, w}) or by)
+    expected = pixels.reshape(160 // by, by, 240 // by, by, 3).mean((1, 3))
+    turned = np.rot90(expected, -1).transpose(2, 0, 1)
+    assert found.shape == turned.shape and asked[0] == {160, 240}
+    np.testing.assert_allclose(found, turned, atol=2.5)
+    assert decode(tmp_path / "a.png", reduction=lambda h, w: by).shape == (3, 160, 240)
+
+
 def test_pillow_is_left_as_it_was(tmp_path):
     limit, filters = Image.MAX_IMAGE_PIXELS, list(warnings.filters)
     decode(saved(tmp_path / "a.png", RGB))

@@ -90,7 +90,7 @@ def test_start_from_weights_is_not_a_resume(finished, tmp_path):
 
 @pytest.mark.parametrize("extra", [["--precision", "bf16"], ["--precision", "fp16"], ["--optimizer", "sgd"],
                                    ["--optimizer", "lars"], ["--clip_mode", "global"], ["--local_crops_number", "0"],
-                                   ["--arch", "resnet18"], ["--use_bn_in_head", "true"],
+                                   ["--arch", "resnet18"], ["--grad_checkpointing"], ["--use_bn_in_head", "true"],
                                    ["--in_chans", "1", "--mean", "0.5", "--std", "0.2"]],
                          ids=" ".join)  # fmt: skip
 def test_variants_run(tmp_path, extra):
@@ -110,6 +110,20 @@ def test_the_first_backbone_is_the_untrained_one_at_any_step(tmp_path):
     run.step, rng = 5, torch.get_rng_state()
     assert all(torch.equal(v, first[k]) for k, v in run.first_backbone().state_dict().items())
     assert torch.equal(rng, torch.get_rng_state())
+
+
+def test_auto_precision_is_kept_over_a_resume(tmp_path, monkeypatch):
+    """Another machine might choose another one, and the run would change."""
+    argv = [*SMALL, "--precision", "auto", "--output_dir", str(tmp_path)]
+    args = main_dino.get_args_parser().parse_args(argv)
+    started = sys.modules[Run.__module__]
+    monkeypatch.setattr(started, "bf16_is_faster", lambda: True)
+    Run(args, torch.device("cpu")).save(checkpoint.NAME)
+    monkeypatch.setattr(started, "bf16_is_faster", lambda: False)
+    again = Run(args, torch.device("cpu"))
+    assert again.dtype is None
+    again.resume(*checkpoint.read_latest(tmp_path))
+    assert again.dtype is torch.bfloat16
 
 
 def test_images_left_out_are_told(tmp_path, capsys):

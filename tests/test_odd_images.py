@@ -210,6 +210,8 @@ def test_a_broken_one_in_evaluation_is_named(tmp_path, capfd):
 
 
 class Crops:
+    reduction = None
+
     def cut(self, image, rng):
         return [torch.zeros(3, 2, 2)] * 2, torch.zeros(2, 8)
 
@@ -240,5 +242,6 @@ def test_a_killed_worker_ends_the_run_with_one_line(tmp_path):
     finally:
         run.kill()
     (line,) = stderr.strip().splitlines()
-    assert run.returncode == 1 and line.startswith("main_dino.py: stopped: DataLoader worker (pid ")
-    assert "Killed" in line and "--num_workers" in line and "memory" in line
+    assert run.returncode == 1 and re.match(
+        r"main_dino.py: stopped: (DataLoader worker \(pid .*Killed|a DataLoader worker died)", line)  # as it was met
+    assert "--num_workers" in line and "memory" in line

@@ -328,3 +328,21 @@ def test_cuda_is_cpu_and_never_waits():
 def test_errors(change, message):
     with pytest.raises(ValueError, match=message):
         ph.photometric(**(dict(crops=CROPS, params=identity(8), mean=MEAN, std=STD) | change))
+
+
+def test_fused_operations_compute_the_same():
+    """torch.compile's own steps without its compiler, which takes a minute; a factor goes in before the graph."""
+    torch.manual_seed(0)
+    images, factor = torch.rand(3, 3, 9, 7), torch.tensor([0.2, -0.1, 0.05])
+    for name in ph.FUSIBLE:
+        function = getattr(ph, name)
+        given = {"to_grey": (), "solarize": (), "normalize": (torch.rand(3), torch.rand(3) + 0.5)}.get(name, (factor,))
+        fused = torch.compile(function, dynamic=True, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(fused(images, *given), function(images, *given))
+
+
+@pytest.mark.slow
+def test_compiled_photometric_equals_the_plain_one():
+    crops, params = pictures(40, 24, 24), random_params(40, strong=True)
+    plain, compiled = (ph.photometric(crops, params, MEAN, STD, compiled) for compiled in (False, True))
+    torch.testing.assert_close(compiled, plain, rtol=1e-4, atol=1e-4)

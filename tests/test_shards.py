@@ -153,6 +153,8 @@ def test_braces(pattern):
 class Whole:
     """A stand-in for the augmentation: two crops at random places."""
 
+    reduction = None
+
     def cut(self, image, rng):
         top, left = (int(rng.integers(n - 15)) for n in image.shape[1:])
         return [image[:, top : top + 16, left : left + 16]] * 2, torch.from_numpy(rng.random((2, 8), np.float32))

@@ -121,11 +121,20 @@ OPTIMIZERS = {
 }
 
 
+OPTIONS = {  # of main_dino.py, which must not change a figure
+    "plain": lambda student: None,
+    "checkpointed": lambda student: student.backbone.set_grad_checkpointing(),
+    "compiled": lambda student: student.compile(backend="aot_eager", fullgraph=True),
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_six_steps_figures(name):
+def test_six_steps_figures(name, option):
     golden = np.load(GOLDEN / f"{name}.npz")
     make, base_lr, seed, n_local = OPTIMIZERS[name]
     student, teacher = golden_networks()
+    OPTIONS[option](student)
     loss_fn = utils.DINOLoss(64, 2 + n_local, 0.04, 0.04, 0, 2)
     optimizer = make(utils.get_params_groups(student))
     lr = utils.cosine_scheduler(base_lr, 1e-5, 2, 3, warmup_epochs=1)
@@ -152,6 +161,20 @@ def test_six_steps_figures(name):
         for key, p in network.named_parameters():
             figures = torch.cat([torch.stack([p.sum(), p.norm()]), p.flatten()[:4]]).detach()
             np.testing.assert_allclose(figures, golden[f"{role}/{key}"], rtol=1e-9, atol=1e-12, err_msg=f"{role}/{key}")
+
+
+def test_compiled_student_is_one_graph_for_all_sizes_of_crops():
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    student = golden_networks()[0].float()
+    student.compile(backend=count, fullgraph=True)
+    for _ in range(2):
+        student([torch.randn(4, 3, 32, 32), torch.randn(6, 3, 16, 16)])
+    assert len(graphs) == 1
 
 
 # ---- pieces ----
@@ -268,6 +291,18 @@ def test_any_picture_can_be_cut(size):
     image = torch.randint(0, 256, (3, *size), dtype=torch.uint8)
     crops, params = aug.cut(image, np.random.default_rng(0))
     assert [tuple(c.shape) for c in crops] == [(3, 32, 32)] * 2 + [(3, 16, 16)] * 3 and params.shape == (5, 8)
+
+
+@pytest.mark.parametrize("height, width, expected", [(375, 500, 1), (3000, 4000, 4), (4000, 3000, 4), (600, 600, 1),
+                                                     (1000, 1000, 2), (9000, 9000, 8), (120, 9000, 1), (5, 5, 1)])
+def test_reduction_leaves_every_crop_its_pixels(height, width, expected):
+    aug = utils.DataAugmentationDINO((0.4, 1.0), (0.05, 0.4), 8)
+    r = aug.reduction(height, width)
+    assert r == expected
+    rng = np.random.default_rng(0)
+    for scale, size in zip(aug.scales, aug.sizes, strict=True):
+        for _ in range(300 if r > 1 else 0):
+            assert min(utils.random_resized_crop_box(height, width, scale, rng)[2:]) >= r * size - 1
 
 
 def test_crops_equal_pillows_resize():

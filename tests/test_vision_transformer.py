@@ -114,6 +114,33 @@ def test_attention_hook_reads_the_weights():
     assert seen[0].shape == (1, 3, 17, 17)
 
 
+@pytest.mark.parametrize("registers, scale", [(0, None), (2, 0.5)])
+def test_class_token_alone_is_the_class_token(registers, scale):
+    """Forward and backward, and hooks of the last block see one token: that is, the rest was not computed."""
+    torch.manual_seed(0)
+    model = VisionTransformer(**TINY, num_register_tokens=registers, init_values=scale).double()
+    x, seen, found = torch.randn(2, 3, 40, 24, dtype=torch.float64), [], []
+    model.blocks[-1].mlp.register_forward_hook(lambda module, args, out: seen.append(out.shape[1]))
+    for model.class_token_only in (False, True):
+        out = model(x)
+        found.append((out, *torch.autograd.grad(out.square().sum(), list(model.parameters()))))
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-12)
+    assert seen == [1 + registers + 5 * 3, 1]
+
+
+def test_checkpointed_blocks_keep_their_inputs_alone_and_compute_the_same():
+    model = VisionTransformer(**TINY, drop_path_rate=0.5).double().train()
+    x, found, kept = torch.randn(4, 3, 32, 32, dtype=torch.float64), [], {False: [], True: []}
+    for enable, sizes in kept.items():
+        model.set_grad_checkpointing(enable)
+        torch.manual_seed(0)  # of stochastic depth, which must draw the same twice
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, s=sizes: s.append(t.numel()) or t, lambda t: t):
+            out = model(x)
+        found.append((out, *torch.autograd.grad(out.square().sum(), list(model.parameters()))))
+    torch.testing.assert_close(*found, rtol=1e-12, atol=0)
+    assert sum(kept[True]) < 0.5 * sum(kept[False])
+
+
 def test_changed_stride_gives_a_dense_grid():
     model = VisionTransformer(**TINY).eval()
     model.patch_embed.proj.stride = (4, 4)

@@ -1,0 +1,79 @@
+"""An experiment: the student's linear layers in fp8 (torchao's float8 training), against bf16 and float32.
+
+    pip install torchao
+    python benchmarks/fp8.py                       # a CPU: torchao emulates fp8, so that only the numbers count
+    python benchmarks/fp8.py --device cuda --arch vit_small --sizes 224 96 --out_dim 65536 --batch 128
+
+From the same weights, on the same crops: how far the gradients of the first step are from those of float32 (the norm of
+the difference over the norm), the loss after some steps, and the time of one. The head's last layer stays as it is.
+"""
+
+import statistics
+import sys
+import time
+
+import bench
+import naive
+import ours
+import torch
+from train_step import crops_of
+
+
+def to_fp8(trainer: ours.Trainer) -> None:
+    try:
+        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+    except ImportError as error:
+        raise SystemExit("needs torchao: pip install torchao") from error
+    convert_to_float8_training(trainer.student, config=Float8LinearConfig(emulate=trainer.device == "cpu"))
+
+
+def run(trainer: ours.Trainer, crops: list, args) -> dict:
+    loss, _ = trainer.loss(crops)
+    loss.backward()
+    gradient = torch.cat([p.grad.flatten().float() for p in trainer.student.parameters() if p.grad is not None])
+    trainer.optimizer.zero_grad()
+    seconds = []
+    for _ in range(args.steps):
+        bench.wait(args.device)
+        start = time.perf_counter()
+        loss = trainer.step(crops)
+        bench.wait(args.device)
+        seconds.append(time.perf_counter() - start)
+    return {"gradient": gradient, "loss": loss.item(), "ms": 1000 * statistics.median(seconds)}
+
+
+def measure(args) -> dict:
+    crops, found = crops_of(args.batch, args)[1], {}
+    for name, dtype in (("fp32", None), ("bf16", torch.bfloat16), ("fp8", torch.bfloat16)):
+        torch.manual_seed(0)  # the same weights
+        trainer = ours.Trainer(args.arch, args.patch, args.sizes[0], args.out_dim, args.device, dtype, args.local, 0.0)
+        if name == "fp8":
+            to_fp8(trainer)
+        found[name] = run(trainer, crops, args)
+    exact = found["fp32"]["gradient"]
+    for row in found.values():
+        row["off"] = ((row.pop("gradient") - exact).norm() / exact.norm()).item()
+    return found
+
+
+def main(args) -> int:
+    if args.quick:
+        args.arch, args.sizes, args.local, args.out_dim, args.batch, args.steps = "vit_nano", (32, 16), 2, 64, 8, 1
+    torch.manual_seed(0)
+    bench.header(f"fp8, {args.arch}/{args.patch}, {args.batch} images a step", args.device)
+    found = measure(args)
+    bench.table(["precision", "gradient off by", f"loss after {args.steps} steps", "median ms"],
+                [[name, row["off"], row["loss"], row["ms"]] for name, row in found.items()])
+    bench.record(args, "fp8", variants=found)
+    return 0
+
+
+def get_args_parser():
+    parser = bench.step_parser(__doc__, naive.SIZES, "vit_tiny", (96, 48))
+    parser.add_argument("--batch", type=int, default=16, help="images a step")
+    parser.add_argument("--steps", type=int, default=20)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main(get_args_parser().parse_args()))
