@@ -77,15 +77,15 @@ def read_latest(folder: str | os.PathLike) -> tuple[dict, Path] | None:
     errors = []
     for name in (NAME, PREVIOUS):
         path = Path(folder) / name
-        if path.exists():
-            try:
+        try:
+            if path.exists():
                 return read(path), path
-            except ValueError as error:
-                errors.append(str(error))
-                if parallel.is_main():
-                    print(f"{error}; trying the one before it", flush=True)
+        except (ValueError, OSError) as error:
+            errors.append(error)
+            parallel.say(f"{error}; trying the one before it")
     if errors:
-        raise ValueError(f"{errors[0]}; no other checkpoint is left: move it away to start anew")
+        raise ValueError(f"--output_dir {folder}: {errors[0]}; no other checkpoint is left: choose another folder, or "
+                         "move it away to start anew")
     return None
 
 
