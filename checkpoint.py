@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+import flags
 import parallel
 from layouts import HEAD, STORED_OPTIONS, Weights, backbone_state, read, recognize, stored_args
 from utils import IMAGENET_MEAN, IMAGENET_STD
@@ -42,6 +43,8 @@ def save(state: Mapping, path: str | os.PathLike) -> None:
             os.fsync(f.fileno())
     except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
         temporary.unlink(missing_ok=True)
+        if flags.worker_death(error):  # torch raises that wherever the process stands
+            raise
         raise OSError(f"{path}: the checkpoint could not be written ({error}); the one before it is intact; "
                       "free space in --output_dir and start again to resume") from error
     if path.name == NAME and path.exists():

@@ -6,6 +6,7 @@ import argparse
 import difflib
 import math
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -44,10 +45,12 @@ def exit_code(script: str, evaluate: Callable, args: argparse.Namespace) -> int:
 def worker_death(error: Exception) -> str | None:
     """One line when it says that a loader's worker died; torch raises that wherever the main thread stands.
 
-    A batch that the worker had handed over half-way breaks the connection to it before that.
+    A batch that the worker had handed over half-way breaks the connection to it before that. From here on torch
+    raises no more: it would while the loader is taken down, with a traceback.
     """
     if not isinstance(error, ConnectionError) and not str(error).startswith("DataLoader worker"):
         return None
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     what = " ".join(str(error).split()).removesuffix(".")
     what = f"a DataLoader worker died ({what})" if isinstance(error, ConnectionError) else what
     return f"{what}; most often memory ran out: lower --num_workers or give the job more, then start again"
