@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+import flags
 import parallel
 from layouts import HEAD, STORED_OPTIONS, Weights, backbone_state, read, recognize, stored_args
 from utils import IMAGENET_MEAN, IMAGENET_STD
@@ -42,6 +43,8 @@ def save(state: Mapping, path: str | os.PathLike) -> None:
             os.fsync(f.fileno())
     except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
         temporary.unlink(missing_ok=True)
+        if flags.worker_death(error):  # torch raises that wherever the process stands
+            raise
         raise OSError(f"{path}: the checkpoint could not be written ({error}); the one before it is intact; "
                       "free space in --output_dir and start again to resume") from error
     if path.name == NAME and path.exists():
@@ -77,15 +80,15 @@ def read_latest(folder: str | os.PathLike) -> tuple[dict, Path] | None:
     errors = []
     for name in (NAME, PREVIOUS):
         path = Path(folder) / name
-        if path.exists():
-            try:
+        try:
+            if path.exists():
                 return read(path), path
-            except ValueError as error:
-                errors.append(str(error))
-                if parallel.is_main():
-                    print(f"{error}; trying the one before it", flush=True)
+        except (ValueError, OSError) as error:
+            errors.append(error)
+            parallel.say(f"{error}; trying the one before it")
     if errors:
-        raise ValueError(f"{errors[0]}; no other checkpoint is left: move it away to start anew")
+        raise ValueError(f"--output_dir {folder}: {errors[0]}; no other checkpoint is left: choose another folder, or "
+                         "move it away to start anew")
     return None
 
 

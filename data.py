@@ -10,6 +10,7 @@ import itertools
 import math
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
@@ -178,9 +179,8 @@ def batches(
         batch_sampler=GlobalBatches(
             len(images), batch_size, seed, rank, world_size, batches_per_epoch, first_batch, last_batch
         ),
-        num_workers=num_workers,
+        **workers(num_workers),
         collate_fn=collate,
-        worker_init_fn=init_worker,
         prefetch_factor=4 if num_workers else None,
         pin_memory=pin_memory,
         generator=torch.Generator(),  # its draw of a seed for workers must not move the run's own random numbers
@@ -203,6 +203,16 @@ def on_device(batches: Iterable[dict[str, Any]], device: torch.device) -> Iterat
             for crop in crops:
                 crop.record_stream(computing)  # its memory is not given away before the step has read it
         yield batch | {"crops": crops}
+
+
+def workers(n: int) -> dict[str, Any]:
+    """DataLoader's arguments for n workers.
+
+    On Linux they are forked, whatever Python's default is (forkserver from 3.14 on): they start at once, share the
+    listing's memory, and no server between stands to be hit by a signal that is for the process that trains.
+    """
+    fork = "fork" if n and sys.platform == "linux" else None
+    return {"num_workers": n, "worker_init_fn": init_worker, "multiprocessing_context": fork}
 
 
 def init_worker(worker: int) -> None:

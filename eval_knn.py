@@ -141,7 +141,7 @@ def load(folder: str) -> tuple[list[Part], dict]:
         raise FileNotFoundError(f"{where}: no trainfeat.pth in it; write one with --dump_features")
     info = Path(folder) / "features.json"
     known = json.loads(info.read_text()) if info.is_file() else {"classes": [], "about": {}}
-    read = {name: checkpoint.read(Path(folder) / name) for names in FILES for name in names
+    read = {name: checkpoint.read(Path(folder) / name, object) for names in FILES for name in names
             if name == "trainfeat.pth" or (Path(folder) / name).is_file()}
     parts = []
     for features, labels in [(read.get(f), read.get(n)) for f, n in FILES]:

@@ -58,6 +58,11 @@ class Requests:
         return bool(stop), bool(due)
 
 
-def other_process_lost(error: RuntimeError) -> bool:
-    """Whether an error says that another process of the run has ended or does not answer."""
-    return parallel.world_size() > 1 and (isinstance(error, dist.DistError) or "/gloo/" in str(error))
+def lost_process(error: RuntimeError) -> str | None:
+    """One line when an error says that another process of the run has ended or does not answer."""
+    if parallel.world_size() == 1 or not (isinstance(error, dist.DistError) or "/gloo/" in str(error)):
+        return None
+    reason = str(error).splitlines()[0]
+    if "imed out" in reason:
+        return f"another process of the run does not answer ({reason}): it hangs, or needs a longer --dist_timeout"
+    return f"another process of the run has ended ({reason}); its own message says why"

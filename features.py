@@ -87,8 +87,8 @@ def feature_batches(
     device, share = torch.device(device), -(-n // world_size)
     mine = Subset(dataset, [order[min(rank + j * world_size, n - 1)] for j in range(share)])
     loader = DataLoader(
-        mine, batch_size, num_workers=min(num_workers, available_cores(), -(-share // batch_size)),
-        pin_memory=device.type == "cuda", worker_init_fn=data.init_worker,
+        mine, batch_size, pin_memory=device.type == "cuda",
+        **data.workers(min(num_workers, available_cores(), -(-share // batch_size))),
     )
     first = 0
     for images in readable(loader):

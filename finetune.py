@@ -107,8 +107,7 @@ def batches(
     mine = order[:whole][parallel.rank() :: parallel.world_size()].tolist()
     loader = DataLoader(
         Subset(pictures(network, task.train.images, epoch, TRAINING_SCALE), mine), args.batch_size_per_gpu,
-        num_workers=min(args.num_workers, available_cores()), pin_memory=device.type == "cuda",
-        worker_init_fn=data.init_worker,
+        pin_memory=device.type == "cuda", **data.workers(min(args.num_workers, available_cores())),
     )
     first = 0
     for x in readable(loader):

@@ -6,9 +6,12 @@ import argparse
 import difflib
 import math
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+
+import torch
 
 import parallel
 
@@ -42,13 +45,24 @@ def exit_code(script: str, evaluate: Callable, args: argparse.Namespace) -> int:
 def worker_death(error: Exception) -> str | None:
     """One line when it says that a loader's worker died; torch raises that wherever the main thread stands.
 
-    A batch that the worker had handed over half-way breaks the connection to it before that.
+    A batch that the worker had handed over half-way breaks the connection to it before that. From here on torch
+    raises no more: it would while the loader is taken down, with a traceback.
     """
     if not isinstance(error, ConnectionError) and not str(error).startswith("DataLoader worker"):
         return None
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     what = " ".join(str(error).split()).removesuffix(".")
     what = f"a DataLoader worker died ({what})" if isinstance(error, ConnectionError) else what
     return f"{what}; most often memory ran out: lower --num_workers or give the job more, then start again"
+
+
+def out_of_memory(error: Exception) -> str | None:
+    """One line when it says that memory ran out, of the device or of the host."""
+    what = str(error).splitlines()[0] if str(error) else "MemoryError"
+    if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in what:
+        return None
+    return (f"memory ran out ({what[:200]}): lower --batch_size_per_gpu, the size or number of crops, --out_dim, "
+            "--epochs or --steps, or choose a smaller --arch")
 
 
 def output_dir(args: argparse.Namespace) -> Path:
@@ -57,15 +71,15 @@ def output_dir(args: argparse.Namespace) -> Path:
     return Path(args.output_dir or beside or ".")
 
 
-def prepare_output(folder: Path) -> None:
-    """Make --output_dir. Raises ValueError in one line where that can't be, or where nothing can be written."""
+def prepare_output(folder: Path, flag: str = "--output_dir") -> None:
+    """Make the folder. Raises ValueError in one line where that can't be, or where nothing can be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
             raise PermissionError("not writable")
     except OSError as error:
         reason = error.strerror or error
-        raise ValueError(f"--output_dir {folder}: {reason}; choose a folder you can write to") from error
+        raise ValueError(f"{flag} {folder}: {reason}; choose a folder you can write to") from error
 
 
 class Parser(argparse.ArgumentParser):
@@ -80,7 +94,10 @@ class Parser(argparse.ArgumentParser):
         for arg in sys.argv[1:] if args is None else args:
             if arg.startswith("@"):
                 self.check_file(arg)
-        found, unknown = self.parse_known_args(args, namespace)
+        try:
+            found, unknown = self.parse_known_args(args, namespace)
+        except RecursionError:
+            self.error("@: a file of flags that names itself; take that line out of it")
         if unknown:
             near = difflib.get_close_matches(unknown[0], self._option_string_actions, 3)
             self.error(f"{' '.join(unknown)}: no such flag; " + (f"near ones: {', '.join(near)}; " if near else "")
@@ -95,7 +112,11 @@ class Parser(argparse.ArgumentParser):
             self.error(f"{arg}: not a file of flags ({getattr(error, 'strerror', 'not text')}); there are {presets}")
 
     def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
-        return arg_line.split("#")[0].split()
+        words = arg_line.split("#")[0].split()
+        for word in words:
+            if word.startswith("@"):
+                self.check_file(word)
+        return words
 
     def error(self, message: str) -> None:
         """One line, exit code 2: the usage of fifty flags would hide it."""
@@ -180,7 +201,7 @@ def add_launch_flags(parser: argparse.ArgumentParser, workers: bool = True) -> N
     if workers:
         parser.add_argument("--num_workers", type=count, default=10, help="processes a process that load images")
     parser.add_argument("--dist_url", default="env://", help="where the processes of a distributed run meet")
-    parser.add_argument("--dist_timeout", type=positive, default=parallel.TIMEOUT_MINUTES,
+    parser.add_argument("--dist_timeout", type=number(float, 0, 1e6, above=True), default=parallel.TIMEOUT_MINUTES,
                         help="minutes that a process waits for the others before it gives up")
     # Launchers of older torch passed it; torchrun's LOCAL_RANK is what counts.
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help="accepted and ignored")

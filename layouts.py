@@ -41,7 +41,7 @@ class Weights(NamedTuple):
 # ---- Reading ----
 
 
-def read(path: str | os.PathLike) -> dict:
+def read(path: str | os.PathLike, kind: type = dict) -> dict:
     """Load a file of tensors and plain types onto the CPU, never running code that a pickle names.
 
     Published full checkpoints hold one argparse.Namespace, which is allowed by name. The metadata of a safetensors
@@ -49,7 +49,7 @@ def read(path: str | os.PathLike) -> dict:
 
     Raises:
         FileNotFoundError: there is no such file. Weights are never substituted.
-        ValueError: the file is truncated, corrupt, or holds something other than data.
+        ValueError: the file is truncated, corrupt, or holds something other than data, or than a `kind`.
     """
     if os.path.isdir(path):
         raise FileNotFoundError(f"{path}: a folder; give the file of weights in it")
@@ -59,7 +59,7 @@ def read(path: str | os.PathLike) -> dict:
         if str(path).endswith(".safetensors"):
             return read_safetensors(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
     except ImportError:
         raise
     except Exception as error:
@@ -67,6 +67,9 @@ def read(path: str | os.PathLike) -> dict:
         if isinstance(error, pickle.UnpicklingError):  # torch's text advises to load it unsafely
             reason = "damaged, or it holds more than data"
         raise ValueError(f"{path}: not a readable checkpoint of plain tensors ({reason[:160]})") from error
+    if not isinstance(loaded, kind):
+        raise ValueError(f"{path}: not a readable checkpoint of plain tensors (it holds a {type(loaded).__name__})")
+    return loaded
 
 
 def read_safetensors(path: str | os.PathLike) -> dict:
@@ -107,7 +110,7 @@ def backbone_state(loaded: Mapping, checkpoint_key: str, path: str = "") -> dict
     elif any(isinstance(v, Mapping) for v in loaded.values()):
         keys = [k for k, v in loaded.items() if isinstance(v, Mapping)]
         raise ValueError(f"--checkpoint_key {checkpoint_key}: {path} has no such part; it has {', '.join(keys)}")
-    return {k: v for k, v in strip_prefixes(loaded).items() if isinstance(v, Tensor)}
+    return strip_prefixes({k: v for k, v in loaded.items() if isinstance(k, str) and isinstance(v, Tensor)})
 
 
 # ---- What the tensors are ----

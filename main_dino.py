@@ -25,7 +25,7 @@ import monitor
 import parallel
 import replay
 import utils
-from faults import TO_BE_CONTINUED, Requests, other_process_lost
+from faults import TO_BE_CONTINUED, Requests, lost_process
 from run import Run, make_augmentation, set_lr_and_wd
 from vision_transformer import VITS
 
@@ -37,7 +37,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     # Network
     add("--arch", default="vit_small", help="vit_nano, vit_tiny, vit_small, vit_base, or torchvision's or timm's name")
     add("--patch_size", type=flags.positive_int, default=16, help="pixels of a ViT's patch; 8 is better and 5x slower")
-    add("--out_dim", type=flags.positive_int, default=65536, help="K, the number of prototypes; smaller for small data")
+    add("--out_dim", type=flags.number(int, 2), default=65536, help="K, prototypes; fewer for small data")
     add("--norm_last_layer", type=flags.boolean, default=True,
         help="keep the prototypes at norm 1: steadier; false can do better with ViT-S and longer runs")
     add("--use_bn_in_head", type=flags.boolean, default=False, help="batch norm in the projection head")
@@ -135,6 +135,8 @@ def check_args(args: argparse.Namespace) -> None:
     if not args.steps and args.warmup_teacher_temp_epochs > args.epochs:
         raise ValueError(f"--warmup_teacher_temp_epochs {args.warmup_teacher_temp_epochs} is longer than --epochs "
                          f"{args.epochs}; lower it")
+    if args.parallel == "fsdp" and args.precision == "fp16":  # each process would judge overflows by its own part
+        raise ValueError("--parallel fsdp with --precision fp16: choose --precision bf16 or fp32")
     if args.precision in ("fp16", "bf16") and not args.use_fp16:
         raise ValueError(f"--use_fp16 false contradicts --precision {args.precision}; leave one of them out")
     if args.compile and args.parallel == "fsdp":
@@ -160,6 +162,10 @@ def setup(args: argparse.Namespace) -> Run:
             checkpoint.remove_temporary(args.output_dir)
     except (ValueError, OSError) as error:
         raise flags.Refused(error) from error
+    except (RuntimeError, MemoryError) as error:
+        if not (reason := flags.out_of_memory(error)):
+            raise
+        raise flags.Refused(reason) from error
     return run
 
 
@@ -319,6 +325,15 @@ def end_epoch(run: Run, log: metrics.Log, epoch: int) -> None:
 def main(args: argparse.Namespace) -> int:
     """Returns the exit code: 0 done, 2 refused, 1 stopped by an error, 75 stopped by a signal, to be continued."""
     try:
+        return outcome(args)
+    except RuntimeError as error:  # torch's word of a worker whose broken connection was just being told
+        if not (reason := flags.worker_death(error)):
+            raise
+        return stopped(reason)
+
+
+def outcome(args: argparse.Namespace) -> int:
+    try:
         if args.replay:
             return replay_step(args)
         if train_dino(args):
@@ -334,13 +349,13 @@ def main(args: argparse.Namespace) -> int:
     except OSError as error:  # of one: a full disk, say
         return stopped(flags.worker_death(error) or error)
     except RuntimeError as error:
-        if reason := error if isinstance(error, data.Unreadable) else flags.worker_death(error):
+        known = isinstance(error, data.Unreadable) and error
+        if reason := known or flags.worker_death(error) or flags.out_of_memory(error):
             return stopped(reason)  # of one
-        if not other_process_lost(error):
+        if not (reason := lost_process(error)):
             raise
-        # Two processes say so, as one of them may be the one that has ended.
-        return stopped(f"another process of the run has ended ({str(error).splitlines()[0]}); its own message says "
-                       f"why; start again to continue from the last checkpoint in {args.output_dir}",
+        # Two processes say so, as one of them may be the one that is lost.
+        return stopped(f"{reason}; start again to continue from the last checkpoint in {args.output_dir}",
                        parallel.rank() < 2)
     finally:
         parallel.stop()

@@ -269,8 +269,14 @@ def start_wandb(folder: Path, config: dict):
 
 def drop_lines_from(path: Path, key: str, first: int) -> None:
     """Keep the lines before `first`: a run killed after its last checkpoint had gone further, and will say so again."""
+    def kept(line: str) -> bool:
+        try:
+            return json.loads(line)[key] < first
+        except (ValueError, KeyError, TypeError):  # cut short, or not of a run
+            return False
+
     if path.exists():
-        lines = [x for x in path.read_text().splitlines() if x.endswith("}") and json.loads(x)[key] < first]
+        lines = [x for x in path.read_text(errors="replace").splitlines() if kept(x)]
         temporary = path.with_name(f".{path.name}.tmp")
         temporary.write_text("".join(x + "\n" for x in lines))
         os.replace(temporary, path)  # a kill leaves the old file or the new one, never a part

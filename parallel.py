@@ -190,14 +190,17 @@ def first_slurm_host(nodelist: str) -> str:
     return re.sub(r"\[([^],-]+)[^]]*\]", r"\1", nodelist).split(",")[0]
 
 
+def named_device(name: str) -> torch.device:
+    if not re.fullmatch(r"cpu|cuda(:[0-9]{1,3})?", name):
+        raise ValueError(f"--device {name}: not a device; use auto, cpu, cuda or cuda:N")
+    return torch.device(name)
+
+
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
     """`auto`, `cpu`, `cuda` or `cuda:N` -> the device of this process."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"--device {name}: not a device; use auto, cpu, cuda or cuda:N") from error
+    device = named_device(name)
     if device.type != "cuda":
         return device
     if not torch.cuda.is_available():
@@ -227,10 +230,12 @@ def start(device: str = "auto", dist_url: str = "env://", timeout_minutes: float
     if not env or dist.is_initialized():
         return chosen
     os.environ.update(env)
-    where = dist_url
-    if dist_url == "env://":
-        where = f"{env['MASTER_ADDR']}:{env['MASTER_PORT']}"
-        refuse_unusable_address(env["MASTER_ADDR"], int(env["MASTER_PORT"]), listens=env["RANK"] == "0")
+    flag = "" if dist_url == "env://" else f"--dist_url {dist_url}"
+    where = dist_url if flag else f"{env['MASTER_ADDR']}:{env['MASTER_PORT']}"
+    if found := re.fullmatch(r"(?:tcp://)?([^/]+):([0-9]{1,5})", where):
+        refuse_unusable_address(found[1], int(found[2]), listens=env["RANK"] == "0", flag=flag)
+    if where.startswith("file://") and not os.access(os.path.dirname(where.removeprefix("file://")), os.W_OK):
+        raise ValueError(f"{flag}: its folder can't be written to; give a file in one that all processes can")
     try:
         timeout = timedelta(minutes=timeout_minutes)
         store, rank, world_size = next(
@@ -248,18 +253,20 @@ def start(device: str = "auto", dist_url: str = "env://", timeout_minutes: float
     return chosen
 
 
-def refuse_unusable_address(host: str, port: int, listens: bool) -> None:
+def refuse_unusable_address(host: str, port: int, listens: bool, flag: str = "") -> None:
     """What torch would say in a page, or only after its time-out: a host nobody knows, a port that is taken."""
     try:
         socket.getaddrinfo(host, port)
     except OSError as error:
-        raise ValueError(f"MASTER_ADDR {host}: {error.strerror}; give a name or address of the first host") from error
+        where = flag or f"MASTER_ADDR {host}"
+        raise ValueError(f"{where}: {error.strerror}; give a name or address of the first host") from error
     if not listens or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun itself listens there
         return
     try:
         socket.create_server(("", port)).close()
     except OSError as error:
-        raise ValueError(f"MASTER_PORT {port}: {os.strerror(error.errno)}; set it to a free one") from error
+        where = flag or f"MASTER_PORT {port}"
+        raise ValueError(f"{where}: {os.strerror(error.errno)}; give a free port") from error
 
 
 def stop() -> None:

@@ -16,8 +16,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import data
 import flags
 import main_dino
+import parallel
+from run import load_initial
 from vision_transformer import build_backbone
 
 
@@ -135,6 +138,9 @@ def sbatch_options(words: list[str]) -> dict[str, str | bool]:
     return found
 
 
+MOST_TASKS = 10_000  # of an array; Slurm's own limit is 1001 unless its administrator raised it
+
+
 def array(options: dict[str, str | bool]) -> tuple[int, int]:
     """Tasks of the job array, and how many of them run at the same time; (1, 1) where there is none."""
     if "array" not in options:
@@ -143,6 +149,8 @@ def array(options: dict[str, str | bool]) -> tuple[int, int]:
     if not found or found[2] == "0":
         raise ValueError(f"--slurm array={options['array']}: give array=0-N, or array=0-N%P for P tasks at a time")
     tasks = int(found[1]) + 1
+    if tasks > MOST_TASKS:
+        raise ValueError(f"--slurm array={options['array']}: more than {MOST_TASKS} tasks; submit several arrays")
     return tasks, int(found[2] or tasks)
 
 
@@ -153,7 +161,19 @@ def check(args: argparse.Namespace) -> None:
         ValueError: in one line, with flag, value and remedy.
     """
     main_dino.check_args(args)
-    build_backbone(args.arch, args.patch_size, in_chans=args.in_chans, img_size=args.global_crops_size)
+    backbone, _ = build_backbone(args.arch, args.patch_size, in_chans=args.in_chans, img_size=args.global_crops_size)
+    if args.init_from:
+        load_initial(backbone, args.init_from)
+    if args.device != "auto" and parallel.named_device(args.device).index is not None and args.ngpus > 1:
+        raise ValueError(f"--device {args.device}: --ngpus {args.ngpus} processes would share that GPU; use cuda")
+    if args.replay:
+        raise ValueError(f"--replay {args.replay}: no job; python main_dino.py --replay does it here")
+    flags.check_folder(args.output_dir)
+    if args.job_dir:
+        flags.check_folder(args.job_dir, "--job_dir")
+    if args.cluster == "slurm" and args.signal_delay >= 60 * args.timeout:
+        raise ValueError(f"--signal_delay {args.signal_delay} s is as long as --timeout {args.timeout} minutes: the "
+                         "job would be stopped as soon as it starts; lower it")
     if args.cluster != "slurm":
         if args.cluster == "local" and args.nodes > 1:
             raise ValueError(f"--nodes {args.nodes}: --cluster local has one host; give --nodes 1")
@@ -166,7 +186,9 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--use_volta32 with --constraint {args.constraint}: give --constraint "
                          f"'volta32gb&{args.constraint}' alone")
     path = args.data_path
-    if not path.startswith(("shapes", "torchvision:")) and not os.path.exists(path):
+    if re.fullmatch("(shapes(:.*)?)?", path):
+        data.open_images(path, None, args.in_chans)  # refuses what is the same on every host
+    elif not path.startswith("torchvision:") and not os.path.exists(path):
         print(f"--data_path {path} is not on this host: are you sure that the job's hosts have it?", flush=True)
 
 
@@ -215,6 +237,7 @@ def submit(tasks: list[argparse.Namespace]) -> list:
         job_dir = args.job_dir or os.path.join(os.path.commonpath(folders), "jobs")
         timeouts = {} if args.cluster == "debug" else {f"{args.cluster}_max_num_timeout": args.max_timeouts}
         executor = submitit.AutoExecutor(job_dir, args.cluster, **timeouts)
+        flags.prepare_output(submitit.core.utils.JobPaths.get_first_id_independent_folder(job_dir), "--job_dir")
         executor.update_parameters(**job_parameters(args))
         run = Training(str(Path(__file__).resolve().parent))
         return executor.map_array(run, [training_flags(task) for task in tasks])

@@ -128,6 +128,7 @@ def copied(where: str, url: str) -> str:
                 print(f"copying {url} to {path}; delete that to copy anew", flush=True)
                 with gopen(url, "rb") as source, open(temporary, "wb") as target:
                     shutil.copyfileobj(source, target, 1 << 20)
+                tarfile.open(temporary, "r:").close()  # a page that says why there is none is not kept
                 os.replace(temporary, path)
     except Exception as error:  # gopen's are of many kinds
         temporary.unlink(missing_ok=True)

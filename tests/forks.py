@@ -45,7 +45,6 @@ def make_small() -> None:
 
 def child(argv: list[str], env: dict[str, str], output: str, before) -> None:
     os.setsid()
-    multiprocessing.set_start_method("fork", force=True)  # of the loaders' workers, as it is in a run by itself
     os.environ.update(env)
     for stream in (1, 2):
         os.dup2(os.open(output, os.O_WRONLY | os.O_APPEND | os.O_CREAT), stream)

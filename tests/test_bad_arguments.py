@@ -39,6 +39,14 @@ def here(tmp_path_factory):
     state = build_backbone("vit_nano", 16, img_size=32)[0].state_dict()
     torch.save(state, folder / "nano.pth")
     torch.save({"student": {"x": torch.zeros(1)}, "epoch": 3}, folder / "student.pth")
+    torch.save({"teacher": {0: torch.zeros(1)}}, folder / "numbered.pth")
+    (folder / "tensor").mkdir()
+    for name in ("tensor.pth", "tensor/checkpoint.pth"):
+        torch.save(torch.zeros(1), folder / name)
+    (folder / "folder" / "checkpoint.pth").mkdir(parents=True)
+    (folder / "itself.txt").write_text(f"@{folder}/itself.txt")
+    (folder / "nested.txt").write_text("--epochs 3 @none.txt")
+    (folder / "rubbish.tar").write_bytes(b"rubbish" * 200)
     np.save(folder / "array.npy", np.zeros(3))
     return folder
 
@@ -74,6 +82,7 @@ def check(script, argv, words, here, tmp_path, capfd, monkeypatch, defaults=()):
 # Each: the flags; what the line must say: flag, value, remedy (regular expressions).
 TRAINING = [
     ("--replay {here}/array.npy", ("--replay {here}/array.npy", "damaged", "give the failure.pt")),
+    ("--replay {here}/tensor.pth", ("--replay {here}/tensor.pth", "a Tensor", "give the failure.pt")),
     ("--replay {here}/absent.pt", ("--replay {here}/absent.pt", "no such file", "give the failure.pt")),
     # One value: text, sign, bounds, not a number
     ("--epochs 0", ("--epochs", "0 is out of range", "at least 1")),
@@ -85,7 +94,7 @@ TRAINING = [
     ("--batch_size_per_gpu 0", ("--batch_size_per_gpu", "0", "at least 1")),
     ("--grad_accum_steps 0", ("--grad_accum_steps", "0", "at least 1")),
     ("--patch_size 0", ("--patch_size", "0", "at least 1")),
-    ("--out_dim 0", ("--out_dim", "0", "at least 1")),
+    ("--out_dim 1", ("--out_dim", "1", "at least 2")),
     ("--in_chans 0", ("--in_chans", "0", "at least 1")),
     ("--global_crops_size 0", ("--global_crops_size", "0", "at least 1")),
     ("--local_crops_size -96", ("--local_crops_size", "-96", "at least 1")),
@@ -136,6 +145,8 @@ TRAINING = [
     ("stray", ("stray", "--help")),
     ("@presets/none.txt", ("@presets/none.txt", "No such file", "presets/shapes.txt")),
     ("@{here}", ("@{here}", "not a file of flags .Is a directory", "presets/shapes.txt")),
+    ("@{here}/itself.txt", ("@", "names itself", "take that line out")),
+    ("@{here}/nested.txt", ("@none.txt", "No such file", "presets/shapes.txt")),
     ("@{here}/binary.txt", ("@{here}/binary.txt", "not text", "there are")),
     # Values that contradict each other
     ("--global_crops_scale 1 0.4", ("--global_crops_scale 1 0.4", "low <= high")),
@@ -154,6 +165,7 @@ TRAINING = [
     ("--std 0.2 0.2 0.2 0.2", ("--std 0.2 0.2 0.2 0.2", "--in_chans 3", "3 values")),
     ("--in_chans 2", ("--mean", "--in_chans 2", "2 values")),
     ("--in_chans 2 --mean 0.5 0.5 --std 0.2 0.2", ("--in_chans 2", "shapes", "1, 3 or 4")),
+    ("--parallel fsdp --precision fp16", ("--parallel fsdp", "--precision fp16", "choose --precision bf16")),
     ("--precision bf16 --use_fp16 false", ("--use_fp16 false", "--precision bf16", "leave one")),
     ("--compile --parallel fsdp", ("--compile default", "--parallel fsdp", "leave one")),
     ("--compile fast", ("--compile", "'fast'", "reduce-overhead")),
@@ -165,6 +177,12 @@ TRAINING = [
     ("--arch ''", ("--arch", "no such network", "vit_small")),
     ("--device cuda:99", ("--device cuda:99", "--device cpu|fewer")),
     ("--device tpu", ("--device tpu", "use auto")),
+    ("--device meta", ("--device meta", "use auto")),
+    ("--out_dim 100000000000000", ("memory ran out", "lower", "--out_dim")),
+    ("--global_crops_size 10000000", ("memory ran out", "lower", "crops")),
+    ("--steps 999999999999999", ("memory ran out", "lower", "--steps")),
+    ("--init_from {here}/tensor.pth", ("--init_from {here}/tensor.pth", "a Tensor")),
+    ("--init_from {here}/numbered.pth", ("--init_from {here}/numbered.pth", "0 of 150 tensors", "--arch")),
     ("--init_from {here}/none.pth", ("--init_from {here}/none.pth", "no such file")),
     ("--init_from {here}", ("--init_from {here}", "no such file")),
     ("--init_from {here}/broken.pth", ("--init_from {here}/broken.pth", "not a readable checkpoint")),
@@ -187,6 +205,7 @@ TRAINING = [
     ("--data_path torchvision:CIFAR11", ("--data_path 'torchvision:CIFAR11'", "CIFAR10")),
     ("--data_path torchvision:", ("--data_path 'torchvision:'", "CIFAR10")),
     ("--data_path '{here}/x-{000..002}.tar'", ("--data_path '{here}/x-{000..002}.tar'", "3 of 3 shards", "correct")),
+    ("--data_path {here}/rubbish.tar", ("--data_path '{here}/rubbish.tar'", "invalid header", "fetch this shard")),
     ("--data_path {here}/file.tar.gz", ("--data_path '{here}/file.tar.gz'", "isn't there", "correct")),
     ("--data_path hf:{here}/none", ("--data_path 'hf:{here}/none'", "no folder", "give")),
     ("--data_path hf:{here}/few", ("--data_path 'hf:{here}/few'", "save_to_disk|pip install datasets", "give|pip")),
@@ -196,6 +215,9 @@ TRAINING = [
     ("--eval_knn_every 1 --eval_data_path {here}/labelled", ("--eval_data_path '{here}/labelled'", "val", "give")),
     # Output
     ("--output_dir {here}/file", ("--output_dir {here}/file", "File exists|Not a directory", "choose")),
+    ("--output_dir {here}/" + 300 * "x", ("--output_dir", "File name too long", "choose another")),
+    ("--output_dir {here}/folder", ("--output_dir {here}/folder", "checkpoint.pth: a folder", "move it away")),
+    ("--output_dir {here}/tensor", ("--output_dir {here}/tensor", "a Tensor", "move it away")),
     ("--output_dir {here}/file/out", ("--output_dir {here}/file/out", "Not a directory", "choose")),
     ("--output_dir /proc/out", ("--output_dir /proc/out", "choose")),  # where root can't write either
 ]  # fmt: skip
@@ -263,6 +285,14 @@ def test_half_a_launch(variables, word, here, tmp_path, capfd, monkeypatch):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     check(main_dino, "", (word, "torchrun"), here, tmp_path, capfd, monkeypatch, SMALL)
+
+
+@pytest.mark.parametrize("url, word", [("tcp://no.invalid:5", "give a name"), ("file://{here}/x/y", "its folder"),
+                                       ("nonsense", "No rendezvous")])  # fmt: skip
+def test_a_place_to_meet_that_is_none(url, word, here, tmp_path, capfd, monkeypatch):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    check(main_dino, f"--dist_url {url}", (f"--dist_url {url}", word), here, tmp_path, capfd, monkeypatch, SMALL)
 
 
 @pytest.mark.parametrize("script, argv, words", [

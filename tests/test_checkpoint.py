@@ -1,6 +1,7 @@
 import argparse
 import ast
 import os
+import signal
 from collections import OrderedDict
 
 import pytest
@@ -39,6 +40,20 @@ def test_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
         checkpoint.save({"step": 2}, path)
     monkeypatch.undo()
     assert checkpoint.read(path)["step"] == 1 and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_worker_that_dies_meanwhile_is_not_taken_for_a_full_disk(tmp_path, monkeypatch):
+    def killed(fd):
+        raise RuntimeError("DataLoader worker (pid 3) is killed by signal: Killed. ")
+
+    then = signal.signal(signal.SIGCHLD, killed)  # as torch has one, which raises
+    monkeypatch.setattr(os, "fsync", killed)
+    try:
+        with pytest.raises(RuntimeError, match="DataLoader worker"):
+            checkpoint.save({"step": 2}, tmp_path / checkpoint.NAME)
+        assert signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL and not list(tmp_path.iterdir())
+    finally:
+        signal.signal(signal.SIGCHLD, then)
 
 
 class Malicious:

@@ -690,6 +690,17 @@ def test_a_worker_that_dies_is_an_error(tmp_path):
     """) == 7
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere workers are what Python makes of them")
+@pytest.mark.parametrize("method", ["forkserver", "spawn"])
+def test_workers_are_children_of_the_process_that_trains_whatever_the_default_is(tmp_path, method):
+    """A server between them would be hit by Slurm's signals, and what it starts could not read this script."""
+    text = f"import multiprocessing\nmultiprocessing.set_start_method({method!r})\n{CROPS}"
+    text += "assert len(active_children()) == 2 and all(type(c).__name__ == 'ForkProcess' for c in active_children())\n"
+    (tmp_path / "script.py").write_text(text)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+    subprocess.run([sys.executable, tmp_path / "script.py"], env=environment, timeout=60, check=True)
+
+
 def test_a_script_with_workers_ends(tmp_path):
     assert run_script(tmp_path, "raise SystemExit(7)") == 7
 

@@ -186,6 +186,20 @@ def test_the_others_end_when_one_is_killed(tmp_path, lost):
     assert "Traceback" not in said
 
 
+@pytest.mark.parametrize("held", [0, 1])
+def test_the_other_ends_within_the_time_out_when_one_hangs(tmp_path, held):
+    started = run("--batch_size_per_gpu", 4, "--dist_timeout", 0.1, out=tmp_path, processes=2, before=slow_steps)
+    stepping(started, tmp_path)
+    started.signal(signal.SIGSTOP, held)
+    then, other = time.monotonic(), started.all[1 - held]
+    other.join(60)
+    said = started.output(1 - held)
+    started.kill()
+    assert other.exitcode == 1 and 3 < time.monotonic() - then < 30  # 6 s, and what a loaded machine needs to end
+    assert said.count("another process of the run does not answer") == 1 and "longer --dist_timeout" in said
+    assert "Traceback" not in said and "start again to continue" in said.splitlines()[-1]
+
+
 def test_a_loss_that_is_no_number_on_one_process_ends_all(tmp_path):
     started = run("--batch_size_per_gpu", 4, out=tmp_path, processes=2, before=nan_on_rank_1)
     assert started.wait() == [1, 1], started.output()

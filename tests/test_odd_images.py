@@ -242,6 +242,6 @@ def test_a_killed_worker_ends_the_run_with_one_line(tmp_path):
     finally:
         run.kill()
     (line,) = stderr.strip().splitlines()
-    assert run.returncode == 1 and re.match(
-        r"main_dino.py: stopped: (DataLoader worker \(pid .*Killed|a DataLoader worker died)", line)  # as it was met
+    # torch's own word, or that of the connection on which a batch was half-way
+    assert run.returncode == 1 and re.search("stopped: (a )?DataLoader worker .*(Killed|exited|reset)", line)
     assert "--num_workers" in line and "memory" in line

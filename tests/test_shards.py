@@ -125,6 +125,14 @@ def test_a_folder_of_shards_and_its_splits(pictures, tmp_path):
     assert same(open_images(tmp_path / "set" / "val"), images)
 
 
+def test_what_is_no_shard_is_not_kept(tmp_path, cache):
+    pytest.importorskip("webdataset")
+    for command in ("echo 404: no such page", "true"):
+        with pytest.raises(OSError, match="could not be copied"):
+            open_images(f"pipe:{command}")
+        assert {path.suffix for path in cache.iterdir()} == {".lock"}
+
+
 def test_pipes_are_copied_once(pictures, tmp_path, cache, capfd):
     pytest.importorskip("webdataset")
     images = open_images(pictures)

@@ -102,6 +102,12 @@ BAD = [
     ("--slurm =3", "--slurm =3"), ("--slurm mem=", "--slurm mem="), ("--slurm array=1-5", "give array=0-N"),
     ("--slurm array=0-2 --cluster debug", "only Slurm has job arrays"), ("--slurm array=0-2", "put %a into its name"),
     ("--use_volta32 --constraint fast", "'volta32gb&fast'"), ("--init_from /no/such.pth", "--init_from"),
+    ("--timeout 2", "--signal_delay 120 s is as long as --timeout 2 minutes"), ("--device tpu", "--device tpu"),
+    ("--device cuda:0", "--ngpus 8 processes would share"), ("--data_path shapes:0", "give shapes:COUNT"),
+    ("--data_path=", "--data_path ''"), ("--slurm array=0-99999999", "submit several arrays"),
+    ("--replay x", "main_dino.py --replay"), ("--parallel fsdp --precision fp16", "choose --precision bf16"),
+    (f"--init_from {__file__}", "not a readable checkpoint"), (f"--job_dir {__file__}", f"--job_dir {__file__}: "),
+    (f"--output_dir {__file__}/x", f"--output_dir {__file__}/x: "), ("--job_dir /proc/x", "--job_dir /proc/x: "),
     ("--cluster local --nodes 1 --job_dir x%j", "leave %j out"), ("@no_such_preset", "no_such_preset"),
 ]  # fmt: skip
 
@@ -118,7 +124,7 @@ def test_bad_input_gets_one_line_before_the_queue(sbatch, tmp_path, capsys, flag
 def test_no_slurm_here(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert run("--output_dir", tmp_path / "out") == 2
-    assert "--cluster slurm" in capsys.readouterr().err
+    assert "--cluster slurm" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_debug_runs_in_this_process(tmp_path, capsys):
