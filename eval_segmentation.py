@@ -34,9 +34,9 @@ from torch import Tensor, nn
 import flags
 import masks
 import parallel
-import plots
 import scores
 import segmentation_scores
+import sheets
 import visualize_attention
 from features import PIXELS, weights_hash
 from vision_transformer import build_backbone
@@ -119,8 +119,8 @@ def picture_masks(image: Tensor, models: Mapping[str, nn.Module], info: Mapping,
     found = {}
     for name, model in models.items():
         _, attention, tokens = visualize_attention.look(model, info, image, args)
-        found[name, "heads"] = plots.threshold_mask(attention, args.threshold)
-        found[name, "mean"] = plots.threshold_mask(attention.mean(axis=0), args.threshold)[None]
+        found[name, "heads"] = sheets.threshold_mask(attention, args.threshold)
+        found[name, "mean"] = sheets.threshold_mask(attention.mean(axis=0), args.threshold)[None]
         if name == next(iter(models)):
             found[name, "k-means"] = kmeans_mask(tokens, args.seed)[None]
     found = {key: enlarge(m, height, width, args.image_size, info["patch_size"]) for key, m in found.items()}
@@ -245,9 +245,9 @@ def draw_masks(numbers: Sequence[int], pictures: masks.MaskedPictures, models: M
         shown |= {"mean of heads": found[first, "mean"][0], "k-means": found[first, "k-means"][0]}
         if last != first:
             shown["random: best head"] = found[last, "heads"][np.argmax(fit[last, "heads"])]
-        picture = plots.as_picture(image)
-        rows.append([picture, *(plots.mask_overlay(picture, mask) for mask in shown.values())])
-    return plots.contact_sheet(rows, ["image", *shown], cell=200)
+        picture = sheets.as_picture(image)
+        rows.append([picture, *(sheets.mask_overlay(picture, mask) for mask in shown.values())])
+    return sheets.contact_sheet(rows, ["image", *shown], cell=200)
 
 
 def notes_on(pictures: masks.MaskedPictures, numbers: Sequence[int], validation: np.ndarray) -> list[str]:
@@ -296,7 +296,7 @@ def evaluate_segmentation(args: argparse.Namespace) -> dict:
             drawn = np.linspace(0, len(numbers) - 1, min(len(numbers), args.save_masks)).astype(int)
             head = choose(measured[first, "heads"], ROWS[1], validation)
             sheet = draw_masks([numbers[i] for i in drawn], pictures, models, info, args, head)
-            plots.save_picture(sheet, output_dir / "masks.png")
+            sheets.save_picture(sheet, output_dir / "masks.png")
         print(f"wrote {output_dir / 'eval_segmentation.json'}" + (" and masks.png" if args.save_masks else ""))
     return about | {"results": results}
 

@@ -19,7 +19,6 @@ from typing import NamedTuple
 
 import torch
 
-import charts
 import eval_copy_detection
 import eval_image_retrieval
 import eval_knn
@@ -31,6 +30,7 @@ import parallel
 import plots
 import report
 import scores
+import sheets
 import visualize_attention
 from features import PIXELS, load_network, network_features
 from knn import knn_predict, nearest
@@ -204,11 +204,11 @@ def draw_neighbours(images: Sequence, parts: Sequence[Part], path: Path) -> None
     train, test = parts[0], parts[-1]
     rows = torch.linspace(0, len(test.features) - 1, min(QUERIES, len(test.features))).round().long()
     _, near = nearest(test.features[rows], train.features, NEIGHBOURS, exclude=rows if len(parts) == 1 else None)
-    pictures = [plots.as_picture(images[-1].load(i)) for i in rows.tolist()]
-    found = [[plots.as_picture(images[0].load(j)) for j in row] for row in near.tolist()]
+    pictures = [sheets.as_picture(images[-1].load(i)) for i in rows.tolist()]
+    found = [[sheets.as_picture(images[0].load(j)) for j in row] for row in near.tolist()]
     same = [[train.labels is None or bool(train.labels[j] == test.labels[i]) for j in row]
             for i, row in zip(rows.tolist(), near.tolist(), strict=True)]
-    charts.neighbour_sheet(pictures, found, same, path)
+    sheets.save_picture(sheets.neighbour_sheet(pictures, found, same), path)
 
 
 def draw_map(parts: Sequence[Part], path: Path, seed: int) -> None:
@@ -216,7 +216,7 @@ def draw_map(parts: Sequence[Part], path: Path, seed: int) -> None:
     test = parts[-1]
     rows = torch.linspace(0, len(test.features) - 1, min(MAPPED, len(test.features))).round().long()
     labels = torch.zeros(len(rows), dtype=torch.long) if test.labels is None else test.labels[rows]
-    charts.feature_map(test.features[rows].numpy(), labels.numpy(), test.classes or ["no labels"], path, seed)
+    plots.feature_map(test.features[rows].numpy(), labels.numpy(), test.classes or ["no labels"], path, seed)
 
 
 def draw_sheets(args: argparse.Namespace, folder: Path) -> None:
@@ -254,7 +254,7 @@ def sections(args: argparse.Namespace, about: dict, results: tuple, images: Sequ
 
     knn = reports.get("k-NN", {})
     if knn.get("results"):
-        draw("sweep", lambda: charts.sweep_chart(knn["results"], folder / "k_sweep.png"),
+        draw("sweep", lambda: plots.sweep_chart(knn["results"], folder / "k_sweep.png"),
              ("k_sweep.png", "top-1 accuracy for every k, with its 95 % interval"))
     if parts and len(parts[-1].features) >= 5:
         draw("map of the features", lambda: draw_map(parts, folder / "tsne.png", args.seed),

@@ -7,12 +7,10 @@ import re
 import shutil
 import subprocess
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-import charts
 import evaluate
 import report
 from splits import Part
@@ -81,14 +79,6 @@ def test_pairs_of_classes_taken_for_each_other():
     rows = evaluate.confusions([train, test])
     assert [(r["class"], r["taken for"], r["images"], r["of the class, %"]) for r in rows] == [
         ("b", "a", 2, 100.0), ("c", "a", 1, 50.0)]
-
-
-def test_a_map_of_one_class_and_of_many(tmp_path):
-    rng = np.random.default_rng(0)
-    charts.feature_map(rng.standard_normal((6, 4)), np.zeros(6, int), ["one"], tmp_path / "one.png")
-    charts.feature_map(rng.standard_normal((40, 4)), np.arange(40) % 30, [str(i) for i in range(30)],
-                       tmp_path / "many.png")
-    assert Image.open(tmp_path / "one.png").size == Image.open(tmp_path / "many.png").size
 
 
 def test_text_is_escaped():

@@ -16,8 +16,8 @@ from processes import ENV, free_port
 import eval_segmentation as script
 import masks
 import parallel
-import plots
 import shapes
+import sheets
 import sources
 from vision_transformer import VisionTransformer
 
@@ -205,7 +205,7 @@ def test_a_head_that_sees_the_object_is_found(tmp_path, monkeypatch):
     found = {row["mask"]: row for row in read(tmp_path / "out")["results"]}
     assert found["best head"]["jaccard"]["value"] == found["one head"]["jaccard_held_out"]["value"] == 100
     assert found["one head"]["chosen"] == "head 1" and found["k-means"]["jaccard"]["value"] == 100
-    mean = plots.threshold_mask(attention.mean(0), 0.7)
+    mean = sheets.threshold_mask(attention.mean(0), 0.7)
     expected = 100 * (mean & truth).sum() / (mean | truth).sum()
     assert found["mean of heads"]["jaccard"]["value"] == pytest.approx(expected)
     side = float(found["centre box"]["chosen"].split()[-1])
@@ -235,7 +235,7 @@ def network_that_looks_at_what_is_bright():
 def test_attention_that_is_on_the_object_is_scored_as_such(height, width, image_size, least, tmp_path, monkeypatch):
     """Nothing in between is transposed, turned, shifted or inverted: the picture's pixels go in, its figure comes out.
 
-    The object has no symmetry, so every such mistake costs more than the half patches at its border that `least` allows.
+    The object has no symmetry, so every such mistake costs more than what patches cost at its border.
     """
     monkeypatch.setattr(script.visualize_attention.checkpoint, "load_backbone",
                         lambda *args, **options: network_that_looks_at_what_is_bright())
