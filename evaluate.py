@@ -58,7 +58,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--baselines", action="store_true", help="evaluate the untrained network and raw pixels too")
     add("--linear_epochs", type=flags.positive_int, default=100, help="of the linear classifiers")
     add("--linear_views", type=flags.count, default=4, help="crops an image to train on; 0: new ones each epoch")
-    add("--seed", type=flags.count, default=0, help="of classifiers, of what is held out, of untrained weights")
+    add("--seed", type=flags.seed, default=0, help="of classifiers, of what is held out, of untrained weights")
     add("--output_dir", default="", help="for report.html and report.json; empty: report/ in the weights' folder, or .")
     flags.add_launch_flags(parser)
     return parser

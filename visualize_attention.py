@@ -144,10 +144,15 @@ def draw_picture(args: argparse.Namespace, model: nn.Module, info: dict) -> None
         written["pca"] = enlarge(sheets.pca_picture(tokens), picture)
     if point:
         written["similarity"] = similarity_picture(picture, tokens, tokens[point], point, info["patch_size"])
-    for name, drawn in written.items():
-        sheets.save_picture(drawn, Path(args.output_dir, f"{name}.png"))
+    save(written, args.output_dir)
     print(f"{len(attention)} heads on {attention.shape[1]} x {attention.shape[2]} patches: {len(written)} pictures "
           f"written to {args.output_dir} ({', '.join(f'{name}.png' for name in written)})")
+
+
+def save(pictures: dict[str, np.ndarray], output_dir: str) -> None:
+    flags.prepare_output(Path(output_dir))
+    for name, picture in pictures.items():
+        sheets.save_picture(picture, Path(output_dir, f"{name}.png"))
 
 
 def load_picture(path: str | None, in_chans: int) -> Tensor:
@@ -194,16 +199,16 @@ def draw_sheets(args: argparse.Namespace, model: nn.Module, info: dict) -> None:
         raise ValueError(f"--images {args.images}: no picture of it can be read")
     pictures, attentions, tokens = zip(*seen, strict=True)
     masks = args.threshold and [sheets.threshold_mask(a.mean(axis=0), args.threshold) for a in attentions]
-    drawn = {"attention_sheet.png": sheets.attention_sheet(pictures, attentions, masks)}
+    drawn = {"attention_sheet": sheets.attention_sheet(pictures, attentions, masks)}
     if args.pca:
         basis = sheets.pca_basis(np.concatenate([t.reshape(-1, t.shape[-1]) for t in tokens]))
         cells = [cell for picture, t in zip(pictures, tokens, strict=True)
                  for cell in (picture, enlarge(sheets.pca_picture(t, basis), picture))]
         columns = 2 * min(SHEET_PAIRS, len(pictures))
-        drawn["pca_sheet.png"] = sheets.contact_sheet([cells[i:i + columns] for i in range(0, len(cells), columns)])
-    for name, sheet in drawn.items():
-        sheets.save_picture(sheet, Path(args.output_dir, name))
-    print(f"{len(seen)} of {len(source)} pictures: {' and '.join(drawn)} written to {args.output_dir}")
+        drawn["pca_sheet"] = sheets.contact_sheet([cells[i:i + columns] for i in range(0, len(cells), columns)])
+    save(drawn, args.output_dir)
+    print(f"{len(seen)} of {len(source)} pictures: {' and '.join(f'{name}.png' for name in drawn)} written to "
+          f"{args.output_dir}")
 
 
 # ---------------------------------------------------------------- video
@@ -216,6 +221,7 @@ def draw_video(args: argparse.Namespace, model: nn.Module, info: dict) -> None:
     first = next(rows, None)  # what is wrong with the flags shows here, before anything is written
     if first is None:
         raise ValueError(f"--video {args.video}: no frame in it; give another file or folder")
+    flags.prepare_output(Path(args.output_dir))
     path, count = Path(args.output_dir, "attention.mp4"), 0
     with contextlib.closing(open_writer(path, first.shape, fps)) as writer:
         for row in itertools.chain([first], rows):
@@ -269,14 +275,14 @@ def open_video(path: str, fps: float | None, in_chans: int) -> tuple[Iterator[Te
         order = sorted(range(len(source)), key=lambda i: natural_order(source.name(i)))
         return (source.load(i) for i in order), fps or DEFAULT_FPS
     if not Path(path).is_file():
-        raise FileNotFoundError(f"--video {path}: no such file or folder")
+        raise FileNotFoundError(f"--video {path}: no such file or folder; give a video, or a folder of frames")
     if in_chans != 3:
         raise ValueError(f"--video {path}: a video has 3 channels, the network {in_chans}; give a folder of frames")
     reader = imageio_ffmpeg.read_frames(path)
     try:
         about = next(reader)
     except (OSError, RuntimeError, StopIteration) as error:
-        raise ValueError(f"--video {path}: not a video that ffmpeg can read") from error
+        raise ValueError(f"--video {path}: not a video that ffmpeg can read; give another file") from error
     width, height = about["size"]
     frames = (torch.frombuffer(bytearray(frame), dtype=torch.uint8).view(height, width, 3).permute(2, 0, 1)
               for frame in reader)
@@ -290,7 +296,6 @@ def natural_order(name: str) -> list:
 
 def open_writer(path: Path, shape: Sequence[int], fps: float) -> Generator:
     """A generator to which frames are sent; H.264 wants even sides, so an odd one of `shape` has a pixel more."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     size = shape[1] + shape[1] % 2, shape[0] + shape[0] % 2
     writer = import_ffmpeg().write_frames(str(path), size, fps=fps, quality=7, macro_block_size=2)
     writer.send(None)
@@ -314,9 +319,7 @@ def check_args(args: argparse.Namespace) -> None:
         raise ValueError(f"--{given[0]} and --{given[1]}: give one of them")
     if args.images is not None and args.point:
         raise ValueError("--point with --images: a point belongs to one picture; use --image_path or --video")
-    for folder in (Path(args.output_dir), *Path(args.output_dir).parents):
-        if folder.exists() and not folder.is_dir():
-            raise ValueError(f"--output_dir {args.output_dir}: {folder} is a file; give a folder")
+    flags.check_folder(args.output_dir)
 
 
 def main(args: argparse.Namespace) -> None:

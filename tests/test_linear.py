@@ -296,6 +296,7 @@ def test_one_class_and_one_image_a_class(pictures, tmp_path, capsys):
     (("--finetune", "--lr", 1, 2), "--lr 1 2"),
     (("--finetune", "--epochs", 2), "--warmup_epochs 5"),
     (("--finetune", "--arch", "pixels"), "--arch pixels"),
+    (("--arch", "pixels", "--pretrained_weights", "x.pth"), "x.pth: --arch pixels has no weights"),
     (("--data_path", "nowhere"), "--data_path 'nowhere'"),
     (("--val_data_path", "nowhere"), "--val_data_path 'nowhere'"),
     (("--pretrained_weights", "nothing.pth"), "nothing.pth"),
@@ -309,7 +310,8 @@ def test_bad_input_is_refused_in_one_line(flags, message, pictures, tmp_path, ca
 
 
 @pytest.mark.parametrize("flags", [("--low_shot", "0"), ("--low_shot", "200%"), ("--lr", "0"), ("--epochs", "0"),
-                                   ("--low_shot", "ten"), ("--layer_decay", "2"), ("--smoothing", "1")])
+                                   ("--low_shot", "ten"), ("--seed", str(2**32)),
+                                   ("--layer_decay", "2"), ("--smoothing", "1")])
 def test_bad_flags(flags, capsys):
     with pytest.raises(SystemExit) as stopped:
         eval_linear.get_args_parser().parse_args(flags)

@@ -302,6 +302,7 @@ def test_weights_stand_beside_random_ones_and_two_processes_agree(tmp_path):
     (("--layer", "4"), "--layer 4"),
     (("--device", "cuda:99"), "--device cuda:99"),
     (("--output_dir", __file__), "is a file"),
+    (("--output_dir", "/proc/out"), "--output_dir /proc/out: No such file or directory; choose a folder"),
 ])
 def test_bad_input_is_refused_in_one_line(flags, message, tmp_path, capsys):
     assert run("shapes:2x32", tmp_path / "out", *flags) == 2
@@ -328,7 +329,7 @@ def test_bad_masks_are_named(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("flags", [("--threshold", "0"), ("--threshold", "1.1"), ("--val_share", "1"),
-                                   ("--save_masks", "-1")])
+                                   ("--save_masks", "-1"), ("--seed", str(2**32))])
 def test_bad_flags(flags, capsys):
     with pytest.raises(SystemExit) as stopped:
         script.get_args_parser().parse_args(flags)

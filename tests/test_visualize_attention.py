@@ -268,6 +268,8 @@ def test_missing_ffmpeg_names_the_command(tiny, tmp_path, monkeypatch, capsys):
     (["--fps", "0"], "--fps"),
     (["--device", "gpu"], "--device gpu"),
     (["--output_dir", "good.png"], "--output_dir good.png"),
+    (["--output_dir", "/proc/out"], "--output_dir /proc/out"),
+    (["--images", "shapes:1x32", "--output_dir", "/proc/out"], "--output_dir /proc/out"),
     (["--output_dir", "good.png/below"], "--output_dir good.png/below"),
 ])
 def test_a_wrong_flag_is_named_before_anything_is_written(tiny, tmp_path, monkeypatch, capsys, flags, named):
