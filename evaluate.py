@@ -219,20 +219,16 @@ def draw_map(parts: Sequence[Part], path: Path, seed: int) -> None:
     plots.feature_map(test.features[rows].numpy(), labels.numpy(), test.classes or ["no labels"], path, seed)
 
 
-def draw_sheets(args: argparse.Namespace, folder: Path) -> None:
+def draw_sheets(args: argparse.Namespace, images: Sequence, folder: Path) -> None:
     """attention_sheet.png and pca_sheet.png of some test pictures."""
-    shown = args.val_data_path or args.data_path
-    for part in ("val", "test"):
-        if not args.val_data_path and os.path.isdir(os.path.join(os.path.expanduser(shown), part)):
-            shown = os.path.join(os.path.expanduser(shown), part)
-            break
     own = visualize_attention.get_args_parser().parse_args([
-        "--images", shown, "--max_images", str(SHOWN), "--pca", "--threshold", "0.6",
+        "--max_images", str(SHOWN), "--pca", "--threshold", "0.6",
         "--image_size", str(args.image_size), "--output_dir", str(folder)])
     for name in SHARED:
         if hasattr(own, name):
             setattr(own, name, getattr(args, name))
-    visualize_attention.draw_sheets(own, *visualize_attention.load_network(own))
+    model, info = visualize_attention.load_network(own)
+    visualize_attention.draw_sheets(own, model, info, (images or open_parts(args, info["in_chans"]))[-1])
 
 
 # ---- The page ----
@@ -265,7 +261,7 @@ def sections(args: argparse.Namespace, about: dict, results: tuple, images: Sequ
         draw("neighbours", lambda: draw_neighbours(images, parts, folder / "neighbours.png"),
              ("neighbours.png", "test images and the training images nearest to them; green: the same class, red: "
                                 "another"))
-    draw("attention and PCA", lambda: draw_sheets(args, folder),
+    draw("attention and PCA", lambda: draw_sheets(args, images, folder),
          ("attention_sheet.png", "picture, the patches that hold 60 % of the attention, mean of the heads, each head"),
          ("pca_sheet.png", "patch tokens' first three principal components as red, green and blue"))
     lines = [{k: v for k, v in row.items() if k != "per_class"} for row in knn.get("results", [])]

@@ -186,9 +186,9 @@ def similarity_picture(picture: np.ndarray, tokens: np.ndarray, token: np.ndarra
 # ---------------------------------------------------------------- many pictures
 
 
-def draw_sheets(args: argparse.Namespace, model: nn.Module, info: dict) -> None:
-    """Write attention_sheet.png, and pca_sheet.png with one basis of colours for all pictures."""
-    source = data.open_images(args.images, in_chans=info["in_chans"], flag="--images")
+def draw_sheets(args: argparse.Namespace, model: nn.Module, info: dict, source: data.Images | None = None) -> None:
+    """Write attention_sheet.png, and pca_sheet.png with one basis of colours: of --images, or of `source`."""
+    source = source or data.open_images(args.images, in_chans=info["in_chans"], flag="--images")
     seen = []
     for i in np.linspace(0, len(source) - 1, min(len(source), args.max_images)).astype(int).tolist():
         try:

@@ -13,6 +13,7 @@ from PIL import Image
 
 import evaluate
 import report
+import sources
 from splits import Part
 
 
@@ -79,6 +80,15 @@ def test_pairs_of_classes_taken_for_each_other():
     rows = evaluate.confusions([train, test])
     assert [(r["class"], r["taken for"], r["images"], r["of the class, %"]) for r in rows] == [
         ("b", "a", 2, 100.0), ("c", "a", 1, 50.0)]
+
+
+def test_the_sheets_show_test_pictures(tmp_path, monkeypatch):
+    """Drawn ones too, which have no val/ folder: the network has seen the others."""
+    shown = []
+    monkeypatch.setattr(evaluate.visualize_attention, "draw_sheets", lambda *args: shown.append(args[-1].name(0)))
+    args = evaluate.get_args_parser().parse_args(["--data_path", "shapes:8x32", "--arch", "vit_nano"])
+    evaluate.draw_sheets(args, [], tmp_path)
+    assert shown == [sources.open_images("shapes:8x32", "val").name(0)] != [sources.open_images("shapes:8x32").name(0)]
 
 
 def test_text_is_escaped():
