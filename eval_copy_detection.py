@@ -59,7 +59,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="pixels a side of the pictures, made square; 0: the weights' global crops, or 224; paper: 224 and 320")
     flags.add_weights_flags(parser)
     add("--batch_size_per_gpu", type=flags.positive_int, default=64, help="images a process and batch")
-    add("--seed", type=flags.count, default=0, help="of an untrained network")
+    add("--seed", type=flags.seed, default=0, help="of an untrained network")
     add("--output_dir", default="", help="for the results and features/; empty: the weights' folder, or .")
     add("--use_cuda", type=flags.boolean, default=True, help="false is --device cpu")
     flags.add_launch_flags(parser)
@@ -197,7 +197,7 @@ def picture_features(network: features.Network, images: data.Images, args: argpa
 
 def load_network(args: argparse.Namespace, device: torch.device) -> features.Network:
     args.resize_size = args.crop_size = args.image_size
-    network = features.load_network(args, device)
+    network = features.load_network(args, device, "--image_size")
     about = {k: v for k, v in network.about.items() if k not in ("resize_size", "crop_size")}
     tokens = isinstance(network.forward, VisionTransformer)
     about |= {"image_size": network.about["crop_size"],
@@ -247,9 +247,12 @@ def compute(args: argparse.Namespace, device: torch.device, copies: Copies) -> t
     sets = [open_files(folder, names, in_chans) for names in (copies.queries, copies.database)]
     if args.distractors:
         sets.append(data.open_images(args.distractors, None, in_chans, flag="--distractors"))
+    uses = DISTRACTORS_FOR[args.distractors_for] if args.distractors else ()
+    if "whitening" in uses and len(sets[2]) < 2:
+        raise ValueError(f"--distractors {args.distractors}: one picture gives no whitening; give more, or "
+                         "--distractors_for database")
     flags.prepare_output(flags.output_dir(args))
     queries, database, *others = (picture_features(network, images, args, device) for images in sets)
-    uses = DISTRACTORS_FOR[args.distractors_for] if others else ()
     if "database" in uses:
         database = torch.cat([database, *others])
     if "whitening" in uses:

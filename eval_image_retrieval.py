@@ -53,7 +53,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--imsize", type=flags.positive_int, default=224, help="pixels of the longer side; smaller pictures stay")
     add("--multiscale", type=flags.boolean, default=False, help="mean of the features at scales 1, 0.71 and 0.5")
     flags.add_weights_flags(parser)
-    add("--seed", type=flags.count, default=0, help="of an untrained network")
+    add("--seed", type=flags.seed, default=0, help="of an untrained network")
     add("--output_dir", default="", help="for the results and features/; empty: the weights' folder, or .")
     add("--use_cuda", type=flags.boolean, default=True, help="false is --device cpu")
     flags.add_launch_flags(parser)
@@ -213,7 +213,7 @@ def evaluate_retrieval(args: argparse.Namespace) -> dict:
     args.resize_size = args.crop_size = args.imsize
     try:
         device = parallel.start(args.device if args.use_cuda else "cpu", args.dist_url, args.dist_timeout)
-        network = features.load_network(args, device)
+        network = features.load_network(args, device, "--imsize")
         truth, database, queries = open_dataset(args, network.info["in_chans"])
         flags.prepare_output(flags.output_dir(args))
         found = [picture_features(network, images, args, device) for images in (queries, database)]

@@ -139,23 +139,45 @@ def load(folder: str) -> tuple[list[Part], dict]:
     where = f"--load_features {folder}"
     if not (Path(folder) / "trainfeat.pth").is_file():
         raise FileNotFoundError(f"{where}: no trainfeat.pth in it; write one with --dump_features")
-    info = Path(folder) / "features.json"
-    known = json.loads(info.read_text()) if info.is_file() else {"classes": [], "about": {}}
+    known = read_about(Path(folder) / "features.json", where)
     read = {name: checkpoint.read(Path(folder) / name, object) for names in FILES for name in names
             if name == "trainfeat.pth" or (Path(folder) / name).is_file()}
     parts = []
     for features, labels in [(read.get(f), read.get(n)) for f, n in FILES]:
         if features is None:
             continue
-        if not isinstance(features, Tensor) or features.ndim != 2:
-            raise ValueError(f"{where}: features are no (images, width) tensor; write them with --dump_features")
-        if labels is not None and (not isinstance(labels, Tensor) or labels.shape != features.shape[:1]):
-            raise ValueError(f"{where}: {len(features)} features with labels for another number of images")
+        check_loaded(where, features, labels)
         parts.append(Part(features, None if labels is None else labels.long(), known["classes"]))
+    if len({part.features.shape[1] for part in parts}) > 1:
+        raise ValueError(f"{where}: training features have width {parts[0].features.shape[1]}, test features "
+                         f"{parts[1].features.shape[1]}; write both with one network")
     most = max([int(p.labels.max()) + 1 for p in parts if p.labels is not None], default=0)
     classes = known["classes"] + [str(c) for c in range(len(known["classes"]), most)]
     check_labels(where, [part.labels for part in parts])
     return [part._replace(classes=classes) for part in parts], known["about"]
+
+
+def read_about(path: Path, where: str) -> dict:
+    """features.json: the names of the classes and what a report says; the published script writes none."""
+    if not path.is_file():
+        return {"classes": [], "about": {}}
+    try:
+        known = json.loads(path.read_text())
+        return {"classes": list(known["classes"]), "about": dict(known["about"])}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{where}: features.json is damaged; remove it to do without names of classes") from error
+
+
+def check_loaded(where: str, features: object, labels: object) -> None:
+    if not isinstance(features, Tensor) or features.ndim != 2 or not len(features) or not features.is_floating_point():
+        raise ValueError(f"{where}: features are no (images, width) tensor; write them with --dump_features")
+    if labels is None:
+        return
+    if not isinstance(labels, Tensor) or labels.shape != features.shape[:1]:
+        raise ValueError(f"{where}: {len(features)} features with labels for another number of images; write both with "
+                         "--dump_features")
+    if labels.is_floating_point() or labels.min() < 0:
+        raise ValueError(f"{where}: labels are whole numbers from 0; write them with --dump_features")
 
 
 # ---- The evaluation ----
@@ -187,6 +209,7 @@ def evaluate_knn(args: argparse.Namespace) -> dict:
         flags.Refused: bad input, in one line.
     """
     try:
+        flags.check_folder(args.dump_features, "--dump_features")
         device = parallel.start(args.device, args.dist_url, args.dist_timeout)
         parts, about, views = (*load(args.load_features), None) if args.load_features else compute(args, device)
         labelled = parts[0].labels is not None

@@ -12,7 +12,6 @@ Shapes: N images, D width, C classes, S settings.
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import sys
 from collections.abc import Iterator
@@ -27,7 +26,7 @@ import linear
 import parallel
 import scores
 from features import TRAINING_SCALE, Network, feature_batches, half_context, load_network, network_features, pictures
-from splits import Labelled, Task, open_task
+from splits import Labelled, Task, open_task, run_of
 from vision_transformer import VisionTransformer
 
 STRENGTHS = [10.0**e for e in range(-6, 4)]  # of --logreg
@@ -71,7 +70,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--evaluate", action="store_true", help="only evaluate --linear_weights")
     add("--linear_weights", default="", help="a classifier of this script or a published one")
     add("--logreg", action="store_true", help="scikit-learn's logistic regression instead, regularized by validation")
-    add("--seed", type=flags.count, default=0, help="of the classifier, the order and what is held out")
+    add("--seed", type=flags.seed, default=0, help="of the classifier, the order and what is held out")
     add("--output_dir", default="", help="for eval_linear.json and linear.pth; empty: the weights' folder, or .")
     tuning = parser.add_argument_group("fine-tuning of the whole network")
     tuning.add_argument("--finetune", action="store_true", help="train the backbone too (AdamW)")
@@ -186,20 +185,12 @@ def train_heads(
 ) -> Tensor:
     """Train, or go on where a run of the same settings was stopped. Returns the (S,) losses of the last epoch."""
     path, kept, loss = flags.output_dir(args) / UNFINISHED, [], torch.zeros(len(heads.settings))
-    same = {"settings": [list(s) for s in heads.settings], "weights_sha256": str(network.about["weights_sha256"]),
-            "epochs": args.epochs, "seed": args.seed, "views": args.views, "images": len(task.train.labels),
-            "classes": list(task.classes), "batch": args.batch_size_per_gpu * parallel.world_size()}
+    run = run_of(args, network, task) | {"settings": [list(s) for s in heads.settings], "views": args.views}
     first = 0
-    if path.is_file():
-        state = checkpoint.read(path)
-        if state["same"] != same:
-            changed = ", ".join(k for k in same if state["same"].get(k) != same[k])
-            raise ValueError(f"--output_dir {path.parent}: {path.name} there is of another run (other {changed}); "
-                             "remove it, or choose another folder")
+    if state := linear.unfinished(path, run):
         heads.load_state_dict(state["heads"])
         optimizer.load_state_dict(state["optimizer"])
         first, loss = state["epoch"], state["loss"]
-        parallel.say(f"going on after epoch {first} of {path}")
     for epoch in range(first, args.epochs):
         batches = training_batches(network, task.train, args, device, epoch, kept)
         loss = linear.train_epoch(heads, optimizer, epoch, args.epochs, batches).cpu()
@@ -209,7 +200,7 @@ def train_heads(
             parallel.say(f"epoch {epoch + 1}/{args.epochs}: training loss {loss.min():.4f}"
                 + (f" to {loss.max():.4f}" if len(loss) > 1 else ""))
         if parallel.is_main() and (epoch + 1 == args.epochs or not args.views or (epoch + 1) % 10 == 0):
-            checkpoint.save({"same": same, "epoch": epoch + 1, "heads": heads.state_dict(), "loss": loss,
+            checkpoint.save({"run": run, "epoch": epoch + 1, "heads": heads.state_dict(), "loss": loss,
                              "optimizer": optimizer.state_dict()}, path)
     parallel.barrier()
     return loss
@@ -230,28 +221,26 @@ def keep_classifier(
 
 def evaluate(args: argparse.Namespace, network: Network, task: Task, device: torch.device) -> tuple[list[dict], Tensor]:
     """The test images by the classifier of --linear_weights."""
-    loaded = checkpoint.read(args.linear_weights)
-    state = {k.removeprefix("module.").removeprefix("linear."): v for k, v in loaded.get("state_dict", loaded).items()}
-    if {"weight", "bias"} - state.keys():
-        raise ValueError(f"--linear_weights {args.linear_weights}: holds no linear.weight and linear.bias")
+    loaded = linear.read_classifier(args.linear_weights)
+    weight, bias = loaded["weight"], loaded["bias"]
     setting = loaded.get("setting", {"n_last_blocks": args.n_last_blocks[0], "lr": args.lr[0],
                                      "avgpool_patchtokens": args.avgpool_patchtokens[0]})
     args.n_last_blocks = [max(setting["n_last_blocks"], 1)]
     network, blocks = with_blocks(network, args)
     features = eval_features(network, task.test, args, device)
     width = features.shape[1] // (blocks + 1)
-    heads = linear.Heads([linear.Setting(**setting)], width, blocks, len(state["bias"])).to(device)
+    heads = linear.Heads([linear.Setting(**setting)], width, blocks, len(bias)).to(device)
     own = heads.heads[0]
-    if own.weight.shape != state["weight"].shape:
-        raise ValueError(f"--linear_weights {args.linear_weights}: weights {tuple(state['weight'].shape)} instead of "
+    if own.weight.shape != weight.shape:
+        raise ValueError(f"--linear_weights {args.linear_weights}: weights {tuple(weight.shape)} instead of "
                          f"{tuple(own.weight.shape)}; do --n_last_blocks, --avgpool_patchtokens and the backbone fit?")
-    own.load_state_dict(state)
+    own.load_state_dict({"weight": weight, "bias": bias})
     names = loaded.get("classes") or task.classes
-    if not loaded.get("classes") and len(names) != len(state["bias"]):
-        raise ValueError(f"--linear_weights {args.linear_weights}: {len(state['bias'])} outputs without names for the "
+    if not loaded.get("classes") and len(names) != len(bias):
+        raise ValueError(f"--linear_weights {args.linear_weights}: {len(bias)} outputs without names for the "
                          f"{len(names)} classes of --data_path {args.data_path}; give data with all classes")
     number = {name: i for i, name in enumerate(task.classes)}
-    outputs = torch.tensor([number.get(name, -1) for name in names] + [-1] * (len(state["bias"]) - len(names)))
+    outputs = torch.tensor([number.get(name, -1) for name in names] + [-1] * (len(bias) - len(names)))
     return [{"n_last_blocks": setting["n_last_blocks"], "avgpool": setting["avgpool_patchtokens"]}], outputs[
         linear.predict(heads, features)[0]]
 
@@ -287,8 +276,8 @@ def evaluate_linear(args: argparse.Namespace) -> dict:
     """
     try:
         check_args(args)
-        if args.evaluate and not os.path.isfile(args.linear_weights):
-            raise FileNotFoundError(f"--linear_weights {args.linear_weights}: no such file; train one first")
+        if args.evaluate:
+            linear.read_classifier(args.linear_weights)  # a wrong file is named before any work
         device = parallel.start(args.device, args.dist_url, args.dist_timeout)
         network = load_network(args, device)
         blocks = with_blocks(network, args)[1]

@@ -34,9 +34,9 @@ from torch import Tensor, nn
 import flags
 import masks
 import parallel
-import plots
 import scores
 import segmentation_scores
+import sheets
 import visualize_attention
 from features import PIXELS, weights_hash
 from vision_transformer import build_backbone
@@ -56,7 +56,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="share of the attention that a mask holds")
     add("--val_share", type=flags.number(float, 0, 0.9), default=0.2,
         help="share of the images on which one head and the box are chosen; 0 leaves both out")
-    add("--seed", type=flags.count, default=0, help="of the validation part, the random weights and k-means")
+    add("--seed", type=flags.seed, default=0, help="of the validation part, the random weights and k-means")
     add("--output_dir", default="",
         help="for eval_segmentation.json and masks.png; empty: the weights' folder, or .")
     add("--save_masks", type=flags.count, default=0, metavar="N", help="draw the masks of N images into masks.png")
@@ -119,8 +119,8 @@ def picture_masks(image: Tensor, models: Mapping[str, nn.Module], info: Mapping,
     found = {}
     for name, model in models.items():
         _, attention, tokens = visualize_attention.look(model, info, image, args)
-        found[name, "heads"] = plots.threshold_mask(attention, args.threshold)
-        found[name, "mean"] = plots.threshold_mask(attention.mean(axis=0), args.threshold)[None]
+        found[name, "heads"] = sheets.threshold_mask(attention, args.threshold)
+        found[name, "mean"] = sheets.threshold_mask(attention.mean(axis=0), args.threshold)[None]
         if name == next(iter(models)):
             found[name, "k-means"] = kmeans_mask(tokens, args.seed)[None]
     found = {key: enlarge(m, height, width, args.image_size, info["patch_size"]) for key, m in found.items()}
@@ -212,30 +212,24 @@ def load_networks(args: argparse.Namespace) -> tuple[dict[str, nn.Module], dict]
 
 
 def score_pictures(pictures: masks.MaskedPictures, models: Mapping[str, nn.Module], info: Mapping,
-                   args: argparse.Namespace) -> tuple[dict[tuple[str, str], np.ndarray], list[int]]:
-    """Jaccard indices (N, candidates) of every kind of mask, and the numbers of the N images; shared by the processes.
-
-    Images without foreground have no Jaccard index and are left out.
-    """
-    def work(i: int) -> dict | None:
+                   args: argparse.Namespace) -> dict[tuple[str, str], np.ndarray]:
+    """Jaccard indices (N, candidates) of every kind of mask; shared by the processes."""
+    def work(i: int) -> dict:
         if i % PROGRESS == 0 and i and parallel.is_main():
             print(f"image {i} of {len(pictures.names)}", flush=True)
         image, truth, ignored = pictures.load(i)
-        return picture_scores(picture_masks(image, models, info, args), truth, ignored) if truth.any() else None
+        return picture_scores(picture_masks(image, models, info, args), truth, ignored)
 
     found = parallel.map_shared(work, len(pictures.names))
-    numbers = [i for i, one in enumerate(found) if one is not None]
-    if not numbers:
-        raise ValueError(f"--data_path {args.data_path!r}: every mask is empty; give images with a foreground")
-    return {key: np.array([found[i][key] for i in numbers]) for key in found[numbers[0]]}, numbers
+    return {key: np.array([one[key] for one in found]) for key in found[0]}
 
 
-def draw_masks(numbers: Sequence[int], pictures: masks.MaskedPictures, models: Mapping[str, nn.Module], info: Mapping,
+def draw_masks(drawn: Sequence[int], pictures: masks.MaskedPictures, models: Mapping[str, nn.Module], info: Mapping,
                args: argparse.Namespace, head: int | None) -> np.ndarray:
-    """A sheet: a row for each numbered image with the image, its foreground and the masks; `head` is the one chosen."""
+    """A sheet: a row for each image `drawn`, with its foreground and the masks; `head` is the one chosen."""
     first, last = list(models)[0], list(models)[-1]
     rows = []
-    for i in numbers:
+    for i in drawn:
         image, truth, ignored = pictures.load(i)
         found = picture_masks(image, models, info, args)
         fit = picture_scores(found, truth, ignored)
@@ -245,22 +239,16 @@ def draw_masks(numbers: Sequence[int], pictures: masks.MaskedPictures, models: M
         shown |= {"mean of heads": found[first, "mean"][0], "k-means": found[first, "k-means"][0]}
         if last != first:
             shown["random: best head"] = found[last, "heads"][np.argmax(fit[last, "heads"])]
-        picture = plots.as_picture(image)
-        rows.append([picture, *(plots.mask_overlay(picture, mask) for mask in shown.values())])
-    return plots.contact_sheet(rows, ["image", *shown], cell=200)
+        picture = sheets.as_picture(image)
+        rows.append([picture, *(sheets.mask_overlay(picture, mask) for mask in shown.values())])
+    return sheets.contact_sheet(rows, ["image", *shown], cell=200)
 
 
-def notes_on(pictures: masks.MaskedPictures, numbers: Sequence[int], validation: np.ndarray) -> list[str]:
-    """What a reader of the figures must know."""
-    notes, empty = list(pictures.notes), len(pictures.names) - len(numbers)
-    if empty:
-        notes.append(f"{empty} of {len(pictures.names)} images have no foreground, so no Jaccard index: left out")
+def note_on_choices(validation: np.ndarray) -> str:
     if validation.any():
-        notes.append(f"one head and the centre box are chosen on {validation.sum()} images (--val_share) and judged on "
-                     f"the other {(~validation).sum()}, the column held out")
-    else:
-        notes.append("no validation part (--val_share 0, or one image): one head and the centre box are left out")
-    return notes
+        return (f"one head and the centre box are chosen on {validation.sum()} images (--val_share) and judged on "
+                f"the other {(~validation).sum()}, the column held out")
+    return "no validation part (--val_share 0, or one image): one head and the centre box are left out"
 
 
 def evaluate_segmentation(args: argparse.Namespace) -> dict:
@@ -276,27 +264,29 @@ def evaluate_segmentation(args: argparse.Namespace) -> dict:
         args = argparse.Namespace(**vars(args) | {"device": str(device), "image_size": [args.image_size]})
         models, info = load_networks(args)
         pictures = masks.open_masked(args.data_path, info["in_chans"])
-        measured, numbers = score_pictures(pictures, models, info, args)
+        flags.prepare_output(output_dir)
+        measured = score_pictures(pictures, models, info, args)
     except (ValueError, OSError, ImportError) as error:
         raise flags.Refused(error) from error
-    validation = validation_part(len(numbers), args.val_share, args.seed)
+    n = len(pictures.names)
+    validation = validation_part(n, args.val_share, args.seed)
     first = next(iter(models))
     about = {
         "arch": info["arch"], "patch_size": info["patch_size"], "weights": args.pretrained_weights or None,
         "checkpoint_key": args.checkpoint_key, "weights_sha256": weights_hash(models[first]),
-        "data_path": args.data_path, "images": len(numbers), "held_out": int((~validation).sum()),
+        "data_path": args.data_path, "images": n, "held_out": int((~validation).sum()),
         "image_size": args.image_size[0], "layer": args.layer, "threshold": args.threshold, "seed": args.seed,
-        "notes": notes_on(pictures, numbers, validation),
+        "notes": [*pictures.notes, note_on_choices(validation)],
     }
     results = summarize(measured, validation)
     if parallel.is_main():
         report(results, about)
         scores.write_results(output_dir / "eval_segmentation.json", results, **about)
         if args.save_masks:
-            drawn = np.linspace(0, len(numbers) - 1, min(len(numbers), args.save_masks)).astype(int)
+            drawn = np.linspace(0, n - 1, min(n, args.save_masks)).astype(int).tolist()
             head = choose(measured[first, "heads"], ROWS[1], validation)
-            sheet = draw_masks([numbers[i] for i in drawn], pictures, models, info, args, head)
-            plots.save_picture(sheet, output_dir / "masks.png")
+            sheet = draw_masks(drawn, pictures, models, info, args, head)
+            sheets.save_picture(sheet, output_dir / "masks.png")
         print(f"wrote {output_dir / 'eval_segmentation.json'}" + (" and masks.png" if args.save_masks else ""))
     return about | {"results": results}
 

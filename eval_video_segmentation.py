@@ -34,7 +34,7 @@ import parallel
 import scores
 import segmentation_scores
 import visualize_attention
-from features import PIXELS, weights_hash
+from features import PIXELS, refuse_weights, weights_hash
 from utils import IMAGENET_MEAN, IMAGENET_STD
 from vision_transformer import VITS, VisionTransformer
 
@@ -57,7 +57,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="labels come from patches within so many rows and columns; 0: from all")
     add("--topk", type=flags.positive_int, default=5, help="most similar patches, of all these frames, that count")
     add("--bs", type=flags.positive_int, default=6, help="frames shown to the network at once")
-    add("--seed", type=flags.count, default=0, help="of an untrained network")
+    add("--seed", type=flags.seed, default=0, help="of an untrained network")
     add("--output_dir", default="output/davis", help="for <sequence>/<frame>.png and eval_video_segmentation.json")
     flags.add_launch_flags(parser, workers=False)
     return parser
@@ -149,9 +149,7 @@ def load_forward(args: argparse.Namespace, device: torch.device) -> tuple[Callab
         FileNotFoundError, ValueError: no such weights, or no patches.
     """
     if args.arch == PIXELS:
-        if args.pretrained_weights:
-            raise ValueError(f"--pretrained_weights {args.pretrained_weights}: --arch {PIXELS} has no weights; "
-                             "leave one of them out")
+        refuse_weights(args)
         about = {"arch": PIXELS, "patch_size": args.patch_size, "weights": None, "weights_sha256": None,
                  "in_chans": 3, "mean": IMAGENET_MEAN, "std": IMAGENET_STD}
         return lambda x: F.pixel_unshuffle(x, args.patch_size).movedim(1, -1), about
@@ -280,6 +278,7 @@ def evaluate_video_segmentation(args: argparse.Namespace) -> dict:
         network_size(64, 64, args.image_size, about["patch_size"])  # a wrong flag is named before any work
         videos = davis.find_videos(args.data_path, args.resolution, args.image_set, args.sequences, args.merge_objects,
                                    about["in_chans"])
+        flags.prepare_output(Path(args.output_dir))
         measured = parallel.map_shared(lambda i: evaluate_video(videos[i], forward, about, args, device), len(videos))
     except (ValueError, OSError) as error:
         raise flags.Refused(error) from error

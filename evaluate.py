@@ -19,7 +19,6 @@ from typing import NamedTuple
 
 import torch
 
-import charts
 import eval_copy_detection
 import eval_image_retrieval
 import eval_knn
@@ -31,6 +30,7 @@ import parallel
 import plots
 import report
 import scores
+import sheets
 import visualize_attention
 from features import PIXELS, load_network, network_features
 from knn import knn_predict, nearest
@@ -58,7 +58,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--baselines", action="store_true", help="evaluate the untrained network and raw pixels too")
     add("--linear_epochs", type=flags.positive_int, default=100, help="of the linear classifiers")
     add("--linear_views", type=flags.count, default=4, help="crops an image to train on; 0: new ones each epoch")
-    add("--seed", type=flags.count, default=0, help="of classifiers, of what is held out, of untrained weights")
+    add("--seed", type=flags.seed, default=0, help="of classifiers, of what is held out, of untrained weights")
     add("--output_dir", default="", help="for report.html and report.json; empty: report/ in the weights' folder, or .")
     flags.add_launch_flags(parser)
     return parser
@@ -204,11 +204,11 @@ def draw_neighbours(images: Sequence, parts: Sequence[Part], path: Path) -> None
     train, test = parts[0], parts[-1]
     rows = torch.linspace(0, len(test.features) - 1, min(QUERIES, len(test.features))).round().long()
     _, near = nearest(test.features[rows], train.features, NEIGHBOURS, exclude=rows if len(parts) == 1 else None)
-    pictures = [plots.as_picture(images[-1].load(i)) for i in rows.tolist()]
-    found = [[plots.as_picture(images[0].load(j)) for j in row] for row in near.tolist()]
+    pictures = [sheets.as_picture(images[-1].load(i)) for i in rows.tolist()]
+    found = [[sheets.as_picture(images[0].load(j)) for j in row] for row in near.tolist()]
     same = [[train.labels is None or bool(train.labels[j] == test.labels[i]) for j in row]
             for i, row in zip(rows.tolist(), near.tolist(), strict=True)]
-    charts.neighbour_sheet(pictures, found, same, path)
+    sheets.save_picture(sheets.neighbour_sheet(pictures, found, same), path)
 
 
 def draw_map(parts: Sequence[Part], path: Path, seed: int) -> None:
@@ -216,23 +216,19 @@ def draw_map(parts: Sequence[Part], path: Path, seed: int) -> None:
     test = parts[-1]
     rows = torch.linspace(0, len(test.features) - 1, min(MAPPED, len(test.features))).round().long()
     labels = torch.zeros(len(rows), dtype=torch.long) if test.labels is None else test.labels[rows]
-    charts.feature_map(test.features[rows].numpy(), labels.numpy(), test.classes or ["no labels"], path, seed)
+    plots.feature_map(test.features[rows].numpy(), labels.numpy(), test.classes or ["no labels"], path, seed)
 
 
-def draw_sheets(args: argparse.Namespace, folder: Path) -> None:
+def draw_sheets(args: argparse.Namespace, images: Sequence, folder: Path) -> None:
     """attention_sheet.png and pca_sheet.png of some test pictures."""
-    shown = args.val_data_path or args.data_path
-    for part in ("val", "test"):
-        if not args.val_data_path and os.path.isdir(os.path.join(os.path.expanduser(shown), part)):
-            shown = os.path.join(os.path.expanduser(shown), part)
-            break
     own = visualize_attention.get_args_parser().parse_args([
-        "--images", shown, "--max_images", str(SHOWN), "--pca", "--threshold", "0.6",
+        "--max_images", str(SHOWN), "--pca", "--threshold", "0.6",
         "--image_size", str(args.image_size), "--output_dir", str(folder)])
     for name in SHARED:
         if hasattr(own, name):
             setattr(own, name, getattr(args, name))
-    visualize_attention.draw_sheets(own, *visualize_attention.load_network(own))
+    model, info = visualize_attention.load_network(own)
+    visualize_attention.draw_sheets(own, model, info, (images or open_parts(args, info["in_chans"]))[-1])
 
 
 # ---- The page ----
@@ -254,7 +250,7 @@ def sections(args: argparse.Namespace, about: dict, results: tuple, images: Sequ
 
     knn = reports.get("k-NN", {})
     if knn.get("results"):
-        draw("sweep", lambda: charts.sweep_chart(knn["results"], folder / "k_sweep.png"),
+        draw("sweep", lambda: plots.sweep_chart(knn["results"], folder / "k_sweep.png"),
              ("k_sweep.png", "top-1 accuracy for every k, with its 95 % interval"))
     if parts and len(parts[-1].features) >= 5:
         draw("map of the features", lambda: draw_map(parts, folder / "tsne.png", args.seed),
@@ -265,7 +261,7 @@ def sections(args: argparse.Namespace, about: dict, results: tuple, images: Sequ
         draw("neighbours", lambda: draw_neighbours(images, parts, folder / "neighbours.png"),
              ("neighbours.png", "test images and the training images nearest to them; green: the same class, red: "
                                 "another"))
-    draw("attention and PCA", lambda: draw_sheets(args, folder),
+    draw("attention and PCA", lambda: draw_sheets(args, images, folder),
          ("attention_sheet.png", "picture, the patches that hold 60 % of the attention, mean of the heads, each head"),
          ("pca_sheet.png", "patch tokens' first three principal components as red, green and blue"))
     lines = [{k: v for k, v in row.items() if k != "per_class"} for row in knn.get("results", [])]

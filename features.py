@@ -258,15 +258,22 @@ class Network(NamedTuple):
     about: dict  # plain values: arch, weights, weights_sha256, crop_size ...
 
 
-def load_network(args: argparse.Namespace, device: torch.device) -> Network:
+def refuse_weights(args: argparse.Namespace) -> None:
+    if args.pretrained_weights:
+        raise ValueError(f"--pretrained_weights {args.pretrained_weights}: --arch {PIXELS} has no weights; leave one "
+                         "of them out")
+
+
+def load_network(args: argparse.Namespace, device: torch.device, size_flag: str = "--crop_size") -> Network:
     """The network of --pretrained_weights, --checkpoint_key, --arch, --patch_size, --resize_size and --crop_size.
 
-    An untrained one is that of --seed. `--arch pixels` is the baseline.
+    An untrained one is that of --seed. `--arch pixels` is the baseline. `size_flag` is what a script calls --crop_size.
 
     Raises:
         FileNotFoundError, ValueError: no such weights, or not this architecture's.
     """
     if args.arch == PIXELS:
+        refuse_weights(args)
         info = {"in_chans": 3, "mean": (0.0,) * 3, "std": (1.0,) * 3}
         about = {"arch": PIXELS, "weights": None, "weights_sha256": None, "crop_size": PIXELS_SIDE}
         return Network(nn.Flatten(), info, about)
@@ -274,7 +281,7 @@ def load_network(args: argparse.Namespace, device: torch.device) -> Network:
     model, info = checkpoint.load_backbone(args.pretrained_weights, args.arch, args.patch_size, args.checkpoint_key)
     crop = args.crop_size or info["global_crops_size"]
     if info["arch"] in VITS and crop < info["patch_size"]:
-        raise ValueError(f"--crop_size {crop}: smaller than a patch of {info['patch_size']}; raise it")
+        raise ValueError(f"{size_flag} {crop}: smaller than a patch of {info['patch_size']}; raise it")
     if args.resize_size and args.resize_size < crop:
         raise ValueError(f"--resize_size {args.resize_size} is smaller than --crop_size {crop}; make it larger")
     about = {

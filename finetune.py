@@ -26,10 +26,13 @@ import data
 import parallel
 import utils
 from features import TRAINING_SCALE, Network, available_cores, extract_features, half_context, pictures, readable
-from splits import Task
+from linear import unfinished
+from splits import Task, run_of
 from vision_transformer import DropPath, VisionTransformer, build_backbone
 
 UNFINISHED, TUNED = "checkpoint_finetune.pth", "finetuned.pth"
+RECIPE = ("lr", "layer_decay", "warmup_epochs", "weight_decay", "mixup", "cutmix", "smoothing", "drop_path_rate",
+          "ema_decay")
 
 
 class Classifier(nn.Module):
@@ -124,6 +127,36 @@ def steps_per_epoch(args: argparse.Namespace, task: Task) -> int:
     return steps
 
 
+def tune_epoch(
+    args: argparse.Namespace, wrapped: nn.Module, averaged: Classifier, optimizer: torch.optim.Optimizer,
+    batches: Iterator[tuple[Tensor, Tensor]], epoch: int, schedule: np.ndarray, device: torch.device,
+) -> float:
+    """One epoch over (pictures, labels), whose mean loss it returns; `schedule` are its steps' factors of the rates.
+
+    Mixing and stochastic depth are a function of the seed, the epoch and the process: a resumed run draws the same.
+    """
+    torch.manual_seed(int(np.random.SeedSequence((args.seed, epoch, parallel.rank())).generate_state(1)[0]))
+    mix, half = mixing(args.mixup, args.cutmix, averaged.linear.out_features), half_context(args.precision, device)
+    model = wrapped.module if isinstance(wrapped, DistributedDataParallel) else wrapped
+    wrapped.train()
+    total = torch.zeros((), device=device)
+    for i, ((x, y), factor) in enumerate(zip(batches, schedule, strict=True)):
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * float(factor)
+        x, y = mix(x, y)
+        with half:
+            logits = wrapped(x)
+        loss = F.cross_entropy(logits.float(), y, label_smoothing=args.smoothing)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        step = epoch * len(schedule) + i
+        # Young averages follow the weights faster: else a short run would end with its start.
+        utils.ema_update(model, averaged, min(args.ema_decay, (1 + step) / (10 + step)) if args.ema_decay else 0.0)
+        total += loss.detach()
+    return float(parallel.mean_over_processes(total)) / len(schedule)
+
+
 def tune(
     args: argparse.Namespace, network: Network, task: Task, device: torch.device, folder: Path
 ) -> tuple[list[dict], Tensor]:
@@ -139,61 +172,33 @@ def tune(
     lr = args.lr[0] * args.batch_size_per_gpu * parallel.world_size() / 256
     optimizer = torch.optim.AdamW(param_groups(model, lr, args.weight_decay, args.layer_decay), lr=lr)
     schedule = utils.cosine_scheduler(1.0, 0.0, args.epochs, steps, warmup_epochs=args.warmup_epochs)
-    first = resume(args, folder, network, model, averaged, optimizer)
-    torch.manual_seed(args.seed * 1000 + parallel.rank())  # mixing and stochastic depth differ between processes
+    run = run_of(args, network, task) | {name: getattr(args, name) for name in RECIPE}
+    state, first = unfinished(folder / UNFINISHED, run), 0
+    if state:
+        model.load_state_dict(state["model"])
+        averaged.load_state_dict(state["averaged"])
+        optimizer.load_state_dict(state["optimizer"])
+        first = state["epoch"]
     wrapped = model if parallel.world_size() == 1 else DistributedDataParallel(
         model, device_ids=[device.index] if device.type == "cuda" else None)
-    mix, half, loss = mixing(args.mixup, args.cutmix, n_classes), half_context(args.precision, device), None
     for epoch in range(first, args.epochs):
-        wrapped.train()
-        total = torch.zeros((), device=device)
-        for step, (x, y) in enumerate(batches(args, network, task, epoch, device), start=epoch * steps):
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * float(schedule[step])
-            x, y = mix(x, y)
-            with half:
-                logits = wrapped(x)
-            loss = F.cross_entropy(logits.float(), y, label_smoothing=args.smoothing)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            # Young averages follow the weights faster: else a short run would end with its start.
-            utils.ema_update(model, averaged, min(args.ema_decay, (1 + step) / (10 + step)) if args.ema_decay else 0.0)
-            total += loss.detach()
-        mean = float(parallel.mean_over_processes(total)) / steps
+        mean = tune_epoch(args, wrapped, averaged, optimizer, batches(args, network, task, epoch, device), epoch,
+                          schedule[epoch * steps : (epoch + 1) * steps], device)
         if not math.isfinite(mean):
             raise ValueError(f"--lr {args.lr[0]:g}: the loss is no longer finite; lower it")
+        if (epoch + 1) % args.val_freq == 0 or epoch + 1 == args.epochs:
+            parallel.say(f"epoch {epoch + 1}/{args.epochs}: training loss {mean:.4f}")
         if parallel.is_main():
-            if (epoch + 1) % args.val_freq == 0 or epoch + 1 == args.epochs:
-                print(f"epoch {epoch + 1}/{args.epochs}: training loss {mean:.4f}", flush=True)
-            state = {"epoch": epoch + 1, "weights_sha256": network.about["weights_sha256"], "epochs": args.epochs}
-            checkpoint.save(state | {"model": model.state_dict(), "averaged": averaged.state_dict(),
-                                     "optimizer": optimizer.state_dict()}, folder / UNFINISHED)
+            checkpoint.save({"run": run, "epoch": epoch + 1, "model": model.state_dict(),
+                             "averaged": averaged.state_dict(), "optimizer": optimizer.state_dict()},
+                            folder / UNFINISHED)
     averaged.eval()
     keep(folder, averaged, network, task.classes)
     dataset = pictures(network, task.test.images)
-    logits = extract_features(averaged, dataset, args.batch_size_per_gpu, args.num_workers, device, half)
+    logits = extract_features(averaged, dataset, args.batch_size_per_gpu, args.num_workers, device,
+                              half_context(args.precision, device))
     ranked = logits.topk(min(5, n_classes)).indices
     return [{"lr": args.lr[0], "epochs": args.epochs, "layer_decay": args.layer_decay}], ranked
-
-
-def resume(
-    args: argparse.Namespace, folder: Path, network: Network, model: nn.Module, averaged: nn.Module, optimizer
-) -> int:
-    """The epoch to go on with."""
-    path = folder / UNFINISHED
-    if not path.is_file():
-        return 0
-    state = checkpoint.read(path)
-    if (state["weights_sha256"], state["epochs"]) != (network.about["weights_sha256"], args.epochs):
-        raise ValueError(f"--output_dir {folder}: {path.name} there is of another run; remove it, or choose another "
-                         "folder")
-    model.load_state_dict(state["model"])
-    averaged.load_state_dict(state["averaged"])
-    optimizer.load_state_dict(state["optimizer"])
-    if parallel.is_main():
-        print(f"going on after epoch {state['epoch']} of {path}", flush=True)
-    return state["epoch"]
 
 
 def keep(folder: Path, model: Classifier, network: Network, classes: list[str]) -> None:

@@ -90,7 +90,8 @@ def check_features(queries: Tensor, bank: Tensor) -> None:
             raise ValueError(f"{name} features of shape {tuple(x.shape)}: (images, width) with an image or more needed")
         bad = sum(int((~torch.isfinite(part).all(1)).sum()) for part in x.split(COLUMNS))
         if bad:
-            raise ValueError(f"{bad} of {len(x)} {name} features are not finite: is the network sound?")
+            raise ValueError(f"{bad} of {len(x)} {name} features are not finite; give other --pretrained_weights "
+                             "or --load_features")
     if queries.shape[1] != bank.shape[1]:
         raise ValueError(f"test features have width {queries.shape[1]}, training features {bank.shape[1]}")
 

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import checkpoint
+import parallel
 from vision_transformer import VisionTransformer
 
 
@@ -123,6 +127,41 @@ def train_epoch(
         optimizer.step()
         total, n = total + losses.detach() * len(labels), n + len(labels)
     return total / n
+
+
+def unfinished(path: Path, run: Mapping) -> dict | None:
+    """What a run that was stopped left in `path`, under "run" what it is; None where there is no file.
+
+    Raises:
+        ValueError: it is of another run than `run`, in one line that says what differs.
+    """
+    if not path.is_file():
+        return None
+    state = checkpoint.read(path)
+    before = state.get("run") if isinstance(state, Mapping) else None
+    if before != run:
+        changed = ", ".join(k for k in run if isinstance(before, Mapping) and before.get(k) != run[k])
+        raise ValueError(f"--output_dir {path.parent}: {path.name} there is of another run"
+                         + (f" (other {changed})" if changed else "") + "; remove it, or choose another folder")
+    parallel.say(f"going on after epoch {state['epoch']} of {path}")
+    return state
+
+
+def read_classifier(path: str | os.PathLike) -> dict:
+    """A file of this project or a published one: {"weight", "bias"} and, where it says them, "classes" and "setting".
+
+    Raises:
+        FileNotFoundError, ValueError: no such file, or no classifier in it, in one line.
+    """
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"--linear_weights {path}: no such file; train one first")
+    loaded = checkpoint.read(path)
+    loaded = loaded if isinstance(loaded, Mapping) else {}
+    state = {k.removeprefix("module.").removeprefix("linear."): v for k, v in loaded.get("state_dict", loaded).items()}
+    if not all(isinstance(state.get(name), Tensor) for name in ("weight", "bias")):
+        raise ValueError(f"--linear_weights {path}: holds no linear.weight and linear.bias; give a linear.pth")
+    about = {k: loaded[k] for k in ("classes", "setting") if loaded.get(k)}
+    return {"weight": state["weight"], "bias": state["bias"]} | about
 
 
 @torch.no_grad()

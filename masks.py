@@ -106,7 +106,8 @@ def open_masked(data_path: str, in_chans: int = 3, flag: str = "--data_path") ->
     folder of VOC               JPEGImages/ and SegmentationClass/: all classes are foreground, 255 is ignored; the
                                 pictures of ImageSets/Segmentation/val.txt where that is there
 
-    A mask has its picture's name, with a suffix of its own. Without a list, pictures without a mask are left out.
+    A mask has its picture's name, with a suffix of its own. Without a list, pictures without a mask are left out; so
+    are those without foreground, of which there is no Jaccard index. All masks are read once for that.
 
     Raises:
         ValueError, OSError: one line that names the flag, the value and the remedy; a file that can't be read or is of
@@ -126,7 +127,12 @@ def open_masked(data_path: str, in_chans: int = 3, flag: str = "--data_path") ->
     pairs, notes = pair(where, folder, layout, folder / VOC_LIST if voc else None, images.suffixes(in_chans))
     for picture, mask in pairs:
         check_size(picture, mask, where)
-    return MaskedPictures([str(p) for p, _ in pairs], partial(load_pair, pairs, voc, in_chans), notes)
+    shown = [(picture, mask) for picture, mask in pairs if read_foreground(mask, voc)[0].any()]
+    if not shown:
+        raise ValueError(f"{where}: every mask is empty; give images with a foreground")
+    if empty := len(pairs) - len(shown):
+        notes.append(f"{empty} of {len(pairs)} images have no foreground, so no Jaccard index: left out")
+    return MaskedPictures([str(p) for p, _ in shown], partial(load_pair, shown, voc, in_chans), notes)
 
 
 def pair(where: str, folder: Path, layout: tuple[str, str], names: Path | None, suffixes: Iterable[str]
@@ -157,9 +163,15 @@ def by_stem(folder: Path, suffixes: Iterable[str]) -> dict[str, Path]:
 
 def load_pair(pairs: list[tuple[Path, Path]], voc: bool, in_chans: int, i: int
               ) -> tuple[Tensor, np.ndarray, np.ndarray]:
-    labels = read_labels(pairs[i][1])
+    picture, mask = pairs[i]
+    return images.decode(picture, in_chans), *read_foreground(mask, voc)
+
+
+def read_foreground(path: Path, voc: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Foreground and ignored pixels of a mask: bool (height, width) each."""
+    labels = read_labels(path)
     ignored = (labels == VOID) & voc
-    return images.decode(pairs[i][0], in_chans), (labels != 0) & ~ignored, ignored
+    return (labels != 0) & ~ignored, ignored
 
 
 def load_drawn(drawn: sources.Shapes, i: int) -> tuple[Tensor, np.ndarray, np.ndarray]:

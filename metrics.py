@@ -207,7 +207,7 @@ class Log:
 
     def pictures(self, named: dict[str, np.ndarray], when: str, step: int) -> None:
         """Write pictures uint8 (height, width, 3) as pictures/NAME_WHEN.png."""
-        from plots import save_picture
+        from sheets import save_picture
 
         for name, picture in named.items():
             save_picture(picture, self.folder / "pictures" / f"{name}_{when}.png")

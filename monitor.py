@@ -131,11 +131,11 @@ def write_epoch(run: Run, log: metrics.Log, epoch: int) -> None:
 
 def pictures(images: data.Images, backbone: nn.Module, args: argparse.Namespace) -> dict[str, np.ndarray]:
     """Where the teacher looks in the fixed images, and their patch tokens as colours: {name: uint8 sheet}."""
-    import plots
+    import sheets
 
     if not isinstance(backbone, VisionTransformer):
         return {}
-    return plots.network_sheets(backbone, fixed_images(images, args.global_crops_size), args.mean, args.std)
+    return sheets.network_sheets(backbone, fixed_images(images, args.global_crops_size), args.mean, args.std)
 
 
 def fixed_images(images: data.Images, size: int, count: int = 6) -> list[torch.Tensor]:
@@ -152,11 +152,12 @@ def fixed_images(images: data.Images, size: int, count: int = 6) -> list[torch.T
 def save_last_pictures(images: data.Images, backbone: nn.Module, args: argparse.Namespace) -> list[str]:
     """The curves of the run and the attention of its teacher, beside the checkpoint. Returns the files' names."""
     import plots
+    import sheets
 
     folder, names = Path(args.output_dir), ["curves.png"]
     plots.training_curves([folder / "log.txt"], folder / "curves.png")
-    sheets = pictures(images, backbone, args)
-    if "attention" in sheets:
-        plots.save_picture(sheets["attention"], folder / "attention.png")
+    drawn = pictures(images, backbone, args)
+    if "attention" in drawn:
+        sheets.save_picture(drawn["attention"], folder / "attention.png")
         names.append("attention.png")
     return names

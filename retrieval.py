@@ -145,7 +145,7 @@ def fit_whitening(features: Tensor, regularizer: float = 1e-3) -> Whitening:
     variances, directions = torch.linalg.eigh((x - mean).T @ (x - mean) / len(x))
     varies = variances > 1e-10 * variances[-1].clamp(min=1e-10)
     if len(x) < 2 or not varies.any():
-        raise ValueError(f"{len(x)} feature(s), all alike, give no whitening; give more pictures")
+        raise ValueError(f"--distractors: {len(x)} feature(s), all alike, give no whitening; give more pictures")
     variances, directions = variances[varies], directions[:, varies]
     scale = (variances + regularizer * variances.mean()).rsqrt()
     return Whitening(mean, directions * scale)

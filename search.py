@@ -26,6 +26,7 @@ import features
 import flags
 import parallel
 import plots
+import sheets
 from images import decode
 from sources import open_files
 
@@ -144,9 +145,7 @@ def draw_sheet(rows: Sequence[Sequence[tuple[np.ndarray, str]]], path: str | Pat
         for axes in row:
             axes.axis("off")
         for i, (axes, (picture, title)) in enumerate(zip(row, cells, strict=False)):
-            height, width = picture.shape[:2]
-            factor = CELL / max(height, width)
-            axes.imshow(plots.resize(picture, *(max(1, round(factor * side)) for side in (height, width))))
+            axes.imshow(sheets.fit(picture, CELL))
             axes.set_title(title, fontsize=7, color=plots.INK)
             if i == 0:
                 axes.axis("on")
@@ -209,8 +208,8 @@ def sheet_row(query: str, row: int | None, near: Sequence[tuple[int, float]], im
               names: Sequence[str], in_chans: int) -> list[tuple[np.ndarray, str]]:
     """The query's picture and its neighbours', with their titles."""
     picture = decode(query, in_chans) if row is None else images.load(row)
-    first = (plots.as_picture(picture), f"query\n{short(query if row is None else names[row])}")
-    return [first] + [(plots.as_picture(images.load(i)), f"{cosine:.3f}\n{short(names[i])}") for i, cosine in near]
+    first = (sheets.as_picture(picture), f"query\n{short(query if row is None else names[row])}")
+    return [first] + [(sheets.as_picture(images.load(i)), f"{cosine:.3f}\n{short(names[i])}") for i, cosine in near]
 
 
 def main(args: argparse.Namespace) -> int:

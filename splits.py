@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import data
+import parallel
 
 
 def has_test_part(data_path: str) -> bool:
@@ -174,6 +175,13 @@ def open_task(args: argparse.Namespace, in_chans: int, hold_out: bool) -> Task:
     whole = torch.arange(len(test.labels))
     trained, tested = labelled(parts[0], train.labels, rows), labelled(parts[1], test.labels, whole)
     return Task(trained, held, tested, train.classes, notes)
+
+
+def run_of(args: argparse.Namespace, network, task: Task) -> dict:
+    """What a stopped run has to share with one that goes on with it, whatever it trains; plain values."""
+    seen = {k: network.about.get(k) for k in ("weights_sha256", "resize_size", "crop_size", "precision")}
+    return seen | {"epochs": args.epochs, "seed": args.seed, "images": len(task.train.labels),
+                   "classes": list(task.classes), "batch": args.batch_size_per_gpu * parallel.world_size()}
 
 
 def labelled(images: Subset, labels: Tensor, rows: Tensor) -> Labelled:

@@ -20,8 +20,8 @@ import data
 import flags
 import images
 import parallel
-import plots
 import shapes
+import sheets
 from vision_transformer import VITS, VisionTransformer
 
 SHEET_PAIRS = 4  # a row of the PCA sheet holds this many pictures with their colours
@@ -122,8 +122,8 @@ def look(model: nn.Module, info: dict, image: Tensor, args: argparse.Namespace) 
     image = resize(image, args.image_size, info["patch_size"])
     device = next(model.parameters()).device
     mean, std = (torch.tensor(info[name], device=device).view(-1, 1, 1) for name in ("mean", "std"))
-    attention, tokens = plots.attention_and_tokens(model, ((image.to(device) / 255 - mean) / std)[None], args.layer)
-    return plots.as_picture(image), attention[0].numpy(), tokens[0].numpy()
+    attention, tokens = sheets.attention_and_tokens(model, ((image.to(device) / 255 - mean) / std)[None], args.layer)
+    return sheets.as_picture(image), attention[0].numpy(), tokens[0].numpy()
 
 
 # ---------------------------------------------------------------- one picture
@@ -135,19 +135,24 @@ def draw_picture(args: argparse.Namespace, model: nn.Module, info: dict) -> None
     point = args.point and patch_of_point(args.point, *image.shape[-2:], args.image_size, info["patch_size"])
     picture, attention, tokens = look(model, info, image, args)
     written = {"img": picture, "attn-mean": patches(attention.mean(axis=0), picture),
-               "overlay": plots.attention_overlay(picture, attention.mean(axis=0))}
+               "overlay": sheets.attention_overlay(picture, attention.mean(axis=0))}
     written |= {f"attn-head{i}": patches(head, picture) for i, head in enumerate(attention)}
     if args.threshold:
-        masks = plots.threshold_mask(attention, args.threshold)
-        written |= {f"mask_th{args.threshold}_head{i}": plots.mask_overlay(picture, m) for i, m in enumerate(masks)}
+        masks = sheets.threshold_mask(attention, args.threshold)
+        written |= {f"mask_th{args.threshold}_head{i}": sheets.mask_overlay(picture, m) for i, m in enumerate(masks)}
     if args.pca:
-        written["pca"] = enlarge(plots.pca_picture(tokens), picture)
+        written["pca"] = enlarge(sheets.pca_picture(tokens), picture)
     if point:
         written["similarity"] = similarity_picture(picture, tokens, tokens[point], point, info["patch_size"])
-    for name, drawn in written.items():
-        plots.save_picture(drawn, Path(args.output_dir, f"{name}.png"))
+    save(written, args.output_dir)
     print(f"{len(attention)} heads on {attention.shape[1]} x {attention.shape[2]} patches: {len(written)} pictures "
           f"written to {args.output_dir} ({', '.join(f'{name}.png' for name in written)})")
+
+
+def save(pictures: dict[str, np.ndarray], output_dir: str) -> None:
+    flags.prepare_output(Path(output_dir))
+    for name, picture in pictures.items():
+        sheets.save_picture(picture, Path(output_dir, f"{name}.png"))
 
 
 def load_picture(path: str | None, in_chans: int) -> Tensor:
@@ -164,26 +169,26 @@ def load_picture(path: str | None, in_chans: int) -> Tensor:
 
 def patches(values: np.ndarray, picture: np.ndarray) -> np.ndarray:
     """A map as colours from its smallest to its largest value, each patch a square, at the picture's size."""
-    return enlarge(plots.heatmap(plots.scale(values, values.min(), values.max())), picture)
+    return enlarge(sheets.heatmap(sheets.scale(values, values.min(), values.max())), picture)
 
 
 def enlarge(colors: np.ndarray, picture: np.ndarray) -> np.ndarray:
-    return plots.resize(colors, *picture.shape[:2], smooth=False)
+    return sheets.resize(colors, *picture.shape[:2], smooth=False)
 
 
 def similarity_picture(picture: np.ndarray, tokens: np.ndarray, token: np.ndarray, point: tuple[int, int] | None,
                        patch: int) -> np.ndarray:
     """The picture with every patch's similarity to a token (D,) laid over it; the patch at `point` is outlined."""
-    drawn = plots.attention_overlay(picture, plots.similarity_map(tokens, token))
-    return plots.outline_patch(drawn, point, patch) if point else drawn
+    drawn = sheets.attention_overlay(picture, sheets.similarity_map(tokens, token))
+    return sheets.outline_patch(drawn, point, patch) if point else drawn
 
 
 # ---------------------------------------------------------------- many pictures
 
 
-def draw_sheets(args: argparse.Namespace, model: nn.Module, info: dict) -> None:
-    """Write attention_sheet.png, and pca_sheet.png with one basis of colours for all pictures."""
-    source = data.open_images(args.images, in_chans=info["in_chans"], flag="--images")
+def draw_sheets(args: argparse.Namespace, model: nn.Module, info: dict, source: data.Images | None = None) -> None:
+    """Write attention_sheet.png, and pca_sheet.png with one basis of colours: of --images, or of `source`."""
+    source = source or data.open_images(args.images, in_chans=info["in_chans"], flag="--images")
     seen = []
     for i in np.linspace(0, len(source) - 1, min(len(source), args.max_images)).astype(int).tolist():
         try:
@@ -193,17 +198,17 @@ def draw_sheets(args: argparse.Namespace, model: nn.Module, info: dict) -> None:
     if not seen:
         raise ValueError(f"--images {args.images}: no picture of it can be read")
     pictures, attentions, tokens = zip(*seen, strict=True)
-    masks = args.threshold and [plots.threshold_mask(a.mean(axis=0), args.threshold) for a in attentions]
-    sheets = {"attention_sheet.png": plots.attention_sheet(pictures, attentions, masks)}
+    masks = args.threshold and [sheets.threshold_mask(a.mean(axis=0), args.threshold) for a in attentions]
+    drawn = {"attention_sheet": sheets.attention_sheet(pictures, attentions, masks)}
     if args.pca:
-        basis = plots.pca_basis(np.concatenate([t.reshape(-1, t.shape[-1]) for t in tokens]))
+        basis = sheets.pca_basis(np.concatenate([t.reshape(-1, t.shape[-1]) for t in tokens]))
         cells = [cell for picture, t in zip(pictures, tokens, strict=True)
-                 for cell in (picture, enlarge(plots.pca_picture(t, basis), picture))]
+                 for cell in (picture, enlarge(sheets.pca_picture(t, basis), picture))]
         columns = 2 * min(SHEET_PAIRS, len(pictures))
-        sheets["pca_sheet.png"] = plots.contact_sheet([cells[i:i + columns] for i in range(0, len(cells), columns)])
-    for name, sheet in sheets.items():
-        plots.save_picture(sheet, Path(args.output_dir, name))
-    print(f"{len(seen)} of {len(source)} pictures: {' and '.join(sheets)} written to {args.output_dir}")
+        drawn["pca_sheet"] = sheets.contact_sheet([cells[i:i + columns] for i in range(0, len(cells), columns)])
+    save(drawn, args.output_dir)
+    print(f"{len(seen)} of {len(source)} pictures: {' and '.join(f'{name}.png' for name in drawn)} written to "
+          f"{args.output_dir}")
 
 
 # ---------------------------------------------------------------- video
@@ -216,6 +221,7 @@ def draw_video(args: argparse.Namespace, model: nn.Module, info: dict) -> None:
     first = next(rows, None)  # what is wrong with the flags shows here, before anything is written
     if first is None:
         raise ValueError(f"--video {args.video}: no frame in it; give another file or folder")
+    flags.prepare_output(Path(args.output_dir))
     path, count = Path(args.output_dir, "attention.mp4"), 0
     with contextlib.closing(open_writer(path, first.shape, fps)) as writer:
         for row in itertools.chain([first], rows):
@@ -235,22 +241,22 @@ def video_rows(frames: Iterable[Tensor], args: argparse.Namespace, model: nn.Mod
         picture, attention, tokens = look(model, info, frame, args)
         if first is None:
             first = picture
-            basis = plots.pca_basis(tokens) if args.pca else None
+            basis = sheets.pca_basis(tokens) if args.pca else None
             if args.point:
                 token = tokens[patch_of_point(args.point, *frame.shape[-2:], args.image_size, info["patch_size"])]
         panels = frame_panels(picture, attention, tokens, args.threshold, basis, token)
-        yield np.concatenate([plots.resize(panel, *first.shape[:2]) for panel in panels], axis=1)
+        yield np.concatenate([sheets.resize(panel, *first.shape[:2]) for panel in panels], axis=1)
 
 
 def frame_panels(picture: np.ndarray, attention: np.ndarray, tokens: np.ndarray, threshold: float | None,
                  basis: tuple | None, token: np.ndarray | None) -> list[np.ndarray]:
     """The pictures that stand side by side in a frame of the video, all of the picture's size."""
     mean = attention.mean(axis=0)
-    panels = [picture, plots.attention_overlay(picture, mean)]
+    panels = [picture, sheets.attention_overlay(picture, mean)]
     if threshold:
-        panels.append(plots.mask_overlay(picture, plots.threshold_mask(mean, threshold)))
+        panels.append(sheets.mask_overlay(picture, sheets.threshold_mask(mean, threshold)))
     if basis:
-        panels.append(enlarge(plots.pca_picture(tokens, basis), picture))
+        panels.append(enlarge(sheets.pca_picture(tokens, basis), picture))
     if token is not None:
         panels.append(similarity_picture(picture, tokens, token, None, 0))
     return panels
@@ -269,14 +275,14 @@ def open_video(path: str, fps: float | None, in_chans: int) -> tuple[Iterator[Te
         order = sorted(range(len(source)), key=lambda i: natural_order(source.name(i)))
         return (source.load(i) for i in order), fps or DEFAULT_FPS
     if not Path(path).is_file():
-        raise FileNotFoundError(f"--video {path}: no such file or folder")
+        raise FileNotFoundError(f"--video {path}: no such file or folder; give a video, or a folder of frames")
     if in_chans != 3:
         raise ValueError(f"--video {path}: a video has 3 channels, the network {in_chans}; give a folder of frames")
     reader = imageio_ffmpeg.read_frames(path)
     try:
         about = next(reader)
     except (OSError, RuntimeError, StopIteration) as error:
-        raise ValueError(f"--video {path}: not a video that ffmpeg can read") from error
+        raise ValueError(f"--video {path}: not a video that ffmpeg can read; give another file") from error
     width, height = about["size"]
     frames = (torch.frombuffer(bytearray(frame), dtype=torch.uint8).view(height, width, 3).permute(2, 0, 1)
               for frame in reader)
@@ -290,7 +296,6 @@ def natural_order(name: str) -> list:
 
 def open_writer(path: Path, shape: Sequence[int], fps: float) -> Generator:
     """A generator to which frames are sent; H.264 wants even sides, so an odd one of `shape` has a pixel more."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     size = shape[1] + shape[1] % 2, shape[0] + shape[0] % 2
     writer = import_ffmpeg().write_frames(str(path), size, fps=fps, quality=7, macro_block_size=2)
     writer.send(None)
@@ -314,9 +319,7 @@ def check_args(args: argparse.Namespace) -> None:
         raise ValueError(f"--{given[0]} and --{given[1]}: give one of them")
     if args.images is not None and args.point:
         raise ValueError("--point with --images: a point belongs to one picture; use --image_path or --video")
-    for folder in (Path(args.output_dir), *Path(args.output_dir).parents):
-        if folder.exists() and not folder.is_dir():
-            raise ValueError(f"--output_dir {args.output_dir}: {folder} is a file; give a folder")
+    flags.check_folder(args.output_dir)
 
 
 def main(args: argparse.Namespace) -> None:

@@ -103,8 +103,14 @@ def test_wrong_ground_truth_is_refused_in_one_line(copies, text, message, capsys
 
 
 def test_other_bad_input(copies, capsys, tmp_path):
+    one = tmp_path / "one"
+    one.mkdir()
+    Image.new("RGB", (9, 9)).save(one / "0.png")
     cases = [(("--data_path", tmp_path / "nowhere"), "neither ground_truth.csv nor original/"),
              (("--data_path", copies, "--distractors", "nowhere", *NETWORK), "--distractors 'nowhere'"),
+             (("--data_path", copies, *NETWORK, "--image_size", 4), "--image_size 4: smaller than a patch of 8"),
+             (("--data_path", copies, *NETWORK, "--distractors", copies / "queries" / "0_flip.png"), "--distractors"),
+             (("--data_path", copies, *NETWORK, "--distractors", one), f"--distractors {one}: one picture gives no"),
              (("--data_path", copies, "--pretrained_weights", "no.pth"), "no.pth: no such file")]
     for args, message in cases:
         assert run(*args, "--output_dir", tmp_path / "out") == 2

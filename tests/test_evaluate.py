@@ -7,14 +7,13 @@ import re
 import shutil
 import subprocess
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-import charts
 import evaluate
 import report
+import sources
 from splits import Part
 
 
@@ -83,12 +82,13 @@ def test_pairs_of_classes_taken_for_each_other():
         ("b", "a", 2, 100.0), ("c", "a", 1, 50.0)]
 
 
-def test_a_map_of_one_class_and_of_many(tmp_path):
-    rng = np.random.default_rng(0)
-    charts.feature_map(rng.standard_normal((6, 4)), np.zeros(6, int), ["one"], tmp_path / "one.png")
-    charts.feature_map(rng.standard_normal((40, 4)), np.arange(40) % 30, [str(i) for i in range(30)],
-                       tmp_path / "many.png")
-    assert Image.open(tmp_path / "one.png").size == Image.open(tmp_path / "many.png").size
+def test_the_sheets_show_test_pictures(tmp_path, monkeypatch):
+    """Drawn ones too, which have no val/ folder: the network has seen the others."""
+    shown = []
+    monkeypatch.setattr(evaluate.visualize_attention, "draw_sheets", lambda *args: shown.append(args[-1].name(0)))
+    args = evaluate.get_args_parser().parse_args(["--data_path", "shapes:8x32", "--arch", "vit_nano"])
+    evaluate.draw_sheets(args, [], tmp_path)
+    assert shown == [sources.open_images("shapes:8x32", "val").name(0)] != [sources.open_images("shapes:8x32").name(0)]
 
 
 def test_text_is_escaped():

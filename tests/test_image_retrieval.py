@@ -132,6 +132,13 @@ def test_a_pickle_can_only_name_the_stand_ins():
         ground_truth.unpickle(b"c__builtin__\nbytes\n(I1000000\ntR.")  # nor to fill the memory
 
 
+def test_pictures_smaller_than_a_patch_are_refused_by_their_flag(dataset, tmp_path, capsys):
+    assert run("--data_path", dataset[0], "--dataset", "toy", "--output_dir", tmp_path / "out", *NETWORK,
+               "--imsize", 4) == 2
+    assert "error: --imsize 4: smaller than a patch of 8; raise it\n" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("change, message", [
     ({"gnd": None}, "no ground truth"),
     ({"gnd": []}, "0 entries"),

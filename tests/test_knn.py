@@ -357,6 +357,35 @@ def test_files_of_the_published_script(tmp_path):
     assert (report["results"][0]["top1"]["value"], report["results"][0]["top5"]["value"]) == pytest.approx(expected)
 
 
+X, Y = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 1, 0, 1, 1])
+
+
+@pytest.mark.parametrize("changed, message", [
+    ({"trainlabels": Y - 1}, "labels are whole numbers from 0"),
+    ({"trainlabels": Y.double()}, "labels are whole numbers from 0"),
+    ({"trainlabels": Y[:5]}, "6 features with labels for another number of images"),
+    ({"trainlabels": None}, "one of its parts has labels and the other has none"),
+    ({"trainfeat": X[:0], "trainlabels": Y[:0]}, "no (images, width) tensor"),
+    ({"trainfeat": X[0]}, "no (images, width) tensor"),
+    ({"testfeat": X[:, :3]}, "training features have width 4, test features 3"),
+    ({"trainfeat": X / 0}, "training features are not finite; give other"),
+    ({"features.json": "{broken"}, "features.json is damaged; remove it"),
+    ({"features.json": "[1]"}, "features.json is damaged; remove it"),
+])
+def test_files_of_features_that_cannot_be_used(changed, message, tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    whole = {"trainfeat": X, "trainlabels": Y, "testfeat": X, "testlabels": Y}
+    for name, value in (whole | changed).items():
+        if isinstance(value, str):
+            (tmp_path / "in" / name).write_text(value)
+        elif value is not None:
+            torch.save(value, tmp_path / "in" / f"{name}.pth")
+    assert run("--load_features", tmp_path / "in", "--output_dir", tmp_path / "out", "--device", "cpu") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "--load_features" in error and message in error
+    assert not (tmp_path / "out").exists()
+
+
 def test_one_folder_is_left_one_out(pictures, tmp_path, capsys):
     out = tmp_path / "out"
     assert run("--data_path", pictures / "train", "--output_dir", out, "--dump_features", out, *NETWORK) == 0
@@ -392,6 +421,8 @@ def test_pixels_are_a_baseline(pictures, tmp_path):
     (("--pretrained_weights", "nothing.pth"), "nothing.pth: no such file"),
     (("--load_features", "nowhere"), "nowhere"),
     (("--device", "cuda:99"), "--device cuda:99"),
+    (("--arch", "pixels", "--pretrained_weights", "x.pth"), "--pretrained_weights x.pth: --arch pixels has no weights"),
+    (("--dump_features", __file__), f"--dump_features {__file__}: {__file__} is a file; give a folder"),
     (("--data_path", "shapes:8x32", "--arch", "vit_tini"), "vit_tini"),
     (("--data_path", "shapes:8x32", "--arch", "vit_tiny", "--crop_size", "32", "--resize_size", "16"), "16"),
 ])

@@ -106,6 +106,11 @@ def test_more_than_a_thousand_classes():
     assert torch.equal(linear.predict(heads, 30 * x)[0, :, 0], y)
 
 
+def test_the_file_of_a_classifier_may_hold_more(tmp_path):
+    torch.save({"module.linear.weight": torch.ones(2, 3), "module.linear.bias": torch.zeros(2), "x": 1}, tmp_path / "f")
+    assert sorted(linear.read_classifier(tmp_path / "f")) == ["bias", "weight"]
+
+
 def test_logistic_regression_is_chosen_by_the_held_out_part():
     x, y = blobs(n=90)
     strengths = [1e-6, 1.0]
@@ -215,20 +220,40 @@ def stop_after(monkeypatch, module, name, calls):
     monkeypatch.setattr(module, name, interrupted)
 
 
-@pytest.mark.parametrize("flags", [SWEEP, ("--lr", 0.3, "--epochs", 3, "--finetune", "--warmup_epochs", 1, "--mixup", 0,
-                                           "--cutmix", 0, "--drop_path_rate", 0)])
+@pytest.mark.parametrize("flags", [SWEEP, ("--lr", 0.3, "--epochs", 3, "--finetune", "--warmup_epochs", 1)])
 def test_a_stopped_run_goes_on(flags, pictures, tmp_path, monkeypatch, capsys):
     whole = run(pictures, tmp_path / "whole", *flags)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         module, name = (finetune, "batches") if "--finetune" in flags else (linear, "train_epoch")
         stop_after(patch, module, name, 2)
         run(pictures, tmp_path / "parts", *flags)
-    changed = [f if f != 3 else 4 for f in flags]
-    assert run(pictures, tmp_path / "parts", *changed) == 2  # another run
+    for changed in ([f if f != 3 else 4 for f in flags], [f if f != 0.3 else 0.2 for f in flags],
+                    [*flags, "--seed", 1], [*flags, "--crop_size", 40], [*flags, "--low_shot", "80%"]):
+        assert run(pictures, tmp_path / "parts", *changed) == 2  # another run
+        assert "is of another run (other " in capsys.readouterr().err
     parts = run(pictures, tmp_path / "parts", *flags)
     assert "going on after epoch 2" in capsys.readouterr().out
     assert parts["results"] == whole["results"] and parts["test"] == whole["test"]
     assert not list((tmp_path / "parts").glob("checkpoint_*"))
+
+
+@pytest.mark.parametrize("flags, name", [((), "checkpoint_linear.pth"), (
+    ("--finetune", "--epochs", 5), "checkpoint_finetune.pth")])
+def test_a_file_that_is_no_stopped_run_is_named(flags, name, pictures, tmp_path, capsys):
+    torch.save([1], tmp_path / name)
+    assert run(pictures, tmp_path, *flags) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and f"{name} there is of another run; remove it" in error
+
+
+@pytest.mark.parametrize("content", [torch.ones(3), [1, 2], {"teacher": {"norm.weight": torch.ones(3)}},
+                                     {"linear.weight": 1, "linear.bias": 2}])
+def test_a_file_without_a_classifier_is_named_before_any_work(content, pictures, tmp_path, capsys):
+    torch.save(content, tmp_path / "file.pth")
+    assert run(pictures, tmp_path / "out", "--evaluate", "--linear_weights", tmp_path / "file.pth") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and f"--linear_weights {tmp_path}/file.pth: holds no linear.weight" in error
+    assert not (tmp_path / "out").exists()
 
 
 def test_views_are_extracted_once(pictures, tmp_path, monkeypatch):
@@ -271,6 +296,7 @@ def test_one_class_and_one_image_a_class(pictures, tmp_path, capsys):
     (("--finetune", "--lr", 1, 2), "--lr 1 2"),
     (("--finetune", "--epochs", 2), "--warmup_epochs 5"),
     (("--finetune", "--arch", "pixels"), "--arch pixels"),
+    (("--arch", "pixels", "--pretrained_weights", "x.pth"), "x.pth: --arch pixels has no weights"),
     (("--data_path", "nowhere"), "--data_path 'nowhere'"),
     (("--val_data_path", "nowhere"), "--val_data_path 'nowhere'"),
     (("--pretrained_weights", "nothing.pth"), "nothing.pth"),
@@ -284,7 +310,8 @@ def test_bad_input_is_refused_in_one_line(flags, message, pictures, tmp_path, ca
 
 
 @pytest.mark.parametrize("flags", [("--low_shot", "0"), ("--low_shot", "200%"), ("--lr", "0"), ("--epochs", "0"),
-                                   ("--low_shot", "ten"), ("--layer_decay", "2"), ("--smoothing", "1")])
+                                   ("--low_shot", "ten"), ("--seed", str(2**32)),
+                                   ("--layer_decay", "2"), ("--smoothing", "1")])
 def test_bad_flags(flags, capsys):
     with pytest.raises(SystemExit) as stopped:
         eval_linear.get_args_parser().parse_args(flags)

@@ -16,9 +16,10 @@ from processes import ENV, free_port
 import eval_segmentation as script
 import masks
 import parallel
-import plots
 import shapes
+import sheets
 import sources
+from vision_transformer import VisionTransformer
 
 # ---- Masks of patches and of pixels ----
 
@@ -204,13 +205,50 @@ def test_a_head_that_sees_the_object_is_found(tmp_path, monkeypatch):
     found = {row["mask"]: row for row in read(tmp_path / "out")["results"]}
     assert found["best head"]["jaccard"]["value"] == found["one head"]["jaccard_held_out"]["value"] == 100
     assert found["one head"]["chosen"] == "head 1" and found["k-means"]["jaccard"]["value"] == 100
-    mean = plots.threshold_mask(attention.mean(0), 0.7)
+    mean = sheets.threshold_mask(attention.mean(0), 0.7)
     expected = 100 * (mean & truth).sum() / (mean | truth).sum()
     assert found["mean of heads"]["jaccard"]["value"] == pytest.approx(expected)
     side = float(found["centre box"]["chosen"].split()[-1])
     fits = [script.segmentation_scores.jaccard(script.centre_box(32, 40, s), np.kron(truth, np.ones((8, 8))) > 0)
             for s in script.BOX_SIDES]
     assert side == script.BOX_SIDES[int(np.argmax(fits))]
+
+
+def network_that_looks_at_what_is_bright():
+    """A real network with weights by hand: the class token of head 0 attends to bright patches alone, head 1 to dark.
+
+    Patches are embedded as (b, -b, 0, 0) with b their mean brightness, of which layer norm leaves the sign.
+    """
+    model = VisionTransformer(16, 8, embed_dim=4, depth=1, num_heads=2, qkv_bias=True).requires_grad_(False).eval()
+    for parameter in model.parameters():
+        parameter.zero_()
+    model.patch_embed.proj.weight[0], model.patch_embed.proj.weight[1] = 1 / 192, -1 / 192
+    model.cls_token[0, 0, :2] = torch.tensor([1.0, -1.0])
+    model.blocks[0].norm1.weight.fill_(1), model.norm.weight.fill_(1)
+    model.blocks[0].attn.qkv.weight[[0, 2, 4, 6], 0] = torch.tensor([4.0, 4.0, 4.0, -4.0])  # q, q, k, k of two heads
+    info = {"arch": "vit_nano", "patch_size": 8, "in_chans": 3, "mean": (0.5,) * 3, "std": (0.5,) * 3}
+    return model, info
+
+
+@pytest.mark.parametrize("height, width, image_size, least", [
+    (96, 160, 96, 100), (160, 96, 96, 100), (192, 320, 96, 100), (91, 170, 200, 85), (230, 101, 204, 85)])
+def test_attention_that_is_on_the_object_is_scored_as_such(height, width, image_size, least, tmp_path, monkeypatch):
+    """Nothing in between is transposed, turned, shifted or inverted: the picture's pixels go in, its figure comes out.
+
+    The object has no symmetry, so every such mistake costs more than what patches cost at its border.
+    """
+    monkeypatch.setattr(script.visualize_attention.checkpoint, "load_backbone",
+                        lambda *args, **options: network_that_looks_at_what_is_bright())
+    for i in range(5):
+        mask = np.zeros((12, 20) if width > height else (20, 12), bool)
+        mask[1 + i:4 + i, 1:9], mask[1:5 + i, 7:9] = True, True  # an angle, up and left of the middle
+        mask = np.asarray(Image.fromarray(mask).resize((width, height), Image.Resampling.NEAREST))
+        write_pair(tmp_path, str(i), mask)
+        Image.fromarray(np.where(mask, 255, 0).astype(np.uint8)).save(tmp_path / "images" / f"{i}.jpg", quality=95)
+    assert run(tmp_path, tmp_path / "out", "--image_size", image_size, "--threshold", 0.999, "--val_share", 0.4) == 0
+    found = {row["mask"]: row for row in read(tmp_path / "out")["results"]}
+    assert found["best head"]["jaccard"]["value"] >= least and found["k-means"]["jaccard"]["value"] >= least
+    assert found["one head"]["chosen"] == "head 0" and found["one head"]["jaccard_held_out"]["value"] >= least
 
 
 def test_pictures_of_all_sorts(tmp_path, capsys):
@@ -264,6 +302,7 @@ def test_weights_stand_beside_random_ones_and_two_processes_agree(tmp_path):
     (("--layer", "4"), "--layer 4"),
     (("--device", "cuda:99"), "--device cuda:99"),
     (("--output_dir", __file__), "is a file"),
+    (("--output_dir", "/proc/out"), "--output_dir /proc/out: No such file or directory; choose a folder"),
 ])
 def test_bad_input_is_refused_in_one_line(flags, message, tmp_path, capsys):
     assert run("shapes:2x32", tmp_path / "out", *flags) == 2
@@ -290,7 +329,7 @@ def test_bad_masks_are_named(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("flags", [("--threshold", "0"), ("--threshold", "1.1"), ("--val_share", "1"),
-                                   ("--save_masks", "-1")])
+                                   ("--save_masks", "-1"), ("--seed", str(2**32))])
 def test_bad_flags(flags, capsys):
     with pytest.raises(SystemExit) as stopped:
         script.get_args_parser().parse_args(flags)

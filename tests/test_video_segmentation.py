@@ -283,6 +283,7 @@ def test_one_frame_has_nothing_to_measure(tmp_path, capsys):
     (("--data_path", "nowhere"), "nowhere"),
     (("--device", "cuda:99"), "--device cuda:99"),
     (("--output_dir", __file__), "is a file"),
+    (("--output_dir", "/proc/out"), "--output_dir /proc/out: No such file or directory; choose a folder"),
 ])
 def test_bad_input_is_refused_in_one_line(flags, message, tmp_path, capsys):
     draw_video(tmp_path, "ant", frames=2)

@@ -10,7 +10,7 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
-import plots
+import sheets
 import visualize_attention
 from vision_transformer import VisionTransformer, vit_tiny
 
@@ -115,7 +115,7 @@ def test_head_pictures_show_the_networks_own_attention(tiny, tmp_path, layer):
     attention = tiny.get_attention_maps(((image / 255 - 0.5) / 0.25)[None], [layer])[0][0, :, 0, 2:].detach()
     for head in range(3):
         values = attention[head].view(8, 8)
-        expected = plots.heatmap(((values - values.min()) / (values.max() - values.min())).numpy())
+        expected = sheets.heatmap(((values - values.min()) / (values.max() - values.min())).numpy())
         drawn = np.array(Image.open(tmp_path / f"attn-head{head}.png")).astype(int)
         assert np.abs(drawn - expected.repeat(PATCH, 0).repeat(PATCH, 1)).max() <= 3  # a step of the colours
 
@@ -268,6 +268,8 @@ def test_missing_ffmpeg_names_the_command(tiny, tmp_path, monkeypatch, capsys):
     (["--fps", "0"], "--fps"),
     (["--device", "gpu"], "--device gpu"),
     (["--output_dir", "good.png"], "--output_dir good.png"),
+    (["--output_dir", "/proc/out"], "--output_dir /proc/out"),
+    (["--images", "shapes:1x32", "--output_dir", "/proc/out"], "--output_dir /proc/out"),
     (["--output_dir", "good.png/below"], "--output_dir good.png/below"),
 ])
 def test_a_wrong_flag_is_named_before_anything_is_written(tiny, tmp_path, monkeypatch, capsys, flags, named):
@@ -323,6 +325,6 @@ def test_masks_are_those_of_the_checkpoints_network(tmp_path, capsys):
     picture = np.array(Image.open(tmp_path / "out" / "img.png"))
     image = torch.from_numpy(picture).permute(2, 0, 1)
     attention = model.get_last_selfattention(((image / 255 - 0.4) / 0.3)[None])[0, :, 0, 1:].detach().view(3, 4, 4)
-    for head, mask in enumerate(plots.threshold_mask(attention.numpy(), 0.6)):
+    for head, mask in enumerate(sheets.threshold_mask(attention.numpy(), 0.6)):
         drawn = np.array(Image.open(tmp_path / "out" / f"mask_th0.6_head{head}.png"))
-        assert (drawn == plots.mask_overlay(picture, mask)).all()
+        assert (drawn == sheets.mask_overlay(picture, mask)).all()
