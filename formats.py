@@ -292,7 +292,7 @@ features = model(**processor(images=picture, return_tensors="pt")).last_hidden_s
     for path, report in args.reports:
         rows = [{k: v for k, v in row.items() if k != "per_class"} for row in report["results"]]
         lines = [list(rows[0])] + [["---"] * len(rows[0])] + [[scores.cell_text(v) for v in r.values()] for r in rows]
-        card += f"\n{Path(path).stem}, in %, with 95 % interval:\n\n"
+        card += f"\n`{report.get('command', Path(path).stem)}`, in %, with 95 % interval:\n\n"
         card += "".join(f"| {' | '.join(line)} |\n" for line in lines)
     return card if args.reports else card + "\nNot evaluated.\n"
 

@@ -162,7 +162,8 @@ def test_dinov2_goes_round(tmp_path, registers):
 def test_hugging_face(weights, tmp_path):
     transformers = pytest.importorskip("transformers")
     results = [{"k": 20, "temperature": 0.07, "top1": {"value": 61.25, "interval": [60.0, 62.5]}, "per_class": {}}]
-    report = {"weights_sha256": features.weights_hash(ours(weights)), "results": results}
+    command = "eval_knn.py --data_path holidays"
+    report = {"weights_sha256": features.weights_hash(ours(weights)), "results": results, "command": command}
     (tmp_path / "eval_knn.json").write_text(json.dumps(report))
     more = ["--results", tmp_path / "eval_knn.json", "--training_data", "holiday\npictures", "--license", "cc-by-4.0"]
     assert run(weights, tmp_path / "hf", "hf", *more) == 0
@@ -175,7 +176,8 @@ def test_hugging_face(weights, tmp_path):
     torch.testing.assert_close(torch.as_tensor(pixels), expected, rtol=1e-4, atol=1e-4)
     card = (tmp_path / "hf/README.md").read_text()
     assert card.startswith("---\nlicense: cc-by-4.0\n") and "holiday pictures" in card
-    assert "| 20 | 0.07 | 61.25 [60.00, 62.50] |" in card and report["weights_sha256"] in card
+    assert f"`{command}`, in %" in card and "| 20 | 0.07 | 61.25 [60.00, 62.50] |" in card
+    assert report["weights_sha256"] in card
 
 
 def test_figures_of_other_weights_are_refused(weights, tmp_path, capsys):
