@@ -17,6 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
+import flags
+
 FORMATS = {".npy": "numpy", ".safetensors": "safetensors", ".parquet": "pyarrow"}  # suffix: package
 
 
@@ -104,11 +106,28 @@ def read(path: str | os.PathLike) -> tuple[np.ndarray, list[str], dict]:
         values = table["features"].combine_chunks().values.to_numpy(zero_copy_only=False)
         return values.reshape(about["shape"]), table["name"].to_pylist(), about
     names = json.loads(sidecar(path).read_text())["names"]
-    if path.suffix == ".safetensors":
-        from safetensors.numpy import load_file
+    try:
+        array = np.load(path, mmap_mode="r") if path.suffix == ".npy" else load_safetensors(path)
+    except Exception as error:  # of NumPy or safetensors, on a damaged file
+        raise ValueError(f"--features {path}: damaged ({error}); write it again with extract_features.py") from error
+    if not list(array.shape) == about["shape"] == [len(names), *about["shape"][1:]]:
+        raise ValueError(f"--features {path}: not what {sidecar(path).name} beside it describes; write both again with "
+                         "extract_features.py")
+    return array, names, about
 
-        return load_file(path)["features"], names, about
-    return np.load(path, mmap_mode="r"), names, about
+
+def load_safetensors(path: Path) -> np.ndarray:
+    from safetensors.numpy import load_file
+
+    return load_file(path)["features"]
+
+
+def check_output(path: Path) -> None:
+    """ValueError where --output can't be a file, before any work."""
+    if path.is_dir():
+        raise ValueError(f"--output {path}: a folder; give a file")
+    if not path.exists():
+        flags.check_folder(path, "--output")
 
 
 def check_package(flag: str, path: Path) -> None:

@@ -17,6 +17,7 @@ import copy
 import json
 import math
 import os
+import re
 import sys
 import tempfile
 import warnings
@@ -93,6 +94,8 @@ def describe(model: nn.Module, info: dict, args: argparse.Namespace) -> dict:
     """What a written file says of the network: plain values."""
     is_vit = isinstance(model, VisionTransformer)
     size = args.image_size or (model.patch_embed.img_size if is_vit else info["global_crops_size"])
+    if 0 < args.resize_size < size:
+        raise flags.Refused(f"--resize_size {args.resize_size}: smaller than the crop of {size}; raise it")
     if is_vit and size < info["patch_size"]:
         raise flags.Refused(f"--image_size {size}: smaller than a patch of {info['patch_size']}")
     about = {k: list(v) if isinstance(v, tuple) else v for k, v in info.items()} | {
@@ -122,6 +125,26 @@ def read_reports(about: dict, args: argparse.Namespace) -> list[tuple[str, dict]
 
 # ---- The script ----
 
+ONLY_FOR = {"dynamic_size": ("onnx", "torch"), "opset": ("onnx",), "results": ("hf",), "training_data": ("hf",),
+            "license": ("hf", "timm")}  # fmt: skip
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """What can be said before anything is read. Raises ValueError."""
+    output = Path(args.output)
+    if not args.pretrained_weights:
+        raise ValueError("--pretrained_weights: empty; give a file of weights, as random ones are not worth a file")
+    if not re.fullmatch(r"[\w.+-]*", args.license):
+        raise ValueError(f"--license {args.license!r}: give its identifier, such as apache-2.0")
+    if output.suffix != SUFFIXES.get(args.format, output.suffix):
+        raise ValueError(f"--output {args.output}: a file of this format is named {SUFFIXES[args.format]}")
+    if not args.output or output.exists():
+        raise ValueError(f"--output {args.output or repr('')}: exists; remove it or give another")
+    flags.check_folder(output, "--output")
+    for flag, formats in ONLY_FOR.items():
+        if getattr(args, flag) != get_args_parser().get_default(flag) and args.format not in formats:
+            raise ValueError(f"--{flag}: for --format {' and '.join(formats)}; leave it out for {args.format}")
+
 
 def export(args: argparse.Namespace) -> float:
     """Write --output and return the largest difference between this project's features and the library's.
@@ -130,13 +153,8 @@ def export(args: argparse.Namespace) -> float:
         flags.Refused: bad input. Differs: the library computes something else; nothing is left.
     """
     output = Path(args.output)
-    if output.exists():
-        raise flags.Refused(f"--output {args.output}: exists; remove it or give another")
-    if output.suffix != SUFFIXES.get(args.format, output.suffix):
-        raise flags.Refused(f"--output {args.output}: a file of this format is named {SUFFIXES[args.format]}")
-    if args.dynamic_size and args.format not in ("onnx", "torch"):
-        raise flags.Refused(f"--dynamic_size: for onnx and torch; {args.format} takes any size as its library does")
     try:
+        check_flags(args)
         model, info = checkpoint.load_backbone(args.pretrained_weights, args.arch, args.patch_size,
                                                args.checkpoint_key)
         about = describe(model, info, args)

@@ -118,10 +118,14 @@ def missing_parts(job: Job) -> list[int] | None:
         remove_parts(job)
         return None
     record, own = job.parts / "fingerprint.json", job.fingerprint | {"images_per_part": job.per_part}
-    if not record.exists():
-        job.parts.mkdir(parents=True, exist_ok=True)
-        embeddings.write_text(record, json.dumps(own))
-    if differing := differences(json.loads(record.read_text()), own):
+    try:
+        if not record.exists():
+            job.parts.mkdir(parents=True, exist_ok=True)
+            embeddings.write_text(record, json.dumps(own))
+        found = json.loads(record.read_text())
+    except (ValueError, FileExistsError) as error:
+        raise ValueError(f"--output {job.output}: {job.parts} is not what a killed run left; {remedy}") from error
+    if differing := differences(found, own):
         raise ValueError(f"--output {job.output}: {job.parts} was begun with something else ({differing}); {remedy}")
     return [number for number in job.numbers() if not job.part(number).exists()]
 
@@ -191,6 +195,7 @@ def extract(args: argparse.Namespace) -> None:
     try:
         output = Path(args.output).expanduser()
         embeddings.check_package("--output", output)
+        embeddings.check_output(output)
         device = parallel.start(args.device, args.dist_url, args.dist_timeout)
         network = features.load_network(args, device)
         images = data.open_images(args.data_path, None, network.info["in_chans"])
@@ -204,7 +209,11 @@ def extract(args: argparse.Namespace) -> None:
             parallel.say(f"going on with {len(missing)} of {len(job.numbers())} parts that {job.parts} has not yet")
         for i, number in enumerate(missing):
             began = time.perf_counter()
-            count = compute_part(job, number, forward, dataset, args, device)
+            try:
+                count = compute_part(job, number, forward, dataset, args, device)
+            except ValueError as error:  # a picture that can't be decoded
+                raise ValueError(f"--data_path {args.data_path}: {error}; mend or remove that file, then start again: "
+                                 "what is computed is kept") from error
             parallel.say(f"part {i + 1} of {len(missing)}: {count / (time.perf_counter() - began):.0f} images/s")
         on_main(lambda: finish(job, [images.name(i) for i in range(len(images))], about))
         parallel.say(f"wrote {output}: {len(images)} images")
@@ -220,8 +229,9 @@ def plan(args: argparse.Namespace, network: features.Network, images: data.Image
     else:
         dataset = data.EvalImages(images, about["resize_size"], about["crop_size"], mean, std)
     path = os.path.expanduser(args.data_path)
-    about = about | {
+    about = about | {  # paths are absolute, for search.py to find them from another folder
         "data_path": os.path.abspath(path) if os.path.exists(path) else args.data_path, "tokens": args.tokens,
+        "weights": about["weights"] and os.path.abspath(about["weights"]),
         "seed": args.seed, "precision": args.precision, "in_chans": network.info["in_chans"],
     }
     fingerprint = {

@@ -35,13 +35,13 @@ class Differs(Exception):
     """A library computes something else from the written file."""
 
 
-def need(*packages: str) -> list[types.ModuleType]:
-    """Import optional packages, or say how to install them."""
+def need(kind: str, *packages: str) -> list[types.ModuleType]:
+    """Import the optional packages of a format, or say how to install them."""
     try:
         return [importlib.import_module(name) for name in packages]
     except ImportError as error:
-        raise flags.Refused(f"--format needs {' and '.join(packages)} ({error}): pip install {' '.join(packages)}"
-                            ) from error
+        raise flags.Refused(f"--format {kind} needs {' and '.join(packages)} ({error}): pip install "
+                            f"{' '.join(packages)}") from error
 
 
 def same(what: str, found, expected) -> None:
@@ -50,8 +50,7 @@ def same(what: str, found, expected) -> None:
 
 
 def save_tensors(state: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
-    need("safetensors")
-    from safetensors.torch import save_file
+    from safetensors.torch import save_file  # one of requirements.txt
 
     save_file({k: v.contiguous().clone() for k, v in state.items()}, path, {"format": "pt", **(metadata or {})})
     umask = os.umask(0)  # the library leaves files that only their owner can read
@@ -110,13 +109,16 @@ def example(about: dict, args: argparse.Namespace) -> Tensor:
 
 
 def to_onnx(model: nn.Module, about: dict, path: Path, args: argparse.Namespace) -> Run:
-    onnx, onnxruntime = need("onnx", "onnxruntime", "onnxscript")[:2]
+    onnx, onnxruntime = need("onnx", "onnx", "onnxruntime", "onnxscript")[:2]
     traced, shapes = exportable(model, args)
     torch.onnx.export(
         traced, (example(about, args),), path, dynamo=True, opset_version=args.opset, dynamic_shapes=(shapes,),
         input_names=["images"], output_names=["features"], external_data=False, verbose=False,
     )
     written = onnx.load(path)
+    opset = next(o.version for o in written.opset_import if not o.domain)
+    if opset != args.opset:  # where it can't convert, torch leaves its own and only warns
+        raise flags.Refused(f"--opset {args.opset}: torch can't write this network so; give {opset}")
     onnx.helper.set_model_props(written, {k: json.dumps(v) for k, v in about.items()})
     onnx.checker.check_model(written)
     onnx.save(written, path)
@@ -141,7 +143,7 @@ def to_safetensors(model: nn.Module, about: dict, path: Path, args: argparse.Nam
 
 
 def to_timm(model: nn.Module, about: dict, path: Path, args: argparse.Namespace) -> Run:
-    timm = need("timm")[0]
+    timm = need("timm", "timm")[0]
     arch, options, state = XCITS.get(about["arch"], about["arch"]), {}, dict(model.state_dict())
     if isinstance(model, VisionTransformer):
         arch, options, state = timm_vit(model, about)
@@ -195,7 +197,7 @@ def timm_vit(model: VisionTransformer, about: dict) -> tuple[str, dict, dict[str
 def to_hf(model: nn.Module, about: dict, path: Path, args: argparse.Namespace) -> Run:
     if not isinstance(model, VisionTransformer):
         raise flags.Refused(f"--format hf: {about['arch']} is no Vision Transformer; take timm, safetensors or onnx")
-    transformers = need("transformers")[0]
+    transformers = need("hf", "transformers")[0]
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     kind, options, names = hf_vit(model)
@@ -275,7 +277,7 @@ tags: [dino, self-supervised, vision]
 ---
 # {about['arch']}, patch {about['patch_size']}, trained with DINO
 
-Self-supervised backbone (arXiv 2104.14294). Training data: {args.training_data}.
+Self-supervised backbone (arXiv 2104.14294). Training data: {' '.join(args.training_data.split())}.
 Weights (SHA-256 over the network's tensors): `{about['weights_sha256']}`
 
 ```python
@@ -290,7 +292,7 @@ features = model(**processor(images=picture, return_tensors="pt")).last_hidden_s
     for path, report in args.reports:
         rows = [{k: v for k, v in row.items() if k != "per_class"} for row in report["results"]]
         lines = [list(rows[0])] + [["---"] * len(rows[0])] + [[scores.cell_text(v) for v in r.values()] for r in rows]
-        card += f"\n{Path(path).stem}, in %, with 95 % interval:\n\n"
+        card += f"\n`{report.get('command', Path(path).stem)}`, in %, with 95 % interval:\n\n"
         card += "".join(f"| {' | '.join(line)} |\n" for line in lines)
     return card if args.reports else card + "\nNot evaluated.\n"
 

@@ -9,6 +9,7 @@ layout that layouts.py knows; of a full checkpoint the teacher is taken) and the
 
 import importlib.machinery as _machinery
 import importlib.util as _util
+import os as _os
 import sys as _sys
 import zlib as _zlib
 from pathlib import Path as _Path
@@ -48,8 +49,8 @@ def _make(name, pretrained, weights, kwargs):
     network = published.PUBLISHED[name]
     if not pretrained and not weights:
         return vision_transformer.build_backbone(network.arch, network.patch_size, **kwargs)[0]
-    url = weights or network.url
-    path = published.fetch(url) if "://" in url else weights
+    url = _os.fspath(weights or network.url)
+    path = published.fetch(url) if "://" in url else _os.path.expanduser(url)
     layouts = _load_module("layouts")
     try:
         loaded = layouts.read(path)

@@ -40,7 +40,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--features", required=True, help="file that extract_features.py wrote")
     add("--query", required=True, nargs="+", help="rows of the file, from 0, or images")
-    add("--k", type=flags.positive_int, default=8, help="neighbours a query")
+    add("--k", type=flags.number(int, 1, 100), default=8, help="neighbours a query, 100 at most")
     add("--output", default="sheet.png", help="picture to write: " + ", ".join(plots.FORMATS))
     add("--data_path", default="", help="where the images of the file are now, if they were moved")
     add("--pretrained_weights", default="", help="where the weights of the file are now, if they were moved")
@@ -168,6 +168,7 @@ def search(args: argparse.Namespace) -> list[list[tuple[int, float]]]:
     try:
         if Path(args.output).suffix.lower() not in plots.FORMATS:
             raise ValueError(f"--output {args.output}: a picture's name ends in {', '.join(plots.FORMATS)}")
+        embeddings.check_output(Path(args.output))
         array, names, about = embeddings.read(args.features)
         array = class_tokens(array, about)
         own = [row_of(query, len(array)) for query in args.query]

@@ -73,6 +73,13 @@ def test_onnx(weights, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["w.onnx"]
 
 
+@pytest.mark.parametrize("opset", [3, 99])
+def test_operators_that_can_not_be_had_are_refused(weights, tmp_path, capsys, opset):
+    pytest.importorskip("onnxscript")
+    assert run(weights, tmp_path / "w.onnx", "onnx", "--opset", opset) == 2
+    assert f"--opset {opset}" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
 def test_onnx_of_any_size(weights, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
@@ -113,6 +120,18 @@ def test_timm(weights, tmp_path):
     assert_same(weights, theirs, 32, 32)
 
 
+def test_timms_own_dino_entry_takes_the_file(tmp_path):
+    """The name that timm gives the published weights, with ours in their place."""
+    import timm
+
+    model, _ = build_backbone("vit_small", 16)
+    torch.save(random_like(model.state_dict()), tmp_path / "w.pth")
+    assert run(tmp_path / "w.pth", tmp_path / "folder", "timm") == 0
+    file = str(tmp_path / "folder/model.safetensors")
+    theirs = timm.create_model("vit_small_patch16_224.dino", pretrained=True, pretrained_cfg_overlay={"file": file})
+    assert_same(tmp_path / "w.pth", theirs.eval(), 224, 224, batch=2)
+
+
 def test_another_size_than_the_trained_one(weights, tmp_path):
     import timm
 
@@ -143,9 +162,10 @@ def test_dinov2_goes_round(tmp_path, registers):
 def test_hugging_face(weights, tmp_path):
     transformers = pytest.importorskip("transformers")
     results = [{"k": 20, "temperature": 0.07, "top1": {"value": 61.25, "interval": [60.0, 62.5]}, "per_class": {}}]
-    report = {"weights_sha256": features.weights_hash(ours(weights)), "results": results}
+    command = "eval_knn.py --data_path holidays"
+    report = {"weights_sha256": features.weights_hash(ours(weights)), "results": results, "command": command}
     (tmp_path / "eval_knn.json").write_text(json.dumps(report))
-    more = ["--results", tmp_path / "eval_knn.json", "--training_data", "holiday pictures", "--license", "cc-by-4.0"]
+    more = ["--results", tmp_path / "eval_knn.json", "--training_data", "holiday\npictures", "--license", "cc-by-4.0"]
     assert run(weights, tmp_path / "hf", "hf", *more) == 0
     theirs = transformers.ViTModel.from_pretrained(tmp_path / "hf").eval()
     assert_same(weights, lambda x: theirs(x).last_hidden_state[:, 0], 32, 32)
@@ -156,7 +176,8 @@ def test_hugging_face(weights, tmp_path):
     torch.testing.assert_close(torch.as_tensor(pixels), expected, rtol=1e-4, atol=1e-4)
     card = (tmp_path / "hf/README.md").read_text()
     assert card.startswith("---\nlicense: cc-by-4.0\n") and "holiday pictures" in card
-    assert "| 20 | 0.07 | 61.25 [60.00, 62.50] |" in card and report["weights_sha256"] in card
+    assert f"`{command}`, in %" in card and "| 20 | 0.07 | 61.25 [60.00, 62.50] |" in card
+    assert report["weights_sha256"] in card
 
 
 def test_figures_of_other_weights_are_refused(weights, tmp_path, capsys):
@@ -201,11 +222,19 @@ def test_a_library_that_gives_no_numbers_differs(weights, tmp_path, monkeypatch,
 
 def test_bad_input_is_named_in_one_line(weights, tmp_path, monkeypatch, capsys):
     (tmp_path / "there").mkdir()
+    (tmp_path / "file").touch()
     monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
     for args, message in (
         ((weights, tmp_path / "there", "timm"), "there: exists; remove it"),
         ((weights, tmp_path / "w.bin", "onnx"), "w.bin: a file of this format is named .onnx"),
-        ((weights, tmp_path / "w", "timm", "--dynamic_size"), "--dynamic_size: for onnx and torch"),
+        ((weights, tmp_path / "w", "timm", "--dynamic_size"), "--dynamic_size: for --format onnx and torch"),
+        ((weights, tmp_path / "w", "timm", "--results", "x.json"), "--results: for --format hf; leave it out for timm"),
+        ((weights, tmp_path / "w", "hf", "--results", "x.json"), "--results x.json: not a results' file"),
+        ((weights, tmp_path / "w", "hf", "--license", "a: b"), "--license 'a: b': give its identifier"),
+        ((weights, tmp_path / "w", "hf", "--resize_size", "3"), "--resize_size 3: smaller than the crop of 32"),
+        ((weights, tmp_path / "file/w", "hf"), "file is a file; give a folder"),
+        ((weights, "", "hf"), "--output '': exists"),
+        (("", tmp_path / "w", "timm"), "--pretrained_weights: empty"),
         ((weights, tmp_path / "w", "timm", "--image_size", "4"), "--image_size 4: smaller than a patch of 8"),
         ((tmp_path / "absent.pth", tmp_path / "w", "timm"), "absent.pth: no such file of weights"),
         ((weights, tmp_path / "w.onnx", "onnx"), "pip install onnx onnxruntime onnxscript"),
@@ -213,7 +242,7 @@ def test_bad_input_is_named_in_one_line(weights, tmp_path, monkeypatch, capsys):
         assert run(*args) == 2
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1
-    assert [p.name for p in tmp_path.iterdir()] == ["there"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "there"]
 
 
 @pytest.mark.slow

@@ -172,6 +172,7 @@ def test_one_picture(tmp_path):
     (("--data_path", "nowhere", "--output", "x.npy"), "--data_path 'nowhere'"),
     (("--data_path", "shapes:4x40", "--output", "x.csv"), "--output x.csv: the file's name has to end in .npy"),
     (("--data_path", "shapes:4x40", "--output", "x.npy", "--pretrained_weights", "no.pth"), "no.pth: no such file"),
+    (("--data_path", "shapes:4x40", "--output", "/dev/null/x.npy"), "--output /dev/null/x.npy: /dev/null is a file"),
     (("--data_path", "shapes:4x40", "--output", "x.npy", "--arch", "resnet18", "--tokens", "patch"), "--tokens patch"),
 ])
 def test_bad_input_is_refused_in_one_line(args, message, tmp_path, capsys, monkeypatch):
@@ -180,6 +181,31 @@ def test_bad_input_is_refused_in_one_line(args, message, tmp_path, capsys, monke
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and error.startswith("extract_features.py: error: ") and message in error
     assert not list(tmp_path.iterdir())
+
+
+def test_what_stands_in_the_way_is_named(tmp_path, capsys):
+    (tmp_path / "a.npy").mkdir()
+    (tmp_path / "b.npy.parts").touch()
+    (tmp_path / "c.npy.parts").mkdir()
+    (tmp_path / "c.npy.parts/fingerprint.json").write_text("not JSON")
+    for name, message in (("a.npy", "a.npy: a folder; give a file"), ("b.npy", "not what a killed run left; remove it"),
+                          ("c.npy", "not what a killed run left; remove it")):
+        assert run("--data_path", "shapes:4x40", "--output", tmp_path / name, *NETWORK) == 2
+        error = capsys.readouterr().err
+        assert f"--output {tmp_path / name}: " in error and message in error and error.count("\n") == 1
+
+
+def test_a_broken_picture_is_named_and_the_parts_before_it_stay(photos, tmp_path, capsys):
+    (tmp_path / "photos").mkdir()
+    for file in photos.iterdir():
+        (tmp_path / "photos" / file.name).write_bytes(file.read_bytes())
+    broken = tmp_path / "photos" / "05 é.png"
+    broken.write_bytes(b"xx")
+    where = ("--data_path", tmp_path / "photos", "--output", tmp_path / "p.npy", *NETWORK)
+    assert run(*where) == 2
+    error = capsys.readouterr().err
+    assert f"--data_path {tmp_path / 'photos'}: {broken}: " in error and "mend or remove that file" in error
+    assert (tmp_path / "p.npy.parts/000000.npy").exists() and not (tmp_path / "p.npy").exists()
 
 
 def test_a_missing_package_is_named_before_any_work(tmp_path, capsys, monkeypatch):

@@ -1,5 +1,6 @@
 """Search among embeddings: faiss against a product in NumPy, queries by row and by picture, the sheet."""
 
+import json
 import sys
 
 import numpy as np
@@ -113,6 +114,7 @@ def test_moved_pictures(photos, tmp_path):
     (("--query", "15"), "--query 15: neither a row, 0 to 14"),
     (("--query", "nothing.png"), "--query nothing.png"),
     (("--output", "sheet.gif"), "--output sheet.gif"),
+    (("--output", "{photos}/../f.npy/s.png"), "f.npy is a file; give a folder"),
     (("--data_path", "shapes:15x40"), "not the images of the features"),
     (("--query", "{photos}/00.png", "--pretrained_weights", "no.pth"), "no.pth: no such file"),
 ])
@@ -127,7 +129,14 @@ def test_bad_input_is_refused_in_one_line(photos, args, message, tmp_path, capsy
 def test_patch_tokens_and_strange_files_are_refused(photos, tmp_path, capsys):
     extract(photos, "patch.npy", "--tokens", "patch")
     np.save(tmp_path / "strange.npy", np.zeros((3, 4)))
-    for path, message in ((photos / "patch.npy", "patch tokens only"), (tmp_path / "strange.npy", "does not say")):
+    beside = json.loads((photos / "f.npy.json").read_text())
+    for name, content, names in (("short", (photos / "f.npy").read_bytes()[:300], beside["names"]),
+                                 ("fewer", (photos / "f.npy").read_bytes(), beside["names"][:5])):
+        (tmp_path / f"{name}.npy").write_bytes(content)
+        (tmp_path / f"{name}.npy.json").write_text(json.dumps(beside | {"names": names}))
+    for path, message in ((photos / "patch.npy", "patch tokens only"), (tmp_path / "strange.npy", "does not say"),
+                          (tmp_path / "short.npy", "short.npy: damaged"),
+                          (tmp_path / "fewer.npy", "fewer.npy: not what fewer.npy.json beside it describes")):
         assert search.main(parse("--features", path, "--query", 0, "--output", tmp_path / "s.png")) == 2
         assert message in capsys.readouterr().err
 
