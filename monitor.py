@@ -139,9 +139,10 @@ def pictures(images: data.Images, backbone: nn.Module, args: argparse.Namespace)
 
 
 def fixed_images(images: data.Images, size: int, count: int = 6) -> list[torch.Tensor]:
-    """The same few images of a set at any time, spread evenly over it; one that can't be decoded is passed over."""
+    """The same few images of a set at any time, drawn from it; one that can't be decoded is passed over."""
     found = []
-    for i in np.linspace(0, len(images) - 1, min(count, len(images))).astype(int).tolist():
+    chosen = np.random.default_rng(0).choice(len(images), min(count, len(images)), replace=False)
+    for i in sorted(chosen.tolist()):
         try:
             found.append(data.resized(images.load(i), size))
         except (ValueError, OSError):

@@ -74,7 +74,8 @@ LONGEST_PLAIN = 1024  # tokens; for more, the memory of N x N weights counts for
 class Attention(nn.Module):
     """Multi-head self-attention: (B, N, D) -> ((B, N, D), weights (B, H, N, N) or None).
 
-    The weights are formed only when somebody asks for them: by `return_attention`, or by a hook on this module or on
+    The weights are formed only when somebody asks for them: by `return_attention` (the default, as a call by hand of
+    the published module gives them; blocks pass False), or by a hook on this module or on
     `attn_drop`, which is where code written for the published models reads them (or by a module that took the place of
     `attn_drop`). The exception is half precision on a CPU, where forming them is three to eleven times as fast
     (benchmarks/attention.py). `class_token_only` computes the first row of both: (B, 1, D) and (B, H, 1, N).
@@ -98,7 +99,7 @@ class Attention(nn.Module):
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(
-        self, x: Tensor, return_attention: bool = False, class_token_only: bool = False
+        self, x: Tensor, return_attention: bool = True, class_token_only: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         B, N, D = x.shape
         qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, D // self.num_heads)

@@ -107,6 +107,13 @@ def test_weights_asked_for_equal_the_fused_path():
         model.get_attention_maps(x, [3])
 
 
+def test_attention_called_by_hand_gives_the_weights():
+    """As code written for the published models unpacks it."""
+    attention = VisionTransformer(**TINY).blocks[0].attn
+    _, weights = attention(torch.randn(2, 5, 48))
+    torch.testing.assert_close(weights.sum(-1), torch.ones(2, 3, 5))
+
+
 def test_attention_hook_reads_the_weights():
     model, seen = VisionTransformer(**TINY).eval(), []
     model.blocks[0].attn.register_forward_hook(lambda m, i, o: seen.append(o[1]))
