@@ -32,7 +32,7 @@ def exit_code(script: str, evaluate: Callable, args: argparse.Namespace) -> int:
     except Refused as error:
         print(f"{script}: error: {error}", file=sys.stderr)
         return 2
-    except (RuntimeError, ConnectionError) as error:
+    except (RuntimeError, ConnectionError, EOFError) as error:
         if (reason := worker_death(error)) is None:
             raise
         print(f"{script}: stopped: {reason}", file=sys.stderr)
@@ -48,11 +48,12 @@ def worker_death(error: Exception) -> str | None:
     A batch that the worker had handed over half-way breaks the connection to it before that. From here on torch
     raises no more: it would while the loader is taken down, with a traceback.
     """
-    if not isinstance(error, ConnectionError) and not str(error).startswith("DataLoader worker"):
+    broken = isinstance(error, (ConnectionError, EOFError))
+    if not broken and not str(error).startswith("DataLoader worker"):
         return None
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     what = " ".join(str(error).split()).removesuffix(".")
-    what = f"a DataLoader worker died ({what})" if isinstance(error, ConnectionError) else what
+    what = f"a DataLoader worker died ({what or 'its connection was reset'})" if broken else what
     return f"{what}; most often memory ran out: lower --num_workers or give the job more, then start again"
 
 

@@ -346,7 +346,7 @@ def outcome(args: argparse.Namespace) -> int:
         return 2
     except (metrics.NonFinite, data.TooManyBadImages) as error:  # of all processes
         return stopped(error, parallel.is_main())
-    except OSError as error:  # of one: a full disk, say
+    except (OSError, EOFError) as error:  # of one: a full disk, say
         return stopped(flags.worker_death(error) or error)
     except RuntimeError as error:
         known = isinstance(error, data.Unreadable) and error

@@ -9,6 +9,7 @@ import torch
 from conftest import ROOT
 
 import checkpoint
+import flags
 from vision_transformer import build_backbone
 
 
@@ -54,6 +55,13 @@ def test_a_worker_that_dies_meanwhile_is_not_taken_for_a_full_disk(tmp_path, mon
         assert signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL and not list(tmp_path.iterdir())
     finally:
         signal.signal(signal.SIGCHLD, then)
+
+
+def test_a_connection_that_breaks_is_a_workers_death(monkeypatch):
+    monkeypatch.setattr(signal, "signal", lambda number, handler: None)
+    for error in (EOFError(), ConnectionResetError(104, "Connection reset by peer")):
+        assert "a DataLoader worker died (" in flags.worker_death(error) and "reset" in flags.worker_death(error)
+    assert flags.worker_death(OSError(28, "No space left")) is None
 
 
 class Malicious:
