@@ -1,6 +1,7 @@
 """Linear classifiers against softmax gradients written out, the script against itself; and what it refuses."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -182,6 +183,18 @@ def test_a_sweep_is_chosen_without_the_test_set(swept):
     assert chosen["chosen"] == "*" and report["images"] == [37, 4, 12]
     assert report["test"]["per_class"]["eel"] == 0 and report["test"]["top1"]["value"] >= 50
     assert "no training images (eel)" in " ".join(report["notes"]) and len(report["weights_sha256"]) == 64
+
+
+@pytest.mark.parametrize("flags", [SWEEP, ("--logreg", "--val_share", 0.3)])
+def test_what_is_chosen_does_not_depend_on_the_test_pictures(flags, pictures, tmp_path):
+    """With all test pictures in another class's folder, every figure but the test set's is the same."""
+    names = ["ant", "bee", "cat", "eel"]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train").symlink_to(pictures / "train")
+    for name, other in zip(names, [*names[1:], names[0]], strict=True):
+        shutil.copytree(pictures / "val" / other, tmp_path / "data" / "val" / name)
+    one, other = (run(folder, tmp_path / f"out{i}", *flags) for i, folder in enumerate((pictures, tmp_path / "data")))
+    assert one["results"] == other["results"] and one["test"] != other["test"]
 
 
 def test_the_classifier_is_evaluated_again(swept, pictures, tmp_path):
