@@ -15,6 +15,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
@@ -77,7 +78,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     # Crops
     add("--global_crops_scale", type=flags.fraction, nargs=2, default=(0.4, 1.0), help="share of the area, low high")
     add("--local_crops_scale", type=flags.fraction, nargs=2, default=(0.05, 0.4), help="share of the area, low high")
-    add("--local_crops_number", type=flags.count, default=8, help="local crops an image; 0 trains on two crops")
+    add("--local_crops_number", type=flags.number(int, 0, 1000), default=8,
+        help="local crops an image; 0 trains on two crops")
     add("--global_crops_size", type=flags.positive_int, default=224, help="pixels")
     add("--local_crops_size", type=flags.positive_int, default=96, help="pixels")
     add("--mean", type=flags.fraction, nargs="+", default=utils.IMAGENET_MEAN, help="of each channel, in [0, 1]")
@@ -204,8 +206,7 @@ def train(run: Run, log: metrics.Log) -> bool:
 
     Raises metrics.NonFinite at the first look (logged steps, checkpoints) after a step that was not finite.
     """
-    args, plan, device, teacher, dino_loss = run.args, run.plan, run.device, run.teacher, run.dino_loss
-    student = run.student
+    args, plan, device, student, dino_loss = run.args, run.plan, run.device, run.student, run.dino_loss
     if parallel.world_size() > 1 and not run.sharded:
         student = DistributedDataParallel(student, device_ids=[device.index] if device.type == "cuda" else None)
     augmentation = make_augmentation(args)
@@ -228,14 +229,8 @@ def train(run: Run, log: metrics.Log) -> bool:
             crops = augmentation.finish(batch["crops"], batch["params"])
             last = micro == args.grad_accum_steps - 1
             with nullcontext() if last or student is run.student else student.no_sync():
-                with run.autocast():
-                    with torch.no_grad():
-                        features = teacher.features(crops[:1])  # (2B, D), global views only
-                        teacher_out = teacher.head(features)  # (2B, K)
-                    student_out = student(crops)  # (VB, K)
-                loss = dino_loss(student_out, teacher_out, epoch, update_center=False)  # float32, outside autocast
-                run.scaler.scale(loss / args.grad_accum_steps).backward()
-            step_loss += loss.detach() / args.grad_accum_steps
+                loss, features, teacher_out = forward_backward(run, student, crops, epoch)
+            step_loss += loss / args.grad_accum_steps
             teacher_means.append(teacher_out.float().mean(0, keepdim=True))
         run.scaler.unscale_(run.optimizer)
         norms = utils.clip_gradients(run.student, args.clip_grad, per_tensor=args.clip_mode == "tensor")
@@ -246,7 +241,7 @@ def train(run: Run, log: metrics.Log) -> bool:
         run.scaler.step(run.optimizer)
         run.scaler.update()
         run.optimizer.zero_grad(set_to_none=True)
-        utils.ema_update(run.student, teacher, plan.momentum[step])
+        utils.ema_update(run.student, run.teacher, plan.momentum[step])
         window.update(loss=step_loss)
         run.meters.update(loss=step_loss, lr=plan.lr[step], wd=plan.wd[step])
         clock.steps += 1
@@ -271,6 +266,26 @@ def train(run: Run, log: metrics.Log) -> bool:
         if stop and run.step < plan.steps:
             return False
     return True
+
+
+def forward_backward(run: Run, student: nn.Module, crops: list[Tensor], epoch: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Add a micro-batch's gradients to the student's parameters.
+
+    Args:
+        student: run.student, or what makes its gradients those of all processes.
+        crops: [(2B, C, g, g), (LB, C, l, l)], normalized.
+
+    Returns:
+        The loss, and the teacher's features (2B, D) and output (2B, K), without gradients.
+    """
+    with run.autocast():
+        with torch.no_grad():
+            features = run.teacher.features(crops[:1])  # (2B, D), global views only
+            teacher_out = run.teacher.head(features)  # (2B, K)
+        student_out = student(crops)  # (VB, K)
+    loss = run.dino_loss(student_out, teacher_out, epoch, update_center=False)  # float32, outside autocast
+    run.scaler.scale(loss / run.args.grad_accum_steps).backward()
+    return loss.detach(), features, teacher_out
 
 
 def load(run: Run, augmentation: utils.DataAugmentationDINO, first: int, last: int):

@@ -127,8 +127,11 @@ def training_curves(logs: Sequence[str | Path], out: str | Path) -> None:
         names = run_names(logs)
         handles = [_line(COLORS[i % len(COLORS)], "-") for i in range(len(runs))]
         figure.legend(handles, names, loc="outside upper left", ncols=min(len(names), 4), frameon=False, fontsize=10)
-    Path(out).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out)
+    try:
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(out)
+    except OSError as error:
+        raise ValueError(f"--out {out}: {error.strerror or error}; give a file that can be written") from error
 
 
 def _draw_panel(axes: "Axes", panel: tuple, runs: list[dict], font: int) -> None:

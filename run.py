@@ -25,7 +25,7 @@ import parallel
 import sharding
 import utils
 from monitor import Evaluation
-from vision_transformer import DINOHead, build_backbone
+from vision_transformer import VITS, DINOHead, build_backbone
 
 
 class Plan(NamedTuple):
@@ -76,6 +76,8 @@ def build_networks(args: argparse.Namespace, device: torch.device) -> tuple[nn.M
         return utils.MultiCropWrapper(backbone, head)
 
     student, teacher = build(args.drop_path_rate), build(0.0)
+    if args.arch not in VITS:
+        refuse_unfit_crops(student.backbone, args)
     if args.init_from:
         load_initial(student.backbone, args.init_from)
     teacher.load_state_dict(student.state_dict())
@@ -92,6 +94,21 @@ def build_networks(args: argparse.Namespace, device: torch.device) -> tuple[nn.M
         for module in (student, teacher.backbone, teacher.head):
             module.compile(mode=args.compile)
     return student, teacher
+
+
+@torch.no_grad()
+def refuse_unfit_crops(backbone: nn.Module, args: argparse.Namespace) -> None:
+    """Networks of other making may be for one size of pictures: better told before training."""
+    backbone.eval()
+    for flag in ("global_crops_size", "local_crops_size")[: 2 if args.local_crops_number else 1]:
+        size = getattr(args, flag)
+        try:
+            backbone(torch.zeros(1, args.in_chans, size, size))
+        except Exception as error:  # of any kind
+            reason = " ".join(str(error).split())[:160]
+            raise ValueError(f"--{flag} {size}: --arch {args.arch} cannot take it ({reason}); give it another size, "
+                             "or choose another network") from error
+    backbone.train()
 
 
 def load_initial(backbone: nn.Module, path: str) -> None:
@@ -163,6 +180,11 @@ FREE_FLAGS = {
     "eval_knn_every", "eval_data_path", "log_every", "pictures_every", "tensorboard", "wandb", "device",
     "num_workers", "dist_url", "dist_timeout", "local_rank", "compile", "grad_checkpointing", "max_bad_images",
     "init_from", "batch_size_per_gpu", "grad_accum_steps", "world_size", "replay", "max_pixels", "parallel",
+}
+
+
+NEEDED = {
+    "student", "teacher", "optimizer", "fp16_scaler", "dino_loss", "step", "precision", "args", "rng", "meters", "knn",
 }
 
 
@@ -279,7 +301,7 @@ class Run:
         parallel.barrier()
 
     def resume(self, state: dict, path: Path) -> None:
-        if "rng" not in state:
+        if not NEEDED <= state.keys():
             raise ValueError(f"--output_dir {path.parent}: {path.name} there lacks what a resume needs; to start from "
                              f"its weights, give --init_from {path} and another folder")
         refuse_other_hyperparameters(plain_args(self.args, len(self.images)), state["args"], path)

@@ -474,14 +474,13 @@ def build_backbone(
     import torchvision  # seconds of import that the ViTs do not need
 
     if arch in torchvision.models.list_models(module=torchvision.models):
-        if drop_path_rate > 0 and arch.startswith("swin"):
-            kwargs["stochastic_depth_prob"] = drop_path_rate
-        return _build_torchvision(arch, in_chans, **kwargs)
+        return _build_torchvision(arch, drop_path_rate, in_chans, **kwargs)
     return _build_timm(arch, drop_path_rate, in_chans, **kwargs)
 
 
-def _build_torchvision(arch: str, in_chans: int, **kwargs) -> tuple[nn.Module, int]:
+def _build_torchvision(arch: str, drop_path_rate: float, in_chans: int, **kwargs) -> tuple[nn.Module, int]:
     import torchvision
+    from torchvision.ops import StochasticDepth
 
     if arch in ("googlenet", "inception_v3"):  # their auxiliary classifiers have no place in a backbone
         kwargs |= {"aux_logits": False, "init_weights": True}
@@ -490,6 +489,9 @@ def _build_torchvision(arch: str, in_chans: int, **kwargs) -> tuple[nn.Module, i
     name, classifier = layers[-1]
     width = classifier.in_features if isinstance(classifier, nn.Linear) else classifier.in_channels
     model.set_submodule(name, nn.Identity())
+    depths = [m for m in model.modules() if isinstance(m, StochasticDepth)]
+    for i, depth in enumerate(depths):  # they come with a rate of their own, in the teacher too
+        depth.p = drop_path_rate * i / max(len(depths) - 1, 1)
     if in_chans != 3:
         name, stem = next((n, m) for n, m in layers if isinstance(m, nn.Conv2d))
         new = nn.Conv2d(in_chans, stem.out_channels, stem.kernel_size, stem.stride, stem.padding,

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from utils import MultiCropWrapper
-from vision_transformer import Attention, Block, DropPath
+from vision_transformer import HALF, Attention, Block, DropPath
 
 Groups = list[tuple[int, int]]
 
@@ -51,7 +51,11 @@ def attend(attn: Attention, x: Tensor, groups: Groups, first_only: bool) -> Tens
     results = []
     for part, (n, N) in split(attn.qkv(x), groups):
         q, k, v = part.view(n, N, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)  # each (n, H, N, D / H)
-        y = F.scaled_dot_product_attention(q[:, :, :1] if first_only else q, k, v, scale=attn.scale)
+        q = q[:, :, :1] if first_only else q
+        if q.device.type == "cpu" and q.dtype in HALF:  # as the product does it
+            y = (q @ k.transpose(-2, -1) * attn.scale).softmax(dim=-1) @ v
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, scale=attn.scale)
         results.append(y.transpose(1, 2).reshape(-1, x.shape[-1]))
     return attn.proj(torch.cat(results))
 

@@ -169,6 +169,8 @@ TRAINING = [
     ("--precision bf16 --use_fp16 false", ("--use_fp16 false", "--precision bf16", "leave one")),
     ("--compile --parallel fsdp", ("--compile default", "--parallel fsdp", "leave one")),
     ("--compile fast", ("--compile", "'fast'", "reduce-overhead")),
+    ("--arch vit_b_32 --global_crops_size 32", ("--global_crops_size 32", "vit_b_32 cannot take it", "another")),
+    ("--local_crops_number 1000000000", ("--local_crops_number", "at most 1000")),
     ("--arch resnet18 --grad_checkpointing", ("--grad_checkpointing", "resnet18", "leave it out")),
     ("--batch_size_per_gpu 65", ("--batch_size_per_gpu 65", "64 images", "lower")),
     ("--grad_accum_steps 9", ("--grad_accum_steps 9", "64 images", "lower")),

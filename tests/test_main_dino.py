@@ -126,6 +126,12 @@ def test_auto_precision_is_kept_over_a_resume(tmp_path, monkeypatch):
     assert again.dtype is torch.bfloat16
 
 
+def test_a_part_of_a_checkpoint_is_no_resume(tmp_path):
+    args = main_dino.get_args_parser().parse_args([*SMALL, "--output_dir", str(tmp_path)])
+    with pytest.raises(ValueError, match="checkpoint.pth there lacks what a resume needs; .*--init_from"):
+        Run(args, torch.device("cpu")).resume({"rng": [], "student": {}}, tmp_path / "checkpoint.pth")
+
+
 def test_images_left_out_are_told(tmp_path, capsys):
     argv = [*SMALL, "--data_path", "shapes:20x32", "--steps", "1", "--output_dir", str(tmp_path)]
     assert main_dino.main(main_dino.get_args_parser().parse_args(argv)) == 0

@@ -107,3 +107,13 @@ def test_a_map_of_one_class_and_of_many(tmp_path):
     plots.feature_map(rng.standard_normal((40, 4)), np.arange(40) % 30, [str(i) for i in range(30)],
                        tmp_path / "many.png")
     assert Image.open(tmp_path / "one.png").size == Image.open(tmp_path / "many.png").size
+
+
+@pytest.mark.parametrize("out", ["file/a.png", "folder.png"])
+def test_a_picture_that_cannot_be_written_is_named_by_its_flag(tmp_path, capsys, out):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "log.txt").write_text('{"epoch": 0, "train_loss": 1.0}\n{"epoch": 1, "train_loss": 0.5}\n')
+    with pytest.raises(SystemExit) as ended:
+        plots.main(plots.get_args_parser().parse_args([str(tmp_path / "log.txt"), "--out", str(tmp_path / out)]))
+    assert ended.value.code == 2 and f"--out {tmp_path / out}: " in capsys.readouterr().err

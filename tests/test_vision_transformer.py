@@ -191,6 +191,15 @@ def test_torchvision_networks(arch, width):
             assert model(torch.zeros(2, 3, 224, 224)).shape == (2, width)
 
 
+@pytest.mark.parametrize("arch", ["swin_t", "convnext_tiny"])
+def test_stochastic_depth_of_torchvision_networks_is_what_is_asked_for(arch):
+    from torchvision.ops import StochasticDepth
+
+    for rate in (0.0, 0.3):
+        rates = [m.p for m in build_backbone(arch, drop_path_rate=rate)[0].modules() if isinstance(m, StochasticDepth)]
+        assert rates[0] == 0 and rates[-1] == rate and rates == sorted(rates) and len(rates) > 10
+
+
 def test_resnet_has_published_names_and_takes_channels():
     model, _ = build_backbone("resnet18", in_chans=1)
     assert not any(k.startswith("fc.") for k in model.state_dict())
