@@ -137,7 +137,7 @@ def unfinished(path: Path, run: Mapping) -> dict | None:
     """
     if not path.is_file():
         return None
-    state = checkpoint.read(path)
+    state = checkpoint.read(path, object)
     before = state.get("run") if isinstance(state, Mapping) else None
     if before != run:
         changed = ", ".join(k for k in run if isinstance(before, Mapping) and before.get(k) != run[k])
@@ -155,7 +155,7 @@ def read_classifier(path: str | os.PathLike) -> dict:
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"--linear_weights {path}: no such file; train one first")
-    loaded = checkpoint.read(path)
+    loaded = checkpoint.read(path, object)
     loaded = loaded if isinstance(loaded, Mapping) else {}
     state = {k.removeprefix("module.").removeprefix("linear."): v for k, v in loaded.get("state_dict", loaded).items()}
     if not all(isinstance(state.get(name), Tensor) for name in ("weight", "bias")):

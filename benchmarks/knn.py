@@ -1,25 +1,20 @@
 """k-NN of 50,000 training x 10,000 test images x 384 dimensions: ours against the protocol as one writes it down.
 
-    python benchmarks/knn.py [--quick] [--device cuda] [--json results.jsonl]
+    python benchmarks/knn.py --rounds 2
+    python benchmarks/knn.py --device cuda
 
 Both answer the published protocol, top-1 and top-5 for k = 10, 20, 100, 200 at T = 0.07, and for comparison one k at
-a time. They take turns within one run, and their figures must agree.
+a time. Their figures must agree.
 """
 
-import argparse
-import json
-import platform
-import statistics
 import sys
-import time
-from pathlib import Path
 
+import bench
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from knn import knn_predict  # noqa: E402
-from scores import hits  # noqa: E402
+from knn import knn_predict
+from scores import hits
 
 TEMPERATURE = 0.07
 ROUNDING = 0.05  # points: near ties of votes may fall the other way
@@ -56,65 +51,38 @@ def features(n, m, width, classes, device):
     return found[0].to(device), labels[0].to(device), found[1].to(device), labels[1].to(device)
 
 
-def timed(function, *args):
-    start = time.perf_counter()
-    found = function(*args)
-    if args[0].is_cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter() - start, found
+def measure(name, data, ks, classes, args) -> dict:
+    methods = {"straightforward": straightforward, "ours": ours}
+    found = {}
 
+    def run(method: str) -> None:
+        found[method] = methods[method](*data, ks, classes)
 
-def measure(name, data, ks, classes, rounds):
-    """Times of both, turn by turn, after a warm-up on a part of the test images."""
-    few = data[0], data[1], data[2][:200], data[3][:200]
-    for function in (straightforward, ours):
-        function(*few, ks, classes)
-    seconds = {"straightforward": [], "ours": []}
-    for _ in range(rounds):
-        slow, expected = timed(straightforward, *data, ks, classes)
-        fast, found = timed(ours, *data, ks, classes)
-        seconds["straightforward"].append(slow)
-        seconds["ours"].append(fast)
-    worst = max(abs(a - b) for k in ks for a, b in zip(expected[k], found[k], strict=True))
+    times = bench.in_turns({m: (lambda m=m: run(m)) for m in methods}, args.rounds, args.device)
+    worst = max(abs(a - b) for k in ks for a, b in zip(*(found[m][k] for m in methods), strict=True))
     if worst > max(ROUNDING, 100 / len(data[2])):
-        raise SystemExit(f"{name}: the accuracies differ by {worst:.3f} points: {expected} {found}")
-    ratios = [a / b for a, b in zip(*seconds.values(), strict=True)]
-    row = {"setting": name, "ratio": statistics.median(ratios), "ratio_low": min(ratios), "ratio_high": max(ratios),
-           "accuracies_differ": worst, "top1": {k: v[0] for k, v in found.items()}}
-    for method, times in seconds.items():
-        row |= {f"{method}_s": statistics.median(times), f"{method}_spread_s": max(times) - min(times)}
-    print(f"{name:22s} {row['straightforward_s']:11.2f} s (+-{row['straightforward_spread_s'] / 2:.2f})"
-          f" {row['ours_s']:11.2f} s (+-{row['ours_spread_s'] / 2:.2f})"
-          f" {row['ratio']:8.2f} ({row['ratio_low']:.2f} .. {row['ratio_high']:.2f})", flush=True)
-    return row
+        raise SystemExit(f"{name}: the accuracies differ by {worst:.3f} points: {found}")
+    return bench.summary(times, "straightforward") | {"accuracies_differ": worst}
+
+
+def main(args) -> int:
+    sizes, classes = ((2000, 400, 64), 20) if args.quick else ((50_000, 10_000, 384), args.classes)
+    bench.header("k-NN, {:,} x {:,} x {}, {} classes".format(*sizes, classes), args.device)
+    data, found, rows = features(*sizes, classes, args.device), {}, []
+    for name, ks in (("k = 10 20 100 200", [10, 20, 100, 200]), ("k = 20", [20]), ("k = 200", [200])):
+        found[name] = measure(name, data, ks, classes, args)
+        times = bench.time_rows({m: found[name][m] for m in ("straightforward", "ours")})
+        rows += [[f"{name}, {row[0]}", *row[1:]] for row in times]
+    bench.table(bench.TIMES, rows)
+    bench.record(args, "knn", sizes=sizes, settings=found)
+    return 0
 
 
 def get_args_parser():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="2,000 x 400 x 64: does it run")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser = bench.parser(__doc__, rounds=3)
     parser.add_argument("--classes", type=int, default=1000)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--json", default="", help="file that gets a line of JSON more")
     return parser
 
 
-def main(args):
-    sizes = (2000, 400, 64) if args.quick else (50_000, 10_000, 384)
-    data = features(*sizes, args.classes, args.device)
-    where = torch.cuda.get_device_name() if args.device.startswith("cuda") else \
-        f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
-    print(f"k-NN {sizes[0]} x {sizes[1]} x {sizes[2]}, {args.classes} classes, {where}; median of {args.rounds}")
-    print(f"{'':22s} {'straightforward':>22s} {'ours':>22s} {'ratio (range)':>20s}")
-    ks = [10, 20, 100, 200]
-    settings = [("k = 10 20 100 200", ks), ("k = 20", [20]), ("k = 200", [200])]
-    rows = [measure(name, data, chosen, args.classes, args.rounds) for name, chosen in settings]
-    if args.json:
-        with open(args.json, "a") as file:
-            report = {"benchmark": "knn", "sizes": sizes, "classes": args.classes, "machine": where,
-                      "torch": torch.__version__, "rounds": args.rounds, "rows": rows}
-            file.write(json.dumps(report) + "\n")
-
-
 if __name__ == "__main__":
-    main(get_args_parser().parse_args())
+    sys.exit(main(get_args_parser().parse_args()))

@@ -2,22 +2,18 @@
 
     python benchmarks/linear.py
 
-Interleaved, so that a busy machine slows all alike. The plain run is the protocol written down directly: a backbone
+The plain run is the protocol written down directly: a backbone
 pass, one linear layer, its gradient, for one setting after the other.
 """
 
-import argparse
-import statistics
 import sys
-import time
-from pathlib import Path
 
+import bench
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import linear  # noqa: E402
-from vision_transformer import build_backbone  # noqa: E402
+import linear
+from vision_transformer import build_backbone
 
 LRS, BLOCKS, POOLS = (0.001, 0.01, 0.1), (1, 4), (False, True)
 
@@ -51,38 +47,35 @@ def plain(model, batches, setting) -> None:
         optimizer.step()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--arch", default="vit_tiny", help="a ViT")
-    parser.add_argument("--size", type=int, default=96, help="pixels of the pictures")
-    parser.add_argument("--batches", type=int, default=8, help="of 64 pictures, an epoch")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs")
-    args = parser.parse_args()
+def main(args) -> int:
     if args.quick:
         args.arch, args.size, args.batches, args.rounds = "vit_nano", 32, 2, 1
     torch.manual_seed(0)
+    bench.header(f"linear classifiers, {args.arch} at {args.size} pixels, {64 * args.batches} pictures, 1000 classes")
     model = build_backbone(args.arch, 16, img_size=args.size)[0].eval()
     batches = [(torch.randn(64, 3, args.size, args.size), torch.randint(1000, (64,))) for _ in range(args.batches)]
-    sweep = linear.settings_of(LRS, BLOCKS, POOLS)
-    one = linear.Setting(0.01, 4, False)
-    times: dict[str, list[float]] = {}
-    ours(model, batches[:1], [one])  # the first pass also allocates
-    for _ in range(args.rounds):
-        for name, run in (("one setting", lambda: ours(model, batches, [one])),
-                          (f"{len(sweep)} settings, one pass", lambda: ours(model, batches, sweep)),
-                          (f"{len(sweep)} plain runs", lambda: [plain(model, batches, s) for s in sweep])):
-            start = time.perf_counter()
-            run()
-            times.setdefault(name, []).append(time.perf_counter() - start)
-    base = statistics.median(times["one setting"])
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {args.arch} at {args.size} pixels, "
-          f"{64 * args.batches} pictures, 1000 classes")
-    print(f"{'':>24}  median s  fastest s  x one setting")
-    for name, values in times.items():
-        median = statistics.median(values)
-        print(f"{name:>24}  {median:8.2f}  {min(values):9.2f}  {median / base:13.2f}")
+    sweep, one = linear.settings_of(LRS, BLOCKS, POOLS), linear.Setting(0.01, 4, False)
+    plain_runs = f"{len(sweep)} plain runs"
+    times = bench.in_turns({
+        plain_runs: lambda: [plain(model, batches, s) for s in sweep],
+        f"{len(sweep)} settings, one pass": lambda: ours(model, batches, sweep),
+        "one setting": lambda: ours(model, batches, [one]),
+    }, args.rounds)
+    found = bench.summary(times, plain_runs)
+    bench.table([*bench.TIMES, "times one setting"],
+                [[*cells, row["ms"] / found["one setting"]["ms"]]
+                 for cells, row in zip(bench.time_rows(found), found.values(), strict=True)])
+    bench.record(args, "linear", variants=found)
+    return 0
+
+
+def get_args_parser():
+    parser = bench.parser(__doc__)
+    parser.add_argument("--arch", default="vit_tiny", help="a ViT")
+    parser.add_argument("--size", type=int, default=96, help="pixels of the pictures")
+    parser.add_argument("--batches", type=int, default=8, help="of 64 pictures, an epoch")
+    return parser
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(get_args_parser().parse_args()))

@@ -1,6 +1,6 @@
 """Start and memory with many files: ours against torchvision's ImageFolder.
 
-    python benchmarks/listing.py [--images 1000000] [--folder /dev/shm]
+    python benchmarks/listing.py --images 1000000 --folder /dev/shm
 
 Makes empty files in 1000 class folders, which in memory (tmpfs) take about 1 KiB each, and removes them. Times are of
 a listing in memory: on a disk, or over a network, walking takes many times as long and the index what it takes here.
@@ -9,7 +9,6 @@ Memory is what a forked worker comes to hold for itself alone by reading every n
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 import sys
@@ -18,8 +17,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import open_images  # noqa: E402
+import bench
+
+from data import open_images
 
 CLASSES = 1000
 
@@ -65,9 +65,11 @@ def timed(make: Callable):
     return made, time.perf_counter() - start
 
 
-def main(args: argparse.Namespace) -> int:
+def main(args) -> int:
     from torchvision.datasets import ImageFolder
 
+    args.images = 1000 if args.quick else args.images
+    bench.header("a listing in memory")
     top = Path(tempfile.mkdtemp(dir=args.folder))
     try:
         os.environ["DINO_CACHE"] = str(top / "cache")
@@ -82,16 +84,20 @@ def main(args: argparse.Namespace) -> int:
         size = sum(f.stat().st_size for f in (top / "cache").iterdir()) / 2**20 if (top / "cache").exists() else 0
     finally:
         shutil.rmtree(top)
-    print(f"{len(images)} files; index of {size:.0f} MB")
-    print(f"{'':44}{'ImageFolder':>12}{'ours':>12}")
-    print(f"{'first start, s':44}{walk:12.2f}{first:12.2f}")
-    print(f"{'every later start, s':44}{walk:12.2f}{later:12.2f}")
-    print(f"{'memory a worker gains in an epoch, MB':44}{grown[0]:12.1f}{grown[1]:12.1f}")
+    print(f"{len(images):,} files; index of {size:.0f} MB")
+    found = {"first start, s": (walk, first), "every later start, s": (walk, later),
+             "memory a worker gains in an epoch, MB": tuple(grown)}
+    bench.table(["", "ImageFolder", "ours"], [[name, *both] for name, both in found.items()])
+    bench.record(args, "listing", images=len(images), index_mb=size, found=found)
     return 0
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def get_args_parser():
+    parser = bench.parser(__doc__)
     parser.add_argument("--images", type=int, default=1_000_000)
     parser.add_argument("--folder", default="/dev/shm", help="where to make the files")
-    sys.exit(main(parser.parse_args()))
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main(get_args_parser().parse_args()))

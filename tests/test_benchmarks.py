@@ -2,44 +2,32 @@
 
 import importlib
 import json
-import runpy
 import sys
 
+import bench
+import model
+import naive
+import ours
+import packed
 import pytest
 import torch
-from conftest import ROOT
 
-sys.path.append(str(ROOT / "benchmarks"))  # behind the root: two names there are also names of modules
-import bench  # noqa: E402
-import model  # noqa: E402
-import naive  # noqa: E402
-import ours  # noqa: E402
-import packed  # noqa: E402
-
-import utils  # noqa: E402
+import utils
 
 TINY = {"arch": "vit_nano", "size": 32, "k": 64, "drop_path": 0.1}
 SCRIPTS = ["train_step", "loss", "memory", "prototypes", "data_pipeline", "end_to_end", "startup", "model",
-           "attention"]
+           "attention", "knn", "linear", "listing"]
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_script_runs_and_leaves_a_line_of_json(name, tmp_path, capsys):
-    script = importlib.import_module(name)
+    script = importlib.import_module(f"benchmarks.{name}")  # some have the names of modules
     args = script.get_args_parser().parse_args(["--quick", "--json", str(tmp_path / "out.jsonl")])
     assert script.main(args) == 0
     assert "|" in capsys.readouterr().out
     (line,) = (tmp_path / "out.jsonl").read_text().splitlines()
     seen = json.loads(line)
     assert seen["benchmark"] == name and seen["machine"]["torch"] == torch.__version__
-
-
-@pytest.mark.parametrize("name", ["knn", "linear"])
-def test_older_script_runs(name, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", [name, "--quick"])
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    runpy.run_path(str(ROOT / "benchmarks" / f"{name}.py"), run_name="__main__")
-    assert "torch" in capsys.readouterr().out or name == "knn"
 
 
 def test_one_call_for_a_gpu_compares_the_ways_and_runs_the_scripts(tmp_path, monkeypatch, capsys):
