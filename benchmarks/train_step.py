@@ -34,6 +34,10 @@ def trainers(args) -> dict:
     found = {"naive, a pass a crop": naive.Trainer(**shared),
              "naive, a pass a resolution": naive.Trainer(**shared, grouped=True),
              "ours": ours.Trainer(**shared, local=args.local)}
+    if args.all_tokens:
+        found["ours, all tokens"] = ours.Trainer(**shared, local=args.local)
+        for network in (found["ours, all tokens"].student, found["ours, all tokens"].teacher):
+            network.backbone.class_token_only = False
     if args.grad_checkpointing:
         found["ours, checkpointed"] = ours.Trainer(**shared, local=args.local, checkpointed=True)
     if args.packed:
@@ -106,6 +110,7 @@ def get_args_parser():
     parser.add_argument("--precision", choices=sorted(PRECISIONS), default="fp32")
     parser.add_argument("--compile", nargs="?", const="default", default="", metavar="MODE",
                         help="also our step with torch.compile; reduce-overhead is CUDA graphs")
+    parser.add_argument("--all_tokens", action="store_true", help="also our step with a whole last block")
     parser.add_argument("--grad_checkpointing", action="store_true", help="also our step with less kept for backward")
     parser.add_argument("--packed", action="store_true", help="also our step with all crops in one pass (packed.py)")
     parser.add_argument("--cpu_time", action="store_true", help="processor time: one thread on a CPU that others load")
@@ -116,7 +121,7 @@ def get_args_parser():
 def main(args) -> int:
     if args.quick:
         args.arch, args.sizes, args.local, args.out_dim, args.batch, args.rounds = "vit_nano", (32, 16), 2, 64, [2], 1
-        args.packed = args.grad_checkpointing = True
+        args.packed = args.grad_checkpointing = args.all_tokens = True
     torch.manual_seed(0)
     bench.header(f"training step of {args.arch}/{args.patch}, {args.precision}", args.device)
     if args.profile:
