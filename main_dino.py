@@ -391,4 +391,6 @@ def stopped(reason: object, say_so: bool = True) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(get_args_parser().parse_args()))
+    arguments = get_args_parser().parse_args()
+    end = parallel.leave if arguments.parallel == "fsdp" else sys.exit
+    end(main(arguments))

@@ -5,6 +5,8 @@ Every function works without a process group, as one process of one.
 
 from __future__ import annotations
 
+import gc
+import importlib
 import os
 import re
 import socket
@@ -12,7 +14,7 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from datetime import timedelta
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -229,6 +231,7 @@ def start(device: str = "auto", dist_url: str = "env://", timeout_minutes: float
         torch.cuda.set_device(chosen)
     if not env or dist.is_initialized():
         return chosen
+    importlib.import_module("torch.distributed.nn")  # later, its default arguments would keep the group for ever
     os.environ.update(env)
     flag = "" if dist_url == "env://" else f"--dist_url {dist_url}"
     where = dist_url if flag else f"{env['MASTER_ADDR']}:{env['MASTER_PORT']}"
@@ -270,5 +273,21 @@ def refuse_unusable_address(host: str, port: int, listens: bool, flag: str = "")
 
 
 def stop() -> None:
+    """Leave the process group. What computes with it (DistributedDataParallel, say) must be out of use.
+
+    With the last reference to the group its threads end. One that lived on, and still had a tensor of the last
+    collective to free when Python takes the interpreter down, would abort a process that has done its work.
+    """
     if dist.is_available() and dist.is_initialized():
+        gc.collect()  # DistributedDataParallel refers to itself, and to the group
         dist.destroy_process_group()
+
+
+def leave(code: int) -> NoReturn:
+    """End this process as sys.exit does, but leave Python up, for a group that can't be given up.
+
+    Such is one of sharded tensors: torch's caches keep their mesh, which keeps the group and its threads (see `stop`).
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -680,7 +680,7 @@ def test_a_worker_that_dies_is_an_error(tmp_path):
                 os.kill(active_children()[0].pid, signal.SIGKILL)
                 for _ in range(1000):
                     next(loader)
-            except (RuntimeError, ConnectionError) as error:
+            except (RuntimeError, ConnectionError, EOFError) as error:
                 return error
         try:
             error = death()

@@ -1,5 +1,7 @@
 """Two real gloo processes against one, on the same global batch."""
 
+import sys
+
 import pytest
 import torch
 from processes import SMALL, json_lines, launch
@@ -28,3 +30,12 @@ def test_twenty_steps_of_the_script_equal_one_process(tmp_path, accum):
     for a, b in zip(one, two, strict=True):
         assert b["loss"] == pytest.approx(a["loss"], abs=1e-4)
     assert one[0]["loss"] != one[1]["loss"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks at its threads in /proc")
+@pytest.mark.parametrize("kind, said", [("ddp", ["left: 0"] * 2), ("fsdp", [])])
+def test_late_threads_of_the_collectives_do_not_end_the_process(kind, said):
+    """One that still holds a tensor when Python is taken down would end a finished run with SIGABRT."""
+    done = launch("tests/late_threads.py", kind, processes=2)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == said

@@ -11,7 +11,6 @@ import utils
 
 
 def main(out: str) -> None:
-    parallel.start("cpu")
     rank, world = parallel.rank(), parallel.world_size()
     share = slice(rank * 4 // world, (rank + 1) * 4 // world)
     student, teacher = golden_networks()
@@ -34,8 +33,9 @@ def main(out: str) -> None:
     result |= {f"teacher/{k}": v for k, v in teacher.state_dict().items()}
     if parallel.is_main():
         torch.save(result, out)
-    parallel.stop()
 
 
 if __name__ == "__main__":
+    parallel.start("cpu")
     main(sys.argv[1])
+    parallel.stop()
