@@ -78,8 +78,14 @@ def decode(
                 return from_array(np.load(file, allow_pickle=False), in_chans, max_pixels)
             with pillow_limits(max_pixels):
                 picture = Image.open(file, formats=formats())
-                if reduction is not None and picture.format == "JPEG":
-                    picture.draft(None, tuple(n // reduction(*picture.size) for n in picture.size))
+                if picture.format == "JPEG":
+                    scale = 1 if reduction is None else reduction(*picture.size)
+                    if scale > 1:
+                        picture.draft(None, tuple(n // scale for n in picture.size))
+                    elif picture.mode == MODES.get(in_chans) == "RGB" and orientation(picture) == 1:
+                        file.seek(0)
+                        if (pixels := plain_jpeg(file.read())) is not None:
+                            return pixels
                 return from_pil(picture, in_chans)
     except Exception as error:  # on broken bytes, decoders raise SyntaxError, KeyError, struct.error and more
         name = name if in_memory else printable(os.fsencode(source))
@@ -130,6 +136,28 @@ def printable(path: bytes) -> str:
 
 
 # ---- The steps ----
+
+
+def plain_jpeg(content: bytes) -> Tensor | None:
+    """A JPEG file of three colours as Pillow decodes it, in three quarters of the time: same decoder, fewer copies.
+
+    uint8 (3, H, W) as `decode` gives it, or None where Pillow shall do it, or say why it can't be done.
+    """
+    decoder = jpeg_decoder()
+    try:
+        return decoder and decoder(torch.from_numpy(np.frombuffer(bytearray(content), np.uint8)))
+    except RuntimeError:
+        return None
+
+
+@cache
+def jpeg_decoder() -> Callable[[Tensor], Tensor] | None:
+    """torchvision's, or None in a version without it: 0.29 has it on the way out."""
+    try:
+        from torchvision.io import decode_jpeg  # half a second of import, for those who decode
+    except ImportError:
+        return None
+    return decode_jpeg
 
 
 @cache

@@ -1,5 +1,6 @@
 import io
 import os
+import re
 import struct
 import warnings
 import zlib
@@ -10,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+import images
 from images import MAX_PIXELS, decode, from_array, from_pil, suffixes
 
 RNG = np.random.default_rng(0)
@@ -389,3 +391,36 @@ def test_suffixes():
 def test_other_channels_need_arrays(tmp_path):
     with pytest.raises(ValueError, match="a.png: .*use .npy"):
         decode(saved(tmp_path / "a.png", RGB), 5)
+
+
+@pytest.mark.parametrize("damage", ["none", "cut short", "bytes changed", "bytes lost"])
+def test_jpeg_is_what_pillow_makes_of_it(tmp_path, damage):
+    """Pixels alike, also of damaged files, and refused when Pillow refuses."""
+    rng = np.random.default_rng(1)
+    whole = saved(tmp_path / "a.jpg", rng.integers(256, size=(90, 70, 3), dtype=np.uint8)).read_bytes()
+    refused = 0
+    for _ in range(1 if damage == "none" else 30):
+        content, at = bytearray(whole), int(rng.integers(640, len(whole) - 40))
+        if damage == "cut short":
+            del content[at:]
+        elif damage == "bytes changed":
+            content[at] = rng.integers(256)
+        elif damage == "bytes lost":
+            del content[at : at + int(rng.integers(1, 40))]
+        try:
+            expected = from_pil(Image.open(io.BytesIO(content)))
+        except OSError as error:
+            refused += 1
+            with pytest.raises(ValueError, match=re.escape(str(error))):
+                decode(bytes(content))
+        else:
+            assert torch.equal(decode(bytes(content)), expected)
+            assert torch.equal(images.plain_jpeg(bytes(content)), expected)
+    assert refused == 30 * (damage == "cut short")
+
+
+def test_without_torchvisions_decoder_pillow_decodes(tmp_path, monkeypatch):
+    path = saved(tmp_path / "a.jpg", smooth())
+    expected = decode(path)
+    monkeypatch.setattr(images, "jpeg_decoder", lambda: None)
+    assert torch.equal(decode(path), expected)
