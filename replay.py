@@ -84,7 +84,7 @@ def replay(path: str, device: torch.device) -> None:
         raise ValueError(f"--replay {error}; give the {NAME} that a run left") from error
     if "crops" not in failure:
         raise ValueError(f"--replay {path}: not a {NAME} of this script; give the one that a run left")
-    args = argparse.Namespace(**failure["args"] | {"init_from": "", "compile": None, "grad_checkpointing": False})
+    args = argparse.Namespace(**failure["args"] | {"init_from": "", "compile": None, "grad_checkpointing": None})
     print(f"step {failure['step']} of rank {failure['rank']}, images {failure['index'][0].tolist()}"
           + (" ..." if len(failure["index"]) > 1 else ""))
     for name in ("student", "teacher"):

@@ -25,7 +25,7 @@ import parallel
 import sharding
 import utils
 from monitor import Evaluation
-from vision_transformer import VITS, DINOHead, build_backbone
+from vision_transformer import VITS, DINOHead, VisionTransformer, build_backbone
 
 
 class Plan(NamedTuple):
@@ -88,7 +88,12 @@ def build_networks(args: argparse.Namespace, device: torch.device) -> tuple[nn.M
     if args.grad_checkpointing:
         if not hasattr(student.backbone, "set_grad_checkpointing"):  # timm's networks have it too
             raise ValueError(f"--grad_checkpointing: {args.arch} cannot do it; leave it out, or choose a ViT")
-        student.backbone.set_grad_checkpointing()
+        if args.grad_checkpointing == "blocks":
+            student.backbone.set_grad_checkpointing()
+        elif isinstance(student.backbone, VisionTransformer):
+            student.backbone.set_grad_checkpointing(layers=True)
+        else:
+            raise ValueError(f"--grad_checkpointing layers: {args.arch} cannot do it; give blocks, or choose a ViT")
     if args.compile:
         # The student is one graph for all sizes of crops; the loop calls the parts of the teacher one by one.
         for module in (student, teacher.backbone, teacher.head):

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.nn.init import trunc_normal_
 from torch.utils.checkpoint import checkpoint
 
+from recompute import gelu_linear, is_observed, norm_linear
+
 
 def drop_path(x: Tensor, drop_prob: float = 0.0, training: bool = False) -> Tensor:
     """Stochastic depth: a sample's residual branch is dropped with `drop_prob`, the others scaled to keep the mean."""
@@ -50,6 +52,8 @@ class LayerScale(nn.Module):
 
 
 class Mlp(nn.Module):
+    """fc2(GELU(fc1(x))), or of norm(x) where the `norm` before it is given."""
+
     def __init__(self, in_features: int, hidden_features: int, drop: float = 0.0) -> None:
         super().__init__()
         self.fc1 = nn.Linear(in_features, hidden_features)
@@ -57,14 +61,11 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden_features, in_features)
         self.drop = nn.Dropout(drop)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
-
-
-def is_observed(module: nn.Module) -> bool:
-    """Whether somebody listens to what goes in or out of a module, forwards or backwards."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
-                or module._backward_pre_hooks)
+    def forward(self, x: Tensor, norm: nn.Module | None = None) -> Tensor:
+        if norm is None or self.drop.p or is_observed(self.drop):
+            x = x if norm is None else norm(x)
+            return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
+        return gelu_linear(self.act, self.fc2, norm_linear(norm, self.fc1, x))
 
 
 HALF = (torch.float16, torch.bfloat16)
@@ -78,7 +79,8 @@ class Attention(nn.Module):
     the published module gives them; blocks pass False), or by a hook on this module or on
     `attn_drop`, which is where code written for the published models reads them (or by a module that took the place of
     `attn_drop`). The exception is half precision on a CPU, where forming them is three to eleven times as fast
-    (benchmarks/attention.py). `class_token_only` computes the first row of both: (B, 1, D) and (B, H, 1, N).
+    (benchmarks/attention.py). `class_token_only` computes the first row of both: (B, 1, D) and (B, H, 1, N). Where
+    the `norm` before it is given, the attention is that of norm(x).
     """
 
     def __init__(
@@ -99,10 +101,11 @@ class Attention(nn.Module):
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(
-        self, x: Tensor, return_attention: bool = True, class_token_only: bool = False
+        self, x: Tensor, return_attention: bool = True, class_token_only: bool = False, norm: nn.Module | None = None
     ) -> tuple[Tensor, Tensor | None]:
         B, N, D = x.shape
-        qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, D // self.num_heads)
+        qkv = self.qkv(x) if norm is None else norm_linear(norm, self.qkv, x)
+        qkv = qkv.reshape(B, N, 3, self.num_heads, D // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, H, N, D / H)
         if class_token_only:
             q = q[:, :, :1]
@@ -125,6 +128,8 @@ class Block(nn.Module):
     `class_token_only=True` returns (B, 1, D): the class token meets all others' keys and values, but what would become
     of those is not computed, three quarters of the arithmetic.
     """
+
+    recomputes_layers = False  # norms and GELU, in backward: VisionTransformer.set_grad_checkpointing
 
     def __init__(
         self,
@@ -149,13 +154,24 @@ class Block(nn.Module):
         self.ls2 = LayerScale(dim, init_values) if init_values is not None else nn.Identity()
 
     def forward(self, x: Tensor, return_attention: bool = False, class_token_only: bool = False) -> Tensor:
-        y, attn = self.attn(self.norm1(x), return_attention, class_token_only)
+        given, norm = self.given(self.attn, self.norm1, x)
+        y, attn = self.attn(given, return_attention, class_token_only, **norm)
         if return_attention:
             return attn
         if class_token_only:
             x = x[:, :1]
         x = x + self.drop_path(self.ls1(y))
-        return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
+        given, norm = self.given(self.mlp, self.norm2, x)
+        return x + self.drop_path(self.ls2(self.mlp(given, **norm)))
+
+    def given(self, module: nn.Module, norm: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, nn.Module]]:
+        """What `module` gets for module(norm(x)): that, or x and the norm, which it pairs with its first layer.
+
+        An observer of the module, and one of another class in its place, expect the former.
+        """
+        if self.recomputes_layers and type(module) in (Attention, Mlp) and not is_observed(module):
+            return x, {"norm": norm}
+        return norm(x), {}
 
 
 class PatchEmbed(nn.Module):
@@ -289,9 +305,14 @@ class VisionTransformer(nn.Module):
             x = torch.cat([x[:, :1], self.register_tokens.expand(x.shape[0], -1, -1), x[:, 1:]], dim=1)
         return self.pos_drop(x)
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Keep for backward what goes into each block alone, and compute the rest of it again (timm's name)."""
-        self.grad_checkpointing = enable
+    def set_grad_checkpointing(self, enable: bool = True, layers: bool = False) -> None:
+        """Keep for backward what goes into each block alone, and compute the rest of it again (timm's name).
+
+        With `layers`, compute again what costs little: the norms and GELU (recompute.py).
+        """
+        self.grad_checkpointing = enable and not layers
+        for block in self.blocks:
+            block.recomputes_layers = enable and layers
 
     def forward_tokens(self, x: Tensor, class_token_only: bool = False) -> Tensor:
         """Pictures (B, C, height, width) -> normalized tokens (B, N, D), or (B, 1, D) of the class token."""

@@ -36,7 +36,8 @@ def measure(args) -> dict:
     trainers = {
         "naive": lambda: naive.Trainer(**shared, grouped=True),
         "ours": lambda: ours.Trainer(**shared, local=args.local),
-        "ours, checkpointed": lambda: ours.Trainer(**shared, local=args.local, checkpointed=True),
+        "ours, layers checkpointed": lambda: ours.Trainer(**shared, local=args.local, checkpointed="layers"),
+        "ours, blocks checkpointed": lambda: ours.Trainer(**shared, local=args.local, checkpointed="blocks"),
     }
     found = {}
     for who, make in trainers.items():

@@ -10,10 +10,13 @@ from vision_transformer import DINOHead, build_backbone
 
 
 class Trainer:
-    """Same arguments and initial weights' names as naive.Trainer; `compiled`: a mode of torch.compile, "" for none."""
+    """Same arguments and initial weights' names as naive.Trainer.
+
+    `compiled` is a mode of torch.compile, `checkpointed` "layers" or "blocks"; of both, "" is none.
+    """
 
     def __init__(self, arch="vit_small", patch=16, size=224, k=65536, device="cpu", dtype=None, local=8,
-                 drop_path=0.1, compiled="", checkpointed=False) -> None:
+                 drop_path=0.1, compiled="", checkpointed="") -> None:
         def build(rate: float) -> utils.MultiCropWrapper:
             backbone, width = build_backbone(arch, patch, rate, img_size=size)
             return utils.MultiCropWrapper(backbone, DINOHead(width, k)).to(device)
@@ -22,7 +25,7 @@ class Trainer:
         self.teacher.load_state_dict(self.student.state_dict())
         self.teacher.requires_grad_(False)
         if checkpointed:
-            self.student.backbone.set_grad_checkpointing()
+            self.student.backbone.set_grad_checkpointing(layers=checkpointed == "layers")
         if compiled:
             for module in (self.student, self.teacher):
                 module.compile(mode=compiled)

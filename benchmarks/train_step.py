@@ -39,7 +39,8 @@ def trainers(args) -> dict:
         for network in (found["ours, all tokens"].student, found["ours, all tokens"].teacher):
             network.backbone.class_token_only = False
     if args.grad_checkpointing:
-        found["ours, checkpointed"] = ours.Trainer(**shared, local=args.local, checkpointed=True)
+        for what in ("layers", "blocks"):
+            found[f"ours, {what} checkpointed"] = ours.Trainer(**shared, local=args.local, checkpointed=what)
     if args.packed:
         found["ours, packed"] = ours.Trainer(**shared, local=args.local)
         packed.pack(found["ours, packed"].student)

@@ -172,6 +172,7 @@ TRAINING = [
     ("--arch vit_b_32 --global_crops_size 32", ("--global_crops_size 32", "vit_b_32 cannot take it", "another")),
     ("--local_crops_number 1000000000", ("--local_crops_number", "at most 1000")),
     ("--arch resnet18 --grad_checkpointing", ("--grad_checkpointing", "resnet18", "leave it out")),
+    ("--arch vit_tiny_patch16_224 --grad_checkpointing layers", ("--grad_checkpointing layers", "give blocks")),
     ("--batch_size_per_gpu 65", ("--batch_size_per_gpu 65", "64 images", "lower")),
     ("--grad_accum_steps 9", ("--grad_accum_steps 9", "64 images", "lower")),
     # Network and device

@@ -91,6 +91,7 @@ def test_start_from_weights_is_not_a_resume(finished, tmp_path):
 @pytest.mark.parametrize("extra", [["--precision", "bf16"], ["--precision", "fp16"], ["--optimizer", "sgd"],
                                    ["--optimizer", "lars"], ["--clip_mode", "global"], ["--local_crops_number", "0"],
                                    ["--arch", "resnet18"], ["--grad_checkpointing"], ["--use_bn_in_head", "true"],
+                                   ["--grad_checkpointing", "layers"],
                                    ["--in_chans", "1", "--mean", "0.5", "--std", "0.2"],
                                    pytest.param(["--compile"], marks=pytest.mark.slow)],
                          ids=" ".join)  # fmt: skip

@@ -124,6 +124,7 @@ OPTIMIZERS = {
 OPTIONS = {  # of main_dino.py, which must not change a figure
     "plain": lambda student: None,
     "checkpointed": lambda student: student.backbone.set_grad_checkpointing(),
+    "checkpointed layers": lambda student: student.backbone.set_grad_checkpointing(layers=True),
     "compiled": lambda student: student.compile(backend="aot_eager", fullgraph=True),
 }
 

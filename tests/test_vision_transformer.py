@@ -148,6 +148,64 @@ def test_checkpointed_blocks_keep_their_inputs_alone_and_compute_the_same():
     assert sum(kept[True]) < 0.5 * sum(kept[False])
 
 
+def kept_and_gradients(model, x, dtype=None):
+    """Numbers that autograd keeps between forward and backward, and the gradients of all parameters."""
+    sizes = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+        with torch.autocast("cpu", dtype, enabled=dtype is not None):
+            out = model(x)
+    return sum(sizes), torch.autograd.grad(out.float().square().sum(), list(model.parameters()))
+
+
+@pytest.mark.parametrize("options", [{}, {"qkv_bias": False, "num_classes": 7}, {"init_values": 0.5}])
+def test_checkpointed_layers_keep_no_norm_and_no_gelu_and_compute_the_same(options):
+    model = VisionTransformer(**TINY | options).double().train()
+    x = torch.randn(4, 3, 32, 32, dtype=torch.float64)
+    n, gradients = kept_and_gradients(model, x)
+    model.set_grad_checkpointing(layers=True)
+    fewer, found = kept_and_gradients(model, x)
+    torch.testing.assert_close(found, gradients, rtol=1e-12, atol=1e-15)
+    tokens, width, blocks = 4 * 17, 48, 3
+    weights = sum(b.mlp.fc1.weight.numel() + b.mlp.fc2.weight.numel() for b in model.blocks)
+    assert n - fewer >= tokens * 6 * width * blocks - weights
+    model.set_grad_checkpointing(False)
+    assert kept_and_gradients(model, x)[0] == n
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_checkpointed_layers_under_autocast(dtype):
+    model = VisionTransformer(**TINY).train()
+    x = torch.randn(4, 3, 32, 32)
+    _, gradients = kept_and_gradients(model, x, dtype)
+    model.set_grad_checkpointing(layers=True)
+    _, found = kept_and_gradients(model, x, dtype)
+    for a, b in zip(found, gradients, strict=True):
+        assert a.dtype == b.dtype and (a - b).norm() <= 0.002 * b.norm() + 1e-6
+
+
+def test_checkpointed_layers_leave_what_is_observed_or_replaced_alone():
+    """A hook sees what it saw without; another layer in a pair's place is called."""
+    x = torch.randn(2, 3, 32, 32)
+    torch.manual_seed(0)
+    model = VisionTransformer(**TINY).train()
+    found = {False: [], True: []}
+    for layers, seen in found.items():
+        model.set_grad_checkpointing(layers, layers=layers)
+        handles = []
+        for module in (model.blocks[0].attn, model.blocks[1].mlp, model.blocks[1].norm1, model.blocks[2].mlp.act,
+                       model.blocks[2].attn.qkv, model.blocks[2].mlp.drop):
+            handles.append(module.register_forward_hook(lambda m, given, out, seen=seen: seen.append(given[0].detach())))
+        model(x)
+        for handle in handles:
+            handle.remove()
+    assert len(found[False]) == 7
+    torch.testing.assert_close(found[True], found[False])
+    model.blocks[0].mlp.act = torch.nn.ReLU()
+    out = model(x)
+    model.set_grad_checkpointing(False)
+    torch.testing.assert_close(out, model(x))
+
+
 def test_changed_stride_gives_a_dense_grid():
     model = VisionTransformer(**TINY).eval()
     model.patch_embed.proj.stride = (4, 4)
