@@ -1,7 +1,7 @@
 """Pairs of layers that keep less for the backward pass: what lies between the two is cheap, and computed again there.
 
-Of the 16 D values a token that a block of width D keeps, 4 D are the MLP's after GELU and 2 D those after the norms. One
-function of both layers keeps what goes into the pair alone. Values and gradients are those of the layers.
+Of the 16 D values a token that a block of width D keeps, 4 D are the MLP's after GELU and 2 D those after the norms.
+One function of both layers keeps what goes into the pair alone. Values and gradients are those of the layers.
 
 Where a pair is not what it was built as (another class, a hook on one of them), and under torch.compile, which chooses
 by itself what to compute again, the layers run one after the other.

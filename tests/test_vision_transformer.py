@@ -194,7 +194,8 @@ def test_checkpointed_layers_leave_what_is_observed_or_replaced_alone():
         handles = []
         for module in (model.blocks[0].attn, model.blocks[1].mlp, model.blocks[1].norm1, model.blocks[2].mlp.act,
                        model.blocks[2].attn.qkv, model.blocks[2].mlp.drop):
-            handles.append(module.register_forward_hook(lambda m, given, out, seen=seen: seen.append(given[0].detach())))
+            hook = lambda m, given, out, seen=seen: seen.append(given[0].detach())  # noqa: E731
+            handles.append(module.register_forward_hook(hook))
         model(x)
         for handle in handles:
             handle.remove()
