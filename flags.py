@@ -63,7 +63,7 @@ def out_of_memory(error: Exception) -> str | None:
     if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in what:
         return None
     return (f"memory ran out ({what[:200]}): lower --batch_size_per_gpu, the size or number of crops, --out_dim, "
-            "--epochs or --steps, or choose a smaller --arch")
+            "--epochs or --steps, choose a smaller --arch, or give --grad_checkpointing")
 
 
 def output_dir(args: argparse.Namespace) -> Path:
