@@ -95,10 +95,10 @@ class DataAugmentationDINO:
         row[photometric.ORDER] = -1
         if rng.random() < 0.8:
             for column, (low, high) in self.JITTER.items():
-                row[column] = rng.uniform(low, high)
+                row[column] = uniform(rng, low, high)
             row[photometric.ORDER] = rng.integers(24)
         row[photometric.GREY] = rng.random() < 0.2
-        row[photometric.SIGMA] = rng.uniform(0.1, 2.0) if rng.random() < self.blur[view] else 0.0
+        row[photometric.SIGMA] = uniform(rng, 0.1, 2.0) if rng.random() < self.blur[view] else 0.0
         row[photometric.SOLARIZE] = rng.random() < self.solarize[view]
         return row
 
@@ -121,6 +121,11 @@ class DataAugmentationDINO:
         return [self.finish([c[None]], p[None])[0][0] for c, p in zip(crops, params, strict=True)]
 
 
+def uniform(rng: np.random.Generator, low: float, high: float) -> float:
+    """rng.uniform(low, high), the same number in a third of the time; an image takes sixty."""
+    return low + (high - low) * rng.random()
+
+
 def random_resized_crop_box(
     height: int, width: int, scale: tuple[float, float], rng: np.random.Generator
 ) -> tuple[int, int, int, int]:
@@ -129,8 +134,8 @@ def random_resized_crop_box(
     Drawn as Szegedy et al. 2015 do it: up to ten tries, then the largest centred box of a permitted ratio.
     """
     for _ in range(10):
-        area = height * width * rng.uniform(*scale)
-        ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+        area = height * width * uniform(rng, *scale)
+        ratio = math.exp(uniform(rng, math.log(3 / 4), math.log(4 / 3)))
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
             return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w

@@ -41,6 +41,7 @@ def stages(paths: list[Path], args) -> dict:
     return {
         "ours: read, decode": lambda: [images.decode(path, reduction=aug.reduction) for path in paths],
         "ours: read, decode at full size": lambda: [images.decode(path) for path in paths],
+        "ours: the same by Pillow alone": lambda: [images.from_pil(Image.open(path)) for path in paths],
         "ours: draw the views": lambda: [draw(aug, x, i) for i, x in enumerate(decoded)],
         "ours: draw, cut, resize, flip": lambda: [aug.cut(x, np.random.default_rng(i)) for i, x in enumerate(decoded)],
         "ours: collate": lambda: data.collate(items),
