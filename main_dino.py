@@ -215,8 +215,7 @@ def train(run: Run, log: metrics.Log) -> bool:
     bad_images = data.BadImages(len(run.images), args.max_bad_images)
     watch, window, clock = metrics.FiniteWatch(device), metrics.Meters(), metrics.Clock()
     requests = Requests(device, args.saveckp_every_minutes)
-    fused = run.optimizer.defaults.get("fused", False)
-    if fused and not run.scaler.is_enabled():
+    if not run.scaler.is_enabled():
         run.optimizer.found_inf = watch.found  # keeps the weights before a step that is not finite
 
     while run.step < plan.steps:
@@ -236,8 +235,6 @@ def train(run: Run, log: metrics.Log) -> bool:
         run.scaler.unscale_(run.optimizer)
         norms = utils.clip_gradients(run.student, args.clip_grad, per_tensor=args.clip_mode == "tensor")
         watch.update(step, step_loss, None if run.scaler.is_enabled() else norms)
-        if not fused:  # it can't: wait for the device before each update
-            check_finite(run, watch, step)
         utils.cancel_gradients_last_layer(epoch, run.student, args.freeze_last_layer)
         run.scaler.step(run.optimizer)
         run.scaler.update()

@@ -136,7 +136,7 @@ def build_optimizer(name: str, model: nn.Module) -> torch.optim.Optimizer:
     if name == "adamw":
         return torch.optim.AdamW(groups, fused=True)
     if name == "sgd":
-        return torch.optim.SGD(groups, lr=0, momentum=0.9)
+        return utils.SGD(groups)
     return utils.LARS(groups)
 
 

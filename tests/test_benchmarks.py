@@ -237,19 +237,20 @@ class LikeFused(torch.optim.AdamW):
         return super().step(closure)
 
 
-@pytest.fixture
-def device_that_cannot_be_read(monkeypatch, tmp_path):
+@pytest.fixture(params=["adamw", "sgd", "lars"])
+def device_that_cannot_be_read(request, monkeypatch, tmp_path):
     """A run on torch's meta device, whose tensors have no values: item(), cpu(), bool() and the like all raise."""
     import main_dino
 
     started = sys.modules[main_dino.Run.__module__]  # where its networks and optimizer are made
-    monkeypatch.setattr(started, "build_optimizer", lambda name, model: LikeFused(model.parameters()))
+    if request.param == "adamw":
+        monkeypatch.setattr(started, "build_optimizer", lambda name, model: LikeFused(model.parameters()))
     monkeypatch.setattr(main_dino.Run, "autocast", lambda run: torch.autocast("cpu", enabled=False))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *args: pytest.fail("a step waits for the device"))
     argv = ("--arch vit_nano --data_path shapes:16x32 --global_crops_size 32 --local_crops_size 16 --out_dim 64 "
             "--local_crops_number 2 --batch_size_per_gpu 4 --num_workers 0 --epochs 4 --warmup_epochs 0 "
             "--freeze_last_layer 0 --log_every 100 --saveckp_freq 0 --precision fp32").split()  # fmt: skip
-    args = main_dino.get_args_parser().parse_args([*argv, "--output_dir", str(tmp_path)])
+    args = main_dino.get_args_parser().parse_args([*argv, "--optimizer", request.param, "--output_dir", str(tmp_path)])
     run = main_dino.Run(args, torch.device("meta"))
     run.step = 1  # step 0 is a logged one
     return main_dino, run

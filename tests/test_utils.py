@@ -116,7 +116,7 @@ def golden_crops(seed, it, n_local, rows=slice(None)):
 
 OPTIMIZERS = {
     "train_adamw": (lambda g: torch.optim.AdamW(g, fused=True), 2e-3, 7, 3),
-    "train_sgd_no_local_crops": (lambda g: torch.optim.SGD(g, lr=0, momentum=0.9), 0.1, 8, 0),
+    "train_sgd_no_local_crops": (utils.SGD, 0.1, 8, 0),
     "train_lars": (utils.LARS, 0.5, 9, 3),
 }
 
@@ -162,6 +162,36 @@ def test_six_steps_figures(name, option):
         for key, p in network.named_parameters():
             figures = torch.cat([torch.stack([p.sum(), p.norm()]), p.flatten()[:4]]).detach()
             np.testing.assert_allclose(figures, golden[f"{role}/{key}"], rtol=1e-9, atol=1e-12, err_msg=f"{role}/{key}")
+
+
+@pytest.mark.parametrize("kind", [utils.SGD, utils.LARS])
+def test_nothing_changes_where_a_gradient_was_not_finite(kind):
+    p, q = (torch.nn.Parameter(torch.randn(3, 4)) for _ in range(2))
+    optimizer = kind([p, q], lr=0.5, weight_decay=0.1)
+    optimizer.found_inf = torch.zeros(())
+    before = p.detach().clone()
+    for found in (0.0, 0.0, 1.0):
+        p.grad, q.grad = torch.randn(3, 4), torch.full((3, 4), math.nan if found else 1.0)
+        optimizer.found_inf.fill_(found)
+        kept = [x.clone() for x in (p, q, optimizer.state[p].get("mu", p), optimizer.state[q].get("mu", q))]
+        optimizer.step()
+    assert not torch.equal(p, before)
+    assert all(torch.equal(a, b) for a, b in zip(kept, (p, q, optimizer.state[p]["mu"], optimizer.state[q]["mu"]),
+                                                 strict=True))
+
+
+def test_sgd_is_torchs():
+    torch.manual_seed(0)
+    start = torch.randn(3, 4, dtype=torch.float64)
+    found = []
+    for kind in (utils.SGD, torch.optim.SGD):
+        p = torch.nn.Parameter(start.clone())
+        optimizer = kind([p], lr=0.3, weight_decay=0.1, momentum=0.9)
+        for step in range(4):
+            p.grad = (p.detach() * (step + 1)).sin()
+            optimizer.step()
+        found.append(p.detach())
+    torch.testing.assert_close(*found, rtol=1e-12, atol=0)
 
 
 def test_compiled_student_is_one_graph_for_all_sizes_of_crops():
