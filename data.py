@@ -211,7 +211,8 @@ def workers(n: int) -> dict[str, Any]:
     On Linux they are forked, whatever Python's default is (forkserver from 3.14 on): they start at once, share the
     listing's memory, and no server between stands to be hit by a signal that is for the process that trains.
     """
-    jpeg_decoder()  # imported here, not by each of them
+    if n:
+        jpeg_decoder()  # imported here, not by each of them
     fork = "fork" if n and sys.platform == "linux" else None
     return {"num_workers": n, "worker_init_fn": init_worker, "multiprocessing_context": fork}
 

@@ -402,12 +402,12 @@ def cancel_gradients_last_layer(epoch: int, model: nn.Module, freeze_last_layer:
 class SGD(torch.optim.Optimizer):
     """Stochastic gradient descent with momentum: mu <- momentum mu + d, p <- p - lr mu, where d = g + weight_decay p.
 
-    As PyTorch's fused optimizers, and unlike its own SGD on sharded tensors, it changes nothing where the attribute
+    As PyTorch's fused optimizers, whose SGD knows no sharded tensors, it changes nothing where the attribute
     `found_inf`, a float32 scalar on the device, is there and is 1: the host need not wait to know.
     """
 
-    def __init__(self, params: Iterable, lr: float = 0, weight_decay: float = 0, momentum: float = 0.9, **more) -> None:
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum} | more)
+    def __init__(self, params: Iterable, lr: float = 0, weight_decay: float = 0, momentum: float = 0.9) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
 
     def direction(self, p: Tensor, group: dict) -> Tensor:
         """d for a parameter."""
@@ -449,7 +449,8 @@ class LARS(SGD):
         momentum: float = 0.9,
         eta: float = 0.001,
     ) -> None:
-        super().__init__(params, lr, weight_decay, momentum, eta=eta)
+        defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "eta": eta}
+        torch.optim.Optimizer.__init__(self, params, defaults)
 
     def direction(self, p: Tensor, group: dict) -> Tensor:
         if p.ndim == 1:

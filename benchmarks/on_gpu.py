@@ -32,8 +32,10 @@ RUNS = (
 
 WAYS = {  # name: (arguments of ours.Trainer, packed, largest share that the gradient may be off by)
     "fp32": ({}, False, 1e-3), "fp32, packed": ({}, True, 1e-3),
-    "fp32, checkpointed": ({"checkpointed": True}, False, 1e-3),
+    "fp32, blocks checkpointed": ({"checkpointed": "blocks"}, False, 1e-3),
+    "fp32, layers checkpointed": ({"checkpointed": "layers"}, False, 1e-3),
     "bf16": ({"dtype": torch.bfloat16}, False, 0.1), "bf16, packed": ({"dtype": torch.bfloat16}, True, 0.1),
+    "bf16, layers checkpointed": ({"dtype": torch.bfloat16, "checkpointed": "layers"}, False, 0.1),
     "bf16, compiled": ({"dtype": torch.bfloat16, "compiled": "default"}, False, 0.1),
 }
 
