@@ -141,16 +141,16 @@ def collate(items: Sequence[tuple[list[Tensor], Tensor, int, list[Bad]]]) -> dic
     """B items of MultiCrop -> one batch.
 
     Returns:
-        crops: [global (2B, C, g, g), local (LB, C, l, l)] uint8, all images' crop 0, then all images' crop 1, ...;
-            the second is left out when L = 0. params: float32 ((2 + L)B, 8) in this order. index: int64 (B,).
-            bad: list of (name, reason).
+        crops: [global (2B, C, g, g), local (LB, C, l, l)] uint8, channels last in memory as `cut` leaves them; all
+            images' crop 0, then all images' crop 1, ...; the second is left out when L = 0. params: float32
+            ((2 + L)B, 8) in this order. index: int64 (B,). bad: list of (name, reason).
     """
     crops, params, indices, bad = zip(*items, strict=True)
     views = list(zip(*crops, strict=True))  # [view][image]
-    groups = [[crop for view in group for crop in view] for group in (views[:2], views[2:])]
+    groups = [[crop.permute(1, 2, 0) for view in group for crop in view] for group in (views[:2], views[2:])]
     return {
         # default_collate stacks; in a worker, at once into the memory that is shared with the parent
-        "crops": [default_collate(group) for group in groups if group],
+        "crops": [default_collate(group).permute(0, 3, 1, 2) for group in groups if group],
         "params": torch.stack(params, 1).flatten(0, 1),
         "index": torch.tensor(indices),
         "bad": [one for some in bad for one in some],

@@ -77,13 +77,15 @@ class DataAugmentationDINO:
     def cut(self, image: Tensor, rng: np.random.Generator) -> tuple[list[Tensor], Tensor]:
         """uint8 image (C, height, width) -> 2 + L uint8 crops (C, size, size), and their parameters (2 + L, 8).
 
-        The parameters' columns are those of `photometric`; `rng` is the only source of randomness.
+        The parameters' columns are those of `photometric`; `rng` is the only source of randomness. Crops are views
+        of (size, size, C) memory: so torch resizes uint8, and leaves its result if a crop comes to it that way.
         """
         crops, params = [], np.empty((len(self.sizes), len(photometric.COLUMNS)), np.float32)
         for v, (scale, size) in enumerate(zip(self.scales, self.sizes, strict=True)):
             top, left, height, width = random_resized_crop_box(*image.shape[-2:], scale, rng)
-            crop = image[:, top : top + height, left : left + width]
-            crop = F.interpolate(crop[None], size=(size, size), mode="bicubic", antialias=True)[0]
+            crop = image[None, :, top : top + height, left : left + width]
+            crop = crop.contiguous(memory_format=torch.channels_last)
+            crop = F.interpolate(crop, size=(size, size), mode="bicubic", antialias=True)[0]
             crops.append(crop.flip(-1) if rng.random() < 0.5 else crop)
             params[v] = self.draw_photometric(v, rng)
         return crops, torch.from_numpy(params)
