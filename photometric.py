@@ -18,7 +18,6 @@ Shapes: M crops, C channels, H x W pixels.
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from functools import cache
 
 import numpy as np
 import torch
@@ -29,11 +28,8 @@ from torch import Tensor
 # jitter operations (-1: no jitter), grey (0 or 1), blur in pixels (0: none), solarize (0 or 1).
 COLUMNS = ("brightness", "contrast", "saturation", "hue", "order", "grey", "sigma", "solarize")
 BRIGHTNESS, CONTRAST, SATURATION, HUE, ORDER, GREY, SIGMA, SOLARIZE = range(8)
+LUMA = (0.299, 0.587, 0.114)  # ITU-R 601
 ORDERS = tuple(itertools.permutations((BRIGHTNESS, CONTRAST, SATURATION, HUE)))  # 24
-
-# What torch.compile makes one pass over memory of, each; the blur chooses its steps by the parameters.
-FUSIBLE = (
-    "adjust_brightness", "adjust_contrast", "adjust_saturation", "adjust_hue", "to_grey", "solarize", "normalize")
 
 # On a CPU, work through the crops in parts of about this many values: a part and its temporaries stay in the cache.
 # Whole batches at once took three to five times as long, most of it for fresh memory.
@@ -103,7 +99,7 @@ def to_grey(images: Tensor) -> Tensor:
     return _luma(images).repeat(1, 3, 1, 1)
 
 
-def gaussian_blur(images: Tensor, sigma: Tensor) -> Tensor:
+def gaussian_blur(images: Tensor, sigma: Tensor, summed: Callable[..., None] | None = None) -> Tensor:
     """Blur each picture as Pillow's `ImageFilter.GaussianBlur(sigma)` does, repeating the pixels at the edge.
 
     That is no sampled Gaussian but three passes of an "extended box" in each direction (see `_boxes`), so that the
@@ -113,6 +109,7 @@ def gaussian_blur(images: Tensor, sigma: Tensor) -> Tensor:
     Args:
         sigma: (M,) standard deviation in pixels, ON THE CPU, for it says how many taps to compute; 0 is the picture.
             Falling sigma is the fastest order: a tap then runs over the first pictures only.
+        summed: computes what `_box_sum` does, which is the default.
     """
     if not (sigma > 0).any():
         return images
@@ -120,11 +117,11 @@ def gaussian_blur(images: Tensor, sigma: Tensor) -> Tensor:
     edge = len(boxes) - 1
     # How many pictures, counted from the first, take part in a tap: the others' weights are zero.
     counts = ((boxes != 0) * np.arange(1, len(sigma) + 1)).max(1).tolist()
-    weights = _to_device(torch.from_numpy(boxes).to(images.dtype), images.device)[..., None, None]
+    weights = to_device(torch.from_numpy(boxes).to(images.dtype), images.device)[..., None, None]
     passes = (2, 2, 2, 3, 3, 3)
     padded = F.pad(images, (edge,) * 4, mode="replicate")
     for dim in passes:
-        padded = _box_pass(padded, weights, counts, dim)
+        padded = _box_pass(padded, weights, counts, dim, summed or _box_sum)
     scale = torch.from_numpy(total ** -len(passes))
     return padded[:, :, edge:-edge, edge:-edge] * _per_image(scale, images)
 
@@ -143,15 +140,7 @@ def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     return (images - mean.view(-1, 1, 1)).div_(std.view(-1, 1, 1))
 
 
-@cache
-def fused(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    return torch.compile(function, dynamic=True) if function.__name__ in FUSIBLE else function
-
-
-@torch.no_grad()
-def photometric(
-    crops: Tensor, params: Tensor, mean: Sequence[float], std: Sequence[float], compiled: bool = False
-) -> Tensor:
+def photometric(crops: Tensor, params: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """Colour jitter, grey, blur, solarize and normalization of a batch of crops, each by its own parameters.
 
     Crops of other than three channels go without saturation, hue and grey, which mean nothing there; grey, as the
@@ -161,7 +150,6 @@ def photometric(
         crops: (M, C, H, W) uint8, on any device.
         params: (M, 8) float32 on the CPU; see COLUMNS.
         mean, std: C numbers each, for values in [0, 1].
-        compiled: fuse each operation by torch.compile, for any number of crops.
 
     Returns:
         (M, C, H, W) float32 on the crops' device.
@@ -169,15 +157,24 @@ def photometric(
     Raises:
         ValueError: the shapes, the types or the orders are not as said, or the parameters are not on the CPU.
     """
+    return in_parts(_transform, crops, params, mean, std)
+
+
+@torch.no_grad()
+def in_parts(
+    transform: Callable[[Tensor, np.ndarray, Tensor, Tensor, Tensor], None],
+    crops: Tensor, params: Tensor, mean: Sequence[float], std: Sequence[float],
+) -> Tensor:
+    """`photometric` by a transform(crops, params, mean, std, out) that writes into `out`; on a CPU, part by part."""
     _check(crops, params, mean, std)
-    mean, std = (_to_device(torch.tensor(values, dtype=torch.float32), crops.device) for values in (mean, std))
+    mean, std = (to_device(torch.tensor(values, dtype=torch.float32), crops.device) for values in (mean, std))
     result = torch.empty(crops.shape, dtype=torch.float32, device=crops.device)
-    part = len(crops)
-    if crops.device.type == "cpu":
-        part = max(1, CPU_PART // max(1, crops[:1].numel()))
-    for first in range(0, len(crops), max(1, part)):
-        rows = slice(first, first + part)
-        _transform(crops[rows], params[rows].numpy(), mean, std, result[rows], fused if compiled else _as_it_is)
+    parts = -(-crops.numel() // CPU_PART) if crops.device.type == "cpu" else min(1, len(crops))
+    ends = [len(crops) * i // max(1, parts) for i in range(parts + 1)]
+    for begin, end in itertools.pairwise(ends):
+        if begin < end:
+            rows = slice(begin, end)
+            transform(crops[rows], params[rows].numpy(), mean, std, result[rows])
     return result
 
 
@@ -206,14 +203,8 @@ def _stages(params: np.ndarray, channels: int) -> list[Stage]:
     ]
 
 
-def _as_it_is(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    return function
-
-
-def _transform(
-    crops: Tensor, params: np.ndarray, mean: Tensor, std: Tensor, out: Tensor, made: Callable[[Callable], Callable]
-) -> None:
-    """`photometric` of crops that are worked on together; `made` is what becomes of each operation.
+def _transform(crops: Tensor, params: np.ndarray, mean: Tensor, std: Tensor, out: Tensor) -> None:
+    """`photometric` of crops that are worked on together.
 
     Before each stage the crops are put in the order of the functions they need, so that a function takes a slice:
     reading rows in any order is fast everywhere, writing them so is slow on a CPU.
@@ -232,23 +223,21 @@ def _transform(
             if begin == end:
                 continue
             factor = () if column is None else (torch.from_numpy(params[places[begin:end], column]),)
-            if function.__name__ in FUSIBLE:  # sent ahead: a graph of torch.compile has no place for it
-                factor = tuple(_to_device(f, images.device) for f in factor)
-            changed = made(function)(images[begin:end], *factor)
+            changed = function(images[begin:end], *factor)
             if end - begin == count:
                 images = changed
             else:
                 images[begin:end] = changed
-    out.copy_(_reorder(made(normalize)(images, mean, std), np.argsort(places)))
+    out.copy_(_reorder(normalize(images, mean, std), np.argsort(places)))
 
 
 def _reorder(images: Tensor, order: np.ndarray) -> Tensor:
     if (order[1:] > order[:-1]).all():
         return images
-    return images.index_select(0, _to_device(torch.from_numpy(order), images.device))
+    return images.index_select(0, to_device(torch.from_numpy(order), images.device))
 
 
-def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """Send a small CPU tensor without waiting for the device, which takes pinned memory on CUDA."""
     if device.type == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()
@@ -256,7 +245,7 @@ def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def _per_image(factor: Tensor, images: Tensor) -> Tensor:
-    return _to_device(factor.to(images.dtype), images.device).view(-1, 1, 1, 1)
+    return to_device(factor.to(images.dtype), images.device).view(-1, 1, 1, 1)
 
 
 def _blend(images: Tensor, other: Tensor, factor: Tensor) -> Tensor:
@@ -268,7 +257,7 @@ def _luma(images: Tensor) -> Tensor:
     if images.shape[1] != 3:
         return images.mean(1, keepdim=True)
     red, green, blue = images.split(1, dim=1)
-    return (red * 0.299).add_(green, alpha=0.587).add_(blue, alpha=0.114)
+    return (red * LUMA[0]).add_(green, alpha=LUMA[1]).add_(blue, alpha=LUMA[2])
 
 
 def _hand_round(images: Tensor, steps: Tensor) -> Tensor:
@@ -295,30 +284,41 @@ def _boxes(sigma: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return boxes, 2 * (length + ends) + 1
 
 
-def _box_pass(images: Tensor, weights: Tensor, counts: list[int], dim: int) -> Tensor:
+def _box_pass(images: Tensor, weights: Tensor, counts: list[int], dim: int, summed: Callable[..., None]) -> Tensor:
     """Sum the padded pictures over their boxes along `dim` (2, then 3) and pad the outcome again.
 
     A picture is run through as one piece of memory, so that a shift along a row reads across its ends: what comes
     out there lies in the padding, which is written last.
     """
     edge, (rows, pitch) = len(weights) - 1, images.shape[2:]
-    step = pitch if dim == 2 else 1
     begin, end = edge * pitch, (rows - edge) * pitch
-    source, result = images.flatten(2), images.new_empty(images.shape)
-    target = result.flatten(2)[:, :, begin:end]
+    result = images.new_empty(images.shape)
+    summed(images.flatten(2), result.flatten(2)[:, :, begin:end], weights, counts, begin, pitch if dim == 2 else 1)
+    last = images.shape[dim] - edge
+    result.narrow(dim, 0, edge).copy_(result.narrow(dim, edge, 1))
+    result.narrow(dim, last, edge).copy_(result.narrow(dim, last - 1, 1))
+    return result
+
+
+def _box_sum(source: Tensor, target: Tensor, weights: Tensor, counts: list[int], begin: int, step: int) -> None:
+    """target[i] = x[0] + sum over t of weights[t] (x[-t] + x[t]), where x[j] is source[begin + i + j step].
+
+    Args:
+        source: (M, C, padded pixels).
+        target: (M, C, pixels), written.
+        weights: (edge + 1, M, 1, 1), t = 1 .. edge.
+        counts: how many pictures, counted from the first, take part in each t: the others' weights are zero.
+    """
+    end = begin + target.shape[2]
 
     def pair(tap: int, count: int) -> Tensor:
         before, after = -tap * step, tap * step
         part = source[:count]
         return part[:, :, begin + before : end + before] + part[:, :, begin + after : end + after]
 
-    torch.addcmul(source[:, :, begin:end], pair(1, len(images)), weights[1], out=target)
-    for tap in range(2, edge + 1):
+    torch.addcmul(source[:, :, begin:end], pair(1, len(source)), weights[1], out=target)
+    for tap in range(2, len(weights)):
         target[: counts[tap]].addcmul_(pair(tap, counts[tap]), weights[tap, : counts[tap]])
-    last = images.shape[dim] - edge
-    result.narrow(dim, 0, edge).copy_(result.narrow(dim, edge, 1))
-    result.narrow(dim, last, edge).copy_(result.narrow(dim, last - 1, 1))
-    return result
 
 
 def _check(crops: Tensor, params: Tensor, mean: Sequence[float], std: Sequence[float]) -> None:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+import fused
 import photometric
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -39,7 +40,7 @@ class DataAugmentationDINO:
         global_crops_scale, local_crops_scale: smallest and largest share of the image's area in a crop.
         global_crops_size, local_crops_size: crops' side in pixels.
         mean, std: one value a channel, of intensities in [0, 1].
-        compiled: let torch.compile fuse the operations of `finish`.
+        compiled: by torch.compile, `finish` of three channels makes fewer passes over memory.
     """
 
     BLUR = (1.0, 0.1)  # probability for the first and second global crop
@@ -110,8 +111,8 @@ class DataAugmentationDINO:
         `params` ((2 + L) B, 8) stays on the CPU, so that nothing waits for the device.
         """
         rows = params.split([len(c) for c in crops])
-        return [photometric.photometric(c, p, self.mean, self.std, self.compiled)
-                for c, p in zip(crops, rows, strict=True)]
+        method = fused if self.compiled and len(self.mean) == 3 else photometric
+        return [method.photometric(c, p, self.mean, self.std) for c, p in zip(crops, rows, strict=True)]
 
     def __call__(self, image, rng: np.random.Generator | None = None) -> list[Tensor]:
         """PIL image -> 2 + L normalized float32 crops (C, size, size); `rng` defaults to one seeded by torch's."""

@@ -44,6 +44,7 @@ def stages(paths: list[Path], args) -> dict:
         "ours: the same by Pillow alone": lambda: [images.from_pil(Image.open(path)) for path in paths],
         "ours: draw the views": lambda: [draw(aug, x, i) for i, x in enumerate(decoded)],
         "ours: draw, cut, resize, flip": lambda: [aug.cut(x, np.random.default_rng(i)) for i, x in enumerate(decoded)],
+        "ours: the same, crops channels first": lambda: [channels_first(aug, x, i) for i, x in enumerate(decoded)],
         "ours: collate": lambda: data.collate(items),
         "ours: worker, all of it": lambda: data.collate([
             (*aug.cut(images.decode(path, reduction=aug.reduction), np.random.default_rng(i)), i, [])
@@ -61,6 +62,17 @@ def draw(aug: utils.DataAugmentationDINO, image: torch.Tensor, seed: int) -> Non
     for view, scale in enumerate(aug.scales):
         utils.random_resized_crop_box(*image.shape[-2:], scale, rng)
         rng.random()
+        aug.draw_photometric(view, rng)
+
+
+def channels_first(aug: utils.DataAugmentationDINO, image: torch.Tensor, seed: int) -> None:
+    """`cut` by a resizing that is given what lies in the picture, and then puts its result channels first."""
+    rng = np.random.default_rng(seed)
+    for view, (scale, size) in enumerate(zip(aug.scales, aug.sizes, strict=True)):
+        top, left, height, width = utils.random_resized_crop_box(*image.shape[-2:], scale, rng)
+        crop = image[None, :, top : top + height, left : left + width]
+        crop = torch.nn.functional.interpolate(crop, size=(size, size), mode="bicubic", antialias=True)
+        crop.flip(-1) if rng.random() < 0.5 else crop
         aug.draw_photometric(view, rng)
 
 

@@ -18,6 +18,9 @@ import torch
 from train_step import PRECISIONS, crops_of
 
 
+GROWING = ("activations", "logits and loss")  # with the number of images; the rest stays as it is
+
+
 def count(trainer, crops, features) -> dict[str, int]:
     """MB: `features` is the student's pass through the backbone alone."""
     weights = sum(p.numel() * p.element_size() for net in (trainer.student, trainer.teacher) for p in net.parameters())
@@ -29,10 +32,10 @@ def count(trainer, crops, features) -> dict[str, int]:
             "logits and loss": logits}
 
 
-def measure(args) -> dict:
+def measure(batch: int, args) -> dict[str, dict]:
     shared = {"arch": args.arch, "patch": args.patch, "size": args.sizes[0], "k": args.out_dim,
               "device": args.device, "dtype": PRECISIONS[args.precision]}
-    views, joined = crops_of(args.batch, args)
+    views, joined = crops_of(batch, args)
     trainers = {
         "naive": lambda: naive.Trainer(**shared, grouped=True),
         "ours": lambda: ours.Trainer(**shared, local=args.local),
@@ -48,7 +51,7 @@ def measure(args) -> dict:
     size = 4 * shape.parameters()
     found["the model of cost"] = {
         "weights": 2 * size, "gradients": size, "moments": 2 * size,
-        "activations": args.batch * shape.kept_bytes(precision), "logits and loss": None}
+        "activations": batch * shape.kept_bytes(precision), "logits and loss": None}
     return found
 
 
@@ -64,10 +67,16 @@ def main(args) -> int:
         args.arch, args.sizes, args.local, args.out_dim = "vit_nano", (32, 16), 2, 64
     torch.manual_seed(0)
     bench.header(f"memory of a step, {args.arch}/{args.patch}, {args.precision}, {args.batch} images", args.device)
-    found = measure(args)
+    found, twice = measure(args.batch, args), measure(2 * args.batch, args)
     names = list(found["ours"])
     bench.table(["MB", *names], [[who, *(row[n] and row[n] / 1e6 for n in names)] for who, row in found.items()])
-    bench.record(args, "memory", bytes=found)
+    more = {who: [(twice[who][n] - row[n]) / args.batch for n in GROWING]
+            for who, row in found.items() if None not in row.values()}
+    print("\nAn image more takes")
+    bench.table(["MB", *GROWING, "both", "share of naive"],
+                [[who, *(b / 1e6 for b in row), sum(row) / 1e6, sum(row) / sum(more["naive"])]
+                 for who, row in more.items()])
+    bench.record(args, "memory", bytes=found, bytes_an_image=more)
     return 0
 
 

@@ -7,11 +7,13 @@ import sys
 import bench
 import model
 import naive
+import numpy as np
 import ours
 import packed
 import pytest
 import torch
 
+import fused
 import utils
 
 TINY = {"arch": "vit_nano", "size": 32, "k": 64, "drop_path": 0.1}
@@ -138,6 +140,30 @@ def test_traffic_of_the_model_is_near_what_operations_read_and_write():
             trainer.step(views(batch, 2, (64, 32))[1])
         image, step = shape.traffic("fp32")
         assert batch * image + step == pytest.approx(counted.bytes, rel=0.15)
+
+
+def test_traffic_of_colours_in_the_model_is_what_their_operations_and_kernels_move(monkeypatch):
+    """As for a whole batch on a GPU; a kernel reads its arguments and writes its results, each once."""
+    counted, rng = bench.Traffic(), np.random.default_rng(0)
+
+    def kernel(function):
+        def run(*args):
+            before = counted.bytes
+            result = function(*args)
+            counted.bytes = before + sum(counted.size(x) for x in (*args, result))
+            return result
+        return run
+
+    monkeypatch.setattr(fused, "compiled", kernel)
+    for kind, compiled in (("eager", False), ("fused", True)):
+        augmentation = utils.DataAugmentationDINO((0.4, 1.0), (0.05, 0.4), 8, compiled=compiled)
+        params = [augmentation.draw_photometric(view, rng) for view in range(10) for _ in range(32)]
+        crops = [torch.empty(n, 3, s, s, dtype=torch.uint8, device="meta") for n, s in ((64, 224), (256, 96))]
+        counted.bytes = 0
+        with counted:
+            augmentation.finish(crops, torch.from_numpy(np.stack(params)))
+        values = sum(c.numel() for c in crops)
+        assert counted.bytes / values == pytest.approx(model.COLOURS_TRAFFIC[kind], rel=0.1)
 
 
 def test_traffic_counts_results_and_changes_in_place_and_no_views():
