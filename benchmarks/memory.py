@@ -17,7 +17,6 @@ import ours
 import torch
 from train_step import PRECISIONS, crops_of
 
-
 GROWING = ("activations", "logits and loss")  # with the number of images; the rest stays as it is
 
 
