@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import random
 import re
@@ -90,18 +89,6 @@ def read_latest(folder: str | os.PathLike) -> tuple[dict, Path] | None:
         raise ValueError(f"--output_dir {folder}: {errors[0]}; no other checkpoint is left: choose another folder, or "
                          "move it away to start anew")
     return None
-
-
-def file_sha256(path: str | os.PathLike) -> str:
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(f)
-
-
-def _sha256(f) -> str:  # Python 3.10 has no file_digest
-    digest = hashlib.sha256()
-    while block := f.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
 
 
 # ---- Random state ----

@@ -161,6 +161,11 @@ def read_classifier(path: str | os.PathLike) -> dict:
     if not all(isinstance(state.get(name), Tensor) for name in ("weight", "bias")):
         raise ValueError(f"--linear_weights {path}: holds no linear.weight and linear.bias; give a linear.pth")
     about = {k: loaded[k] for k in ("classes", "setting") if loaded.get(k)}
+    setting = about.get("setting", dict.fromkeys(Setting._fields, 0))
+    if not isinstance(setting, Mapping) or setting.keys() != set(Setting._fields) or not all(
+            isinstance(value, int | float) for value in setting.values()):
+        raise ValueError(f"--linear_weights {path}: its setting does not hold {', '.join(Setting._fields)}; give a "
+                         "linear.pth as it was written")
     return {"weight": state["weight"], "bias": state["bias"]} | about
 
 

@@ -87,7 +87,8 @@ def build_networks(args: argparse.Namespace, device: torch.device) -> tuple[nn.M
         student, teacher = (nn.SyncBatchNorm.convert_sync_batchnorm(m) for m in (student, teacher))
     if args.grad_checkpointing:
         if not hasattr(student.backbone, "set_grad_checkpointing"):  # timm's networks have it too
-            raise ValueError(f"--grad_checkpointing: {args.arch} cannot do it; leave it out, or choose a ViT")
+            raise ValueError(f"--grad_checkpointing {args.grad_checkpointing}: {args.arch} cannot do it; leave it out, "
+                             "or choose a ViT")
         if args.grad_checkpointing == "blocks":
             student.backbone.set_grad_checkpointing()
         elif isinstance(student.backbone, VisionTransformer):

@@ -269,6 +269,17 @@ def test_a_file_without_a_classifier_is_named_before_any_work(content, pictures,
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("setting", [
+    1, ["lr"], {"lr": 0.1}, {"lr": 0.1, "n_last_blocks": "4", "avgpool_patchtokens": 0}])
+def test_a_classifier_with_a_broken_setting_is_named_before_any_work(setting, pictures, tmp_path, capsys):
+    file = {"linear.weight": torch.ones(4, 192), "linear.bias": torch.ones(4)}
+    torch.save({"state_dict": file, "setting": setting}, tmp_path / "file.pth")
+    assert run(pictures, tmp_path / "out", "--evaluate", "--linear_weights", tmp_path / "file.pth") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and f"--linear_weights {tmp_path}/file.pth: its setting does not hold lr" in error
+    assert not (tmp_path / "out").exists()
+
+
 def test_views_are_extracted_once(pictures, tmp_path, monkeypatch):
     report = run(pictures, tmp_path, "--lr", 0.3, "--views", 2, "--epochs", 8)
     assert report["test"]["top1"]["value"] >= 50
