@@ -26,6 +26,7 @@ import eval_linear
 import eval_segmentation
 import eval_video_segmentation
 import flags
+import masks
 import parallel
 import plots
 import report
@@ -267,7 +268,7 @@ def sections(args: argparse.Namespace, about: dict, results: tuple, images: Sequ
     lines = [{k: v for k, v in row.items() if k != "per_class"} for row in knn.get("results", [])]
     wrong = confusions(parts) if knn.get("results") else []
     segmented = reports.get("segmentation")
-    masks = folder / "this_network" / "masks.png"
+    sheet = folder / "this_network" / "masks.png"
     facts = {k: about[k] for k in ("arch", "patch_size", "weights", "checkpoint_key", "weights_sha256", "crop_size")
              if about.get(k) is not None}
     return [
@@ -283,7 +284,7 @@ def sections(args: argparse.Namespace, about: dict, results: tuple, images: Sequ
         ("Nearest neighbours", drawn.get("neighbours", [])),
         ("What the network looks at", drawn.get("attention and PCA", [])),
         ("Foreground masks", [report.table(segmented["results"])] + (
-            [report.picture(masks, "images, their foreground, and masks from the attention")] if masks.is_file() else []
+            [report.picture(sheet, "images, their foreground, and masks from the attention")] if sheet.is_file() else []
         ) if segmented else []),
         *((name.capitalize(), [report.table(reports[name]["results"])])
           for name in ("video segmentation", "copy detection", "retrieval") if name in reports),
@@ -302,7 +303,9 @@ def evaluate(args: argparse.Namespace) -> dict:
         network = load_network(args, device)
         for name in ("segmentation_data", "video_data", "copy_data", "retrieval_data"):
             value = getattr(args, name)
-            if value and not value.startswith("shapes") and not os.path.isdir(value):
+            if name == "segmentation_data" and value.startswith("shapes"):
+                masks.open_masked(value, flag=f"--{name}")
+            elif value and not os.path.isdir(value):
                 raise FileNotFoundError(f"--{name} {value}: no such folder")
         open_parts(args, network.info["in_chans"])  # a wrong path is named before any work
         flags.prepare_output(output_dir(args))

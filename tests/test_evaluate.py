@@ -99,6 +99,8 @@ def test_text_is_escaped():
 @pytest.mark.parametrize("flags, message", [
     (("--data_path", "nowhere"), "--data_path 'nowhere'"),
     (("--video_data", "nowhere"), "--video_data nowhere"),
+    (("--video_data", "shapes:8"), "--video_data shapes:8"),
+    (("--segmentation_data", "shapes:x"), "--segmentation_data 'shapes:x': give shapes:COUNT"),
     (("--pretrained_weights", "nothing.pth"), "nothing.pth"),
 ])
 def test_bad_input_is_refused_in_one_line(flags, message, tmp_path, capsys):
