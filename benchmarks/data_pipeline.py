@@ -93,7 +93,7 @@ def by_stage(paths: list[Path], args) -> dict:
 
 def loader(name: str, paths: list[Path], workers: int, args):
     """An endless loader of batches."""
-    if name == "ours":
+    if name != "naive":
         opened = data.open_images(str(paths[0].parent), None)
         return data.batches(opened, augmentation(args), args.batch, workers, 0,
                             pin_memory=args.device.startswith("cuda"))

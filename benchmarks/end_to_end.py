@@ -27,8 +27,9 @@ import data
 def batches_of(name: str, paths: list[Path], args):
     """Endless batches, each as its trainer's step takes it and on the device."""
     augmentation = data_pipeline.augmentation(args)
+    augmentation.compiled = "compiled" in name
     loader = data_pipeline.loader(name, paths, args.workers, args)
-    if name == "ours":
+    if name != "naive":
         for batch in data.on_device(loader, torch.device(args.device)):
             yield augmentation.finish(batch["crops"], batch["params"])
     else:
@@ -57,6 +58,8 @@ def measure(paths: list[Path], args) -> dict:
     shared = {"arch": args.arch, "patch": args.patch, "size": args.sizes[0], "k": args.out_dim,
               "device": args.device, "dtype": PRECISIONS[args.precision]}
     trainers = {"naive": naive.Trainer(**shared), "ours": ours.Trainer(**shared, local=args.local)}
+    if args.compile:
+        trainers["ours, compiled"] = ours.Trainer(**shared, local=args.local, compiled=args.compile)
     seen = {name: [] for name in trainers}
     for _ in range(args.rounds):
         for name, trainer in trainers.items():
@@ -85,6 +88,8 @@ def get_args_parser():
     parser.add_argument("--steps", type=int, default=4, help="timed steps a turn")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--images", type=int, default=64, help="files of 500 x 375, drawn into a temporary folder")
+    parser.add_argument("--compile", nargs="?", const="default", default="", metavar="MODE",
+                        help="also ours with torch.compile, networks and colours")
     parser.add_argument("--precision", choices=sorted(PRECISIONS), default="fp32")
     return parser
 

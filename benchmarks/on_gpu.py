@@ -25,7 +25,7 @@ RUNS = (
     ("attention", ""),
     ("memory", "--precision bf16 --batch 32"),
     ("data_pipeline", "--workers 1 4 8 16"),
-    ("end_to_end", "--precision bf16 --arch vit_small --batch 128 --workers 16 --steps 40 --images 512"),
+    ("end_to_end", "--precision bf16 --arch vit_small --batch 128 --workers 16 --steps 40 --images 512 --compile"),
     ("startup", ""),
     ("train_step", "--precision bf16 --batch 128 --compile --profile trace.json"),
 )
