@@ -14,6 +14,7 @@ import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -224,11 +225,21 @@ def init_worker(worker: int) -> None:
     for which its workers must go on; so a worker heeds SIGTERM only from its parent, which may end it by that.
     """
     torch.set_num_threads(1)
+    sys.excepthook = say_unless_disconnected
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
         threading.Thread(target=heed_parent, daemon=True).start()
+
+
+def say_unless_disconnected(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """A worker's sys.excepthook. Its own errors travel to the parent; the thread that hands tensors over ends up here.
+
+    That is when the parent, which says why, leaves in the middle of it, because another worker has died.
+    """
+    if not issubclass(kind, ConnectionError | EOFError):
+        sys.__excepthook__(kind, error, trace)
 
 
 def heed_parent() -> None:

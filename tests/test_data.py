@@ -523,6 +523,7 @@ def test_batch_layout():
             assert torch.equal(batch["params"][v * 4 + b], params[v])
         assert bad == []
     assert batch["bad"] == [] and all(c.dtype == torch.uint8 for c in batch["crops"])
+    assert all(c.is_contiguous(memory_format=torch.channels_last) for c in batch["crops"])  # else nothing but slower
 
 
 def test_no_local_crops():
@@ -688,6 +689,21 @@ def test_a_worker_that_dies_is_an_error(tmp_path):
             error = later
         os._exit(7 if "memory" in worker_death(error) else 1)
     """) == 7
+
+
+def test_a_parent_that_left_is_no_news_to_a_worker():
+    """The worker's thread that hands tensors over would print a page about it, beside the parent's line."""
+    script = """if True:
+        import os, data
+        for error in (ConnectionResetError("gone"), EOFError("gone"), ValueError("another")):
+            if os.fork() == 0:
+                data.init_worker(0)
+                raise error
+            os.wait()
+    """
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+    said = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=60)
+    assert said.stderr.count("Traceback") == 1 and said.stderr.endswith("ValueError: another\n")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere workers are what Python makes of them")
