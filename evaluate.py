@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -303,8 +304,8 @@ def evaluate(args: argparse.Namespace) -> dict:
         network = load_network(args, device)
         for name in ("segmentation_data", "video_data", "copy_data", "retrieval_data"):
             value = getattr(args, name)
-            if name == "segmentation_data" and value.startswith("shapes"):
-                masks.open_masked(value, flag=f"--{name}")
+            if name == "segmentation_data" and re.fullmatch("shapes(:.*)?", value):
+                masks.open_masked(value, network.info["in_chans"], f"--{name}")
             elif value and not os.path.isdir(value):
                 raise FileNotFoundError(f"--{name} {value}: no such folder")
         open_parts(args, network.info["in_chans"])  # a wrong path is named before any work

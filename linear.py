@@ -30,6 +30,13 @@ class Setting(NamedTuple):
     avgpool_patchtokens: bool  # and the mean of the last block's patch tokens
 
 
+def is_setting(found: object) -> bool:
+    """Whether what a file holds is a Setting's fields and values."""
+    return (isinstance(found, Mapping) and found.keys() == set(Setting._fields)
+            and all(isinstance(value, int | float) for value in found.values())
+            and isinstance(found["n_last_blocks"], int) and found["n_last_blocks"] >= 0)
+
+
 def settings_of(lrs: Sequence[float], blocks: Sequence[int], pools: Sequence[bool]) -> list[Setting]:
     return [Setting(lr, n, pool) for n, pool, lr in itertools.product(blocks, pools, lrs)]
 
@@ -160,10 +167,8 @@ def read_classifier(path: str | os.PathLike) -> dict:
     state = {k.removeprefix("module.").removeprefix("linear."): v for k, v in loaded.get("state_dict", loaded).items()}
     if not all(isinstance(state.get(name), Tensor) for name in ("weight", "bias")):
         raise ValueError(f"--linear_weights {path}: holds no linear.weight and linear.bias; give a linear.pth")
-    about = {k: loaded[k] for k in ("classes", "setting") if loaded.get(k)}
-    setting = about.get("setting", dict.fromkeys(Setting._fields, 0))
-    if not isinstance(setting, Mapping) or setting.keys() != set(Setting._fields) or not all(
-            isinstance(value, int | float) for value in setting.values()):
+    about = {k: loaded[k] for k in ("classes", "setting") if loaded.get(k) is not None}
+    if "setting" in about and not is_setting(about["setting"]):
         raise ValueError(f"--linear_weights {path}: its setting does not hold {', '.join(Setting._fields)}; give a "
                          "linear.pth as it was written")
     return {"weight": state["weight"], "bias": state["bias"]} | about

@@ -71,7 +71,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--parallel", choices=("ddp", "fsdp"), default="ddp",
         help="several processes: each holds the networks, or (fsdp) its part of them")
     add("--compile", nargs="?", const="default", choices=("default", "reduce-overhead", "max-autotune"),
-        help="torch.compile networks and colours; a mode of torch's may follow: reduce-overhead is CUDA graphs")
+        help="torch.compile networks and colours; a mode of torch's for the networks may follow: reduce-overhead is "
+             "CUDA graphs")
     add("--grad_checkpointing", nargs="?", const="blocks", choices=("blocks", "layers"),
         help="keep less for backward and compute it again, so that larger batches fit: whole blocks for a fifth of the "
              "time, or (layers) norms and GELU, a third of the memory, for a fiftieth")

@@ -165,7 +165,12 @@ def in_parts(
     transform: Callable[[Tensor, np.ndarray, Tensor, Tensor, Tensor], None],
     crops: Tensor, params: Tensor, mean: Sequence[float], std: Sequence[float],
 ) -> Tensor:
-    """`photometric` by a transform(crops, params, mean, std, out) that writes into `out`; on a CPU, part by part."""
+    """`photometric` by a transform, on a CPU part by part.
+
+    Args:
+        transform: called as (crops, params, mean, std, out) with m crops, an array (m, 8), two tensors (C,) on the
+            device, and a tensor (m, C, H, W) that it writes.
+    """
     _check(crops, params, mean, std)
     mean, std = (to_device(torch.tensor(values, dtype=torch.float32), crops.device) for values in (mean, std))
     result = torch.empty(crops.shape, dtype=torch.float32, device=crops.device)

@@ -77,7 +77,7 @@ def torch_rng(device: torch.device) -> dict[str, Tensor]:
 
 
 def replay(path: str, device: torch.device) -> None:
-    """Print what the step's crops do to its weights, as it was computed and in float32."""
+    """Print what the step's crops do to its weights, as it was computed (without torch.compile) and in float32."""
     try:
         failure = checkpoint.read(path)
     except (FileNotFoundError, ValueError) as error:

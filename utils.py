@@ -79,7 +79,8 @@ class DataAugmentationDINO:
         """uint8 image (C, height, width) -> 2 + L uint8 crops (C, size, size), and their parameters (2 + L, 8).
 
         The parameters' columns are those of `photometric`; `rng` is the only source of randomness. Crops are views
-        of (size, size, C) memory: so torch resizes uint8, and leaves its result if a crop comes to it that way.
+        of (size, size, C) memory: torch's resizing of uint8 works in that layout, and answers in it when it is asked
+        in it.
         """
         crops, params = [], np.empty((len(self.sizes), len(photometric.COLUMNS)), np.float32)
         for v, (scale, size) in enumerate(zip(self.scales, self.sizes, strict=True)):

@@ -72,7 +72,7 @@ def channels_first(aug: utils.DataAugmentationDINO, image: torch.Tensor, seed: i
         top, left, height, width = utils.random_resized_crop_box(*image.shape[-2:], scale, rng)
         crop = image[None, :, top : top + height, left : left + width]
         crop = torch.nn.functional.interpolate(crop, size=(size, size), mode="bicubic", antialias=True)
-        crop.flip(-1) if rng.random() < 0.5 else crop
+        crop.flip(-1) if rng.random() < 0.5 else crop  # timed, not used
         aug.draw_photometric(view, rng)
 
 

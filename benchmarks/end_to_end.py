@@ -1,10 +1,12 @@
 """From JPEG files to optimizer steps: images/s, and the share of the time in which the step waits for data.
 
     python benchmarks/end_to_end.py --arch vit_tiny --batch 16 --workers 1                       # two CPU cores
-    python benchmarks/end_to_end.py --device cuda --precision bf16 --arch vit_small --batch 128 --workers 16 --steps 40
+    python benchmarks/end_to_end.py --device cuda --precision bf16 --arch vit_small --batch 128 --workers 16 \
+        --steps 40 --compile
 
-Ours is data.batches, the colours on the device, and our step; naive is a DataLoader of naive.py's pictures and its
-step. They run in turns, each with a loader of its own whose queue is filled before the clock starts.
+Ours is data.batches, the colours on the device, and our step, with --compile also compiled; naive is a DataLoader of
+naive.py's pictures and its step. They run in turns, each with a loader of its own whose queue is filled before the
+clock starts.
 """
 
 import statistics

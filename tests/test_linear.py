@@ -270,7 +270,8 @@ def test_a_file_without_a_classifier_is_named_before_any_work(content, pictures,
 
 
 @pytest.mark.parametrize("setting", [
-    1, ["lr"], {"lr": 0.1}, {"lr": 0.1, "n_last_blocks": "4", "avgpool_patchtokens": 0}])
+    0, ["lr"], {}, {"lr": 0.1}, torch.ones(2), *({"lr": 0.1, "n_last_blocks": n, "avgpool_patchtokens": False}
+                                                 for n in ("4", 2.5, -3))])
 def test_a_classifier_with_a_broken_setting_is_named_before_any_work(setting, pictures, tmp_path, capsys):
     file = {"linear.weight": torch.ones(4, 192), "linear.bias": torch.ones(4)}
     torch.save({"state_dict": file, "setting": setting}, tmp_path / "file.pth")
