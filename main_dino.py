@@ -145,6 +145,9 @@ def check_args(args: argparse.Namespace) -> None:
         raise ValueError(f"--use_fp16 false contradicts --precision {args.precision}; leave one of them out")
     if args.compile and args.parallel == "fsdp":
         raise ValueError(f"--compile {args.compile} with --parallel fsdp is not supported; leave one of them out")
+    if args.compile in ("reduce-overhead", "max-autotune") and args.grad_accum_steps > 1:  # their results do not last
+        raise ValueError(f"--compile {args.compile} with --grad_accum_steps {args.grad_accum_steps} is not supported: "
+                         "CUDA graphs take a micro-batch's gradients back; give --compile default")
     for name in ("tensorboard", "wandb"):
         if getattr(args, name) and not metrics.installed(name):
             raise ValueError(f"--{name}: not installed; pip install {name}")
@@ -279,8 +282,9 @@ def forward_backward(run: Run, student: nn.Module, crops: list[Tensor], epoch: i
     """
     with run.autocast():
         with torch.no_grad():
-            features = run.teacher.features(crops[:1])  # (2B, D), global views only
-            teacher_out = run.teacher.head(features)  # (2B, K)
+            # Cloned, as a CUDA graph (--compile reduce-overhead) takes its results back when another one starts.
+            features = run.teacher.features(crops[:1]).clone()  # (2B, D), global views only
+            teacher_out = run.teacher.head(features).clone()  # (2B, K)
         student_out = student(crops)  # (VB, K)
     loss = run.dino_loss(student_out, teacher_out, epoch, update_center=False)  # float32, outside autocast
     run.scaler.scale(loss / run.args.grad_accum_steps).backward()

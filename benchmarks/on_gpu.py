@@ -3,18 +3,22 @@
     python benchmarks/on_gpu.py --json gpu.jsonl             # about ten minutes on one GPU
     python benchmarks/on_gpu.py --quick --device cpu         # tiny sizes, to see that it runs
 
-First each way of computing a step is compared with float32 on the same weights and crops: a wrong one ends the script.
-Then the other benchmarks run one after the other, with the sizes of docs/performance.md.
+First each way of computing a step is compared with float64 on the same weights and crops, and the colours with those of
+a CPU: a wrong one ends the script. Then the other benchmarks run one after the other, with the sizes of
+docs/performance.md.
 """
 
 import importlib
 import sys
 
 import bench
+import numpy as np
 import ours
 import packed
 import torch
 from train_step import crops_of
+
+import utils
 
 # Each: the script and its flags; the device, --quick and --json are passed on.
 RUNS = (
@@ -37,6 +41,7 @@ WAYS = {  # name: (arguments of ours.Trainer, packed, largest share that the gra
     "bf16": ({"dtype": torch.bfloat16}, False, 0.1), "bf16, packed": ({"dtype": torch.bfloat16}, True, 0.1),
     "bf16, layers checkpointed": ({"dtype": torch.bfloat16, "checkpointed": "layers"}, False, 0.1),
     "bf16, compiled": ({"dtype": torch.bfloat16, "compiled": "default"}, False, 0.1),
+    "bf16, CUDA graphs": ({"dtype": torch.bfloat16, "compiled": "reduce-overhead"}, False, 0.1),
 }
 
 
@@ -56,7 +61,7 @@ def compare(args) -> list[list]:
     exact.student.double(), exact.teacher.double()
     expected, rows = gradient(exact, [c.double() for c in crops]), []
     for name, (options, pack, worst) in WAYS.items():
-        if args.quick and "compiled" in name:
+        if args.quick and "compiled" in options:
             continue
         trainer = ours.Trainer(**shared, **options, device=args.device)
         for network in (trainer.student, trainer.teacher):
@@ -71,9 +76,26 @@ def compare(args) -> list[list]:
     return rows
 
 
+def compare_colours(args) -> list[list]:
+    """Rows (way, largest difference of a normalized value) against photometric.py on a CPU; a wrong one ends it all."""
+    aug, rng = utils.DataAugmentationDINO((0.4, 1.0), (0.05, 0.4), 2, 64, 32), np.random.default_rng(0)
+    crops = torch.randint(0, 256, (64, 3, 64, 64), dtype=torch.uint8)
+    params = torch.from_numpy(np.stack([aug.draw_photometric(i % 4, rng) for i in range(len(crops))]))
+    crops = crops.to(memory_format=torch.channels_last)
+    expected, rows = aug.finish([crops], params)[0], []
+    for name in ("colours", "colours, compiled")[: 1 if args.quick else 2]:
+        aug.compiled = "compiled" in name
+        off = (aug.finish([crops.to(args.device)], params)[0].cpu() - expected).abs().max().item()
+        rows.append([name, off])
+        if not off < 1e-3:
+            raise SystemExit(f"{name}: a value is off by {off:.2g}")
+    return rows
+
+
 def main(args) -> int:
     bench.header("on one device", args.device)
     bench.table(["way", "gradient off by"], compare(args))
+    bench.table(["way", "value off by"], compare_colours(args))
     for name, flags in RUNS:
         script = importlib.import_module(name)
         argv = [*flags.split(), "--device", args.device, "--json", args.json]

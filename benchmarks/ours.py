@@ -42,7 +42,7 @@ class Trainer:
         """
         with torch.autocast(self.device.split(":")[0], self.dtype, enabled=self.dtype is not None):
             with torch.no_grad():
-                teacher_out = self.teacher(crops[:1])
+                teacher_out = self.teacher(crops[:1]).clone()  # a CUDA graph takes its results back
             student_out = (forward or self.student)(crops)
         return self.dino_loss(student_out, teacher_out, 0, update_center=False), teacher_out
 

@@ -168,6 +168,8 @@ TRAINING = [
     ("--parallel fsdp --precision fp16", ("--parallel fsdp", "--precision fp16", "choose --precision bf16")),
     ("--precision bf16 --use_fp16 false", ("--use_fp16 false", "--precision bf16", "leave one")),
     ("--compile --parallel fsdp", ("--compile default", "--parallel fsdp", "leave one")),
+    ("--compile reduce-overhead --grad_accum_steps 2",
+     ("--compile reduce-overhead", "--grad_accum_steps 2", "--compile default")),
     ("--compile fast", ("--compile", "'fast'", "reduce-overhead")),
     ("--arch vit_b_32 --global_crops_size 32", ("--global_crops_size 32", "vit_b_32 cannot take it", "another")),
     ("--local_crops_number 1000000000", ("--local_crops_number", "at most 1000")),

@@ -3,6 +3,8 @@
 import importlib
 import json
 import sys
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import bench
 import model
@@ -312,3 +314,38 @@ def test_that_device_notices_a_read(device_that_cannot_be_read, monkeypatch):
         run.step = 1
         with pytest.raises((RuntimeError, NotImplementedError)):
             main_dino.train(run, log=None)
+
+
+def take_back(trainer):
+    """What CUDA graphs do: the teacher's results are gone when the student starts."""
+    results = []
+
+    def overwrite(module, args) -> None:
+        for result in results:
+            result.fill_(torch.nan)
+
+    for module in (trainer.teacher, trainer.teacher.backbone, trainer.teacher.head):
+        module.register_forward_hook(lambda module, args, result: results.append(result))
+    trainer.student.register_forward_pre_hook(overwrite)
+
+
+@pytest.mark.parametrize("who", ["main_dino.py", "benchmarks"])
+def test_what_cuda_graphs_take_back_is_not_needed(who):
+    import main_dino
+
+    losses, crops = [], views()[1]
+    for graphs in (False, True):
+        torch.manual_seed(0)
+        trainer = ours.Trainer(**TINY | {"drop_path": 0.0}, local=2)
+        if graphs:
+            take_back(trainer)
+        if who == "benchmarks":
+            losses.append(trainer.loss(crops)[0])
+            continue
+        run = SimpleNamespace(  # what it reads
+            student=trainer.student, teacher=trainer.teacher, dino_loss=trainer.dino_loss, autocast=nullcontext,
+            scaler=torch.amp.GradScaler(enabled=False), args=SimpleNamespace(grad_accum_steps=1))
+        loss, features, teacher_out = main_dino.forward_backward(run, trainer.student, crops, 0)
+        assert features.isfinite().all() and teacher_out.isfinite().all()
+        losses.append(loss)
+    assert torch.equal(*losses) and losses[0].isfinite()
