@@ -160,6 +160,7 @@ def setup(args: argparse.Namespace) -> Run:
     try:
         check_args(args)
         device = parallel.start(args.device, args.dist_url, args.dist_timeout)
+        torch.backends.cudnn.benchmark = True  # crops have fixed sizes: convolutions are chosen by trial, once
         run = Run(args, device)
         found = checkpoint.read_latest(args.output_dir)
         if found:
