@@ -65,6 +65,7 @@ def knn_classifier(
     k: int,
     T: float,
     num_classes: int = 1000,
+    device: torch.device | None = None,
 ) -> tuple[float, float]:
     """Top-1 and top-5 accuracy in % of weighted k-NN with cosine similarity.
 
@@ -73,9 +74,10 @@ def knn_classifier(
         k: neighbours; all training images where there are fewer.
         T: temperature of the weights exp(cosine / T).
         num_classes: made larger where a label is.
+        device: where to search, by default where the training features lie.
     """
     num_classes = max(num_classes, int(train_labels.max()) + 1)
-    ranked = knn_predict(train_features, train_labels, test_features, [k], [T], num_classes)[0, 0]
+    ranked = knn_predict(train_features, train_labels, test_features, [k], [T], num_classes, device=device)[0, 0]
     top1, top5 = scores.hits(ranked, test_labels, min(k, len(train_features)))
     return 100 * top1.double().mean().item(), 100 * top5.double().mean().item()
 

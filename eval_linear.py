@@ -26,6 +26,7 @@ import linear
 import parallel
 import scores
 from features import TRAINING_SCALE, Network, feature_batches, half_context, load_network, network_features, pictures
+from photometric import to_device
 from splits import Labelled, Task, open_task, run_of
 from vision_transformer import VisionTransformer
 
@@ -96,6 +97,8 @@ def check_args(args: argparse.Namespace) -> None:
         raise ValueError(f"--lr {' '.join(f'{v:g}' for v in args.lr)} with --finetune: give one value")
     if args.finetune and args.arch == "pixels":
         raise ValueError("--arch pixels with --finetune: raw pixels have no weights to tune; name a network")
+    if args.finetune and args.precision == "fp16":
+        raise ValueError("--precision fp16 with --finetune: small gradients would vanish; give bf16 or fp32")
     if args.finetune and args.warmup_epochs > args.epochs:
         raise ValueError(f"--warmup_epochs {args.warmup_epochs:g} is longer than --epochs {args.epochs}; lower it")
     if args.linear_weights and not args.evaluate:
@@ -142,7 +145,8 @@ def training_batches(
             kept.append(network_features(network, part.images, args, device, flags.output_dir(args) / "features",
                                          view=len(kept), scale=TRAINING_SCALE))
         images = kept[epoch % args.views]
-        batches = (images[rows].to(device) for rows in order.split(args.batch_size_per_gpu * parallel.world_size()))
+        batch = args.batch_size_per_gpu * parallel.world_size()
+        batches = (to_device(images[rows], device) for rows in order.split(batch))
     else:
         batches = feature_batches(
             network.forward, pictures(network, part.images, epoch, TRAINING_SCALE), order.tolist(),
@@ -150,7 +154,7 @@ def training_batches(
         )
     first = 0
     for features in batches:
-        yield features, part.labels[order[first : first + len(features)]].to(device)
+        yield features, to_device(part.labels[order[first : first + len(features)]], device)
         first += len(features)
 
 

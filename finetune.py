@@ -27,6 +27,7 @@ import parallel
 import utils
 from features import TRAINING_SCALE, Network, available_cores, extract_features, half_context, pictures, readable
 from linear import unfinished
+from photometric import to_device
 from splits import Task, run_of
 from vision_transformer import DropPath, VisionTransformer, build_backbone
 
@@ -116,7 +117,7 @@ def batches(
     for x in readable(loader):
         y = task.train.labels[mine[first : first + len(x)]]
         first += len(x)
-        yield x.to(device, non_blocking=True), y.to(device)
+        yield x.to(device, non_blocking=True), to_device(y, device)
 
 
 def steps_per_epoch(args: argparse.Namespace, task: Task) -> int:

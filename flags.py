@@ -60,7 +60,8 @@ def worker_death(error: Exception) -> str | None:
 def out_of_memory(error: Exception) -> str | None:
     """One line when it says that memory ran out, of the device or of the host."""
     what = str(error).splitlines()[0] if str(error) else "MemoryError"
-    if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in what:
+    signs = ("can't allocate memory", "out of memory", "ALLOC_FAILED")  # the host's, CUDA's own, cuBLAS's
+    if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not any(sign in what for sign in signs):
         return None
     return (f"memory ran out ({what[:200]}): lower --batch_size_per_gpu, the size or number of crops, --out_dim, "
             "--epochs or --steps, choose a smaller --arch, or give --grad_checkpointing")

@@ -60,7 +60,7 @@ def nearest(
     k = min(k, len(bank) - int(exclude is not None and bool((exclude >= 0).any())))
     if k < 1:
         raise ValueError("k-NN of one picture with itself: give at least two pictures")
-    place = embedding(bank, metric, search_device(device or bank.device))
+    place = embedding(bank, metric, parallel.group_device(device or bank.device))
     share = -(-len(bank) // parallel.world_size())
     start = share * parallel.rank()
     keys = place(bank[start : start + share])  # (n, D): this process's part; of more processes than rows, maybe none
@@ -94,12 +94,6 @@ def check_features(queries: Tensor, bank: Tensor) -> None:
                              "or --load_features")
     if queries.shape[1] != bank.shape[1]:
         raise ValueError(f"test features have width {queries.shape[1]}, training features {bank.shape[1]}")
-
-
-def search_device(device: torch.device | str) -> torch.device:
-    if parallel.world_size() > 1 and torch.distributed.get_backend() == "nccl":
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device(device)
 
 
 def embedding(bank: Tensor, metric: str, device: torch.device) -> Callable[[Tensor], Tensor]:

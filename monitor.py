@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 class Evaluation:
     """k-NN of the teacher's features on labelled pictures, and the figures it must beat."""
 
+    MOST_PIXELS = 100_000
+
     def __init__(self, args: argparse.Namespace, device: torch.device) -> None:
         self.args, self.device = args, device
         path = args.eval_data_path or args.data_path
@@ -49,13 +51,13 @@ class Evaluation:
         except ValueError as error:
             raise data.Unreadable(f"--eval_data_path: {error}; evaluation needs all images: remove it") from error
         train, val = zip(found, self.labels, strict=True)
-        return knn_classifier(*train, *val, k=20, T=0.07, num_classes=self.n_classes)
+        return knn_classifier(*train, *val, k=20, T=0.07, num_classes=self.n_classes, device=self.device)
 
     def features(self, backbone: nn.Module | None, images: data.Images, autocast) -> torch.Tensor:
         from features import extract_features, pixel_features
 
         if backbone is None:
-            return pixel_features(images)
+            return pixel_features(images, self.args.num_workers)
         crop = self.args.global_crops_size
         dataset = data.EvalImages(images, round(crop * 256 / 224), crop, self.args.mean, self.args.std)
         backbone.eval()
@@ -65,11 +67,17 @@ class Evaluation:
         return found
 
     def baselines(self, backbone: nn.Module, autocast) -> dict[str, float]:
-        """Top-1 of the untrained network and of raw pixels: a backbone that does not beat them has learned nothing."""
-        found = {"untrained": self.knn(backbone, autocast)[0], "pixels": self.knn(None)[0]}
+        """Top-1 of the untrained network and of raw pixels: a backbone that does not beat them has learned nothing.
+
+        Without raw pixels where there are more than MOST_PIXELS training images: 3072 values of each would take hours.
+        """
+        found = {"untrained": self.knn(backbone, autocast)[0]}
+        said = f"20-NN before training: {found['untrained']:.1f} % on this network's features"
+        if len(self.train) <= self.MOST_PIXELS:
+            found["pixels"] = self.knn(None)[0]
+            said += f", {found['pixels']:.1f} % on raw pixels"
         if parallel.is_main():
-            print(f"20-NN before training: {found['untrained']:.1f} % on this network's features, "
-                  f"{found['pixels']:.1f} % on raw pixels", flush=True)
+            print(said, flush=True)
         return found
 
 
@@ -124,8 +132,9 @@ def write_epoch(run: Run, log: metrics.Log, epoch: int) -> None:
     console = f"epoch {epoch} done: loss {values['train_loss']:.4f}"
     if run.evaluation and run.knn.get("epoch") == epoch:
         values |= {f"knn_{k}": v for k, v in run.knn.items() if k != "epoch"}
-        console += (f"; 20-NN top-1 {run.knn['top1']:.1f} %, best {run.knn['best']:.1f} % "
-                    f"(untrained {run.knn['untrained']:.1f} %, raw pixels {run.knn['pixels']:.1f} %)")
+        levels = [f"{name} {run.knn[key]:.1f} %" for key, name in (("untrained", "untrained"), ("pixels", "raw pixels"))
+                  if key in run.knn]
+        console += f"; 20-NN top-1 {run.knn['top1']:.1f} %, best {run.knn['best']:.1f} % ({', '.join(levels)})"
     log.epoch(console, values)
 
 

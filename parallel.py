@@ -65,13 +65,21 @@ def max_over_processes(x: Tensor) -> Tensor:
     return x
 
 
+def group_device(device: torch.device | str) -> torch.device:
+    """Where tensors lie for collectives: on `device`, but with NCCL, which knows nothing else, on the process's GPU."""
+    if world_size() > 1 and dist.get_backend() == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device(device)
+
+
 def gather(x: Tensor) -> Tensor:
     """Rows of all processes, in the order of their ranks; every process gives the same number of rows."""
     if world_size() == 1:
         return x
-    parts = [torch.empty_like(x) for _ in range(world_size())]
-    dist.all_gather(parts, x.contiguous())
-    return torch.cat(parts)
+    here = x.to(group_device(x.device)).contiguous()
+    parts = [torch.empty_like(here) for _ in range(world_size())]
+    dist.all_gather(parts, here)
+    return torch.cat(parts).to(x.device)
 
 
 def gather_objects(value) -> list:
@@ -198,6 +206,9 @@ def named_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+OWN_GPU = ("SLURM_GPUS_PER_TASK", "SLURM_TRES_PER_TASK", "SLURM_GPU_BIND")
+
+
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
     """`auto`, `cpu`, `cuda` or `cuda:N` -> the device of this process."""
     if name == "auto":
@@ -209,7 +220,9 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
         raise ValueError(f"--device {name}: torch sees no CUDA device; use --device cpu")
     if device.index is not None and local_rank > 0:
         raise ValueError(f"--device {name}: several processes of this host would share that GPU; use --device cuda")
-    index = local_rank if device.index is None else device.index
+    # A Slurm task with GPUs of its own may see those alone, from 0 on, whatever its number on the host is.
+    own = torch.cuda.device_count() == 1 and any(name in os.environ for name in OWN_GPU)
+    index = device.index if device.index is not None else 0 if own else local_rank
     if index >= torch.cuda.device_count():
         raise ValueError(f"--device {name}: GPU {index} does not exist, this host has {torch.cuda.device_count()}; "
                          "start fewer processes a host")

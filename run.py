@@ -98,7 +98,7 @@ def build_networks(args: argparse.Namespace, device: torch.device) -> tuple[nn.M
     if args.compile:
         # The student is one graph for all sizes of crops; the loop calls the parts of the teacher one by one.
         for module in (student, teacher.backbone, teacher.head):
-            module.compile(mode=args.compile)
+            module.compile(mode=args.compile, dynamic=False)  # evaluation's batches would leave sizes open in training
     return student, teacher
 
 

@@ -8,6 +8,7 @@ its range.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import platform
@@ -70,6 +71,15 @@ def header(title: str, device: str = "cpu") -> None:
     seen = machine(device)
     where = seen.get("gpu") or f"{seen['cpu']}, {seen['cores']} cores, {seen['threads']} threads, {seen['capability']}"
     print(f"{title}\n{where}; torch {seen['torch']}; load {seen['load']} before the run", flush=True)
+
+
+def start_anew(device: str) -> None:
+    """Before networks are made and compiled: graphs of earlier ones, which torch would use for these too, go."""
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
+    gc.collect()
+    if device.startswith("cuda"):
+        torch.cuda.empty_cache()
 
 
 def wait(device: str) -> None:

@@ -57,6 +57,7 @@ def run(name: str, trainer, paths: list[Path], args) -> dict[str, float]:
 
 
 def measure(paths: list[Path], args) -> dict:
+    bench.start_anew(args.device)
     shared = {"arch": args.arch, "patch": args.patch, "size": args.sizes[0], "k": args.out_dim,
               "device": args.device, "dtype": PRECISIONS[args.precision]}
     trainers = {"naive": naive.Trainer(**shared), "ours": ours.Trainer(**shared, local=args.local)}

@@ -63,6 +63,7 @@ def compare(args) -> list[list]:
     for name, (options, pack, worst) in WAYS.items():
         if args.quick and "compiled" in options:
             continue
+        bench.start_anew(args.device)
         trainer = ours.Trainer(**shared, **options, device=args.device)
         for network in (trainer.student, trainer.teacher):
             network.load_state_dict(weights)

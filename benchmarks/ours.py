@@ -28,7 +28,7 @@ class Trainer:
             self.student.backbone.set_grad_checkpointing(layers=checkpointed == "layers")
         if compiled:
             for module in (self.student, self.teacher):
-                module.compile(mode=compiled)
+                module.compile(mode=compiled, dynamic=False)
         self.dino_loss = utils.DINOLoss(k, 2 + local, 0.04, 0.04, 0, 1).to(device)
         self.optimizer = torch.optim.AdamW(utils.get_params_groups(self.student), lr=1e-4, weight_decay=0.04,
                                            fused=True)

@@ -51,6 +51,8 @@ def worker(rank: int, processes: int, args, store: str) -> None:
     torch.set_num_threads(args.threads)
     cuda = args.device.startswith("cuda")
     device = f"cuda:{rank}" if cuda else "cpu"
+    if cuda:
+        torch.cuda.set_device(rank)
     if processes > 1:
         dist.init_process_group("nccl" if cuda else "gloo", init_method=f"file://{store}", rank=rank,
                                 world_size=processes)

@@ -29,6 +29,7 @@ def crops_of(batch: int, args) -> tuple[list, list]:
 
 
 def trainers(args) -> dict:
+    bench.start_anew(args.device)
     shared = {"arch": args.arch, "patch": args.patch, "size": args.sizes[0], "k": args.out_dim,
               "device": args.device, "dtype": PRECISIONS[args.precision]}
     found = {"naive, a pass a crop": naive.Trainer(**shared),

@@ -16,6 +16,7 @@ from forks import PATHS, SMALLEST, Started, lines, server
 
 import checkpoint
 import main_dino
+import monitor
 import replay
 import utils
 
@@ -272,6 +273,17 @@ def test_evaluation_switched_on_later_changes_nothing_else(tmp_path):
     assert late.wait() == [0] and whole.wait() == [0], late.output()
     assert "at step" in late.output() and "20-NN before training" in late.output()
     assert (tmp_path / "late" / "log.txt").read_text() == (tmp_path / "whole" / "log.txt").read_text()
+
+
+def no_room_for_pixels() -> None:
+    monitor.Evaluation.MOST_PIXELS = 0
+
+
+def test_many_images_are_evaluated_without_raw_pixels(tmp_path):
+    done = run("--eval_knn_every", 1, out=tmp_path, before=no_room_for_pixels)
+    assert done.wait() == [0] and "raw pixels" not in done.output()
+    assert done.output().count("on this network's features\n") == 1 and "(untrained " in done.output()
+
 
 SGD = ["--optimizer", "sgd", "--lr", 3, "--drop_path_rate", 0, "--freeze_last_layer", 0]
 

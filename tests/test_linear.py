@@ -320,6 +320,7 @@ def test_one_class_and_one_image_a_class(pictures, tmp_path, capsys):
     (("--logreg", "--finetune"), "--logreg with --finetune"),
     (("--finetune", "--lr", 1, 2), "--lr 1 2"),
     (("--finetune", "--epochs", 2), "--warmup_epochs 5"),
+    (("--finetune", "--precision", "fp16"), "--precision fp16"),
     (("--finetune", "--arch", "pixels"), "--arch pixels"),
     (("--arch", "pixels", "--pretrained_weights", "x.pth"), "x.pth: --arch pixels has no weights"),
     (("--data_path", "nowhere"), "--data_path 'nowhere'"),

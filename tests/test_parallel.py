@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import ROOT
 from processes import ENV, SMALL, free_port
 
@@ -101,6 +102,31 @@ def test_one_gpu_for_several_processes_is_refused(monkeypatch):
     for name, local_rank, named in (("cuda:0", 1, "would share that GPU"), ("cuda", 2, "GPU 2 does not exist")):
         with pytest.raises(ValueError, match=named):
             parallel.pick_device(name, local_rank)
+
+
+def test_a_slurm_task_that_sees_one_gpu_takes_it_whatever_its_number(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    with pytest.raises(ValueError, match="GPU 3 does not exist"):
+        parallel.pick_device("auto", 3)
+    monkeypatch.setenv("SLURM_GPUS_PER_TASK", "1")
+    assert str(parallel.pick_device("auto", 3)) == "cuda:0"
+
+
+def test_what_is_gathered_lies_where_the_group_can_have_it(monkeypatch):
+    """NCCL knows tensors on GPUs alone; the meta device stands for one."""
+    monkeypatch.setattr(parallel, "world_size", lambda: 2)
+    monkeypatch.setattr(parallel, "group_device", lambda device: torch.device("meta"))
+    seen = []
+
+    def all_gather(parts, x):
+        seen.extend(part.device.type for part in (*parts, x))
+        raise InterruptedError  # nothing can be copied back from there
+
+    monkeypatch.setattr("torch.distributed.all_gather", all_gather)
+    with pytest.raises(InterruptedError):
+        parallel.gather(torch.ones(2))
+    assert seen == ["meta"] * 3
 
 
 def test_a_start_that_cannot_work_ends_at_once_in_one_line(tmp_path):
