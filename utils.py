@@ -165,6 +165,7 @@ class MultiCropWrapper(nn.Module):
                 setattr(backbone, name, nn.Identity())
         if hasattr(backbone, "class_token_only"):  # a ViT's head reads nothing else
             backbone.class_token_only = True
+        self.channels_last = not hasattr(backbone, "class_token_only")  # in memory: convolutions are faster so
         self.backbone = backbone
         self.head = head
 
@@ -177,6 +178,8 @@ class MultiCropWrapper(nn.Module):
         features: list[Tensor] = [crops[0]] * len(crops)
         for members in groups.values():
             batch = torch.cat([crops[i] for i in members]) if len(members) > 1 else crops[members[0]]
+            if self.channels_last:
+                batch = batch.contiguous(memory_format=torch.channels_last)
             out = self.backbone(batch)
             out = out[0] if isinstance(out, tuple) else out  # published XCiT returns several outputs
             for i, rows in zip(members, out.split([len(crops[i]) for i in members]), strict=True):

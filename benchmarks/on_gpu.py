@@ -27,6 +27,7 @@ RUNS = (
     ("loss", "--precision bf16 --batch 128"),
     ("prototypes", ""),
     ("attention", ""),
+    ("convolutions", "--precision bf16 --batch 256"),
     ("memory", "--precision bf16 --batch 32"),
     ("data_pipeline", "--workers 1 4 8 16"),
     ("end_to_end", "--precision bf16 --arch vit_small --batch 128 --workers 16 --steps 40 --images 512 --compile"),

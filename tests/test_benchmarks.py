@@ -20,7 +20,7 @@ import utils
 
 TINY = {"arch": "vit_nano", "size": 32, "k": 64, "drop_path": 0.1}
 SCRIPTS = ["train_step", "loss", "memory", "prototypes", "data_pipeline", "end_to_end", "startup", "model",
-           "attention", "knn", "linear", "listing"]
+           "attention", "knn", "linear", "listing", "convolutions"]
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

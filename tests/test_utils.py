@@ -370,3 +370,17 @@ def test_called_on_a_picture_gives_normalized_crops_through_the_same_code():
 def test_grey_pictures_of_one_channel():
     aug = utils.DataAugmentationDINO((0.4, 1.0), (0.05, 0.4), 1, 32, 16, mean=(0.5,), std=(0.2,))
     assert [tuple(v.shape) for v in aug(picture())] == [(1, 32, 32), (1, 32, 32), (1, 16, 16)]
+
+
+def test_networks_of_convolutions_get_channels_last_in_memory():
+    class Seen(torch.nn.Module):
+        def forward(self, x):
+            self.last = x.is_contiguous(memory_format=torch.channels_last)
+            return x.mean((2, 3))
+
+    backbone, crops = Seen(), [torch.randn(2, 3, 8, 8), torch.randn(3, 3, 4, 4)]
+    found = utils.MultiCropWrapper(backbone, torch.nn.Identity())(crops)
+    assert backbone.last and torch.allclose(found, torch.cat([c.mean((2, 3)) for c in crops]))
+    backbone.class_token_only = False  # a Vision Transformer
+    utils.MultiCropWrapper(backbone, torch.nn.Identity())(crops)
+    assert not backbone.last
