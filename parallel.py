@@ -206,9 +206,6 @@ def named_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-OWN_GPU = ("SLURM_GPUS_PER_TASK", "SLURM_TRES_PER_TASK", "SLURM_GPU_BIND")
-
-
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
     """`auto`, `cpu`, `cuda` or `cuda:N` -> the device of this process."""
     if name == "auto":
@@ -220,13 +217,19 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
         raise ValueError(f"--device {name}: torch sees no CUDA device; use --device cpu")
     if device.index is not None and local_rank > 0:
         raise ValueError(f"--device {name}: several processes of this host would share that GPU; use --device cuda")
-    # A Slurm task with GPUs of its own may see those alone, from 0 on, whatever its number on the host is.
-    own = torch.cuda.device_count() == 1 and any(name in os.environ for name in OWN_GPU)
-    index = device.index if device.index is not None else 0 if own else local_rank
+    index = device.index if device.index is not None else 0 if sees_own_gpu() else local_rank
     if index >= torch.cuda.device_count():
         raise ValueError(f"--device {name}: GPU {index} does not exist, this host has {torch.cuda.device_count()}; "
                          "start fewer processes a host")
     return torch.device("cuda", index)
+
+
+def sees_own_gpu() -> bool:
+    """Whether Slurm shows this task one GPU, its own: it is number 0 then, whatever the task's number on the host is."""
+    env = os.environ
+    own = ("SLURM_GPUS_PER_TASK" in env or "gpu" in env.get("SLURM_TRES_PER_TASK", "")
+           or env.get("SLURM_GPU_BIND", "none") != "none")
+    return own and torch.cuda.device_count() == 1
 
 
 def start(device: str = "auto", dist_url: str = "env://", timeout_minutes: float = TIMEOUT_MINUTES) -> torch.device:

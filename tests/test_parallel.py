@@ -107,10 +107,15 @@ def test_one_gpu_for_several_processes_is_refused(monkeypatch):
 def test_a_slurm_task_that_sees_one_gpu_takes_it_whatever_its_number(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
-    with pytest.raises(ValueError, match="GPU 3 does not exist"):
-        parallel.pick_device("auto", 3)
-    monkeypatch.setenv("SLURM_GPUS_PER_TASK", "1")
-    assert str(parallel.pick_device("auto", 3)) == "cuda:0"
+    for name, others, own in (("GPUS_PER_TASK", None, "1"), ("TRES_PER_TASK", "cpu=4", "cpu=4,gres/gpu=1"),
+                              ("GPU_BIND", "none", "single:1")):
+        with monkeypatch.context() as environment:
+            if others:
+                environment.setenv(f"SLURM_{name}", others)
+            with pytest.raises(ValueError, match="GPU 3 does not exist"):
+                parallel.pick_device("auto", 3)
+            environment.setenv(f"SLURM_{name}", own)
+            assert str(parallel.pick_device("auto", 3)) == "cuda:0"
 
 
 def test_what_is_gathered_lies_where_the_group_can_have_it(monkeypatch):
