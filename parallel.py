@@ -225,7 +225,7 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
 
 
 def sees_own_gpu() -> bool:
-    """Whether Slurm shows this task one GPU, its own: it is number 0 then, whatever the task's number on the host is."""
+    """Whether Slurm shows this task one GPU, its own: number 0 then, whatever the task's number on the host is."""
     env = os.environ
     own = ("SLURM_GPUS_PER_TASK" in env or "gpu" in env.get("SLURM_TRES_PER_TASK", "")
            or env.get("SLURM_GPU_BIND", "none") != "none")
