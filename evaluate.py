@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -304,7 +303,7 @@ def evaluate(args: argparse.Namespace) -> dict:
         network = load_network(args, device)
         for name in ("segmentation_data", "video_data", "copy_data", "retrieval_data"):
             value = getattr(args, name)
-            if name == "segmentation_data" and re.fullmatch("shapes(:.*)?", value):
+            if name == "segmentation_data" and masks.is_drawn(value):
                 masks.open_masked(value, network.info["in_chans"], f"--{name}")
             elif value and not os.path.isdir(value):
                 raise FileNotFoundError(f"--{name} {value}: no such folder")

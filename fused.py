@@ -71,7 +71,7 @@ def compiled(function: Callable) -> Callable:
 
 def jitter_places(params: np.ndarray) -> np.ndarray:
     """(M, 8) -> (M, 4, 5): what is done at each place of the order, SCALE to STEPS."""
-    orders = np.array(ph.ORDERS + ((-1,) * 4,))[params[:, ph.ORDER].astype(int)]  # (M, 4); order -1 takes the last row
+    orders = ph.jitter_orders(params)
     value = np.take_along_axis(params, np.maximum(orders, 0), 1)
     contrast, saturation, hue = (orders == which for which in (ph.CONTRAST, ph.SATURATION, ph.HUE))
     found = np.broadcast_to(UNCHANGED, (*orders.shape, 5)).copy()

@@ -98,6 +98,11 @@ class MaskedPictures(NamedTuple):
     notes: list[str]
 
 
+def is_drawn(data_path: str) -> bool:
+    """Whether it names drawn pictures, well or badly, and no folder."""
+    return re.fullmatch(r"shapes(:.*)?", data_path) is not None
+
+
 def open_masked(data_path: str, in_chans: int = 3, flag: str = "--data_path") -> MaskedPictures:
     """The pictures and masks that `data_path` names.
 
@@ -114,7 +119,7 @@ def open_masked(data_path: str, in_chans: int = 3, flag: str = "--data_path") ->
             another size is named.
     """
     where = f"{flag} {data_path!r}"
-    if re.fullmatch(r"shapes(:.*)?", data_path):
+    if is_drawn(data_path):
         drawn = sources.open_images(data_path, in_chans=in_chans, flag=flag)
         held_out = sources.Shapes(sources.VAL_START, len(drawn), drawn.size, in_chans)
         return MaskedPictures([held_out.name(i) for i in range(len(drawn))], partial(load_drawn, held_out), [])

@@ -174,17 +174,20 @@ def in_parts(
     _check(crops, params, mean, std)
     mean, std = (to_device(torch.tensor(values, dtype=torch.float32), crops.device) for values in (mean, std))
     result = torch.empty(crops.shape, dtype=torch.float32, device=crops.device)
-    parts = -(-crops.numel() // CPU_PART) if crops.device.type == "cpu" else min(1, len(crops))
-    ends = [len(crops) * i // max(1, parts) for i in range(parts + 1)]
-    for begin, end in itertools.pairwise(ends):
-        if begin < end:
-            rows = slice(begin, end)
-            transform(crops[rows], params[rows].numpy(), mean, std, result[rows])
+    parts = max(1, -(-crops.numel() // CPU_PART)) if crops.device.type == "cpu" else 1
+    for some, numbers, out in zip(*(x.tensor_split(parts) for x in (crops, params, result)), strict=True):
+        if len(some):
+            transform(some, numbers.numpy(), mean, std, out)
     return result
 
 
 # A stage: for each crop the number of its function or -1, and the functions, each with the column of its factor.
 Stage = tuple[np.ndarray, dict[int, tuple[Callable[..., Tensor], int | None]]]
+
+
+def jitter_orders(params: np.ndarray) -> np.ndarray:
+    """(M, 8) -> (M, 4): the operation at each place of a crop's order, by its column; -1 where there is no jitter."""
+    return np.array(ORDERS + ((-1,) * 4,))[params[:, ORDER].astype(int)]  # order -1 takes the last row
 
 
 def _stages(params: np.ndarray, channels: int) -> list[Stage]:
@@ -195,7 +198,7 @@ def _stages(params: np.ndarray, channels: int) -> list[Stage]:
         SATURATION: (adjust_saturation, SATURATION),
         HUE: (adjust_hue, HUE),
     }
-    orders = np.array(ORDERS + ((-1,) * 4,))[params[:, ORDER].astype(int)]  # (M, 4); order -1 takes the last row
+    orders = jitter_orders(params)
     grey, blur, invert = ((params[:, column] > 0) - 1 for column in (GREY, SIGMA, SOLARIZE))
     if channels != 3:
         orders[(orders == SATURATION) | (orders == HUE)] = -1
@@ -243,7 +246,7 @@ def _reorder(images: Tensor, order: np.ndarray) -> Tensor:
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Send a small CPU tensor without waiting for the device, which takes pinned memory on CUDA."""
+    """Send a CPU tensor without waiting for the device, which takes pinned memory on CUDA."""
     if device.type == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)

@@ -163,9 +163,10 @@ class MultiCropWrapper(nn.Module):
         for name in ("fc", "head"):
             if isinstance(getattr(backbone, name, None), nn.Linear):
                 setattr(backbone, name, nn.Identity())
-        if hasattr(backbone, "class_token_only"):  # a ViT's head reads nothing else
+        vit = hasattr(backbone, "class_token_only")
+        if vit:  # its head reads nothing else
             backbone.class_token_only = True
-        self.channels_last = not hasattr(backbone, "class_token_only")  # in memory: convolutions are faster so
+        self.channels_last = not vit  # in memory: convolutions are faster so
         self.backbone = backbone
         self.head = head
 

@@ -44,7 +44,7 @@ def stages(paths: list[Path], args) -> dict:
         "ours: the same by Pillow alone": lambda: [images.from_pil(Image.open(path)) for path in paths],
         "ours: draw the views": lambda: [draw(aug, x, i) for i, x in enumerate(decoded)],
         "ours: draw, cut, resize, flip": lambda: [aug.cut(x, np.random.default_rng(i)) for i, x in enumerate(decoded)],
-        "ours: the same, crops channels first": lambda: [channels_first(aug, x, i) for i, x in enumerate(decoded)],
+        "ours: the same, crops channels first": lambda: [draw(aug, x, i, True) for i, x in enumerate(decoded)],
         "ours: collate": lambda: data.collate(items),
         "ours: worker, all of it": lambda: data.collate([
             (*aug.cut(images.decode(path, reduction=aug.reduction), np.random.default_rng(i)), i, [])
@@ -57,22 +57,16 @@ def stages(paths: list[Path], args) -> dict:
     }
 
 
-def draw(aug: utils.DataAugmentationDINO, image: torch.Tensor, seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    for view, scale in enumerate(aug.scales):
-        utils.random_resized_crop_box(*image.shape[-2:], scale, rng)
-        rng.random()
-        aug.draw_photometric(view, rng)
-
-
-def channels_first(aug: utils.DataAugmentationDINO, image: torch.Tensor, seed: int) -> None:
-    """`cut` by a resizing that is given what lies in the picture, and then puts its result channels first."""
+def draw(aug: utils.DataAugmentationDINO, image: torch.Tensor, seed: int, resize: bool = False) -> None:
+    """What `cut` draws; with `resize` also its crops, resized as they lie in the picture, which puts channels first."""
     rng = np.random.default_rng(seed)
     for view, (scale, size) in enumerate(zip(aug.scales, aug.sizes, strict=True)):
         top, left, height, width = utils.random_resized_crop_box(*image.shape[-2:], scale, rng)
-        crop = image[None, :, top : top + height, left : left + width]
-        crop = torch.nn.functional.interpolate(crop, size=(size, size), mode="bicubic", antialias=True)
-        crop.flip(-1) if rng.random() < 0.5 else crop  # timed, not used
+        flip = rng.random() < 0.5
+        if resize:
+            crop = image[None, :, top : top + height, left : left + width]
+            crop = torch.nn.functional.interpolate(crop, size=(size, size), mode="bicubic", antialias=True)
+            crop.flip(-1) if flip else crop  # timed, not used
         aug.draw_photometric(view, rng)
 
 

@@ -12,6 +12,7 @@ from PIL import Image
 from processes import SMALL, launch
 
 import eval_knn
+import flags
 import main_dino
 import visualize_attention
 from vision_transformer import build_backbone
@@ -314,3 +315,14 @@ def test_in_a_process_of_its_own(script, argv, words, tmp_path):
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr
     assert done.stderr.startswith(f"{script}: error: ") and all(re.search(word, done.stderr) for word in words)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("error", [
+    MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore"),
+    RuntimeError("CUDA error: out of memory\nmore"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")])
+def test_memory_that_ran_out_is_one_line_whoever_says_so(error):
+    said = flags.out_of_memory(error)
+    assert said.startswith("memory ran out (") and "lower --batch_size_per_gpu" in said and "\n" not in said
+    assert flags.out_of_memory(RuntimeError("shapes do not fit")) is None

@@ -118,6 +118,15 @@ def test_a_slurm_task_that_sees_one_gpu_takes_it_whatever_its_number(monkeypatch
             assert str(parallel.pick_device("auto", 3)) == "cuda:0"
 
 
+@pytest.mark.parametrize("backend, there", [("nccl", "cuda:1"), ("gloo", "cpu")])
+def test_nccl_has_the_processs_gpu_alone(backend, there, monkeypatch):
+    assert parallel.group_device("cpu") == torch.device("cpu")  # one process
+    monkeypatch.setattr(parallel, "world_size", lambda: 2)
+    monkeypatch.setattr("torch.distributed.get_backend", lambda: backend)
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 1)
+    assert parallel.group_device("cpu") == torch.device(there)
+
+
 def test_what_is_gathered_lies_where_the_group_can_have_it(monkeypatch):
     """NCCL knows tensors on GPUs alone; the meta device stands for one."""
     monkeypatch.setattr(parallel, "world_size", lambda: 2)
