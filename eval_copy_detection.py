@@ -33,13 +33,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
-import data
-import features
 import flags
 import parallel
-import retrieval
-import scores
-from sources import open_files
+from imagesets import loaders
+from imagesets.sources import open_files
+from protocols import features, retrieval, scores
 from vision_transformer import VisionTransformer
 
 POOLED = "the network's output"  # of networks without patch tokens, and of raw pictures
@@ -139,7 +137,7 @@ def pictures_in(folder: Path, where: str) -> list[str]:
     """Paths of the pictures in a folder, relative to it, in the order of their names."""
     if not folder.is_dir():
         raise FileNotFoundError(f"{where}: there is no folder {folder.name}/ in it")
-    found = data.open_images(folder)
+    found = loaders.open_images(folder)
     return [os.path.relpath(found.name(i), folder) for i in range(len(found))]
 
 
@@ -155,7 +153,7 @@ def checked(where: str, copies: Copies) -> Copies:
 class Squares(Dataset):
     """index -> (float32 (C, side, side), index): the whole picture, whatever its proportions, normalized."""
 
-    def __init__(self, images: data.Images, side: int, mean: Sequence[float], std: Sequence[float]) -> None:
+    def __init__(self, images: loaders.Images, side: int, mean: Sequence[float], std: Sequence[float]) -> None:
         self.images, self.side = images, side
         self.mean, self.std = (255 * torch.tensor(v, dtype=torch.float32).view(-1, 1, 1) for v in (mean, std))
 
@@ -178,7 +176,7 @@ def descriptor(model: VisionTransformer, gem_p: float) -> Callable[[Tensor], Ten
     return describe
 
 
-def picture_features(network: features.Network, images: data.Images, args: argparse.Namespace, device) -> Tensor:
+def picture_features(network: features.Network, images: loaders.Images, args: argparse.Namespace, device) -> Tensor:
     about, mean, std = network.about, network.info["mean"], network.info["std"]
     pixels = about["arch"] == features.PIXELS
     dataset = features.SmallPictures(images) if pixels else Squares(images, about["image_size"], mean, std)
@@ -196,8 +194,9 @@ def picture_features(network: features.Network, images: data.Images, args: argpa
 
 
 def load_network(args: argparse.Namespace, device: torch.device) -> features.Network:
-    args.resize_size = args.crop_size = args.image_size
-    network = features.load_network(args, device, "--image_size")
+    network = features.load_network(
+        args.pretrained_weights, args.arch, args.patch_size, args.checkpoint_key, device, args.image_size,
+        args.image_size, args.precision, args.seed, "--image_size")
     about = {k: v for k, v in network.about.items() if k not in ("resize_size", "crop_size")}
     tokens = isinstance(network.forward, VisionTransformer)
     about |= {"image_size": network.about["crop_size"],
@@ -246,7 +245,7 @@ def compute(args: argparse.Namespace, device: torch.device, copies: Copies) -> t
     folder = os.path.expanduser(args.data_path)
     sets = [open_files(folder, names, in_chans) for names in (copies.queries, copies.database)]
     if args.distractors:
-        sets.append(data.open_images(args.distractors, None, in_chans, flag="--distractors"))
+        sets.append(loaders.open_images(args.distractors, None, in_chans, flag="--distractors"))
     uses = DISTRACTORS_FOR[args.distractors_for] if args.distractors else ()
     if "whitening" in uses and len(sets[2]) < 2:
         raise ValueError(f"--distractors {args.distractors}: one picture gives no whitening; give more, or "

@@ -27,14 +27,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-import data
-import features
 import flags
 import parallel
-import retrieval
-import scores
-from ground_truth import GroundTruth, Query, read_ground_truth
-from sources import open_files
+from imagesets import loaders
+from imagesets.ground_truth import GroundTruth, Query, read_ground_truth
+from imagesets.sources import open_files
+from protocols import features, retrieval, scores
 
 SETTINGS = {  # what must be found, and what is taken out of the ranking
     "easy": (("easy",), ("hard", "junk")),
@@ -68,7 +66,7 @@ class Cropped:
 
     labels, classes = None, []
 
-    def __init__(self, images: data.Images, boxes: Sequence[tuple | None]) -> None:
+    def __init__(self, images: loaders.Images, boxes: Sequence[tuple | None]) -> None:
         self.images, self.boxes = images, list(boxes)
 
     def __len__(self) -> int:
@@ -95,7 +93,7 @@ class WholePictures(Dataset):
     """
 
     def __init__(
-        self, images: data.Images, imsize: int, patch: int, mean: Sequence[float], std: Sequence[float]
+        self, images: loaders.Images, imsize: int, patch: int, mean: Sequence[float], std: Sequence[float]
     ) -> None:
         self.images, self.imsize, self.patch = images, imsize, patch
         self.mean, self.std = (255 * torch.tensor(v, dtype=torch.float32).view(-1, 1, 1) for v in (mean, std))
@@ -210,10 +208,11 @@ def evaluate_retrieval(args: argparse.Namespace) -> dict:
     Raises:
         flags.Refused: bad input, in one line.
     """
-    args.resize_size = args.crop_size = args.imsize
     try:
         device = parallel.start(args.device if args.use_cuda else "cpu", args.dist_url, args.dist_timeout)
-        network = features.load_network(args, device, "--imsize")
+        network = features.load_network(
+            args.pretrained_weights, args.arch, args.patch_size, args.checkpoint_key, device, args.imsize,
+            args.imsize, args.precision, args.seed, "--imsize")
         truth, database, queries = open_dataset(args, network.info["in_chans"])
         flags.prepare_output(flags.output_dir(args))
         found = [picture_features(network, images, args, device) for images in (queries, database)]

@@ -21,13 +21,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import checkpoint
 import flags
 import parallel
-import scores
-from features import load_network, network_features
-from knn import knn_predict
-from splits import Part, check_labels, draw_support, match_classes, notes_on_classes, open_parts
+from protocols import scores
+from protocols.features import load_network, network_features
+from protocols.knn import knn_classifier, knn_predict  # noqa: F401 - knn_classifier is published here
+from protocols.splits import Part, check_labels, draw_support, match_classes, notes_on_classes, open_parts
+from weights import checkpoints
 
 MOST_CLASSES_SHOWN = 20  # per-class figures on the console; the file has all
 
@@ -55,31 +55,6 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--use_cuda", type=flags.boolean, default=True, help="false searches on the CPU; --device says where all runs")
     flags.add_launch_flags(parser)
     return parser
-
-
-def knn_classifier(
-    train_features: Tensor,
-    train_labels: Tensor,
-    test_features: Tensor,
-    test_labels: Tensor,
-    k: int,
-    T: float,
-    num_classes: int = 1000,
-    device: torch.device | None = None,
-) -> tuple[float, float]:
-    """Top-1 and top-5 accuracy in % of weighted k-NN with cosine similarity.
-
-    Args:
-        train_features, test_features: (N, D) and (M, D), normalized here. train_labels, test_labels: (N,) and (M,).
-        k: neighbours; all training images where there are fewer.
-        T: temperature of the weights exp(cosine / T).
-        num_classes: made larger where a label is.
-        device: where to search, by default where the training features lie.
-    """
-    num_classes = max(num_classes, int(train_labels.max()) + 1)
-    ranked = knn_predict(train_features, train_labels, test_features, [k], [T], num_classes, device=device)[0, 0]
-    top1, top5 = scores.hits(ranked, test_labels, min(k, len(train_features)))
-    return 100 * top1.double().mean().item(), 100 * top5.double().mean().item()
 
 
 # ---- Accuracies ----
@@ -128,7 +103,7 @@ def dump(folder: str, parts: Sequence[Part], about: dict) -> None:
             if value is None:
                 (Path(folder) / name).unlink(missing_ok=True)
             else:
-                checkpoint.save(value, Path(folder) / name)
+                checkpoints.save(value, Path(folder) / name)
     (Path(folder) / "features.json").write_text(json.dumps({"classes": parts[0].classes, "about": about}, indent=2))
 
 
@@ -142,7 +117,7 @@ def load(folder: str) -> tuple[list[Part], dict]:
     if not (Path(folder) / "trainfeat.pth").is_file():
         raise FileNotFoundError(f"{where}: no trainfeat.pth in it; write one with --dump_features")
     known = read_about(Path(folder) / "features.json", where)
-    read = {name: checkpoint.read(Path(folder) / name, object) for names in FILES for name in names
+    read = {name: checkpoints.read(Path(folder) / name, object) for names in FILES for name in names
             if name == "trainfeat.pth" or (Path(folder) / name).is_file()}
     parts = []
     for features, labels in [(read.get(f), read.get(n)) for f, n in FILES]:
@@ -192,15 +167,19 @@ def output_dir(args: argparse.Namespace) -> Path:
 
 def compute(args: argparse.Namespace, device: torch.device) -> tuple[list[Part], dict, tuple | None]:
     """The parts of --data_path, what the report says of them, and the features of two views where they are needed."""
-    network = load_network(args, device)
-    images = open_parts(args, network.info["in_chans"])
+    network = load_network(
+        args.pretrained_weights, args.arch, args.patch_size, args.checkpoint_key, device, args.crop_size,
+        args.resize_size, args.precision, args.seed)
+    images = open_parts(args.data_path, args.val_data_path, network.info["in_chans"])
     check_labels(f"--data_path {args.data_path}", [i.labels for i in images])
     flags.prepare_output(output_dir(args))
     cache = output_dir(args) / "features"
-    parts = [Part(network_features(network, i, args, device, cache), i.labels, i.classes) for i in images]
+    found = [network_features(network, i, args.batch_size_per_gpu, args.num_workers, cache) for i in images]
+    parts = [Part(x, i.labels, i.classes) for x, i in zip(found, images, strict=True)]
     views = None
     if args.label_free or parts[0].labels is None:
-        views = tuple(network_features(network, images[0], args, device, cache, view) for view in (0, 1))
+        views = tuple(network_features(network, images[0], args.batch_size_per_gpu, args.num_workers, cache, view)
+                      for view in (0, 1))
     return parts, network.about, views
 
 

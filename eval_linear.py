@@ -20,15 +20,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import checkpoint
 import flags
-import linear
 import parallel
-import scores
-from features import TRAINING_SCALE, Network, feature_batches, half_context, load_network, network_features, pictures
-from photometric import to_device
-from splits import Labelled, Task, open_task, run_of
+from method.photometric import to_device
+from protocols import linear, scores
+from protocols.features import (
+    TRAINING_SCALE,
+    Network,
+    feature_batches,
+    input_dataset,
+    load_network,
+    network_features,
+)
+from protocols.splits import Labelled, Task, open_task, run_of
 from vision_transformer import VisionTransformer
+from weights import checkpoints
 
 STRENGTHS = [10.0**e for e in range(-6, 4)]  # of --logreg
 UNFINISHED, CLASSIFIER = "checkpoint_linear.pth", "linear.pth"
@@ -129,7 +135,8 @@ def settings(args: argparse.Namespace, blocks: int) -> list[linear.Setting]:
 
 
 def eval_features(network: Network, part: Labelled, args: argparse.Namespace, device: torch.device) -> Tensor:
-    return network_features(network, part.images, args, device, flags.output_dir(args) / "features")
+    return network_features(network, part.images, args.batch_size_per_gpu, args.num_workers,
+                            flags.output_dir(args) / "features")
 
 
 def training_batches(
@@ -142,15 +149,15 @@ def training_batches(
     order = torch.from_numpy(np.random.default_rng((args.seed, epoch)).permutation(len(part.labels)))
     if args.views:
         while len(kept) <= epoch % args.views:
-            kept.append(network_features(network, part.images, args, device, flags.output_dir(args) / "features",
-                                         view=len(kept), scale=TRAINING_SCALE))
+            kept.append(network_features(network, part.images, args.batch_size_per_gpu, args.num_workers,
+                                         flags.output_dir(args) / "features", view=len(kept), scale=TRAINING_SCALE))
         images = kept[epoch % args.views]
         batch = args.batch_size_per_gpu * parallel.world_size()
         batches = (to_device(images[rows], device) for rows in order.split(batch))
     else:
         batches = feature_batches(
-            network.forward, pictures(network, part.images, epoch, TRAINING_SCALE), order.tolist(),
-            args.batch_size_per_gpu, args.num_workers, device, half_context(args.precision, device),
+            network.forward, input_dataset(network, part.images, epoch, TRAINING_SCALE), order.tolist(),
+            args.batch_size_per_gpu, args.num_workers, device, network.autocast(),
         )
     first = 0
     for features in batches:
@@ -204,7 +211,7 @@ def train_heads(
             parallel.say(f"epoch {epoch + 1}/{args.epochs}: training loss {loss.min():.4f}"
                 + (f" to {loss.max():.4f}" if len(loss) > 1 else ""))
         if parallel.is_main() and (epoch + 1 == args.epochs or not args.views or (epoch + 1) % 10 == 0):
-            checkpoint.save({"run": run, "epoch": epoch + 1, "heads": heads.state_dict(), "loss": loss,
+            checkpoints.save({"run": run, "epoch": epoch + 1, "heads": heads.state_dict(), "loss": loss,
                              "optimizer": optimizer.state_dict()}, path)
     parallel.barrier()
     return loss
@@ -218,7 +225,7 @@ def keep_classifier(
         return
     head, setting = heads.heads[best], heads.settings[best]
     state = {"linear.weight": head.weight.detach().cpu(), "linear.bias": head.bias.detach().cpu()}
-    checkpoint.save({"state_dict": state, "classes": list(classes), "setting": setting._asdict(),
+    checkpoints.save({"state_dict": state, "classes": list(classes), "setting": setting._asdict(),
                      "weights_sha256": network.about["weights_sha256"]}, flags.output_dir(args) / CLASSIFIER)
     (flags.output_dir(args) / UNFINISHED).unlink(missing_ok=True)
 
@@ -264,7 +271,7 @@ def logreg(args: argparse.Namespace, network: Network, task: Task, device: torch
 
 
 def finetune(args: argparse.Namespace, network: Network, task: Task, device: torch.device) -> tuple[list[dict], Tensor]:
-    from finetune import tune
+    from protocols.finetune import tune
 
     return tune(args, network, task, device, flags.output_dir(args))
 
@@ -283,7 +290,9 @@ def evaluate_linear(args: argparse.Namespace) -> dict:
         if args.evaluate:
             linear.read_classifier(args.linear_weights)  # a wrong file is named before any work
         device = parallel.start(args.device, args.dist_url, args.dist_timeout)
-        network = load_network(args, device)
+        network = load_network(
+            args.pretrained_weights, args.arch, args.patch_size, args.checkpoint_key, device, args.crop_size,
+            args.resize_size, args.precision, args.seed)
         blocks = with_blocks(network, args)[1]
         sweep = not (args.evaluate or args.finetune) and len(settings(args, blocks)) > 1
         task = open_task(args, network.info["in_chans"], hold_out=sweep or args.logreg)

@@ -32,13 +32,11 @@ import torch
 from torch import Tensor, nn
 
 import flags
-import masks
 import parallel
-import scores
-import segmentation_scores
-import sheets
 import visualize_attention
-from features import PIXELS, weights_hash
+from imagesets import masks
+from protocols import scores, segmentation_scores, sheets
+from protocols.features import PIXELS, weights_hash
 from vision_transformer import build_backbone
 
 BOX_SIDES = tuple(round(0.3 + 0.05 * i, 2) for i in range(15))  # shares of the picture's sides: 0.3 to 1

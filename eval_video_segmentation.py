@@ -25,18 +25,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import checkpoint
-import davis
 import flags
-import images
-import masks
 import parallel
-import scores
-import segmentation_scores
 import visualize_attention
-from features import PIXELS, refuse_weights, weights_hash
+from imagesets import davis, decode, masks
+from protocols import scores, segmentation_scores
+from protocols.features import PIXELS, refuse_weights, weights_hash
 from utils import IMAGENET_MEAN, IMAGENET_STD
 from vision_transformer import VITS, VisionTransformer
+from weights import backbones
 
 TEMPERATURE = 0.1  # of the weights, as published
 TILE = 12  # rows and columns of patches that are matched at once
@@ -149,12 +146,12 @@ def load_forward(args: argparse.Namespace, device: torch.device) -> tuple[Callab
         FileNotFoundError, ValueError: no such weights, or no patches.
     """
     if args.arch == PIXELS:
-        refuse_weights(args)
+        refuse_weights(args.pretrained_weights)
         about = {"arch": PIXELS, "patch_size": args.patch_size, "weights": None, "weights_sha256": None,
                  "in_chans": 3, "mean": IMAGENET_MEAN, "std": IMAGENET_STD}
         return lambda x: F.pixel_unshuffle(x, args.patch_size).movedim(1, -1), about
     torch.manual_seed(args.seed)
-    model, info = checkpoint.load_backbone(args.pretrained_weights, args.arch, args.patch_size, args.checkpoint_key)
+    model, info = backbones.load_backbone(args.pretrained_weights, args.arch, args.patch_size, args.checkpoint_key)
     if not isinstance(model, VisionTransformer):
         raise ValueError(f"--arch {info['arch']}: has no patch tokens; use one of {', '.join(VITS)}, or {PIXELS}")
     about = {"weights": args.pretrained_weights or None, "checkpoint_key": args.checkpoint_key,
@@ -180,7 +177,7 @@ def frame_features(frames: Sequence[Path], forward: Callable[[Tensor], Tensor], 
     """Patch features float32 (h, w, D) of each frame; `batch_size` frames are held."""
     mean, std = (torch.tensor(about[name], device=device).view(-1, 1, 1) for name in ("mean", "std"))
     for start in range(0, len(frames), batch_size):
-        batch = [images.decode(path, about["in_chans"]) for path in frames[start : start + batch_size]]
+        batch = [decode.decode(path, about["in_chans"]) for path in frames[start : start + batch_size]]
         batch = torch.stack([visualize_attention.resize(frame, size, about["patch_size"]) for frame in batch])
         yield from forward((batch.to(device) / 255 - mean) / std).float()
 

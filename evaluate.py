@@ -26,16 +26,13 @@ import eval_linear
 import eval_segmentation
 import eval_video_segmentation
 import flags
-import masks
 import parallel
-import plots
-import report
-import scores
-import sheets
 import visualize_attention
-from features import PIXELS, load_network, network_features
-from knn import knn_predict, nearest
-from splits import Part, match_classes, open_parts
+from imagesets import masks
+from protocols import charts, report, scores, sheets
+from protocols.features import PIXELS, load_network, network_features
+from protocols.knn import knn_predict, nearest
+from protocols.splits import Part, match_classes, open_parts
 
 KS = (1, 5, 10, 20, 50, 100, 200)
 VOTERS, TEMPERATURE = 20, 0.07  # of the k-NN whose errors are shown
@@ -179,10 +176,13 @@ def run_all(args: argparse.Namespace, about: dict) -> tuple[list[dict], dict[str
 
 def classified(args: argparse.Namespace, device: torch.device) -> tuple[list, list[Part]]:
     """The images to classify, and their features from the cache that k-NN has filled."""
-    network = load_network(args, device)
-    images = open_parts(args, network.info["in_chans"])
+    network = load_network(
+        args.pretrained_weights, args.arch, args.patch_size, args.checkpoint_key, device, args.crop_size,
+        args.resize_size, args.precision, args.seed)
+    images = open_parts(args.data_path, args.val_data_path, network.info["in_chans"])
     cache = output_dir(args) / "this_network" / "features"
-    parts = [Part(network_features(network, i, args, device, cache), i.labels, i.classes) for i in images]
+    found = [network_features(network, i, args.batch_size_per_gpu, args.num_workers, cache) for i in images]
+    parts = [Part(x, i.labels, i.classes) for x, i in zip(found, images, strict=True)]
     return images, match_classes(*parts) if len(parts) == 2 and parts[0].labels is not None else parts
 
 
@@ -217,7 +217,7 @@ def draw_map(parts: Sequence[Part], path: Path, seed: int) -> None:
     test = parts[-1]
     rows = torch.linspace(0, len(test.features) - 1, min(MAPPED, len(test.features))).round().long()
     labels = torch.zeros(len(rows), dtype=torch.long) if test.labels is None else test.labels[rows]
-    plots.feature_map(test.features[rows].numpy(), labels.numpy(), test.classes or ["no labels"], path, seed)
+    charts.feature_map(test.features[rows].numpy(), labels.numpy(), test.classes or ["no labels"], path, seed)
 
 
 def draw_sheets(args: argparse.Namespace, images: Sequence, folder: Path) -> None:
@@ -229,7 +229,8 @@ def draw_sheets(args: argparse.Namespace, images: Sequence, folder: Path) -> Non
         if hasattr(own, name):
             setattr(own, name, getattr(args, name))
     model, info = visualize_attention.load_network(own)
-    visualize_attention.draw_sheets(own, model, info, (images or open_parts(args, info["in_chans"]))[-1])
+    images = images or open_parts(args.data_path, args.val_data_path, info["in_chans"])
+    visualize_attention.draw_sheets(own, model, info, images[-1])
 
 
 # ---- The page ----
@@ -251,7 +252,7 @@ def sections(args: argparse.Namespace, about: dict, results: tuple, images: Sequ
 
     knn = reports.get("k-NN", {})
     if knn.get("results"):
-        draw("sweep", lambda: plots.sweep_chart(knn["results"], folder / "k_sweep.png"),
+        draw("sweep", lambda: charts.sweep_chart(knn["results"], folder / "k_sweep.png"),
              ("k_sweep.png", "top-1 accuracy for every k, with its 95 % interval"))
     if parts and len(parts[-1].features) >= 5:
         draw("map of the features", lambda: draw_map(parts, folder / "tsne.png", args.seed),
@@ -300,14 +301,17 @@ def evaluate(args: argparse.Namespace) -> dict:
     """
     try:
         device = parallel.start(args.device, args.dist_url, args.dist_timeout)
-        network = load_network(args, device)
+        network = load_network(
+            args.pretrained_weights, args.arch, args.patch_size, args.checkpoint_key, device, args.crop_size,
+            args.resize_size, args.precision, args.seed)
         for name in ("segmentation_data", "video_data", "copy_data", "retrieval_data"):
             value = getattr(args, name)
             if name == "segmentation_data" and masks.is_drawn(value):
                 masks.open_masked(value, network.info["in_chans"], f"--{name}")
             elif value and not os.path.isdir(value):
                 raise FileNotFoundError(f"--{name} {value}: no such folder")
-        open_parts(args, network.info["in_chans"])  # a wrong path is named before any work
+        # A wrong path is named before any work.
+        open_parts(args.data_path, args.val_data_path, network.info["in_chans"])
         flags.prepare_output(output_dir(args))
     except (ValueError, OSError) as error:
         raise flags.Refused(error) from error

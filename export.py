@@ -27,12 +27,12 @@ import numpy as np
 import torch
 from torch import nn
 
-import checkpoint
 import flags
-from features import weights_hash
-from formats import FORMATS, SUFFIXES, Differs, Run, same
-from layouts import STORED_OPTIONS
+from protocols.features import weights_hash
+from protocols.formats import FORMATS, SUFFIXES, Differs, Run, same
 from vision_transformer import VisionTransformer
+from weights import backbones
+from weights.layouts import STORED_OPTIONS
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -155,7 +155,7 @@ def export(args: argparse.Namespace) -> float:
     output = Path(args.output)
     try:
         check_flags(args)
-        model, info = checkpoint.load_backbone(args.pretrained_weights, args.arch, args.patch_size,
+        model, info = backbones.load_backbone(args.pretrained_weights, args.arch, args.patch_size,
                                                args.checkpoint_key)
         about = describe(model, info, args)
         args.reports = read_reports(about, args)

@@ -3,7 +3,8 @@
     python extract_features.py --pretrained_weights output/run/checkpoint.pth --data_path photos --output photos.npy
     torchrun --nproc_per_node=8 extract_features.py --pretrained_weights output/run/checkpoint.pth ...
 
-The suffix of --output says the format, .npy, .safetensors or .parquet; `embeddings.py` describes and reads them.
+The suffix of --output says the format, .npy, .safetensors or .parquet; `protocols/embeddings.py` describes and
+reads them.
 
 Shapes: N images, D width, P patches: (N, D) for --tokens cls, (N, P, D) for patch, (N, 1 + P, D) for both, the class
 token first. Patches are in reading order.
@@ -25,11 +26,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-import data
-import embeddings
-import features
 import flags
 import parallel
+from imagesets import loaders
+from protocols import embeddings, features, transforms
 from vision_transformer import VisionTransformer
 
 
@@ -197,8 +197,10 @@ def extract(args: argparse.Namespace) -> None:
         embeddings.check_package("--output", output)
         embeddings.check_output(output)
         device = parallel.start(args.device, args.dist_url, args.dist_timeout)
-        network = features.load_network(args, device)
-        images = data.open_images(args.data_path, None, network.info["in_chans"])
+        network = features.load_network(
+            args.pretrained_weights, args.arch, args.patch_size, args.checkpoint_key, device, args.crop_size,
+            args.resize_size, args.precision, args.seed)
+        images = loaders.open_images(args.data_path, None, network.info["in_chans"])
         job, about, dataset = plan(args, network, images, output)
         forward = token_forward(network.forward, args.tokens)
         missing = on_main(lambda: missing_parts(job))
@@ -221,13 +223,13 @@ def extract(args: argparse.Namespace) -> None:
         raise flags.Refused(error) from error
 
 
-def plan(args: argparse.Namespace, network: features.Network, images: data.Images, output: Path) -> tuple:
+def plan(args: argparse.Namespace, network: features.Network, images: loaders.Images, output: Path) -> tuple:
     """The job, what its file will say of itself, and the data set of the pictures as the network takes them."""
     about, mean, std = network.about, network.info["mean"], network.info["std"]
     if about["arch"] == features.PIXELS:
         dataset = features.SmallPictures(images)
     else:
-        dataset = data.EvalImages(images, about["resize_size"], about["crop_size"], mean, std)
+        dataset = transforms.EvalImages(images, about["resize_size"], about["crop_size"], mean, std)
     path = os.path.expanduser(args.data_path)
     about = about | {  # paths are absolute, for search.py to find them from another folder
         "data_path": os.path.abspath(path) if os.path.exists(path) else args.data_path, "tokens": args.tokens,

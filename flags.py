@@ -6,7 +6,6 @@ import argparse
 import difflib
 import math
 import os
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,15 +13,9 @@ from pathlib import Path
 import torch
 
 import parallel
+from parallel import Refused, worker_death
 
 PRESETS = Path(__file__).parent / "presets"
-
-
-class Refused(Exception):
-    """Bad input, in one line that names the flag, the value and the remedy: exit code 2, nothing written."""
-
-    def __init__(self, reason: object) -> None:
-        super().__init__(" ".join(str(reason).split()))
 
 
 def exit_code(script: str, evaluate: Callable, args: argparse.Namespace) -> int:
@@ -40,21 +33,6 @@ def exit_code(script: str, evaluate: Callable, args: argparse.Namespace) -> int:
     finally:
         parallel.stop()
     return 0
-
-
-def worker_death(error: Exception) -> str | None:
-    """One line when it says that a loader's worker died; torch raises that wherever the main thread stands.
-
-    A batch that the worker had handed over half-way breaks the connection to it before that. From here on torch
-    raises no more: it would while the loader is taken down, with a traceback.
-    """
-    broken = isinstance(error, (ConnectionError, EOFError))
-    if not broken and not str(error).startswith("DataLoader worker"):
-        return None
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    what = " ".join(str(error).split()).removesuffix(".")
-    what = f"a DataLoader worker died ({what or 'its connection was reset'})" if broken else what
-    return f"{what}; most often memory ran out: lower --num_workers or give the job more, then start again"
 
 
 def out_of_memory(error: Exception) -> str | None:

@@ -4,7 +4,7 @@
     model = torch.hub.load("/path/to/this/folder", "dino_vits16", source="local", weights="output/run/checkpoint.pth")
 
 Every entry takes `pretrained` (False: random weights), `weights` (a file or URL in place of the published one, in any
-layout that layouts.py knows; of a full checkpoint the teacher is taken) and the network's own options.
+layout that weights/layouts.py knows; of a full checkpoint the teacher is taken) and the network's own options.
 """
 
 import importlib.machinery as _machinery
@@ -20,19 +20,21 @@ _FOLDER = _Path(__file__).resolve().parent
 
 
 def _load_module(name):
-    """This folder's module `name`, whatever else of that name the process has imported or could import.
+    """This folder's module `name`, such as weights/layouts, whatever else of that name the process could import.
 
-    Where nothing else is called so, it gets its plain name, which is what a pickled model is found under by a process
-    that has this folder on its path. Else the name is private to this folder.
+    Loaded by path: nothing of this folder becomes importable, and the modules loaded here import none of its others.
+    vision_transformer gets its plain name where that is free, so that a process with this folder on its path can
+    unpickle a model. Otherwise, and for the rest, the name is private to this folder.
     """
-    path, private = _FOLDER / f"{name}.py", f"_dino_{_zlib.crc32(str(_FOLDER).encode()):08x}_{name}"
-    for key in (name, private):
+    path = _FOLDER / f"{name}.py"
+    plain, private = name.replace("/", "."), f"_dino_{_zlib.crc32(str(_FOLDER).encode()):08x}_{name.replace('/', '_')}"
+    for key in (plain, private):
         there = getattr(_sys.modules.get(key), "__file__", None)
         if there and _Path(there).resolve() == path:
             return _sys.modules[key]
     elsewhere = [p for p in _sys.path if _Path(p or ".").resolve() != _FOLDER]
-    taken = name in _sys.modules or _machinery.PathFinder.find_spec(name, elsewhere)
-    key = private if taken else name
+    taken = "/" in name or name in _sys.modules or _machinery.PathFinder.find_spec(name, elsewhere)
+    key = private if taken else plain
     spec = _util.spec_from_file_location(key, path)
     module = _util.module_from_spec(spec)
     _sys.modules[key] = module
@@ -45,13 +47,13 @@ def _load_module(name):
 
 
 def _make(name, pretrained, weights, kwargs):
-    vision_transformer, published = _load_module("vision_transformer"), _load_module("published")
+    vision_transformer, published = _load_module("vision_transformer"), _load_module("weights/published")
     network = published.PUBLISHED[name]
     if not pretrained and not weights:
         return vision_transformer.build_backbone(network.arch, network.patch_size, **kwargs)[0]
     url = _os.fspath(weights or network.url)
     path = published.fetch(url) if "://" in url else _os.path.expanduser(url)
-    layouts = _load_module("layouts")
+    layouts = _load_module("weights/layouts")
     try:
         loaded = layouts.read(path)
     except ValueError as error:

@@ -18,17 +18,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-import checkpoint
-import data
 import flags
-import metrics
-import monitor
 import parallel
-import replay
 import utils
-from faults import TO_BE_CONTINUED, Requests, lost_process
-from run import Run, make_augmentation, set_lr_and_wd
+from imagesets import loaders
+from pretraining import metrics, monitor, replay
+from pretraining.faults import TO_BE_CONTINUED, Requests, lost_process
+from pretraining.run import Run, make_augmentation, set_lr_and_wd
 from vision_transformer import VITS
+from weights import checkpoints
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -93,7 +91,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--data_path", default="shapes",
         help="folder of images, with or without class folders; a .txt list; shards-{000..099}.tar; hf:FOLDER; "
              "torchvision:CIFAR10; shapes[:COUNT[xPIXELS]], the embedded pictures (docs/data.md)")
-    add("--max_pixels", type=flags.positive_int, default=data.MAX_PIXELS,
+    add("--max_pixels", type=flags.positive_int, default=loaders.MAX_PIXELS,
         help="larger files count as undecodable: a guard against decompression bombs")
     add("--max_bad_images", type=flags.fraction, default=0.01, help="share of undecodable files that stops the run")
     add("--output_dir", default=".", help="checkpoints and logs; a run that finds its own checkpoint there resumes")
@@ -162,12 +160,12 @@ def setup(args: argparse.Namespace) -> Run:
         device = parallel.start(args.device, args.dist_url, args.dist_timeout)
         torch.backends.cudnn.benchmark = True  # crops have fixed sizes: convolutions are chosen by trial, once
         run = Run(args, device)
-        found = checkpoint.read_latest(args.output_dir)
+        found = checkpoints.read_latest(args.output_dir)
         if found:
             run.resume(*found)
         flags.prepare_output(Path(args.output_dir))
         if parallel.is_main():
-            checkpoint.remove_temporary(args.output_dir)
+            checkpoints.remove_temporary(args.output_dir)
     except (ValueError, OSError) as error:
         raise flags.Refused(error) from error
     except (RuntimeError, MemoryError) as error:
@@ -216,8 +214,8 @@ def train(run: Run, log: metrics.Log) -> bool:
     if parallel.world_size() > 1 and not run.sharded:
         student = DistributedDataParallel(student, device_ids=[device.index] if device.type == "cuda" else None)
     augmentation = make_augmentation(args)
-    batches = data.on_device(load(run, augmentation, run.step, plan.steps), device)
-    bad_images = data.BadImages(len(run.images), args.max_bad_images)
+    batches = loaders.on_device(load(run, augmentation, run.step, plan.steps), device)
+    bad_images = loaders.BadImages(len(run.images), args.max_bad_images)
     watch, window, clock = metrics.FiniteWatch(device), metrics.Meters(), metrics.Clock()
     requests = Requests(device, args.saveckp_every_minutes)
     if not run.scaler.is_enabled():
@@ -265,7 +263,7 @@ def train(run: Run, log: metrics.Log) -> bool:
             clock.reset()
         elif stop or save or (args.saveckp_every_steps and run.step % args.saveckp_every_steps == 0):
             check_finite(run, watch, step + 1)
-            run.save(checkpoint.NAME)
+            run.save(checkpoints.NAME)
         if stop and run.step < plan.steps:
             return False
     return True
@@ -295,7 +293,7 @@ def forward_backward(run: Run, student: nn.Module, crops: list[Tensor], epoch: i
 def load(run: Run, augmentation: utils.DataAugmentationDINO, first: int, last: int):
     """The micro-batches of steps first ... last - 1; one loader for all epochs: its workers never start anew."""
     accum = run.args.grad_accum_steps
-    return data.batches(
+    return loaders.batches(
         run.images, augmentation, run.args.batch_size_per_gpu, run.args.num_workers, run.args.seed, parallel.rank(),
         parallel.world_size(), batches_per_epoch=run.plan.steps_per_epoch * accum, first_batch=first * accum,
         last_batch=last * accum, pin_memory=run.device.type == "cuda",
@@ -333,12 +331,12 @@ def end_epoch(run: Run, log: metrics.Log, epoch: int) -> None:
         run.knn |= {"epoch": epoch, "top1": top1, "top5": top5}
         if run.knn["top1"] > run.knn.get("best", -1):
             run.knn |= {"best": run.knn["top1"], "best_epoch": epoch}
-            names.append(checkpoint.BEST)
+            names.append(checkpoints.BEST)
     monitor.write_epoch(run, log, epoch)
     if args.pictures_every and ((epoch + 1) % args.pictures_every == 0 or run.step == run.plan.steps):
         save_pictures(run, log, f"epoch{epoch:04d}")
     run.meters = metrics.Meters()
-    run.save(*names, checkpoint.NAME)
+    run.save(*names, checkpoints.NAME)
 
 
 def main(args: argparse.Namespace) -> int:
@@ -363,12 +361,12 @@ def outcome(args: argparse.Namespace) -> int:
     except flags.Refused as error:
         print(f"main_dino.py: error: {error}", file=sys.stderr)
         return 2
-    except (metrics.NonFinite, data.TooManyBadImages) as error:  # of all processes
+    except (metrics.NonFinite, loaders.TooManyBadImages) as error:  # of all processes
         return stopped(error, parallel.is_main())
     except (OSError, EOFError) as error:  # of one: a full disk, say
         return stopped(flags.worker_death(error) or error)
     except RuntimeError as error:
-        known = isinstance(error, data.Unreadable) and error
+        known = isinstance(error, loaders.Unreadable) and error
         if reason := known or flags.worker_death(error) or flags.out_of_memory(error):
             return stopped(reason)  # of one
         if not (reason := lost_process(error)):

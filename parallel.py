@@ -9,6 +9,7 @@ import gc
 import importlib
 import os
 import re
+import signal
 import socket
 import sys
 from collections.abc import Callable
@@ -23,6 +24,13 @@ from torch import Tensor
 Result = TypeVar("Result")
 
 TIMEOUT_MINUTES = 10  # a rank that died or hangs ends the others after this long
+
+
+class Refused(ValueError):
+    """Bad input, in one line that names the flag, the value and the remedy: exit code 2, nothing written."""
+
+    def __init__(self, reason: object) -> None:
+        super().__init__(" ".join(str(reason).split()))
 
 
 def rank() -> int:
@@ -286,6 +294,21 @@ def refuse_unusable_address(host: str, port: int, listens: bool, flag: str = "")
     except OSError as error:
         where = flag or f"MASTER_PORT {port}"
         raise ValueError(f"{where}: {os.strerror(error.errno)}; give a free port") from error
+
+
+def worker_death(error: Exception) -> str | None:
+    """One line when it says that a loader's worker died; torch raises that wherever the main thread stands.
+
+    A batch that the worker had handed over half-way breaks the connection to it before that. From here on torch
+    raises no more: it would while the loader is taken down, with a traceback.
+    """
+    broken = isinstance(error, (ConnectionError, EOFError))
+    if not broken and not str(error).startswith("DataLoader worker"):
+        return None
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    what = " ".join(str(error).split()).removesuffix(".")
+    what = f"a DataLoader worker died ({what or 'its connection was reset'})" if broken else what
+    return f"{what}; most often memory ran out: lower --num_workers or give the job more, then start again"
 
 
 def stop() -> None:

@@ -16,11 +16,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import data
 import flags
 import main_dino
 import parallel
-from run import load_initial
+from imagesets import loaders
+from pretraining.run import load_initial
 from vision_transformer import build_backbone
 
 
@@ -187,7 +187,7 @@ def check(args: argparse.Namespace) -> None:
                          f"'volta32gb&{args.constraint}' alone")
     path = args.data_path
     if re.fullmatch("(shapes(:.*)?)?", path):
-        data.open_images(path, None, args.in_chans)  # refuses what is the same on every host
+        loaders.open_images(path, None, args.in_chans)  # refuses what is the same on every host
     elif not path.startswith("torchvision:") and not os.path.exists(path):
         print(f"--data_path {path} is not on this host: are you sure that the job's hosts have it?", flush=True)
 

@@ -20,15 +20,12 @@ from pathlib import Path
 
 import numpy as np
 
-import data
-import embeddings
-import features
 import flags
 import parallel
-import plots
-import sheets
-from images import decode
-from sources import open_files
+from imagesets import loaders
+from imagesets.decode import decode
+from imagesets.sources import open_files
+from protocols import charts, embeddings, features, sheets
 
 ROWS_AT_A_TIME = 65_536
 CELL = 224  # pixels of a picture's longer side on the sheet
@@ -41,7 +38,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--features", required=True, help="file that extract_features.py wrote")
     add("--query", required=True, nargs="+", help="rows of the file, from 0, or images")
     add("--k", type=flags.number(int, 1, 100), default=8, help="neighbours a query, 100 at most")
-    add("--output", default="sheet.png", help="picture to write: " + ", ".join(plots.FORMATS))
+    add("--output", default="sheet.png", help="picture to write: " + ", ".join(charts.FORMATS))
     add("--data_path", default="", help="where the images of the file are now, if they were moved")
     add("--pretrained_weights", default="", help="where the weights of the file are now, if they were moved")
     add("--batch_size_per_gpu", type=flags.positive_int, default=32, help="query images at a time")
@@ -116,12 +113,14 @@ def embed(paths: Sequence[str], about: dict, args: argparse.Namespace) -> np.nda
     args.pretrained_weights = args.pretrained_weights or about.get("weights") or ""
     args.num_workers = 0
     device = parallel.pick_device(args.device)
-    network = features.load_network(args, device)
+    network = features.load_network(
+        args.pretrained_weights, args.arch, args.patch_size, args.checkpoint_key, device, args.crop_size,
+        args.resize_size, args.precision, args.seed)
     if network.about["weights_sha256"] != about["weights_sha256"]:
         raise ValueError(f"--pretrained_weights {args.pretrained_weights}: not the weights that the file's features "
                          "come from; give those")
     images = open_files(os.getcwd(), paths, network.info["in_chans"])
-    return features.network_features(network, images, args, device, cache=None).numpy()
+    return features.network_features(network, images, args.batch_size_per_gpu, num_workers=0).numpy()
 
 
 # ---- Sheet ----
@@ -146,12 +145,12 @@ def draw_sheet(rows: Sequence[Sequence[tuple[np.ndarray, str]]], path: str | Pat
             axes.axis("off")
         for i, (axes, (picture, title)) in enumerate(zip(row, cells, strict=False)):
             axes.imshow(sheets.fit(picture, CELL))
-            axes.set_title(title, fontsize=7, color=plots.INK)
+            axes.set_title(title, fontsize=7, color=charts.INK)
             if i == 0:
                 axes.axis("on")
                 axes.set(xticks=[], yticks=[])
                 for spine in axes.spines.values():
-                    spine.set(color=plots.COLORS[1], linewidth=2.5)
+                    spine.set(color=charts.COLORS[1], linewidth=2.5)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
 
@@ -166,8 +165,8 @@ def search(args: argparse.Namespace) -> list[list[tuple[int, float]]]:
         flags.Refused: bad input, in one line.
     """
     try:
-        if Path(args.output).suffix.lower() not in plots.FORMATS:
-            raise ValueError(f"--output {args.output}: a picture's name ends in {', '.join(plots.FORMATS)}")
+        if Path(args.output).suffix.lower() not in charts.FORMATS:
+            raise ValueError(f"--output {args.output}: a picture's name ends in {', '.join(charts.FORMATS)}")
         embeddings.check_output(Path(args.output))
         array, names, about = embeddings.read(args.features)
         array = class_tokens(array, about)
@@ -190,13 +189,13 @@ def search(args: argparse.Namespace) -> list[list[tuple[int, float]]]:
     return found
 
 
-def open_named(data_path: str, names: Sequence[str], in_chans: int) -> data.Images:
+def open_named(data_path: str, names: Sequence[str], in_chans: int) -> loaders.Images:
     """The images of the features.
 
     Raises:
         ValueError: they are others, or more or fewer.
     """
-    images = data.open_images(data_path, None, in_chans)
+    images = loaders.open_images(data_path, None, in_chans)
     same = len(images) == len(names) and all(
         os.path.basename(images.name(i)) == os.path.basename(names[i]) for i in range(len(names)))
     if not same:
@@ -205,7 +204,7 @@ def open_named(data_path: str, names: Sequence[str], in_chans: int) -> data.Imag
     return images
 
 
-def sheet_row(query: str, row: int | None, near: Sequence[tuple[int, float]], images: data.Images,
+def sheet_row(query: str, row: int | None, near: Sequence[tuple[int, float]], images: loaders.Images,
               names: Sequence[str], in_chans: int) -> list[tuple[np.ndarray, str]]:
     """The query's picture and its neighbours', with their titles."""
     picture = decode(query, in_chans) if row is None else images.load(row)

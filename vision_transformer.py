@@ -14,10 +14,87 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.init import trunc_normal_
 from torch.utils.checkpoint import checkpoint
 
-from recompute import gelu_linear, is_observed, norm_linear
+# ---- Layers that keep less for backward (set_grad_checkpointing(layers=True)) ----
+#
+# Of the 16 D values per token that a block of width D keeps, 4 D are the MLP's after GELU and 2 D those after the
+# norms. Both are cheap to compute again from the input of the layer before, so one function of the pair (norm and
+# linear, or GELU and linear) keeps only that input. A pair that was changed (another class, a hook) runs layer by
+# layer, and so does everything under torch.compile, which chooses by itself what to recompute.
+
+
+def is_observed(module: nn.Module) -> bool:
+    """Whether somebody listens to what goes in or out of a module, forwards or backwards."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
+                or module._backward_pre_hooks)
+
+
+def pairs(first: nn.Module, kind: type[nn.Module], linear: nn.Module, x: Tensor) -> bool:
+    """Whether `linear(first(x))` may run as one function."""
+    if type(first) is not kind or type(linear) is not nn.Linear or is_observed(first) or is_observed(linear):
+        return False
+    return x.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def norm_linear(norm: nn.Module, linear: nn.Module, x: Tensor) -> Tensor:
+    """linear(norm(x)), keeping x: (..., D) -> (..., out)."""
+    if pairs(norm, nn.LayerNorm, linear, x) and norm.elementwise_affine and x.dtype == norm.weight.dtype:
+        return NormLinear.apply(x, norm.weight, norm.bias, norm.eps, linear.weight, linear.bias)
+    return linear(norm(x))
+
+
+def gelu_linear(gelu: nn.Module, linear: nn.Module, x: Tensor) -> Tensor:
+    """linear(gelu(x)), keeping x: (..., hidden) -> (..., out)."""
+    if pairs(gelu, nn.GELU, linear, x) and gelu.approximate == "none":
+        return GeluLinear.apply(x, linear.weight, linear.bias)
+    return linear(gelu(x))
+
+
+class NormLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, gain, shift, eps, weight, bias):
+        y, mean, rstd = torch.native_layer_norm(x, gain.shape, gain, shift, eps)
+        ctx.save_for_backward(x, mean, rstd, gain, shift, weight, bias)
+        ctx.eps = eps
+        return F.linear(y, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, mean, rstd, gain, shift, weight, bias = ctx.saved_tensors
+        y = torch.native_layer_norm(x, gain.shape, gain, shift, ctx.eps)[0]
+        grad_y, *grads = linear_backward(grad, y, weight, bias)
+        grad_x, grad_gain, grad_shift = torch.ops.aten.native_layer_norm_backward(
+            grad_y.to(x.dtype), x, gain.shape, mean, rstd, gain, shift, [True, True, shift is not None])
+        return grad_x, grad_gain, grad_shift, None, *grads
+
+
+class GeluLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight, bias)
+        return F.linear(F.gelu(x), weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, weight, bias = ctx.saved_tensors
+        grad_y, *grads = linear_backward(grad, F.gelu(x), weight, bias)
+        return torch.ops.aten.gelu_backward(grad_y.to(x.dtype), x), *grads
+
+
+def linear_backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
+    """Gradients of F.linear(x, weight, bias) by its arguments; products in grad's type, the half one under autocast."""
+    rows = grad.flatten(0, -2)
+    grad_weight = rows.T @ x.to(grad.dtype).flatten(0, -2)
+    grad_bias = rows.sum(0).to(bias.dtype) if bias is not None else None
+    return grad @ weight.to(grad.dtype), grad_weight.to(weight.dtype), grad_bias
+
+
+# ---- Vision Transformer ----
 
 
 def drop_path(x: Tensor, drop_prob: float = 0.0, training: bool = False) -> Tensor:
@@ -308,7 +385,7 @@ class VisionTransformer(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True, layers: bool = False) -> None:
         """Keep for backward what goes into each block alone, and compute the rest of it again (timm's name).
 
-        With `layers`, compute again what costs little: the norms and GELU (recompute.py).
+        With `layers`, compute again what costs little: the norms and GELU (`norm_linear`, `gelu_linear`).
         """
         self.grad_checkpointing = enable and not layers
         for block in self.blocks:

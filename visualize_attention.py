@@ -15,14 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import checkpoint
-import data
 import flags
-import images
 import parallel
-import shapes
-import sheets
+from imagesets import decode, loaders, shapes
+from protocols import sheets
 from vision_transformer import VITS, VisionTransformer
+from weights import backbones
 
 SHEET_PAIRS = 4  # a row of the PCA sheet holds this many pictures with their colours
 DEFAULT_FPS = 25.0
@@ -100,9 +98,9 @@ def patch_of_point(point: Sequence[float], height: int, width: int, image_size: 
 
 
 def load_network(args: argparse.Namespace) -> tuple[VisionTransformer, dict]:
-    """The network and what `checkpoint.load_backbone` says of it; ValueError when it has no attention to draw."""
+    """The network and what `backbones.load_backbone` says of it; ValueError when it has no attention to draw."""
     device = parallel.pick_device(args.device)
-    model, info = checkpoint.load_backbone(args.pretrained_weights, args.arch, args.patch_size, args.checkpoint_key)
+    model, info = backbones.load_backbone(args.pretrained_weights, args.arch, args.patch_size, args.checkpoint_key)
     if not isinstance(model, VisionTransformer):
         raise ValueError(f"--arch {info['arch']}: has no class token whose attention could be drawn; "
                          f"use one of {', '.join(VITS)}")
@@ -158,11 +156,11 @@ def save(pictures: dict[str, np.ndarray], output_dir: str) -> None:
 def load_picture(path: str | None, in_chans: int) -> Tensor:
     """A picture file as uint8 (C, height, width); the first of the embedded set when there is no path."""
     if path is None:
-        return images.from_array(shapes.draw(0, 480)[0], in_chans)
+        return decode.from_array(shapes.draw(0, 480)[0], in_chans)
     if not Path(path).is_file():
         raise FileNotFoundError(f"--image_path {path}: no such file; a folder of pictures goes to --images")
     try:
-        return images.decode(path, in_chans)
+        return decode.decode(path, in_chans)
     except ValueError as error:
         raise ValueError(f"--image_path {error}; give another picture") from error
 
@@ -186,9 +184,9 @@ def similarity_picture(picture: np.ndarray, tokens: np.ndarray, token: np.ndarra
 # ---------------------------------------------------------------- many pictures
 
 
-def draw_sheets(args: argparse.Namespace, model: nn.Module, info: dict, source: data.Images | None = None) -> None:
+def draw_sheets(args: argparse.Namespace, model: nn.Module, info: dict, source: loaders.Images | None = None) -> None:
     """Write attention_sheet.png, and pca_sheet.png with one basis of colours: of --images, or of `source`."""
-    source = source or data.open_images(args.images, in_chans=info["in_chans"], flag="--images")
+    source = source or loaders.open_images(args.images, in_chans=info["in_chans"], flag="--images")
     seen = []
     for i in np.linspace(0, len(source) - 1, min(len(source), args.max_images)).astype(int).tolist():
         try:
@@ -271,7 +269,7 @@ def open_video(path: str, fps: float | None, in_chans: int) -> tuple[Iterator[Te
     """
     imageio_ffmpeg = import_ffmpeg()
     if Path(path).is_dir():
-        source = data.open_images(path, in_chans=in_chans, flag="--video")
+        source = loaders.open_images(path, in_chans=in_chans, flag="--video")
         order = sorted(range(len(source)), key=lambda i: natural_order(source.name(i)))
         return (source.load(i) for i in order), fps or DEFAULT_FPS
     if not Path(path).is_file():

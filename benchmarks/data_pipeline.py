@@ -23,31 +23,30 @@ import photos
 import torch
 from PIL import Image
 
-import data
-import images
 import utils
+from imagesets import decode, loaders
 
 
 def stages(paths: list[Path], args) -> dict:
     """{stage: function that does it for all pictures}; the worker's are those before `colours`."""
     aug = augmentation(args)
-    decoded = [images.decode(path, reduction=aug.reduction) for path in paths]
+    decoded = [decode.decode(path, reduction=aug.reduction) for path in paths]
     items = [(*aug.cut(x, np.random.default_rng(i)), i, []) for i, x in enumerate(decoded)]
-    batch = data.collate(items)
+    batch = loaders.collate(items)
     crops, compiled = [c.to(args.device) for c in batch["crops"]], copy.copy(aug)
     compiled.compiled = not args.quick  # compiling takes a minute
     pictures = [Image.open(path).convert("RGB") for path in paths]
     options = {"local": args.local, "sizes": tuple(args.sizes)}
     return {
-        "ours: read, decode": lambda: [images.decode(path, reduction=aug.reduction) for path in paths],
-        "ours: read, decode at full size": lambda: [images.decode(path) for path in paths],
-        "ours: the same by Pillow alone": lambda: [images.from_pil(Image.open(path)) for path in paths],
+        "ours: read, decode": lambda: [decode.decode(path, reduction=aug.reduction) for path in paths],
+        "ours: read, decode at full size": lambda: [decode.decode(path) for path in paths],
+        "ours: the same by Pillow alone": lambda: [decode.from_pil(Image.open(path)) for path in paths],
         "ours: draw the views": lambda: [draw(aug, x, i) for i, x in enumerate(decoded)],
         "ours: draw, cut, resize, flip": lambda: [aug.cut(x, np.random.default_rng(i)) for i, x in enumerate(decoded)],
         "ours: the same, crops channels first": lambda: [draw(aug, x, i, True) for i, x in enumerate(decoded)],
-        "ours: collate": lambda: data.collate(items),
-        "ours: worker, all of it": lambda: data.collate([
-            (*aug.cut(images.decode(path, reduction=aug.reduction), np.random.default_rng(i)), i, [])
+        "ours: collate": lambda: loaders.collate(items),
+        "ours: worker, all of it": lambda: loaders.collate([
+            (*aug.cut(decode.decode(path, reduction=aug.reduction), np.random.default_rng(i)), i, [])
             for i, path in enumerate(paths)]),
         "ours: colours, blur, normalize": lambda: aug.finish(crops, batch["params"]),
         "ours: the same, compiled": lambda: compiled.finish(crops, batch["params"]),
@@ -88,8 +87,8 @@ def by_stage(paths: list[Path], args) -> dict:
 def loader(name: str, paths: list[Path], workers: int, args):
     """An endless loader of batches."""
     if name != "naive":
-        opened = data.open_images(str(paths[0].parent), None)
-        return data.batches(opened, augmentation(args), args.batch, workers, 0,
+        opened = loaders.open_images(str(paths[0].parent), None)
+        return loaders.batches(opened, augmentation(args), args.batch, workers, 0,
                             pin_memory=args.device.startswith("cuda"))
     pictures = naive.Pictures(paths, local=args.local, sizes=tuple(args.sizes))
     forever = torch.utils.data.RandomSampler(paths, replacement=True, num_samples=10**9)

@@ -4,7 +4,7 @@
     python benchmarks/end_to_end.py --device cuda --precision bf16 --arch vit_small --batch 128 --workers 16 \
         --steps 40 --compile
 
-Ours is data.batches, the colours on the device, and our step, with --compile also compiled; naive is a DataLoader of
+Ours is loaders.batches, the colours on the device, and our step, with --compile also compiled; naive is a DataLoader of
 naive.py's pictures and its step. They run in turns, each with a loader of its own whose queue is filled before the
 clock starts.
 """
@@ -23,7 +23,7 @@ import photos
 import torch
 from train_step import PRECISIONS
 
-import data
+from imagesets import loaders
 
 
 def batches_of(name: str, paths: list[Path], args):
@@ -32,7 +32,7 @@ def batches_of(name: str, paths: list[Path], args):
     augmentation.compiled = "compiled" in name
     loader = data_pipeline.loader(name, paths, args.workers, args)
     if name != "naive":
-        for batch in data.on_device(loader, torch.device(args.device)):
+        for batch in loaders.on_device(loader, torch.device(args.device)):
             yield augmentation.finish(batch["crops"], batch["params"])
     else:
         for batch in loader:

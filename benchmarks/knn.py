@@ -13,8 +13,8 @@ import bench
 import torch
 import torch.nn.functional as F
 
-from knn import knn_predict
-from scores import hits
+from protocols.knn import knn_predict
+from protocols.scores import hits
 
 TEMPERATURE = 0.07
 ROUNDING = 0.05  # points: near ties of votes may fall the other way

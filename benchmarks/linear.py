@@ -12,7 +12,7 @@ import bench
 import torch
 import torch.nn.functional as F
 
-import linear
+from protocols import linear
 from vision_transformer import build_backbone
 
 LRS, BLOCKS, POOLS = (0.001, 0.01, 0.1), (1, 4), (False, True)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import bench
 
-from data import open_images
+from imagesets.loaders import open_images
 
 CLASSES = 1000
 

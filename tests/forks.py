@@ -20,9 +20,8 @@ from conftest import ROOT
 from processes import free_port
 
 import main_dino
-import monitor
-import run
 import vision_transformer
+from pretraining import monitor, run
 
 PATHS = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
 SMALLEST = (

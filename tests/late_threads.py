@@ -12,7 +12,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 import parallel
-import sharding
+from pretraining import sharding
 
 
 class Slow:

@@ -12,12 +12,12 @@ import socket
 import sys
 import types
 
+import data
+import metrics
 import pytest
 import torch
 import torch.nn.functional as F
 
-import data
-import metrics
 import utils
 import vision_transformer
 

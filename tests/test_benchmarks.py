@@ -15,8 +15,8 @@ import packed
 import pytest
 import torch
 
-import fused
 import utils
+from method import fused
 
 TINY = {"arch": "vit_nano", "size": 32, "k": 64, "drop_path": 0.1}
 SCRIPTS = ["train_step", "loss", "memory", "prototypes", "data_pipeline", "end_to_end", "startup", "model",

@@ -13,8 +13,8 @@ from processes import ENV, free_port
 from test_retrieval import oracle_ap, oracle_micro
 
 import eval_copy_detection
-import retrieval
-import shapes
+from imagesets import shapes
+from protocols import retrieval
 from vision_transformer import build_backbone
 
 EDITS = {
@@ -165,7 +165,7 @@ def test_script(copies, tmp_path, capsys, monkeypatch):
     assert first["image_size"] == 32 and first["features"] == "class token and GeM, p = 4" and not first["whitening"]
     assert first["results"][0]["mAP"]["value"] > first["results"][0]["uAP"]["value"] > 0
     with monkeypatch.context() as patch:
-        patch.setattr("features.extract_features", None)  # kept
+        patch.setattr("protocols.features.extract_features", None)  # kept
         assert run("--data_path", copies, "--output_dir", out, *NETWORK) == 0
         assert report(out)["results"] == first["results"]
         with pytest.raises(TypeError):

@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 
 import evaluate
-import report
-import sources
-from splits import Part
+from imagesets import sources
+from protocols import report
+from protocols.splits import Part
 
 
 def run(*flags):

@@ -8,11 +8,10 @@ import torch
 from processes import launch
 from test_layouts import dinov2_file, published_xcit, random_like
 
-import checkpoint
 import export
-import features
-import formats
+from protocols import features, formats
 from vision_transformer import build_backbone
+from weights import backbones
 
 MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.3, 0.25]
 
@@ -33,7 +32,7 @@ def run(weights, output, *args):
 
 
 def ours(weights):
-    return checkpoint.load_backbone(str(weights))[0]
+    return backbones.load_backbone(str(weights))[0]
 
 
 @torch.no_grad()
@@ -47,7 +46,7 @@ def assert_same(weights, theirs, *size, batch=5):
 def test_safetensors_carries_what_the_network_needs(weights, tmp_path, capsys):
     assert run(weights, tmp_path / "w.safetensors", "safetensors") == 0
     assert "largest difference 0.0e+00 of the features' RMS, tolerance 0.0001" in capsys.readouterr().out
-    model, info = checkpoint.load_backbone(str(tmp_path / "w.safetensors"))
+    model, info = backbones.load_backbone(str(tmp_path / "w.safetensors"))
     assert_same(weights, model, 24, 48)
     assert info["arch"] == "vit_nano" and info["mean"] == tuple(MEAN) and info["global_crops_size"] == 32
     from safetensors import safe_open

@@ -12,12 +12,10 @@ import torch
 from PIL import Image
 from processes import ENV
 
-import checkpoint
-import data
-import embeddings
 import extract_features
-import features
-import shapes
+from imagesets import loaders, shapes
+from protocols import embeddings, features, transforms
+from weights import backbones
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +37,8 @@ def run(*args):
 def expected_tokens(folder, tokens):
     """Picture by picture, from the network itself."""
     torch.manual_seed(0)
-    model, info = checkpoint.load_backbone("", "vit_nano", 8)
-    images = data.EvalImages(data.open_images(folder), 37, 32, info["mean"], info["std"])
+    model, info = backbones.load_backbone("", "vit_nano", 8)
+    images = transforms.EvalImages(loaders.open_images(folder), 37, 32, info["mean"], info["std"])
     with torch.no_grad():
         found = [model.get_intermediate_layers(images[i][0][None], 1)[0][0] for i in range(len(images))]
     return torch.stack(found)[:, {"cls": slice(0, 1), "patch": slice(1, None), "both": slice(None)}[tokens]].numpy()
@@ -85,7 +83,8 @@ def test_formats(photos, tmp_path, suffix, tokens, half):
 
 KILLED = """
 import os, signal, sys
-import extract_features, embeddings
+import extract_features
+from protocols import embeddings
 saved = []
 replace = embeddings.replace
 def replace_and_die(path, write):
@@ -132,7 +131,7 @@ def test_a_finished_file(photos, tmp_path, capsys, monkeypatch):
     output = tmp_path / "photos.safetensors"
     where = ("--data_path", photos, "--output", output)
     assert run(*where, *NETWORK) == 0
-    monkeypatch.setattr("features.extract_features", None)
+    monkeypatch.setattr("protocols.features.extract_features", None)
     (tmp_path / "photos.safetensors.parts").mkdir()  # a kill while the parts were removed
     assert run(*where, *NETWORK, "--images_per_part", 3) == 0 and "nothing to do" in capsys.readouterr().out
     assert not (tmp_path / "photos.safetensors.parts").exists()
@@ -157,7 +156,7 @@ def test_images_that_change_between_runs_are_noticed(tmp_path, capsys):
 def test_pixels_and_other_networks(photos, tmp_path):
     more = ("--num_workers", 0, "--device", "cpu", "--crop_size", 32)
     assert run("--data_path", photos, "--output", tmp_path / "p.npy", "--arch", "pixels", *more) == 0
-    expected = features.pixel_features(data.open_images(photos)).numpy()
+    expected = features.pixel_features(loaders.open_images(photos)).numpy()
     np.testing.assert_allclose(np.load(tmp_path / "p.npy"), expected, atol=1e-6)
     assert run("--data_path", photos, "--output", tmp_path / "r.npy", "--arch", "resnet18", *more) == 0
     assert np.load(tmp_path / "r.npy").shape == (11, 512)

@@ -15,10 +15,10 @@ import torch
 from conftest import ROOT
 from golden_weights import GOLDEN
 
-import published
 import vision_transformer
-from layouts import recognize
 from vision_transformer import VisionTransformer, build_backbone
+from weights import published
+from weights.layouts import recognize
 
 NAMES = ["dino_resnet50", "dino_vitb16", "dino_vitb8", "dino_vits16", "dino_vits8", "dino_xcit_medium_24_p16",
          "dino_xcit_medium_24_p8", "dino_xcit_small_12_p16", "dino_xcit_small_12_p8"]  # fmt: skip

@@ -15,9 +15,9 @@ from processes import ENV, free_port
 from test_retrieval import oracle_precision_at, oracle_trapezoid
 
 import eval_image_retrieval
-import ground_truth
-import shapes
-from ground_truth import Query
+from imagesets import ground_truth, shapes
+from imagesets.ground_truth import Query
+from vision_transformer import build_backbone
 
 BOX = [4.0, 2.6, 40.2, 44.0]
 
@@ -123,9 +123,9 @@ def test_a_pickle_that_runs_something_is_refused(dataset, tmp_path, name, capsys
 
 def test_a_pickle_can_only_name_the_stand_ins():
     named = {f"{stand_in.__module__}.{stand_in.__qualname__}" for stand_in in ground_truth.ALLOWED.values()}
-    assert all(name.startswith("ground_truth.") for name in named)
+    assert all(name.startswith("imagesets.ground_truth.") for name in named)
     for content in (b"cnumpy\nsave\n.", b"c__builtin__\ngetattr\n.", b"cnumpy.core.multiarray\nfromfile\n.",
-                    b"cground_truth\nArray\n."):
+                    b"cimagesets.ground_truth\nArray\n."):
         with pytest.raises(pickle.UnpicklingError, match="not data"):
             ground_truth.unpickle(content)
     with pytest.raises(TypeError):
@@ -234,7 +234,7 @@ def test_pictures_keep_their_proportions_and_are_never_enlarged(size, expected):
 
 
 def test_multiscale():
-    model = eval_image_retrieval.features.checkpoint.build_backbone("vit_nano", 8)[0].eval()
+    model = build_backbone("vit_nano", 8)[0].eval()
     seen = []
 
     def forward(x):
@@ -267,7 +267,7 @@ def test_script_on_json_and_pickle(dataset, tmp_path, capsys, monkeypatch):
     assert 0 < low <= first["results"][1]["mAP"]["value"] <= high <= 100
     (folder / "toy" / "gnd_toy.json").unlink()
     (folder / "toy" / "gnd_toy.pkl").write_bytes(pickle.dumps(with_arrays(truth)))
-    monkeypatch.setattr("features.extract_features", None)  # the features are kept
+    monkeypatch.setattr("protocols.features.extract_features", None)  # the features are kept
     assert run(*where, *NETWORK) == 0
     assert json.loads((tmp_path / "out" / "eval_image_retrieval.json").read_text())["results"] == first["results"]
     with pytest.raises(TypeError):  # other boxes are other queries

@@ -9,10 +9,10 @@ from conftest import ROOT
 from PIL import Image
 from processes import ENV, SMALL, json_lines, launch
 
-import checkpoint
 import main_dino
-import monitor
-from run import Run
+from pretraining import evaluation
+from pretraining.run import Run
+from weights import backbones, checkpoints
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def test_checkpoint_has_the_published_keys_and_plain_types(finished):
     assert state["epoch"] == 2 and state["args"]["arch"] == "vit_tiny"
     for name in ("backbone.blocks.0.attn.qkv.weight", "head.last_layer.weight_g", "head.mlp.0.bias"):
         assert name in state["teacher"] and name in state["student"]
-    backbone, info = checkpoint.load_backbone(str(finished[0] / "checkpoint.pth"))
+    backbone, info = backbones.load_backbone(str(finished[0] / "checkpoint.pth"))
     assert info["global_crops_size"] == 32 and backbone(torch.zeros(1, 3, 32, 32)).shape == (1, 192)
 
 
@@ -120,11 +120,11 @@ def test_auto_precision_is_kept_over_a_resume(tmp_path, monkeypatch):
     args = main_dino.get_args_parser().parse_args(argv)
     started = sys.modules[Run.__module__]
     monkeypatch.setattr(started, "bf16_is_faster", lambda: True)
-    Run(args, torch.device("cpu")).save(checkpoint.NAME)
+    Run(args, torch.device("cpu")).save(checkpoints.NAME)
     monkeypatch.setattr(started, "bf16_is_faster", lambda: False)
     again = Run(args, torch.device("cpu"))
     assert again.dtype is None
-    again.resume(*checkpoint.read_latest(tmp_path))
+    again.resume(*checkpoints.read_latest(tmp_path))
     assert again.dtype is torch.bfloat16
 
 
@@ -163,7 +163,7 @@ def test_classes_of_evaluation_are_matched_by_name(tmp_path):
             (tmp_path / part / name).mkdir(parents=True)
             Image.new("RGB", (8, 8)).save(tmp_path / part / name / "x.png")
     args = main_dino.get_args_parser().parse_args(["--eval_data_path", str(tmp_path)])
-    train, val = monitor.Evaluation(args, torch.device("cpu")).labels
+    train, val = evaluation.Evaluation(args, torch.device("cpu")).labels
     assert train.tolist() == [0, 1, 2] and val.tolist() == [0, 2]
 
 

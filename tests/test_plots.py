@@ -10,6 +10,7 @@ from conftest import ROOT
 from PIL import Image
 
 import plots
+from protocols import charts
 
 # ---------------------------------------------------------------- curves
 
@@ -24,10 +25,10 @@ def write_log(path, epochs=5, **more):
 def test_read_log_takes_the_last_word_on_an_epoch_and_passes_over_rubbish(tmp_path):
     log = write_log(tmp_path / "log.txt", 3, knn_top1=lambda e: 50 + e if e == 1 else None)
     log.write_text(log.read_text() + '{"epoch": 2, "train_loss": 1}\n[3]\n\n{"epoch": 3, "train_lo')
-    series = plots.read_log(log)
+    series = charts.read_log(log)
     assert series["train_loss"][0].tolist() == [0, 1, 2] and series["train_loss"][1].tolist() == [8, 7, 1]
     assert series["knn_top1"][0].tolist() == [1] and series["knn_top1"][1].tolist() == [51]
-    assert plots.read_log(tmp_path).keys() == series.keys()
+    assert charts.read_log(tmp_path).keys() == series.keys()
 
 
 FULL = {key: lambda e: 1.0 + e for key in (
@@ -39,7 +40,7 @@ FULL = {key: lambda e: 1.0 + e for key in (
 @pytest.mark.parametrize("keys", [[], ["train_lr"], ["knn_top1", "knn_pixels"], ["train_ln_k"], list(FULL)])
 def test_curves_draw_what_the_log_has(tmp_path, keys):
     log = write_log(tmp_path / "log.txt", **{key: FULL[key] for key in keys})
-    plots.training_curves([log], tmp_path / "curves.svg")
+    charts.training_curves([log], tmp_path / "curves.svg")
     drawn = (tmp_path / "curves.svg").read_text()
     for key, text in {"knn_pixels": "raw pixels", "knn_untrained": "untrained network", "train_ln_k": "ln K",
                       "train_lr": "Learning rate", "train_feature_rank": "Effective rank of features"}.items():
@@ -49,7 +50,7 @@ def test_curves_draw_what_the_log_has(tmp_path, keys):
 def test_curves_of_one_epoch_of_nan_and_of_several_runs(tmp_path):
     logs = [write_log(tmp_path / "one" / "log.txt", 1), write_log(tmp_path / "nan" / "log.txt", 40, **FULL)]
     logs[1].write_text(logs[1].read_text().replace("8,", "NaN,"))
-    plots.training_curves(logs, tmp_path / "deep" / "curves.png")
+    charts.training_curves(logs, tmp_path / "deep" / "curves.png")
     with Image.open(tmp_path / "deep" / "curves.png") as picture:
         assert picture.width == 1430 and picture.convert("L").getextrema() != (255, 255)
 
@@ -58,15 +59,15 @@ def test_curves_leave_matplotlib_as_it_was(tmp_path):
     import matplotlib
 
     before = dict(matplotlib.rcParams)
-    plots.training_curves([write_log(tmp_path / "log.txt", **FULL)], tmp_path / "curves.png")
+    charts.training_curves([write_log(tmp_path / "log.txt", **FULL)], tmp_path / "curves.png")
     assert dict(matplotlib.rcParams) == before
 
 
 def test_runs_are_named_by_what_tells_them_apart(tmp_path):
     a, b = tmp_path / "a" / "run" / "log.txt", tmp_path / "b" / "run" / "log.txt"
-    assert plots.run_names([a, b]) == ["a/run", "b/run"]
-    assert plots.run_names([a]) == ["run"]
-    assert plots.run_names([a, a]) == plots.run_names([a, a])[:1] * 2
+    assert charts.run_names([a, b]) == ["a/run", "b/run"]
+    assert charts.run_names([a]) == ["run"]
+    assert charts.run_names([a, a]) == charts.run_names([a, a])[:1] * 2
 
 
 def test_script(tmp_path, capsys):
@@ -103,8 +104,8 @@ def test_script_names_what_is_wrong_in_one_line(tmp_path, capsys, log, out, mess
 
 def test_a_map_of_one_class_and_of_many(tmp_path):
     rng = np.random.default_rng(0)
-    plots.feature_map(rng.standard_normal((6, 4)), np.zeros(6, int), ["one"], tmp_path / "one.png")
-    plots.feature_map(rng.standard_normal((40, 4)), np.arange(40) % 30, [str(i) for i in range(30)],
+    charts.feature_map(rng.standard_normal((6, 4)), np.zeros(6, int), ["one"], tmp_path / "one.png")
+    charts.feature_map(rng.standard_normal((40, 4)), np.arange(40) % 30, [str(i) for i in range(30)],
                        tmp_path / "many.png")
     assert Image.open(tmp_path / "one.png").size == Image.open(tmp_path / "many.png").size
 

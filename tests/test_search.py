@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import embeddings
 import extract_features
 import search
-import shapes
+from imagesets import shapes
+from protocols import embeddings
 
 
 def brute_force(array, query, k, leave_out=None):

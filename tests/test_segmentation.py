@@ -14,11 +14,9 @@ from PIL import Image
 from processes import ENV, free_port
 
 import eval_segmentation as script
-import masks
 import parallel
-import shapes
-import sheets
-import sources
+from imagesets import masks, shapes, sources
+from protocols import sheets
 from vision_transformer import VisionTransformer
 
 # ---- Masks of patches and of pixels ----
@@ -237,7 +235,7 @@ def test_attention_that_is_on_the_object_is_scored_as_such(height, width, image_
 
     The object has no symmetry, so every such mistake costs more than what patches cost at its border.
     """
-    monkeypatch.setattr(script.visualize_attention.checkpoint, "load_backbone",
+    monkeypatch.setattr(script.visualize_attention.backbones, "load_backbone",
                         lambda *args, **options: network_that_looks_at_what_is_bright())
     for i in range(5):
         mask = np.zeros((12, 20) if width > height else (20, 12), bool)

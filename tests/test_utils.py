@@ -11,8 +11,8 @@ from golden_weights import GOLDEN, fill, rs
 from PIL import Image
 from torch import nn
 
-import photometric
 import utils
+from method import photometric
 from vision_transformer import DINOHead, VisionTransformer
 
 

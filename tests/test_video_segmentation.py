@@ -13,9 +13,8 @@ from conftest import ROOT
 from PIL import Image
 from processes import ENV, free_port
 
-import davis
 import eval_video_segmentation as script
-import masks
+from imagesets import davis, masks
 
 # ---- Propagation ----
 

@@ -10,8 +10,8 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
-import sheets
 import visualize_attention
+from protocols import sheets
 from vision_transformer import VisionTransformer, vit_tiny
 
 PATCH = 8
@@ -24,7 +24,7 @@ def tiny(monkeypatch):
     """What load_backbone gives is a network of 24 channels, two blocks and three heads."""
     torch.manual_seed(0)
     model = VisionTransformer([32], PATCH, embed_dim=24, depth=2, num_heads=3, qkv_bias=True, num_register_tokens=1)
-    monkeypatch.setattr(visualize_attention.checkpoint, "load_backbone", lambda *args, **options: (model.eval(), INFO))
+    monkeypatch.setattr(visualize_attention.backbones, "load_backbone", lambda *args, **options: (model.eval(), INFO))
     return model
 
 
@@ -123,7 +123,7 @@ def test_head_pictures_show_the_networks_own_attention(tiny, tmp_path, layer):
 def test_pictures_of_one_channel(tiny, tmp_path, monkeypatch):
     grey = VisionTransformer([32], PATCH, in_chans=1, embed_dim=24, depth=1, num_heads=3).eval()
     info = INFO | {"in_chans": 1, "mean": (0.5,), "std": (0.25,)}
-    monkeypatch.setattr(visualize_attention.checkpoint, "load_backbone", lambda *args, **options: (grey, info))
+    monkeypatch.setattr(visualize_attention.backbones, "load_backbone", lambda *args, **options: (grey, info))
     for source in ([], ["--image_path", write_picture(tmp_path / "in.png", 60, 40)]):
         run("--output_dir", tmp_path / "out", "--image_size", 32, *source)
     pixels = np.array(Image.open(tmp_path / "out" / "img.png"))
@@ -146,7 +146,7 @@ def test_folder_becomes_a_sheet_and_what_cannot_be_read_is_named(tiny, tmp_path,
 
 def test_of_many_pictures_some_are_chosen_evenly(tiny, tmp_path, monkeypatch):
     chosen = []
-    original = visualize_attention.data.open_images
+    original = visualize_attention.loaders.open_images
 
     def spying(*args, **options):
         source = original(*args, **options)
@@ -154,7 +154,7 @@ def test_of_many_pictures_some_are_chosen_evenly(tiny, tmp_path, monkeypatch):
         source.load = lambda i: (chosen.append(i), load(i))[1]
         return source
 
-    monkeypatch.setattr(visualize_attention.data, "open_images", spying)
+    monkeypatch.setattr(visualize_attention.loaders, "open_images", spying)
     run("--images", "shapes:9x32", "--max_images", 3, "--output_dir", tmp_path, "--image_size", 32)
     assert chosen == [0, 4, 8]
 

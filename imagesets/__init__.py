@@ -1,0 +1,1 @@
+"""Reading images: one file to one tensor, whole data sets, and the loaders of training and evaluation."""

@@ -1,0 +1,69 @@
+"""SGD and LARS, which skip an update that is not finite without making the host wait for the device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+
+class SGD(torch.optim.Optimizer):
+    """Stochastic gradient descent with momentum: mu <- momentum mu + d, p <- p - lr mu, where d = g + weight_decay p.
+
+    As PyTorch's fused optimizers, whose SGD knows no sharded tensors, it changes nothing where the attribute
+    `found_inf`, a float32 scalar on the device, is there and is 1: the host need not wait to know.
+    """
+
+    def __init__(self, params: Iterable, lr: float = 0, weight_decay: float = 0, momentum: float = 0.9) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+
+    def direction(self, p: Tensor, group: dict) -> Tensor:
+        """d for a parameter."""
+        return p.grad.add(p, alpha=group["weight_decay"])
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        found_inf = getattr(self, "found_inf", None)
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state, lr = self.state[p], group["lr"]
+                if "mu" not in state:
+                    state["mu"] = torch.zeros_like(p)
+                mu = group["momentum"] * state["mu"] + self.direction(p, group)
+                if found_inf is not None:
+                    mu, lr = torch.where(found_inf > 0, state["mu"], mu), torch.where(found_inf > 0, 0.0, lr)
+                state["mu"].copy_(mu)
+                p.sub_(lr * mu)
+        return loss
+
+
+class LARS(SGD):
+    """Layer-wise adaptive rate scaling (You et al. 2017), with momentum.
+
+    For a matrix d is scaled by eta |p| / |d|; vectors (biases, norms) take the plain gradient.
+    """
+
+    def __init__(
+        self,
+        params: Iterable,
+        lr: float = 0,
+        weight_decay: float = 0,
+        momentum: float = 0.9,
+        eta: float = 0.001,
+    ) -> None:
+        defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "eta": eta}
+        torch.optim.Optimizer.__init__(self, params, defaults)
+
+    def direction(self, p: Tensor, group: dict) -> Tensor:
+        if p.ndim == 1:
+            return p.grad
+        d = super().direction(p, group)
+        p_norm, d_norm = torch.linalg.vector_norm(p), torch.linalg.vector_norm(d)
+        return d * torch.where((p_norm > 0) & (d_norm > 0), group["eta"] * p_norm / d_norm, 1.0)

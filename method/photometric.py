@@ -1,0 +1,343 @@
+"""The second stage of DINO's augmentation, for a whole batch of crops on any device.
+
+The published augmentation (arXiv 2104.14294, section 3.2, "Implementation details", after BYOL's) is, for each crop:
+
+    colour jitter -> grey -> blur -> solarize -> [0, 1] -> (x - mean) / std
+
+Each operation is a function `f(images, factor) -> images` of pictures in [0, 1] with one factor a picture;
+`photometric` applies them in that order to the crops that need them. They compute what Pillow's and torchvision's
+operations on one picture do, in float32 and without rounding to 8 bits in between.
+
+A crop's result is a function of that crop and its parameters alone: every sum runs within one picture, in an order
+that does not depend on the other pictures, so a batch may be cut up in any way. Nothing waits for the device: which
+crops need what is worked out from the parameters, on the CPU.
+
+Shapes: M crops, C channels, H x W pixels.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# What a row of parameters holds: three factors (1: unchanged), a hue shift (0: unchanged), the order of the four
+# jitter operations (-1: no jitter), grey (0 or 1), blur in pixels (0: none), solarize (0 or 1).
+COLUMNS = ("brightness", "contrast", "saturation", "hue", "order", "grey", "sigma", "solarize")
+BRIGHTNESS, CONTRAST, SATURATION, HUE, ORDER, GREY, SIGMA, SOLARIZE = range(8)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of intensities in [0, 1]
+LUMA = (0.299, 0.587, 0.114)  # ITU-R 601
+ORDERS = tuple(itertools.permutations((BRIGHTNESS, CONTRAST, SATURATION, HUE)))  # 24
+
+# On a CPU, work through the crops in parts of about this many values: a part and its temporaries stay in the cache.
+# Whole batches at once took three to five times as long, most of it for fresh memory.
+CPU_PART = 2**20
+
+
+def adjust_brightness(images: Tensor, factor: Tensor) -> Tensor:
+    """Blend each picture with black: clamp(f x).
+
+    Args:
+        images: (M, C, H, W) float in [0, 1], as in all functions below.
+        factor: (M,) f >= 0; 0 is black, 1 the picture. On any device, as in all functions below.
+    """
+    return (images * _per_image(factor, images)).clamp_(0, 1)
+
+
+def adjust_contrast(images: Tensor, factor: Tensor) -> Tensor:
+    """Blend each picture with the mean m of its grey version: clamp(f x + (1 - f) m).
+
+    Args:
+        factor: (M,) f >= 0; 0 is even grey, 1 the picture.
+    """
+    factor = _per_image(factor, images)
+    mean = _luma(images.mean(3, keepdim=True).mean(2, keepdim=True))  # grey is linear, so the mean may come first
+    return _blend(images, mean, factor)
+
+
+def adjust_saturation(images: Tensor, factor: Tensor) -> Tensor:
+    """Blend each picture with its grey version g: clamp(f x + (1 - f) g). Three channels only.
+
+    Args:
+        factor: (M,) f >= 0; 0 is grey, 1 the picture.
+    """
+    return _blend(images, _luma(images), _per_image(factor, images))
+
+
+def adjust_hue(images: Tensor, factor: Tensor) -> Tensor:
+    """Turn the hue of each pixel in HSV, keeping its value and saturation. Three channels only.
+
+    Neither the hue nor the sector it lies in has to be found. Count hue in sixths of the circle. Red, as a function
+    of hue, is `high` for two sixths, falls to `low` for one, stays for two and rises for one; green and blue are red
+    two and four sixths later. Writing that out sector by sector, a turn by t in [-1, 1] gives
+
+        red' = clamp(red + sign(t) shrink(blue - green), low, high),    shrink(v) = v - clamp(v, -s, s),
+                                                                        s = (1 - |t|) (high - low),
+
+    and the same for the other channels in cyclic order. Greater turns start with one by +-2, which only hands the
+    channels round.
+
+    Args:
+        factor: (M,) share of the circle in [-0.5, 0.5]; 0 is the picture.
+    """
+    sixths = 6 * _per_image(factor, images)
+    steps = (sixths / 2).round()
+    images = _hand_round(images, steps.flatten().long())
+    turn = sixths - 2 * steps
+    low, high = images.amin(1, keepdim=True), images.amax(1, keepdim=True)
+    stay = (high - low) * (1 - turn.abs())
+    red, green, blue = images.unbind(1)
+    pull = torch.stack((blue - green, red - blue, green - red), dim=1)
+    pull -= pull.clamp(-stay, stay)
+    return torch.addcmul(images, pull, turn.sign()).clamp_(low, high)
+
+
+def to_grey(images: Tensor) -> Tensor:
+    """ITU-R 601 luma, 0.299 R + 0.587 G + 0.114 B, on all three channels. Three channels only."""
+    return _luma(images).repeat(1, 3, 1, 1)
+
+
+def gaussian_blur(images: Tensor, sigma: Tensor, summed: Callable[..., None] | None = None) -> Tensor:
+    """Blur each picture as Pillow's `ImageFilter.GaussianBlur(sigma)` does, repeating the pixels at the edge.
+
+    That is no sampled Gaussian but three passes of an "extended box" in each direction (see `_boxes`), so that the
+    variance is sigma^2 however small sigma is. It matters: at sigma 0.3 a sampled Gaussian leaves 99 % of a pixel
+    where it is, this one 91 %.
+
+    Args:
+        sigma: (M,) standard deviation in pixels, ON THE CPU, for it says how many taps to compute; 0 is the picture.
+            Falling sigma is the fastest order: a tap then runs over the first pictures only.
+        summed: computes what `_box_sum` does, which is the default.
+    """
+    if not (sigma > 0).any():
+        return images
+    boxes, total = _boxes(sigma.numpy())  # (edge + 1, M), (M,)
+    edge = len(boxes) - 1
+    # How many pictures, counted from the first, take part in a tap: the others' weights are zero.
+    counts = ((boxes != 0) * np.arange(1, len(sigma) + 1)).max(1).tolist()
+    weights = to_device(torch.from_numpy(boxes).to(images.dtype), images.device)[..., None, None]
+    passes = (2, 2, 2, 3, 3, 3)
+    padded = F.pad(images, (edge,) * 4, mode="replicate")
+    for dim in passes:
+        padded = _box_pass(padded, weights, counts, dim, summed or _box_sum)
+    scale = torch.from_numpy(total ** -len(passes))
+    return padded[:, :, edge:-edge, edge:-edge] * _per_image(scale, images)
+
+
+def solarize(images: Tensor) -> Tensor:
+    """Invert what is brighter than the middle: min(x, 1 - x).
+
+    For 8-bit values this is Pillow's `ImageOps.solarize` at its threshold 128. Between 127 and 128 the minimum is
+    continuous where a threshold is not, so rounding can't be magnified.
+    """
+    return torch.minimum(images, 1 - images)
+
+
+def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """(x - mean) / std, with mean and std (C,) on the pictures' device."""
+    return (images - mean.view(-1, 1, 1)).div_(std.view(-1, 1, 1))
+
+
+def photometric(crops: Tensor, params: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Colour jitter, grey, blur, solarize and normalization of a batch of crops, each by its own parameters.
+
+    Crops of other than three channels go without saturation, hue and grey, which mean nothing there; grey, as the
+    contrast needs it, is then the mean of the channels.
+
+    Args:
+        crops: (M, C, H, W) uint8, on any device.
+        params: (M, 8) float32 on the CPU; see COLUMNS.
+        mean, std: C numbers each, for values in [0, 1].
+
+    Returns:
+        (M, C, H, W) float32 on the crops' device.
+
+    Raises:
+        ValueError: the shapes, the types or the orders are not as said, or the parameters are not on the CPU.
+    """
+    return in_parts(_transform, crops, params, mean, std)
+
+
+@torch.no_grad()
+def in_parts(
+    transform: Callable[[Tensor, np.ndarray, Tensor, Tensor, Tensor], None],
+    crops: Tensor, params: Tensor, mean: Sequence[float], std: Sequence[float],
+) -> Tensor:
+    """`photometric` by a transform, on a CPU part by part.
+
+    Args:
+        transform: called as (crops, params, mean, std, out) with m crops, an array (m, 8), two tensors (C,) on the
+            device, and a tensor (m, C, H, W) that it writes.
+    """
+    _check(crops, params, mean, std)
+    mean, std = (to_device(torch.tensor(values, dtype=torch.float32), crops.device) for values in (mean, std))
+    result = torch.empty(crops.shape, dtype=torch.float32, device=crops.device)
+    parts = max(1, -(-crops.numel() // CPU_PART)) if crops.device.type == "cpu" else 1
+    for some, numbers, out in zip(*(x.tensor_split(parts) for x in (crops, params, result)), strict=True):
+        if len(some):
+            transform(some, numbers.numpy(), mean, std, out)
+    return result
+
+
+# A stage: for each crop the number of its function or -1, and the functions, each with the column of its factor.
+Stage = tuple[np.ndarray, dict[int, tuple[Callable[..., Tensor], int | None]]]
+
+
+def jitter_orders(params: np.ndarray) -> np.ndarray:
+    """(M, 8) -> (M, 4): the operation at each place of a crop's order, by its column; -1 where there is no jitter."""
+    return np.array(ORDERS + ((-1,) * 4,))[params[:, ORDER].astype(int)]  # order -1 takes the last row
+
+
+def _stages(params: np.ndarray, channels: int) -> list[Stage]:
+    """What is to be done, in order. Of the jitter, one stage for each place in the order of its operations."""
+    jitter = {
+        BRIGHTNESS: (adjust_brightness, BRIGHTNESS),
+        CONTRAST: (adjust_contrast, CONTRAST),
+        SATURATION: (adjust_saturation, SATURATION),
+        HUE: (adjust_hue, HUE),
+    }
+    orders = jitter_orders(params)
+    grey, blur, invert = ((params[:, column] > 0) - 1 for column in (GREY, SIGMA, SOLARIZE))
+    if channels != 3:
+        orders[(orders == SATURATION) | (orders == HUE)] = -1
+        grey[:] = -1
+    return [
+        *((which, jitter) for which in orders.T),
+        (grey, {0: (to_grey, None)}),
+        (blur, {0: (gaussian_blur, SIGMA)}),
+        (invert, {0: (solarize, None)}),
+    ]
+
+
+def _transform(crops: Tensor, params: np.ndarray, mean: Tensor, std: Tensor, out: Tensor) -> None:
+    """`photometric` of crops that are worked on together.
+
+    Before each stage the crops are put in the order of the functions they need, so that a function takes a slice:
+    reading rows in any order is fast everywhere, writing them so is slow on a CPU.
+    """
+    count = len(crops)
+    places = np.argsort(-params[:, SIGMA], kind="stable")  # as gaussian_blur likes it; the sorts below keep it so
+    images = _reorder(crops, places).contiguous().float().div_(255)
+    for which, functions in _stages(params, crops.shape[1]):
+        if which.max() < 0:
+            continue
+        move = np.argsort(which[places], kind="stable")
+        places, images = places[move], _reorder(images, move)
+        ends = np.searchsorted(which[places], np.arange(-1, len(COLUMNS)), side="right").tolist()
+        for number, (function, column) in functions.items():
+            begin, end = ends[number : number + 2]
+            if begin == end:
+                continue
+            factor = () if column is None else (torch.from_numpy(params[places[begin:end], column]),)
+            changed = function(images[begin:end], *factor)
+            if end - begin == count:
+                images = changed
+            else:
+                images[begin:end] = changed
+    out.copy_(_reorder(normalize(images, mean, std), np.argsort(places)))
+
+
+def _reorder(images: Tensor, order: np.ndarray) -> Tensor:
+    if (order[1:] > order[:-1]).all():
+        return images
+    return images.index_select(0, to_device(torch.from_numpy(order), images.device))
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Send a CPU tensor without waiting for the device, which takes pinned memory on CUDA."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+def _per_image(factor: Tensor, images: Tensor) -> Tensor:
+    return to_device(factor.to(images.dtype), images.device).view(-1, 1, 1, 1)
+
+
+def _blend(images: Tensor, other: Tensor, factor: Tensor) -> Tensor:
+    return (images * factor).add_(other * (1 - factor)).clamp_(0, 1)
+
+
+def _luma(images: Tensor) -> Tensor:
+    """(M, C, H, W) -> (M, 1, H, W): ITU-R 601 luma of three channels, the mean of any other number."""
+    if images.shape[1] != 3:
+        return images.mean(1, keepdim=True)
+    red, green, blue = images.split(1, dim=1)
+    return (red * LUMA[0]).add_(green, alpha=LUMA[1]).add_(blue, alpha=LUMA[2])
+
+
+def _hand_round(images: Tensor, steps: Tensor) -> Tensor:
+    """Channel c of picture m becomes its channel c - steps[m], modulo 3."""
+    first = 3 * torch.arange(len(images), device=images.device)[:, None]
+    channels = (torch.arange(3, device=images.device) - steps[:, None]) % 3
+    return images.flatten(0, 1).index_select(0, (first + channels).flatten()).view_as(images)
+
+
+def _boxes(sigma: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The box for each sigma: (M,) -> its weights at distance 0, 1, ... (edge + 1, M), and the sum of all (M,).
+
+    The extended box (Gwosdek et al., "Theoretical foundations of Gaussian convolution by extended box filtering",
+    2011) has 2 l + 1 ones and a smaller weight a at both ends, with l and a such that its variance is
+    v = sigma^2 / 3, a third of what three passes are to have:
+
+        l = floor((sqrt(12 v + 1) - 1) / 2),    a = (2 l + 1) (l (l + 1) - 3 v) / (6 (v - (l + 1)^2)).
+    """
+    variance = sigma.astype(np.float64) ** 2 / 3
+    length = np.floor((np.sqrt(12 * variance + 1) - 1) / 2)  # l
+    ends = (2 * length + 1) * (length * (length + 1) - 3 * variance) / (6 * (variance - (length + 1) ** 2))  # a
+    distance = np.arange(length.max() + 2)[:, None]
+    boxes = (distance <= length) + ends * (distance == length + 1)
+    return boxes, 2 * (length + ends) + 1
+
+
+def _box_pass(images: Tensor, weights: Tensor, counts: list[int], dim: int, summed: Callable[..., None]) -> Tensor:
+    """Sum the padded pictures over their boxes along `dim` (2, then 3) and pad the outcome again.
+
+    A picture is run through as one piece of memory, so that a shift along a row reads across its ends: what comes
+    out there lies in the padding, which is written last.
+    """
+    edge, (rows, pitch) = len(weights) - 1, images.shape[2:]
+    begin, end = edge * pitch, (rows - edge) * pitch
+    result = images.new_empty(images.shape)
+    summed(images.flatten(2), result.flatten(2)[:, :, begin:end], weights, counts, begin, pitch if dim == 2 else 1)
+    last = images.shape[dim] - edge
+    result.narrow(dim, 0, edge).copy_(result.narrow(dim, edge, 1))
+    result.narrow(dim, last, edge).copy_(result.narrow(dim, last - 1, 1))
+    return result
+
+
+def _box_sum(source: Tensor, target: Tensor, weights: Tensor, counts: list[int], begin: int, step: int) -> None:
+    """target[i] = x[0] + sum over t of weights[t] (x[-t] + x[t]), where x[j] is source[begin + i + j step].
+
+    Args:
+        source: (M, C, padded pixels).
+        target: (M, C, pixels), written.
+        weights: (edge + 1, M, 1, 1), t = 1 .. edge.
+        counts: how many pictures, counted from the first, take part in each t: the others' weights are zero.
+    """
+    end = begin + target.shape[2]
+
+    def pair(tap: int, count: int) -> Tensor:
+        before, after = -tap * step, tap * step
+        part = source[:count]
+        return part[:, :, begin + before : end + before] + part[:, :, begin + after : end + after]
+
+    torch.addcmul(source[:, :, begin:end], pair(1, len(source)), weights[1], out=target)
+    for tap in range(2, len(weights)):
+        target[: counts[tap]].addcmul_(pair(tap, counts[tap]), weights[tap, : counts[tap]])
+
+
+def _check(crops: Tensor, params: Tensor, mean: Sequence[float], std: Sequence[float]) -> None:
+    if crops.ndim != 4 or crops.dtype != torch.uint8:
+        raise ValueError(f"crops must be uint8 of shape (M, C, H, W), not {crops.dtype} of {tuple(crops.shape)}")
+    if params.shape != (len(crops), len(COLUMNS)) or params.device.type != "cpu":
+        want = (len(crops), len(COLUMNS))
+        raise ValueError(f"params must be {want} on the CPU, not {tuple(params.shape)} on {params.device}")
+    if not len(mean) == len(std) == crops.shape[1]:
+        raise ValueError(f"--mean and --std need one number for each of {crops.shape[1]} channels: {mean}, {std}")
+    orders = params[:, ORDER]
+    if len(orders) and not -1 <= orders.min() <= orders.max() < math.factorial(4):
+        raise ValueError(f"the order of the jitter must be -1 to 23, not {orders.min():g} to {orders.max():g}")

@@ -1,0 +1,1 @@
+"""A training run: its plan, networks and state; what it logs; how it survives."""

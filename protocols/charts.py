@@ -1,0 +1,210 @@
+"""Figures with axes: the curves of a run, accuracy against k, a map of features. Pictures of pictures: sheets.py.
+
+Shapes: N images, D width.
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from itertools import cycle
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from parallel import Refused
+
+if TYPE_CHECKING:  # matplotlib stays out of the import: it takes a tenth of a second
+    from matplotlib.axes import Axes
+    from matplotlib.lines import Line2D
+
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a5195", "#4d4d4d")
+INK, GREY, GRID = "#333333", "#888888", "#dddddd"
+MOST_COLORS = 20  # classes told apart by colour on a map; further ones are grey
+
+# ---------------------------------------------------------------- curves of training
+
+# title, unit, {key of log.txt: (label, line style)}; a panel without any of its keys is left out
+LARGE_PANELS = (
+    ("Loss", "nats", {
+        "train_loss": ("loss", "-"), "train_entropy": ("teacher entropy", "--"), "train_ln_k": ("ln K", ":")}),
+    ("k-NN on held-out pictures", "top-1 %", {
+        "knn_top1": ("teacher", "-"), "knn_untrained": ("untrained network", "--"), "knn_pixels": ("raw pixels", ":")}),
+)
+SMALL_PANELS = (
+    ("Learning rate", "", {"train_lr": ("", "-")}),
+    ("Weight decay", "", {"train_wd": ("", "-")}),
+    ("Teacher momentum", "", {"train_momentum": ("", "-")}),
+    ("Effective rank of features", "", {"train_feature_rank": ("", "-")}),
+    ("Std of features", "", {"train_feature_std": ("", "-")}),
+    ("Prototypes in use", "", {"train_prototypes_used": ("", "-")}),
+    ("KL teacher to student", "", {"train_kl": ("", "-")}),
+    ("Norm of the centre", "", {"train_center_norm": ("", "-")}),
+)
+LEVELS = {"knn_untrained", "knn_pixels", "train_ln_k"}  # one value a run, drawn across the whole panel
+FORMATS = (".png", ".svg", ".pdf")
+COLUMNS = 4  # small panels a row; the large ones share the same width
+
+
+def read_log(path: str | Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Read the JSON lines of a `log.txt`: {key: (epochs, values)}, each in the order of epochs.
+
+    An epoch that stands twice (a run that was resumed) counts as it was written last. A line cut short by a crash is
+    passed over, and so is what is no number. Refused when there is no such file, or nothing is left.
+    """
+    path = Path(path)
+    path = path / "log.txt" if path.is_dir() else path
+    if not path.is_file():
+        raise Refused(f"log {path}: no such file; give the log.txt of a run, or its folder")
+    epochs = {}
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and _is_number(record.get("epoch")):
+            epochs[record["epoch"]] = record
+    if not epochs:
+        raise Refused(f"log {path}: no line with an epoch in it; give the log.txt that main_dino.py writes")
+    series: dict[str, list] = {}
+    for epoch in sorted(epochs):
+        for key, value in epochs[epoch].items():
+            if _is_number(value):
+                series.setdefault(key, []).append((epoch, value))
+    return {key: tuple(np.array(points, dtype=float).T) for key, points in series.items()}
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def run_names(paths: Sequence[str | Path]) -> list[str]:
+    """A short name for each log: the fewest last folders of its path that tell it from the others."""
+    parts = [Path(os.path.abspath(path)) for path in paths]
+    parts = [(path if path.is_dir() else path.parent).parts for path in parts]
+    for length in range(1, max(len(p) for p in parts) + 1):
+        names = ["/".join(p[-length:]).lstrip("/") for p in parts]
+        if len(set(names)) == len(names):
+            return names
+    return names
+
+
+def training_curves(logs: Sequence[str | Path], out: str | Path) -> None:
+    """Draw the curves of one or several runs, one colour a run, into one picture file.
+
+    Args:
+        logs: paths of log.txt files, or of folders that hold one. Only `epoch` must be in them: what else is there
+            is drawn, what isn't is left out.
+        out: the picture to write; its ending chooses the format, one of FORMATS.
+    Raises:
+        Refused: a log that is missing, or empty, or nothing to draw in any of them.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    if Path(out).suffix.lower() not in FORMATS:
+        raise Refused(f"--out {out}: a picture's name ends in {', '.join(FORMATS)}")
+    runs = [read_log(path) for path in logs]
+    large, small = ([p for p in panels if any(key in run for run in runs for key in p[2])]
+                    for panels in (LARGE_PANELS, SMALL_PANELS))
+    if not large and not small:
+        raise Refused(f"log {logs[0]}: nothing to draw beside the epochs; give the log.txt that main_dino.py writes")
+    heights = [3.6] * bool(large) + [1.9] * -(-len(small) // COLUMNS)
+    figure = Figure(figsize=(11, sum(heights) + 0.3 + 0.3 * (len(runs) > 1)), dpi=130)
+    figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.08, wspace=0.02, hspace=0.03)
+    FigureCanvasAgg(figure)  # a canvas of its own: no global backend, no pyplot state
+    cells = figure.add_gridspec(len(heights), COLUMNS, height_ratios=heights)
+    for i, panel in enumerate(large):
+        span = COLUMNS // len(large)
+        _draw_panel(figure.add_subplot(cells[0, i * span:(i + 1) * span]), panel, runs, 10)
+    for i, panel in enumerate(small):
+        _draw_panel(figure.add_subplot(cells[bool(large) + i // COLUMNS, i % COLUMNS]), panel, runs, 8)
+    if len(runs) > 1:
+        names = run_names(logs)
+        handles = [_line(COLORS[i % len(COLORS)], "-") for i in range(len(runs))]
+        figure.legend(handles, names, loc="outside upper left", ncols=min(len(names), 4), frameon=False, fontsize=10)
+    try:
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(out)
+    except OSError as error:
+        raise Refused(f"--out {out}: {error.strerror or error}; give a file that can be written") from error
+
+
+def _draw_panel(axes: "Axes", panel: tuple, runs: list[dict], font: int) -> None:
+    title, unit, keys = panel
+    for key, (_, style) in keys.items():
+        shared = len({run[key][1][-1] for run in runs if key in run}) == 1
+        for color, run in zip(cycle(COLORS), runs, strict=False):
+            if key in run and key in LEVELS:
+                axes.axhline(run[key][1][-1], linestyle=style, color=GREY if shared else color, linewidth=1.6)
+            elif key in run:
+                axes.plot(*run[key], style, color=color, linewidth=1.6, clip_on=False,
+                          marker="o" if len(run[key][0]) <= 30 else None, markersize=font / 4)
+    axes.set_title(title, fontsize=font + 1, color=INK, loc="left")
+    axes.set_ylabel(unit, fontsize=font, color=INK)
+    axes.set_xlabel("epoch" if font == 10 else "", fontsize=font, color=INK)
+    axes.tick_params(labelsize=font - 1, colors=INK, length=0)
+    first, last = (end(run["epoch"][0][side] for run in runs) for end, side in ((min, 0), (max, -1)))
+    axes.set_xlim(first, max(last, first + 1))
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.ticklabel_format(axis="y", useOffset=False)
+    axes.grid(color=GRID, linewidth=0.6)
+    axes.spines[:].set_visible(False)
+    drawn = [(key, *entry) for key, entry in keys.items() if any(key in run for run in runs)]
+    if len(keys) > 1:  # of several runs the colour is the run's, the line's style the key's
+        plain = COLORS[0] if len(runs) == 1 else INK
+        handles = [_line(GREY if key in LEVELS else plain, style) for key, _, style in drawn]
+        axes.legend(handles, [label for _, label, _ in drawn], fontsize=font - 1, framealpha=0.8, edgecolor="none",
+                    labelcolor=INK)
+
+
+def _line(color: str, style: str) -> "Line2D":
+    from matplotlib.lines import Line2D
+
+    return Line2D([], [], color=color, linestyle=style, linewidth=1.6)
+
+
+# ---------------------------------------------------------------- charts of an evaluation
+
+
+def sweep_chart(rows: Sequence[Mapping], path: str | Path) -> None:
+    """Top-1 accuracy in % against k, with its interval; `rows` of eval_knn.json."""
+    from matplotlib.figure import Figure
+
+    ks = [row["k"] for row in rows]
+    values = np.array([row["top1"]["value"] for row in rows])
+    low, high = np.array([row["top1"]["interval"] for row in rows]).T
+    figure = Figure(figsize=(6, 3), layout="constrained")
+    axes = figure.subplots()
+    axes.errorbar(ks, values, (np.maximum(values - low, 0), np.maximum(high - values, 0)), marker="o", capsize=3)
+    axes.set(xscale="log", xticks=ks, xticklabels=ks, xlabel="neighbours k", ylabel="top-1 accuracy, %")
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
+def feature_map(features: np.ndarray, labels: np.ndarray, classes: Sequence[str], path: str | Path, seed: int = 0
+                ) -> None:
+    """t-SNE of (N, D) features in the plane, coloured by class (van der Maaten and Hinton 2008; scikit-learn).
+
+    The 20 largest classes have colours, the others are grey.
+    """
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+    from sklearn.manifold import TSNE
+
+    unit = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
+    perplexity = min(30.0, (len(features) - 1) / 3)
+    points = TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(unit)
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    axes = figure.subplots()
+    largest = np.argsort(-np.bincount(labels, minlength=len(classes)), kind="stable")[:MOST_COLORS]
+    rest = ~np.isin(labels, largest)
+    axes.scatter(*points[rest].T, s=6, color="0.7", label="other classes" if rest.any() else None)
+    colors = colormaps["tab10" if len(largest) <= 10 else "tab20"]
+    for i, c in enumerate(sorted(largest.tolist())):
+        if (labels == c).any():
+            axes.scatter(*points[labels == c].T, s=8, color=colors(i), label=classes[c])
+    axes.set_axis_off()
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), markerscale=2, frameon=False, fontsize=8)
+    figure.savefig(path, dpi=120)

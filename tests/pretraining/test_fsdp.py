@@ -1,0 +1,72 @@
+"""Two gloo processes that share the networks (FSDP2) against two that each hold them (DistributedDataParallel)."""
+
+import signal
+
+import pytest
+import torch
+from forks import SMALLEST, Started, make_small
+from test_faults import slow_steps, stepping
+
+import eval_knn
+import main_dino
+import vision_transformer
+from weights import checkpoints
+
+ARGS = [*SMALLEST, "--batch_size_per_gpu", 4, "--norm_last_layer", "false"]
+
+
+def run(kind: str, out, *argv, **kwargs) -> Started:
+    return Started(*ARGS, *argv, "--parallel", kind, "--output_dir", out, processes=2, **kwargs)
+
+
+def assert_same_state(one, two) -> None:
+    assert one.keys() == two.keys()
+    for part in ("student", "teacher", "dino_loss"):
+        assert one[part].keys() == two[part].keys()
+        for key, value in one[part].items():
+            assert type(two[part][key]) is torch.Tensor
+            torch.testing.assert_close(two[part][key], value, rtol=1e-4, atol=1e-5, msg=lambda m, k=key: f"{k}: {m}")
+    for index, values in one["optimizer"]["state"].items():
+        for key, value in values.items():
+            torch.testing.assert_close(two["optimizer"]["state"][index][key], value, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("extra", [
+    ["--optimizer", "adamw", "--lr", 0.02, "--clip_grad", 0.05, "--eval_knn_every", 3],
+    ["--optimizer", "sgd", "--lr", 3, "--clip_grad", 0.05, "--clip_mode", "global", "--grad_accum_steps", 2,
+     "--batch_size_per_gpu", 2],
+    ["--optimizer", "lars", "--lr", 3],
+], ids=lambda extra: extra[1])  # fmt: skip
+def test_sharded_equals_replicated(tmp_path, extra):
+    runs = {kind: run(kind, tmp_path / kind, *extra, "--steps", 12) for kind in ("ddp", "fsdp")}
+    for kind, started in runs.items():
+        assert started.wait() == [0, 0], started.output()
+        assert ("networks sharded" in started.output()) == (kind == "fsdp")
+    assert_same_state(*(checkpoints.read(tmp_path / kind / checkpoints.NAME) for kind in runs))
+
+
+@pytest.mark.parametrize("first, then", [("ddp", "fsdp"), ("fsdp", "ddp")])
+def test_a_run_goes_on_sharded_or_not(tmp_path, first, then, monkeypatch):
+    extra = ["--optimizer", "sgd", "--lr", 3]
+    whole, moved = run("ddp", tmp_path / "whole", *extra), run(first, tmp_path / "moved", *extra, before=slow_steps)
+    stepping(moved, tmp_path / "moved", 6)
+    moved.signal(signal.SIGTERM)
+    assert moved.wait() == [main_dino.TO_BE_CONTINUED] * 2, moved.output()
+    moved = run(then, tmp_path / "moved", *extra)
+    assert moved.wait() == [0, 0] and "resuming" in moved.output(), moved.output()
+    assert whole.wait() == [0, 0]
+    path = tmp_path / "moved" / checkpoints.NAME
+    assert_same_state(checkpoints.read(tmp_path / "whole" / checkpoints.NAME), checkpoints.read(path))
+    if then == "fsdp":
+        monkeypatch.setattr(vision_transformer, "VITS", dict(vision_transformer.VITS))
+        monkeypatch.setattr("pretraining.run.DINOHead", None)
+        monkeypatch.setattr("pretraining.monitor.save_last_pictures", None)
+        make_small()
+        argv = ["--pretrained_weights", str(path), "--data_path", "shapes:64x16", "--device", "cpu", "--nb_knn", "5",
+                "--num_workers", "0", "--output_dir", str(tmp_path)]  # fmt: skip
+        assert eval_knn.main(eval_knn.get_args_parser().parse_args(argv)) == 0
+
+
+def test_half_precision_of_a_narrow_range_is_refused(tmp_path):
+    started = run("fsdp", tmp_path / "out", "--precision", "fp16")
+    assert started.wait() == [2, 2] and "--parallel fsdp" in started.output() and not (tmp_path / "out").exists()

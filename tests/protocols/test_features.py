@@ -1,0 +1,183 @@
+"""Features: in order, for any batch size and number of processes; computed once; the hashes that say when."""
+
+import os
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+from imagesets import loaders
+from protocols import features
+from protocols.features import cached_features, extract_features, images_hash, weights_hash
+
+
+class Numbers(Dataset):
+    """Image i is full of i; remembers which were asked for."""
+
+    def __init__(self, n):
+        self.n, self.seen = n, []
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, i):
+        self.seen.append(i)
+        return torch.full((1, 2, 2), float(i)), i
+
+
+def corners(x):
+    return torch.stack([x[:, 0, 0, 0], -2 * x[:, 0, 1, 1]], 1)
+
+
+@pytest.mark.parametrize("n, batch_size, num_workers", [(1, 4, 0), (10, 4, 0), (12, 4, 2), (5, 1, 0), (3, 100, 1)])
+def test_every_image_once_and_in_order(n, batch_size, num_workers):
+    dataset = Numbers(n)
+    found = extract_features(corners, dataset, batch_size, num_workers)
+    expected = torch.arange(n).float()
+    assert torch.equal(found, torch.stack([expected, -2 * expected], 1)) and found.dtype == torch.float32
+    if not num_workers:
+        assert dataset.seen == list(range(n))
+
+
+def test_a_probe_can_be_trained_on_them_and_the_network_gets_no_gradient():
+    network = nn.Sequential(nn.Flatten(), nn.Linear(4, 3)).double()
+    found = extract_features(lambda x: network(x.double()), Numbers(4), 2, 0)
+    probe = nn.Linear(3, 1)
+    probe(found).sum().backward()
+    assert found.dtype == torch.float32 and not found.requires_grad and probe.weight.grad is not None
+
+
+def test_autocast_is_used():
+    network = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
+    exact, half = (extract_features(network, Numbers(4), 2, 0, autocast=a)
+                   for a in (None, torch.autocast("cpu", torch.bfloat16)))
+    assert half.dtype == torch.float32 and torch.equal(half, half.bfloat16().float()) and not torch.equal(exact, half)
+
+
+def test_no_images():
+    with pytest.raises(ValueError, match="no images"):
+        extract_features(corners, Numbers(0))
+
+
+class Broken(Numbers):
+    def __getitem__(self, i):
+        if i == 3:
+            raise ValueError("three.png: not a picture")
+        return super().__getitem__(i)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_an_image_that_cannot_be_read_is_named_in_one_line(num_workers):
+    with pytest.raises(ValueError) as raised:
+        extract_features(corners, Broken(5), 2, num_workers)
+    assert str(raised.value) == "three.png: not a picture"
+
+
+def extract_in_a_group(rank, world_size, folder):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=world_size)
+    found = {}
+    for n in (1, 2, 7, 12):
+        dataset = Numbers(n)
+        found[n] = extract_features(corners, dataset, 2, 0), dataset.seen
+    calls = []
+    for _ in range(2):
+        cached_features(f"{folder}/cache", {"weights": "a"}, lambda: calls.append(1) or torch.ones(2))
+    if rank == 1:  # as if this process could not see what the other sees: both compute
+        features.read_features = lambda *_: None
+    cached_features(f"{folder}/cache", {"weights": "a"}, lambda: calls.append(1) or torch.ones(2))
+    torch.save((found, len(calls)), f"{folder}/{rank}.pth")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_share_the_work_and_both_have_all(tmp_path):
+    torch.multiprocessing.spawn(extract_in_a_group, (2, str(tmp_path)), nprocs=2)
+    (first, calls0), (second, calls1) = (torch.load(tmp_path / f"{rank}.pth") for rank in (0, 1))
+    assert calls0 == calls1 == 2
+    for n in (1, 2, 7, 12):
+        expected = extract_features(corners, Numbers(n), 3, 0)
+        assert torch.equal(first[n][0], expected) and torch.equal(second[n][0], expected)
+        assert first[n][1] == list(range(0, n, 2))
+        assert second[n][1] == list(range(1, n, 2)) + [n - 1] * (n % 2)  # the last once more, and cut off
+
+
+# ---- Computed once ----
+
+
+def test_features_are_computed_once_for_a_fingerprint(tmp_path):
+    calls = []
+
+    def extract():
+        calls.append(1)
+        return torch.full((2, 3), float(len(calls)))
+
+    what = {"weights": "a", "images": "b"}
+    assert cached_features(tmp_path / "new", what, extract)[0, 0] == 1
+    assert torch.equal(cached_features(tmp_path / "new", what, extract), torch.ones(2, 3))
+    assert len(calls) == 1
+    assert cached_features(tmp_path / "new", what | {"images": "c"}, extract)[0, 0] == 2  # beside the first
+    assert len(list((tmp_path / "new").iterdir())) == 2
+    assert cached_features(tmp_path / "new", what | {"weights": "d"}, extract)[0, 0] == 3  # in place of the first
+    assert len(list((tmp_path / "new").iterdir())) == 2
+    assert cached_features(tmp_path / "new", what, extract)[0, 0] == 4
+    assert cached_features(None, what, extract)[0, 0] == 5
+
+
+def test_a_broken_file_is_computed_anew_and_a_folder_in_the_way_is_said(tmp_path, capsys):
+    cached_features(tmp_path, {"weights": "a"}, lambda: torch.zeros(1))
+    path = next(tmp_path.iterdir())
+    path.write_bytes(path.read_bytes()[:100])
+    assert cached_features(tmp_path, {"weights": "a"}, lambda: torch.ones(1)) == 1
+    assert cached_features(tmp_path, {"weights": "a"}, lambda: torch.zeros(1)) == 1
+    (tmp_path / "file").write_text("")
+    assert cached_features(tmp_path / "file", {"weights": "a"}, lambda: torch.ones(1)) == 1
+    assert "not kept" in capsys.readouterr().out
+
+
+def test_weights_hash_is_of_names_and_values():
+    one = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    two = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    two.load_state_dict(one.state_dict())
+    assert weights_hash(one) == weights_hash(two) and len(weights_hash(one)) == 64
+    two[1].running_mean[0] = 1e-7
+    assert weights_hash(one) != weights_hash(two)
+    assert weights_hash(one) != weights_hash(nn.Sequential(nn.Identity(), *one)) != weights_hash(one.half())
+
+
+def test_images_hash_follows_the_files(tmp_path):
+    def drawn(pixels):
+        return loaders.open_images(f"shapes:4x{pixels}")
+
+    assert images_hash(drawn(16)) == images_hash(drawn(16)) != images_hash(drawn(24))
+    from PIL import Image
+
+    for name in "ab":
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{name}.png")
+    before = images_hash(loaders.open_images(tmp_path))
+    assert before == images_hash(loaders.open_images(tmp_path))
+    assert before != images_hash(loaders.open_images(tmp_path, in_chans=1))
+    os.utime(tmp_path / "b.png", ns=(0, 0))
+    touched = images_hash(loaders.open_images(tmp_path))
+    (tmp_path / "b.png").rename(tmp_path / "c.png")
+    assert len({before, touched, images_hash(loaders.open_images(tmp_path))}) == 3
+
+
+# ---- Pixels and views ----
+
+
+def test_pixel_features_are_small_pictures():
+    images = loaders.open_images("shapes:3x64")
+    found = features.pixel_features(images)
+    assert found.shape == (3, 3 * 32 * 32) and 0 <= found.min() and found.max() <= 1
+    means = images.load(1).float().div(255).mean((1, 2))
+    torch.testing.assert_close(found[1].view(3, -1).mean(1), means, atol=0.02, rtol=0)
+
+
+def test_views_are_functions_of_image_and_view():
+    images = loaders.open_images("shapes:3x48")
+    views = [features.RandomViews(images, 24, (0.5,) * 3, (0.25,) * 3, view) for view in (0, 0, 1)]
+    for i in range(3):
+        same, again, other = (v[i][0] for v in views)
+        assert same.shape == (3, 24, 24) and torch.equal(same, again) and not torch.equal(same, other)
+        assert -2 <= same.min() and same.max() <= 2

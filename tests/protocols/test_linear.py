@@ -1,0 +1,421 @@
+"""Linear classifiers against softmax gradients written out, the script against itself; and what it refuses."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+from processes import ENV, free_port
+
+import eval_linear
+from protocols import finetune, linear, splits
+from protocols.features import Network
+from vision_transformer import build_backbone, vit_nano
+from weights import backbones
+
+S = linear.Setting
+
+
+def blobs(n=60, width=8, blocks=2, classes=4, seed=0):
+    rng = np.random.default_rng(seed)
+    y = rng.integers(classes, size=n)
+    x = rng.standard_normal((n, width * (blocks + 1))) + rng.standard_normal((classes, width * (blocks + 1)))[y]
+    return torch.from_numpy(x).float(), torch.from_numpy(y)
+
+
+def train(heads, x, y, epochs=3, batch=20):
+    optimizer = linear.build_optimizer(heads, batch)
+    for epoch in range(epochs):
+        loss = linear.train_epoch(heads, optimizer, epoch, epochs, zip(x.split(batch), y.split(batch), strict=True))
+    return loss
+
+
+def test_training_is_sgd_on_the_softmax_gradient():
+    """Three epochs of the mean cross-entropy's gradient, (p - onehot) x^T / B, with momentum 0.9 and a half cosine."""
+    x, y = blobs()
+    heads = linear.Heads([S(0.3, 2, False)], 8, 2, 4)
+    w, b = (p.detach().double().numpy().copy() for p in (heads.heads[0].weight, heads.heads[0].bias))
+    train(heads, x, y)
+    seen, onehot = x[:, :16].double().numpy(), np.eye(4)[y.numpy()]
+    mw, mb = 0, 0
+    for epoch in range(3):
+        lr = 0.3 * 20 / 256 * (1 + np.cos(np.pi * epoch / 3)) / 2
+        for i in range(0, 60, 20):
+            z = seen[i : i + 20] @ w.T + b
+            p = np.exp(z) / np.exp(z).sum(1, keepdims=True)
+            error = (p - onehot[i : i + 20]) / 20
+            mw, mb = 0.9 * mw + error.T @ seen[i : i + 20], 0.9 * mb + error.sum(0)
+            w, b = w - lr * mw, b - lr * mb
+    np.testing.assert_allclose(heads.heads[0].weight.detach().numpy(), w, atol=1e-5)
+    np.testing.assert_allclose(heads.heads[0].bias.detach().numpy(), b, atol=1e-5)
+
+
+def test_a_head_of_a_sweep_is_trained_as_if_alone():
+    x, y = blobs()
+    found = linear.settings_of([0.1, 1.0], [1, 2], [False, True])
+    heads = linear.Heads(found, 8, 2, 4)
+    alone = [linear.Heads([s], 8, 2, 4) for s in found]
+    for one, head in zip(alone, heads.heads, strict=True):
+        one.heads[0].load_state_dict(head.state_dict())
+    loss = train(heads, x, y)
+    ranked = linear.predict(heads, x, batch_size=7)
+    assert ranked.shape == (8, 60, 4) and len(found) == 8
+    for i, one in enumerate(alone):
+        torch.testing.assert_close(train(one, x, y)[0], loss[i])
+        torch.testing.assert_close(one.heads[0].weight, heads.heads[i].weight)
+        assert torch.equal(linear.predict(one, x)[0], ranked[i])
+
+
+def test_what_a_setting_sees():
+    torch.manual_seed(0)
+    model, x = vit_nano(8, img_size=32).eval(), torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        features = linear.probe_features(model, 3)(x)
+        tokens = model.get_intermediate_layers(x, 3)
+    cls, mean = [t[:, 0] for t in tokens], tokens[-1][:, 1:].mean(1)
+    assert features.shape == (2, 4 * 192)
+    assert torch.equal(linear.columns(features, 3, 1, False), cls[2])
+    assert torch.equal(linear.columns(features, 3, 2, False), torch.cat(cls[1:], 1))
+    assert torch.equal(linear.columns(features, 3, 3, True), torch.cat([*cls, mean], 1))
+    published = torch.cat((cls[2].unsqueeze(-1), mean.unsqueeze(-1)), dim=-1).reshape(2, -1)
+    assert torch.equal(linear.columns(features, 3, 1, True), published)
+    resnet, _ = build_backbone("resnet18")
+    assert linear.probe_features(resnet, 4) is resnet
+
+
+def test_a_head_that_diverges_leaves_the_others_alone():
+    x, y = blobs()
+    torch.manual_seed(0)
+    both, one = linear.Heads([S(0.1, 1, False), S(1e39, 1, False)], 8, 2, 4), linear.Heads([S(0.1, 1, False)], 8, 2, 4)
+    one.heads[0].load_state_dict(both.heads[0].state_dict())
+    loss = train(both, x, y)
+    torch.testing.assert_close(train(one, x, y)[0], loss[0])
+    assert not loss[1].isfinite()
+
+
+def test_more_than_a_thousand_classes():
+    heads = linear.Heads([S(1.0, 0, False)], 8, 0, 1200)
+    x, y = torch.eye(8).repeat(2, 1), torch.tensor([1199, 3, 1000, 7, 5, 1100, 0, 1] * 2)
+    train(heads, 30 * x, y, epochs=40, batch=16)
+    assert torch.equal(linear.predict(heads, 30 * x)[0, :, 0], y)
+
+
+def test_the_file_of_a_classifier_may_hold_more(tmp_path):
+    torch.save({"module.linear.weight": torch.ones(2, 3), "module.linear.bias": torch.zeros(2), "x": 1}, tmp_path / "f")
+    assert sorted(linear.read_classifier(tmp_path / "f")) == ["bias", "weight"]
+
+
+def test_logistic_regression_is_chosen_by_the_held_out_part():
+    x, y = blobs(n=90)
+    strengths = [1e-6, 1.0]
+    ranked, best, accuracies = linear.logistic_regression((x[:40], y[:40]), (x[40:60], y[40:60]), x[60:], strengths)
+    assert best == 1.0 and accuracies[1] > accuracies[0]
+    assert (ranked[:, 0] == y[60:]).float().mean() > 0.8 and ranked.shape == (30, 4)
+
+
+# ---- How a data set is divided ----
+
+
+def test_shares_of_each_class():
+    y = torch.tensor([0] * 100 + [1] * 10 + [2])
+    drawn, left = splits.draw_share(y, 0.1, seed=3)
+    assert torch.bincount(y[drawn], minlength=3).tolist() == [10, 1, 0]
+    assert torch.equal(torch.cat([drawn, left]).sort()[0], torch.arange(111))
+    assert torch.equal(drawn, splits.draw_share(y, 0.1, seed=3)[0])
+    assert not torch.equal(drawn, splits.draw_share(y, 0.1, seed=4)[0])
+    few = splits.draw_share(y, 0.99, seed=0)[1]  # one per cent of each class, at least one image
+    assert torch.bincount(y[few]).tolist() == [1, 1, 1]
+
+
+# ---- The script ----
+
+
+def draw_pictures(folder, names, each, seed=0, size=32):
+    """Pictures whose colour tells the class, one of them grey, of two sizes."""
+    rng = np.random.default_rng(seed)
+    for c, name in enumerate(names):
+        (folder / name).mkdir(parents=True)
+        for i in range(each):
+            colour = np.array([60 * c % 256, 97 * c % 256, 255 - 50 * c % 256])
+            pixels = np.clip(colour + 20 * rng.standard_normal((size + 8 * (i % 2), size, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{i}.png")
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures")
+    draw_pictures(folder / "train", ["ant", "bee", "cat", "dog"], each=10)
+    draw_pictures(folder / "val", ["ant", "bee", "cat", "eel"], each=3, seed=1)
+    Image.new("L", (40, 40), 128).save(folder / "train" / "ant" / "grey.png")
+    return folder
+
+
+NETWORK = ("--arch", "vit_nano", "--patch_size", 8, "--crop_size", 32, "--num_workers", 0, "--device", "cpu",
+           "--batch_size_per_gpu", 8)
+
+
+def run(folder, out, *flags):
+    command = ["--data_path", folder, "--output_dir", out, *NETWORK, *flags]
+    code = eval_linear.main(eval_linear.get_args_parser().parse_args([str(f) for f in command]))
+    return json.loads((out / "eval_linear.json").read_text()) if code == 0 else code
+
+
+SWEEP = ("--lr", 0.01, 0.3, "--n_last_blocks", 1, 4, "--avgpool_patchtokens", True, False, "--epochs", 3)
+
+
+@pytest.fixture(scope="module")
+def swept(pictures, tmp_path_factory):
+    out = tmp_path_factory.mktemp("swept")
+    return out, run(pictures, out, *SWEEP)
+
+
+def test_a_sweep_is_chosen_without_the_test_set(swept):
+    out, report = swept
+    assert len(report["results"]) == 8 and sum(row["chosen"] == "*" for row in report["results"]) == 1
+    chosen = max(report["results"], key=lambda row: row["held-out top1"]["value"])
+    assert chosen["chosen"] == "*" and report["images"] == [37, 4, 12]
+    assert report["test"]["per_class"]["eel"] == 0 and report["test"]["top1"]["value"] >= 50
+    assert "no training images (eel)" in " ".join(report["notes"]) and len(report["weights_sha256"]) == 64
+
+
+@pytest.mark.parametrize("flags", [SWEEP, ("--logreg", "--val_share", 0.3)])
+def test_what_is_chosen_does_not_depend_on_the_test_pictures(flags, pictures, tmp_path):
+    """With all test pictures in another class's folder, every figure but the test set's is the same."""
+    names = ["ant", "bee", "cat", "eel"]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train").symlink_to(pictures / "train")
+    for name, other in zip(names, [*names[1:], names[0]], strict=True):
+        shutil.copytree(pictures / "val" / other, tmp_path / "data" / "val" / name)
+    one, other = (run(folder, tmp_path / f"out{i}", *flags) for i, folder in enumerate((pictures, tmp_path / "data")))
+    assert one["results"] == other["results"] and one["test"] != other["test"]
+
+
+def test_the_classifier_is_evaluated_again(swept, pictures, tmp_path):
+    out, report = swept
+    again = run(pictures, tmp_path, "--evaluate", "--linear_weights", out / "linear.pth")
+    assert again["test"] == report["test"]
+
+
+def test_a_published_classifier(swept, pictures, tmp_path):
+    """`state_dict` with `module.linear.*`, no names of classes: outputs are the classes in the order of their names."""
+    out, report = swept
+    ours = torch.load(out / "linear.pth")
+    order = [ours["classes"].index(name) for name in ("ant", "bee", "cat", "dog", "eel")]
+    file = {"epoch": 100, "state_dict": {f"module.{k}": v[order] for k, v in ours["state_dict"].items()}}
+    torch.save(file, tmp_path / "published.pth")
+    draw_pictures(tmp_path / "data" / "train", ["ant", "bee", "cat", "dog", "eel"], each=2)
+    (tmp_path / "data" / "val").symlink_to(pictures / "val")
+    n, avgpool = ours["setting"]["n_last_blocks"], ours["setting"]["avgpool_patchtokens"]
+    setting = ("--n_last_blocks", n, "--avgpool_patchtokens", avgpool)
+    flags = ("--evaluate", "--linear_weights", tmp_path / "published.pth")
+    found = run(tmp_path / "data", tmp_path / "out", *flags, *setting)
+    assert found["test"]["top1"] == report["test"]["top1"]
+    assert run(pictures / "train", tmp_path / "out", *flags, *setting) == 2  # five outputs, four classes, no names
+    assert run(tmp_path / "data", tmp_path / "out", *flags, "--n_last_blocks", 5 - n, *setting[2:]) == 2  # other width
+
+
+def stop_after(monkeypatch, module, name, calls):
+    """The real function, which is interrupted at its call number `calls`."""
+    real, count = getattr(module, name), iter(range(calls))
+
+    def interrupted(*args, **kwargs):
+        if next(count, None) is None:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(module, name, interrupted)
+
+
+@pytest.mark.parametrize("flags", [SWEEP, ("--lr", 0.3, "--epochs", 3, "--finetune", "--warmup_epochs", 1)])
+def test_a_stopped_run_goes_on(flags, pictures, tmp_path, monkeypatch, capsys):
+    whole = run(pictures, tmp_path / "whole", *flags)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        module, name = (finetune, "batches") if "--finetune" in flags else (linear, "train_epoch")
+        stop_after(patch, module, name, 2)
+        run(pictures, tmp_path / "parts", *flags)
+    for changed in ([f if f != 3 else 4 for f in flags], [f if f != 0.3 else 0.2 for f in flags],
+                    [*flags, "--seed", 1], [*flags, "--crop_size", 40], [*flags, "--low_shot", "80%"]):
+        assert run(pictures, tmp_path / "parts", *changed) == 2  # another run
+        assert "is of another run (other " in capsys.readouterr().err
+    parts = run(pictures, tmp_path / "parts", *flags)
+    assert "going on after epoch 2" in capsys.readouterr().out
+    assert parts["results"] == whole["results"] and parts["test"] == whole["test"]
+    assert not list((tmp_path / "parts").glob("checkpoint_*"))
+
+
+@pytest.mark.parametrize("flags, name", [((), "checkpoint_linear.pth"), (
+    ("--finetune", "--epochs", 5), "checkpoint_finetune.pth")])
+def test_a_file_that_is_no_stopped_run_is_named(flags, name, pictures, tmp_path, capsys):
+    torch.save([1], tmp_path / name)
+    assert run(pictures, tmp_path, *flags) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and f"{name} there is of another run; remove it" in error
+
+
+@pytest.mark.parametrize("content", [torch.ones(3), [1, 2], {"teacher": {"norm.weight": torch.ones(3)}},
+                                     {"linear.weight": 1, "linear.bias": 2}])
+def test_a_file_without_a_classifier_is_named_before_any_work(content, pictures, tmp_path, capsys):
+    torch.save(content, tmp_path / "file.pth")
+    assert run(pictures, tmp_path / "out", "--evaluate", "--linear_weights", tmp_path / "file.pth") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and f"--linear_weights {tmp_path}/file.pth: holds no linear.weight" in error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("setting", [
+    0, ["lr"], {}, {"lr": 0.1}, torch.ones(2), *({"lr": 0.1, "n_last_blocks": n, "avgpool_patchtokens": False}
+                                                 for n in ("4", 2.5, -3))])
+def test_a_classifier_with_a_broken_setting_is_named_before_any_work(setting, pictures, tmp_path, capsys):
+    file = {"linear.weight": torch.ones(4, 192), "linear.bias": torch.ones(4)}
+    torch.save({"state_dict": file, "setting": setting}, tmp_path / "file.pth")
+    assert run(pictures, tmp_path / "out", "--evaluate", "--linear_weights", tmp_path / "file.pth") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and f"--linear_weights {tmp_path}/file.pth: its setting does not hold lr" in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_views_are_extracted_once(pictures, tmp_path, monkeypatch):
+    report = run(pictures, tmp_path, "--lr", 0.3, "--views", 2, "--epochs", 8)
+    assert report["test"]["top1"]["value"] >= 50
+    monkeypatch.setattr("protocols.features.extract_features", None)  # all of it is there
+    assert run(pictures, tmp_path, "--lr", 0.3, "--views", 2, "--epochs", 8)["test"] == report["test"]
+
+
+def test_low_shot_logreg_pixels_and_other_networks(pictures, tmp_path):
+    report = run(pictures, tmp_path, "--lr", 0.3, "--low_shot", "10%", "--epochs", 1)
+    assert report["images"] == [4, 0, 12]
+    assert run(pictures, tmp_path, "--logreg", "--val_share", 0.3)["test"]["top1"]["value"] >= 50
+    assert run(pictures, tmp_path, "--arch", "pixels", "--epochs", 2)["weights_sha256"] is None
+    assert run(pictures, tmp_path, "--arch", "resnet18", "--epochs", 1)["results"][0]["n_last_blocks"] == 0
+
+
+def test_one_folder_keeps_a_fifth_for_testing(pictures, tmp_path):
+    report = run(pictures / "train", tmp_path, "--epochs", 1)
+    assert report["images"] == [33, 0, 8] and "a fifth" in report["notes"][0]
+
+
+def test_one_class_and_one_image_a_class(pictures, tmp_path, capsys):
+    draw_pictures(tmp_path / "few" / "train", ["ant", "bee"], each=1)
+    draw_pictures(tmp_path / "few" / "val", ["ant", "bee"], each=1)
+    assert run(tmp_path / "few", tmp_path / "out", "--epochs", 1)["images"] == [2, 0, 2]
+    assert run(tmp_path / "few", tmp_path / "out", *SWEEP) == 2  # nothing to choose by
+    assert "--val_share 0.1" in capsys.readouterr().err
+    assert run(pictures / "train" / "ant", tmp_path / "none") == 2 and not (tmp_path / "none").exists()
+    assert "no labels" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags, message", [
+    (("--n_last_blocks", 5), "--n_last_blocks 5"),
+    (("--patch_size", 64), "--crop_size 32: smaller than a patch of 64; raise it"),
+    (("--num_labels", 3), "--num_labels 3"),
+    (("--evaluate",), "linear.pth: no such file"),
+    (("--linear_weights", "x.pth"), "add --evaluate"),
+    (("--logreg", "--finetune"), "--logreg with --finetune"),
+    (("--finetune", "--lr", 1, 2), "--lr 1 2"),
+    (("--finetune", "--epochs", 2), "--warmup_epochs 5"),
+    (("--finetune", "--precision", "fp16"), "--precision fp16"),
+    (("--finetune", "--arch", "pixels"), "--arch pixels"),
+    (("--arch", "pixels", "--pretrained_weights", "x.pth"), "x.pth: --arch pixels has no weights"),
+    (("--data_path", "nowhere"), "--data_path 'nowhere'"),
+    (("--val_data_path", "nowhere"), "--val_data_path 'nowhere'"),
+    (("--pretrained_weights", "nothing.pth"), "nothing.pth"),
+    (("--epochs", 2, "--lr", 1e39), "--lr 1e+39"),
+    (("--finetune", "--warmup_epochs", 0, "--batch_size_per_gpu", 64), "--batch_size_per_gpu 64"),
+])
+def test_bad_input_is_refused_in_one_line(flags, message, pictures, tmp_path, capsys):
+    assert run(pictures, tmp_path / "out", *flags) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and message in error and not (tmp_path / "out" / "eval_linear.json").exists()
+
+
+@pytest.mark.parametrize("flags", [("--low_shot", "0"), ("--low_shot", "200%"), ("--lr", "0"), ("--epochs", "0"),
+                                   ("--low_shot", "ten"), ("--seed", str(2**32)),
+                                   ("--layer_decay", "2"), ("--smoothing", "1")])
+def test_bad_flags(flags, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        eval_linear.get_args_parser().parse_args(flags)
+    assert stopped.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+def test_published_command_line():
+    args = eval_linear.get_args_parser().parse_args(
+        "--n_last_blocks 4 --avgpool_patchtokens false --arch vit_small --patch_size 16 --checkpoint_key teacher "
+        "--epochs 100 --lr 0.001 --batch_size_per_gpu 128 --dist_url env:// --local_rank 0 --num_workers 10 "
+        "--val_freq 1 --output_dir . --num_labels 1000 --evaluate".split())
+    eval_linear.check_args(args)
+    assert args.n_last_blocks == [4] and args.lr == [0.001] and args.avgpool_patchtokens == [False]
+
+
+def test_two_processes_report_what_one_reports(pictures, tmp_path):
+    flags = ["--data_path", pictures, *NETWORK, "--lr", 0.3, 0.01, "--epochs", 2]
+    environment = ENV | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    command = [sys.executable, str(ROOT / "eval_linear.py"), *map(str, flags), "--batch_size_per_gpu", "4",
+               "--output_dir", str(tmp_path / "two")]
+    started = [subprocess.Popen(command, env=environment | {"RANK": str(r)}) for r in (0, 1)]
+    assert [p.wait(120) for p in started] == [0, 0]
+    one, two = run(pictures, tmp_path / "one", *flags[2:]), json.loads((tmp_path / "two/eval_linear.json").read_text())
+    assert one["test"] == two["test"]
+    for a, b in zip(one["results"], two["results"], strict=True):
+        assert a["held-out top1"] == b["held-out top1"] and a["train_loss"] == pytest.approx(b["train_loss"], abs=1e-4)
+
+
+# ---- Fine-tuning ----
+
+
+def test_layers_of_a_vit_and_a_resnet():
+    names = [name for name, _ in vit_nano(8).named_parameters()]
+    of = finetune.depths(names)
+    assert of["cls_token"] == of["pos_embed"] == of["patch_embed.proj.weight"] == 0
+    assert of["blocks.0.norm1.weight"] == 1 and of["blocks.3.mlp.fc2.bias"] == 4 and of["norm.weight"] == 5
+    resnet, _ = build_backbone("resnet18")
+    of = finetune.depths([name for name, _ in resnet.named_parameters()])
+    assert of["conv1.weight"] == of["bn1.bias"] == 0 and of["layer1.0.conv1.weight"] == 1
+    assert of["layer4.1.bn2.weight"] == 8 and max(of.values()) == 8
+
+
+def test_learning_rates_and_decay_of_the_layers():
+    model = finetune.Classifier(vit_nano(8), 192, 4)
+    groups = {id(p): group for group in finetune.param_groups(model, 1.0, 0.05, 0.5) for p in group["params"]}
+    assert len(groups) == len(list(model.parameters()))
+    blocks = model.backbone.blocks
+    assert groups[id(model.linear.weight)]["peak"] == groups[id(model.backbone.norm.weight)]["peak"] == 1
+    assert groups[id(blocks[3].mlp.fc1.weight)]["peak"] == 0.5
+    assert groups[id(blocks[0].attn.qkv.weight)]["peak"] == 1 / 16
+    assert groups[id(model.backbone.cls_token)]["peak"] == 1 / 32
+    assert groups[id(model.backbone.cls_token)]["weight_decay"] == 0
+    assert groups[id(blocks[0].norm1.weight)]["weight_decay"] == 0
+    assert groups[id(blocks[0].mlp.fc1.weight)]["weight_decay"] == 0.05
+
+
+def test_stochastic_depth_rises_with_the_depth():
+    network = Network(vit_nano(8, img_size=32), {"arch": "vit_nano"}, {}, torch.device("cpu"))
+    model = finetune.trainable(network, 0.3)
+    assert [block.drop_path.drop_prob for block in model.blocks] == pytest.approx([0, 0.1, 0.2, 0.3])
+    assert all(p.requires_grad for p in model.parameters()) and model is not network.forward
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(model.eval()(x), network.forward.eval()(x))
+
+
+def test_mixing():
+    torch.manual_seed(0)
+    x, y = torch.rand(4, 3, 8, 8), torch.arange(4)
+    mixed, soft = finetune.mixing(0.8, 1.0, 5)(x, y)
+    assert mixed.shape == x.shape and soft.shape == (4, 5) and torch.allclose(soft.sum(1), torch.ones(4))
+    same, hard = finetune.mixing(0, 0, 5)(x, y)
+    assert torch.equal(same, x) and torch.equal(hard.argmax(1), y)
+
+
+def test_fine_tuning_learns_and_its_backbone_loads(pictures, tmp_path):
+    flags = ("--finetune", "--epochs", 6, "--warmup_epochs", 1, "--lr", 0.03, "--drop_path_rate", 0.1)
+    report = run(pictures, tmp_path, *flags)
+    assert report["test"]["top1"]["value"] >= 50 and report["protocol"] == "finetune"
+    model, info = backbones.load_backbone(str(tmp_path / "finetuned.pth"))
+    assert info["arch"] == "vit_nano" and info["patch_size"] == 8 and info["global_crops_size"] == 32
+    untrained = run(pictures, tmp_path, "--epochs", 1)["weights_sha256"]
+    assert run(pictures, tmp_path, "--epochs", 1, "--pretrained_weights", tmp_path / "finetuned.pth")[
+        "weights_sha256"] != untrained

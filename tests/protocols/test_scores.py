@@ -1,0 +1,92 @@
+"""Intervals against sampling theory, measures without labels against loops, tables and files."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from protocols import scores
+
+
+def test_interval_of_right_and_wrong_is_the_binomials():
+    low, high = scores.bootstrap_interval([1] * 700 + [0] * 300, n=20_000)
+    half = 1.96 * math.sqrt(0.7 * 0.3 / 1000)
+    assert low == pytest.approx(0.7 - half, abs=0.002) and high == pytest.approx(0.7 + half, abs=0.002)
+
+
+def test_interval_is_that_of_resampling():
+    x = np.random.RandomState(0).gamma(1.0, size=80)
+    random = np.random.RandomState(1)
+    means = [x[random.randint(80, size=80)].mean() for _ in range(5000)]
+    np.testing.assert_allclose(scores.bootstrap_interval(x, n=5000), np.percentile(means, [2.5, 97.5]), atol=0.03)
+    assert scores.bootstrap_interval(x) == scores.bootstrap_interval(torch.from_numpy(x)) != \
+        scores.bootstrap_interval(x, seed=1)
+
+
+def test_interval_of_one_score_and_of_none():
+    assert scores.bootstrap_interval([0.25]) == (0.25, 0.25)
+    with pytest.raises(ValueError, match="no scores"):
+        scores.bootstrap_interval([])
+
+
+def test_uniformity_and_alignment_are_the_papers():
+    g = torch.Generator().manual_seed(0)
+    x, y = (torch.nn.functional.normalize(torch.randn(50, 6, generator=g, dtype=torch.float64), dim=1) for _ in "xy")
+    pairs = [math.exp(-2 * ((a - b) ** 2).sum()) for i, a in enumerate(x) for j, b in enumerate(x) if i != j]
+    found = scores.label_free(3 * x, (2 * x, y))
+    assert found["uniformity"]["value"] == pytest.approx(math.log(np.mean(pairs)))
+    assert scores.uniformity(x, rows=7)["value"] == pytest.approx(found["uniformity"]["value"])
+    distances = [((a - b) ** 2).sum().item() for a, b in zip(x, y, strict=True)]
+    assert found["alignment"]["value"] == pytest.approx(np.mean(distances))
+    for measure in ("uniformity", "alignment"):
+        low, high = found[measure]["interval"]
+        assert low < found[measure]["value"] < high
+
+
+def test_interval_of_uniformity_is_as_wide_as_it_varies():
+    g = torch.Generator().manual_seed(0)
+
+    def found():  # more in one direction than in others: on an even sphere the first order vanishes
+        return scores.uniformity(torch.randn(200, 8, generator=g) + torch.eye(8)[0])
+
+    spread = np.std([found()["value"] for _ in range(60)])
+    low, high = found()["interval"]
+    assert high - low == pytest.approx(4 * spread, rel=0.3)
+
+
+def test_rank_of_features():
+    g = torch.Generator().manual_seed(0)
+    orthogonal = torch.linalg.qr(torch.randn(100, 7, generator=g))[0]
+    assert scores.label_free(orthogonal)["rank_me"]["value"] == pytest.approx(7, rel=1e-3)
+    assert scores.label_free(torch.ones(30, 5))["rank_me"]["value"] == pytest.approx(1, abs=1e-3)
+
+
+def test_one_image_without_labels():
+    found = scores.label_free(torch.ones(1, 4))
+    assert found["uniformity"]["value"] is None and found["alignment"] is None
+    assert "-" in scores.table([found])
+
+
+def test_many_images_are_thinned_out(monkeypatch):
+    monkeypatch.setattr(scores, "MOST_PAIRED", 10)
+    x = torch.randn(95, 3)
+    chosen = x[[round(i * 94 / 9) for i in range(10)]]
+    assert scores.label_free(x)["uniformity"] == scores.uniformity(chosen)
+
+
+def test_table():
+    row = {"k": 10, "T": 0.07, "top1": {"value": 74.5, "interval": [73.0, 76.126]}, "top5": None}
+    lines = [" k     T                  top1  top5", "10  0.07  74.50 [73.00, 76.13]     -"]
+    assert scores.table([row]).splitlines() == lines
+
+
+def test_results_are_json_with_the_command(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["eval.py", "--data_path", "a b"])
+    scores.write_results(tmp_path / "new" / "file.json", [{"k": 1}], weights_sha256="ab")
+    assert json.loads((tmp_path / "new" / "file.json").read_text()) == {
+        "command": "eval.py --data_path 'a b'", "weights_sha256": "ab", "results": [{"k": 1}]}
+    with pytest.raises(ValueError):
+        scores.write_results(tmp_path / "nan.json", [{"k": float("nan")}])
+    assert [p.name for p in tmp_path.iterdir()] == ["new"]

@@ -1,0 +1,241 @@
+"""Files with the names and shapes of the published ones, made by the libraries themselves with random weights."""
+
+import argparse
+import json
+
+import pytest
+import timm
+import torch
+from golden_weights import GOLDEN
+from timm.models.vision_transformer import checkpoint_filter_fn as timm_vit_names
+from timm.models.xcit import checkpoint_filter_fn as timm_xcit_names
+
+from vision_transformer import build_backbone
+from weights import backbones, layouts
+
+
+def random_like(state, seed=0):
+    """Weights large enough for every tensor to show in the output; running variances stay positive."""
+    generator = torch.Generator().manual_seed(seed)
+    filled = {}
+    for name, value in state.items():
+        if value.is_floating_point():
+            is_scale = value.ndim == 1 and not name.endswith(("bias", "running_mean"))
+            value = 0.05 * torch.randn(value.shape, generator=generator) + is_scale
+        filled[name] = value
+    return filled
+
+
+def saved(state, tmp_path):
+    torch.save(state, tmp_path / "weights.pth")
+    return str(tmp_path / "weights.pth")
+
+
+@torch.no_grad()
+def assert_same(ours, theirs, *size):
+    x = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(1))
+    expected = theirs(x)
+    torch.testing.assert_close(ours(x), expected, rtol=1e-5, atol=1e-5)
+    assert (expected[0] - expected[1]).abs().max() > 0.01  # else equal outputs would say nothing
+
+
+@pytest.mark.parametrize("arch", ["vit_tiny", "vit_small", "vit_base"])
+def test_published_shapes_name_the_network(arch):
+    shapes = json.loads((GOLDEN / "backbone_state_dict_shapes.json").read_text())[f"{arch}_patch8"]
+    found = layouts.recognize({k: torch.empty(v, device="meta") for k, v in shapes.items()})
+    assert found.arch == arch and found.options == {"patch_size": 8, "in_chans": 3, "img_size": 224}
+
+
+@pytest.mark.parametrize("key", ["teacher", "student"])
+def test_published_full_checkpoint(tmp_path, key):
+    torch.manual_seed(0)
+    nets = {k: build_backbone("vit_tiny", 8, img_size=32)[0] for k in ("teacher", "student")}
+    head = {"head.mlp.0.weight": torch.zeros(3, 3), "head.last_layer.weight_g": torch.ones(5, 1)}
+    path = saved({
+        "student": {f"module.backbone.{k}": v for k, v in nets["student"].state_dict().items()}
+        | {f"module.{k}": v for k, v in head.items()},
+        "teacher": {f"backbone.{k}": v for k, v in nets["teacher"].state_dict().items()} | head,
+        "optimizer": {"state": {}, "param_groups": [{"lr": 0.1}]},
+        "epoch": 100,
+        "args": argparse.Namespace(arch="deit_tiny", patch_size=8, out_dim=65536, use_fp16=False, output_dir="x"),
+    }, tmp_path)  # fmt: skip
+    model, info = backbones.load_backbone(path, checkpoint_key=key)
+    assert_same(model, nets[key].eval(), 32, 32)
+    assert (info["arch"], info["patch_size"]) == ("deit_tiny", 8)
+
+
+def published_xcit(state):
+    """timm's XCiT names turned back into those of the published files, by hand."""
+    published = {}
+    for name, value in state.items():
+        if ".attn.q." in name and name.startswith("cls_attn_blocks"):
+            value = torch.cat([state[name.replace(".q.", f".{part}.")] for part in "qkv"])
+            name = name.replace(".q.", ".qkv.")
+        elif name.startswith("cls_attn_blocks") and (".attn.k." in name or ".attn.v." in name):
+            continue
+        published[name.replace("pos_embed.", "pos_embeder.")] = value
+    return published
+
+
+@pytest.mark.parametrize("patch", [8, 16])
+def test_xcit(tmp_path, patch):
+    theirs = timm.create_model(f"xcit_nano_12_p{patch}_224", num_classes=0).eval()
+    published = published_xcit(random_like(theirs.state_dict()))
+    assert published["pos_embeder.token_projection.weight"].shape == (128, 64, 1, 1)
+    assert published["cls_attn_blocks.1.attn.qkv.weight"].shape == (384, 128)
+    theirs.load_state_dict(timm_xcit_names(dict(published), theirs))
+    model, info = backbones.load_backbone(saved(published, tmp_path))
+    assert_same(model, theirs, 48, 64)
+    assert info["arch"] == f"xcit_nano_12_p{patch}_224" and info["embed_dim"] == 128 and info["patch_size"] == patch
+    again, _ = backbones.load_backbone(saved(theirs.state_dict(), tmp_path))
+    assert_same(again, theirs, 48, 64)
+
+
+@pytest.mark.parametrize("arch", ["xcit_small_12_p16", "xcit_medium_24_p8"])
+def test_published_xcit_sizes(arch):
+    with torch.device("meta"):
+        state = build_backbone(arch)[0].state_dict()
+    assert layouts.recognize(published_xcit(state)).arch == f"{arch}_224"
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
+def test_resnet(tmp_path, arch):
+    import torchvision
+
+    theirs = torchvision.models.get_model(arch).eval()
+    theirs.fc = torch.nn.Identity()
+    theirs.load_state_dict(random_like(theirs.state_dict()))
+    model, info = backbones.load_backbone(saved(theirs.state_dict(), tmp_path))
+    assert_same(model, theirs, 32, 32)
+    assert info["arch"] == arch
+    wide = {"conv1.weight": torch.empty(64, 3, 7, 7), "layer4.0.conv1.weight": torch.empty(1),
+            "layer1.0.conv1.weight": torch.empty(128, 64, 1, 1)}  # fmt: skip
+    assert layouts.recognize(wide).arch is None
+
+
+def dinov2_file(registers=0, chunked=False, width=192, depth=4, side=4):
+    """Names and shapes of a published DINOv2 backbone."""
+    shapes = {"cls_token": (1, 1, width), "pos_embed": (1, side * side + 1, width), "mask_token": (1, width),
+              "patch_embed.proj.weight": (width, 3, 14, 14), "patch_embed.proj.bias": (width,),
+              "norm.weight": (width,), "norm.bias": (width,)}  # fmt: skip
+    if registers:
+        shapes["register_tokens"] = (1, registers, width)
+    for i in range(depth):
+        block = f"blocks.{i // 2}.{i}." if chunked else f"blocks.{i}."
+        for layer, (d_in, d_out) in {"attn.qkv": (width, 3 * width), "attn.proj": (width, width),
+                                     "mlp.fc1": (width, 4 * width), "mlp.fc2": (4 * width, width)}.items():
+            shapes |= {f"{block}{layer}.weight": (d_out, d_in), f"{block}{layer}.bias": (d_out,)}
+        for layer in ("norm1", "norm2"):
+            shapes |= {f"{block}{layer}.weight": (width,), f"{block}{layer}.bias": (width,)}
+        shapes |= {f"{block}ls1.gamma": (width,), f"{block}ls2.gamma": (width,)}
+    return random_like({k: torch.empty(v) for k, v in shapes.items()})
+
+
+def timm_dinov2(registers):
+    name = "vit_small_patch14_reg4_dinov2" if registers else "vit_small_patch14_dinov2"
+    return timm.create_model(name, embed_dim=192, depth=4, num_heads=3, img_size=56, num_classes=0,
+                             dynamic_img_size=True).eval()  # fmt: skip
+
+
+@pytest.mark.parametrize("registers, chunked", [(0, False), (0, True), (4, False)])
+def test_dinov2(tmp_path, registers, chunked):
+    theirs = timm_dinov2(registers)
+    theirs.load_state_dict(timm_vit_names(dinov2_file(registers), theirs))
+    model, info = backbones.load_backbone(saved(dinov2_file(registers, chunked), tmp_path))
+    assert_same(model, theirs, 56, 56)
+    assert (info["arch"], info["patch_size"], model.num_register_tokens) == ("vit_nano", 14, registers)
+    if registers:  # trained with antialiased interpolation to the grid's own size, as timm does for all
+        assert_same(model, theirs, 42, 70)
+    else:
+        assert not model.interpolate_antialias and model.interpolate_offset == 0.1
+    again, _ = backbones.load_backbone(saved(theirs.state_dict(), tmp_path))  # timm's own names
+    assert_same(again, theirs, 56, 56)
+
+
+@pytest.mark.parametrize("registers", [0, 4])
+def test_dinov2_giant_is_timms(registers):
+    state = {k: v.to("meta") for k, v in dinov2_file(registers, depth=1, side=37).items()}
+    gated = {"w12": (8192, 1536), "w3": (1536, 4096)}
+    giant = {}
+    for name, value in state.items():
+        name = name.replace("fc1", "w12").replace("fc2", "w3")
+        layer = name.split(".")[-2] if "." in name else ""
+        shape = [{192: 1536, 576: 4608}.get(n, n) for n in value.shape]
+        if layer in gated:
+            shape = gated[layer] if name.endswith("weight") else gated[layer][:1]
+        giant[name] = torch.empty(shape, device="meta")
+    found = layouts.recognize(giant)
+    with torch.device("meta"):
+        own = build_backbone(found.arch)[0].state_dict()
+    assert {k: v.shape for k, v in found.state.items()} == {
+        k: v.shape for k, v in own.items() if not k.startswith("blocks") or k.startswith("blocks.0.")}
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "deit3_small_patch16_224"])
+def test_timm_vits(tmp_path, name):
+    theirs = timm.create_model(name, img_size=32, num_classes=10)
+    theirs.load_state_dict(random_like(theirs.state_dict()))
+    model, info = backbones.load_backbone(saved(theirs.state_dict(), tmp_path))
+    theirs.reset_classifier(0)
+    assert_same(model, theirs.eval(), 32, 32)
+    assert info["arch"] == ("vit_tiny" if "tiny" in name else "vit_small")
+
+
+@pytest.mark.parametrize(
+    "name", ["ViTModel", "ViTForImageClassification", "Dinov2Model", "Dinov2WithRegistersModel"])
+def test_hugging_face(tmp_path, name):
+    transformers = pytest.importorskip("transformers")
+    kind = getattr(transformers, name)
+    mlp = {"intermediate_size": 768} if "ViT" in name else {}
+    config = kind.config_class(hidden_size=192, num_hidden_layers=4, num_attention_heads=3, image_size=32,
+                               patch_size=8, layer_norm_eps=1e-6, **mlp)  # fmt: skip
+    theirs = kind(config).eval()
+    theirs.load_state_dict(random_like(theirs.state_dict()))
+    theirs.save_pretrained(tmp_path)
+    body = theirs.vit if name == "ViTForImageClassification" else theirs
+    for path in (str(tmp_path / "model.safetensors"), saved(theirs.state_dict(), tmp_path)):
+        model, info = backbones.load_backbone(path)
+        assert_same(model, lambda x: body(x).last_hidden_state[:, 0], 32, 32)
+        assert (info["arch"], info["patch_size"]) == ("vit_nano", 8)
+    if "Registers" in name:
+        assert_same(model, lambda x: body(x).last_hidden_state[:, 0], 24, 48)
+
+
+def test_what_is_not_known_is_left_as_it_is():
+    state = {"norm_pre.weight": torch.zeros(1), "reg_token": torch.zeros(1, 4, 8), "pos_embed": torch.zeros(1, 16, 8),
+             "blocks.0.attn.qkv.weight": torch.zeros(24, 8), "patch_embed.proj.weight": torch.zeros(8, 3, 4, 4)}
+    found = layouts.recognize(state)
+    assert found.arch is None and found.layout == "" and set(found.state) == set(state)
+    assert layouts.recognize({}) == layouts.Weights("", None, {}, {})
+
+
+def test_prefixes_inside_a_name_stay():
+    stripped = layouts.strip_prefixes({"module.backbone.neck.module.weight": torch.zeros(1)})
+    assert list(stripped) == ["neck.module.weight"]
+
+
+def test_linear_classifier():
+    weight, bias = torch.randn(5, 8), torch.randn(5)
+    published = {"epoch": 100, "state_dict": {"module.linear.weight": weight, "module.linear.bias": bias},
+                 "optimizer": {}, "best_acc": 77.0}  # fmt: skip
+    x = torch.randn(3, 8)
+    for loaded in (published, {"weight": weight, "bias": bias}, {"linear.weight": weight, "linear.bias": bias}):
+        torch.testing.assert_close(layouts.linear_classifier(loaded)(x), x @ weight.T + bias)
+    with pytest.raises(ValueError, match="w.pth: no linear classifier, .* it has cls_token"):
+        layouts.linear_classifier({"cls_token": weight}, "w.pth")
+
+
+def test_wrong_files_are_named(tmp_path):
+    (tmp_path / "w.safetensors").write_bytes(b"not a file of tensors")
+    with pytest.raises(ValueError, match="w.safetensors: not a readable checkpoint of plain tensors"):
+        layouts.read(tmp_path / "w.safetensors")
+    with pytest.raises(FileNotFoundError, match="a folder; give the file of weights in it"):
+        layouts.read(tmp_path)
+
+
+def test_a_stored_timm_network_keeps_its_names(tmp_path):
+    arch = "vit_small_patch14_reg4_dinov2"
+    trained, _ = build_backbone(arch, depth=1)
+    path = saved({"teacher": trained.state_dict(), "args": {"arch": arch}}, tmp_path)
+    with pytest.raises(ValueError, match=r" of 175 tensors matched; missing: blocks.1\."):  # it has one block of twelve
+        backbones.load_backbone(path)
