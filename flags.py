@@ -10,39 +10,55 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
 import parallel
-from parallel import Refused, worker_death
+from parallel import Refused, Stopped, worker_death
 
 PRESETS = Path(__file__).parent / "presets"
 
 
-def exit_code(script: str, evaluate: Callable, args: argparse.Namespace) -> int:
-    """Run a script's work and leave its process group: 0 done, 2 refused, 1 a worker died, and said why."""
+def exit_code(
+    script: str, work: Callable, args: argparse.Namespace, explain: Callable[[Exception], str | None] = worker_death
+) -> int:
+    """Run a script's work and leave its process group; the one place that turns an exception into a line.
+
+    Args:
+        work: args -> anything; an int is the exit code.
+        explain: an exception that comes from outside the code -> one line that says so. A bug, of which it returns
+            None, keeps its traceback.
+
+    Returns:
+        0 done, 2 refused, 1 stopped for a reason outside the code.
+    """
     try:
-        evaluate(args)
-    except Refused as error:
-        print(f"{script}: error: {error}", file=sys.stderr)
-        return 2
-    except (RuntimeError, ConnectionError, EOFError) as error:
+        try:
+            result = work(args)
+            return result if isinstance(result, int) else 0
+        except Refused as error:
+            print(f"{script}: error: {error}", file=sys.stderr, flush=True)
+            return 2
+        except Exception as error:
+            if (stopped := as_stopped(error, explain)) is None:
+                raise
+            return say_stopped(script, stopped)
+        finally:
+            parallel.stop()
+    except RuntimeError as error:  # torch raises a worker's death wherever the process stands, here too
         if (reason := worker_death(error)) is None:
             raise
-        print(f"{script}: stopped: {reason}", file=sys.stderr)
-        return 1
-    finally:
-        parallel.stop()
-    return 0
+        return say_stopped(script, Stopped(reason))
 
 
-def out_of_memory(error: Exception) -> str | None:
-    """One line when it says that memory ran out, of the device or of the host."""
-    what = str(error).splitlines()[0] if str(error) else "MemoryError"
-    signs = ("can't allocate memory", "out of memory", "ALLOC_FAILED")  # the host's, CUDA's own, cuBLAS's
-    if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not any(sign in what for sign in signs):
-        return None
-    return (f"memory ran out ({what[:200]}): lower --batch_size_per_gpu, the size or number of crops, --out_dim, "
-            "--epochs or --steps, choose a smaller --arch, or give --grad_checkpointing")
+def as_stopped(error: Exception, explain: Callable[[Exception], str | None]) -> Stopped | None:
+    if isinstance(error, Stopped):
+        return error
+    reason = explain(error)
+    return reason if reason is None or isinstance(reason, Stopped) else Stopped(reason)
+
+
+def say_stopped(script: str, stopped: Stopped) -> int:
+    if stopped.say:
+        print(f"{script}: stopped: {stopped}", file=sys.stderr, flush=True)
+    return 1
 
 
 def output_dir(args: argparse.Namespace) -> Path:
@@ -52,14 +68,13 @@ def output_dir(args: argparse.Namespace) -> Path:
 
 
 def prepare_output(folder: Path, flag: str = "--output_dir") -> None:
-    """Make the folder. Raises ValueError in one line where that can't be, or where nothing can be written."""
+    """Make the folder. Refused where that can't be done, or where nothing can be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
             raise PermissionError("not writable")
     except OSError as error:
-        reason = error.strerror or error
-        raise ValueError(f"{flag} {folder}: {reason}; choose a folder you can write to") from error
+        raise Refused(f"{flag} {folder}: {error.strerror or error}; choose a folder you can write to") from error
 
 
 class Parser(argparse.ArgumentParser):
@@ -138,10 +153,10 @@ seed = number(int, 0, 2**32 - 1)  # NumPy's range; torch's is wider
 
 
 def check_folder(path: str | os.PathLike, flag: str = "--output_dir") -> Path:
-    """A folder that is there or can be made: ValueError when it, or one that it would lie in, is a file."""
+    """A folder that exists or can be made: Refused when it, or one that it would lie in, is a file."""
     for folder in (Path(path), *Path(path).parents):
         if folder.exists() and not folder.is_dir():
-            raise ValueError(f"{flag} {path}: {folder} is a file; give a folder")
+            raise Refused(f"{flag} {path}: {folder} is a file; give a folder")
     return Path(path)
 
 

@@ -33,6 +33,15 @@ class Refused(ValueError):
         super().__init__(" ".join(str(reason).split()))
 
 
+class Stopped(RuntimeError):
+    """Work that can't go on for a reason outside its code, in one line: exit code 1. `say`: whether this process
+    prints it, where all of them stop for one reason."""
+
+    def __init__(self, reason: object, say: bool = True) -> None:
+        self.say = say
+        super().__init__(" ".join(str(reason).split()))
+
+
 def rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
@@ -146,7 +155,7 @@ def launch_environment(dist_url: str = "env://") -> dict[str, str]:
     too, and would wait for ever for the other tasks.
 
     Raises:
-        ValueError: a variable that is missing, not a whole number or out of range, in one line.
+        Refused: a variable that is missing, not a whole number or out of range, in one line.
     """
     env = os.environ
     if "RANK" in env or "WORLD_SIZE" in env:
@@ -190,7 +199,7 @@ def tasks_environment(launcher: str, names: tuple[str, ...], hosts: str) -> dict
 def required(name: str, launcher: str) -> str:
     """A variable of the environment that must be there when its kin are."""
     if not os.environ.get(name):
-        raise ValueError(f"the variable {name} is not set though others of {launcher} are: start with {launcher}, or "
+        raise Refused(f"the variable {name} is not set though others of {launcher} are: start with {launcher}, or "
                          "unset RANK, WORLD_SIZE and SLURM_STEP_ID to run alone")
     return os.environ[name]
 
@@ -199,7 +208,7 @@ def whole_number(name: str, launcher: str, low: int = 0, high: int = sys.maxsize
     text = required(name, launcher)
     if not text.isdecimal() or not low <= int(text) <= high:
         bounds = f"from {low} to {high}" if high < sys.maxsize else f"of at least {low}"
-        raise ValueError(f"the variable {name} is {text!r} instead of a whole number {bounds}: start with {launcher}")
+        raise Refused(f"the variable {name} is {text!r} instead of a whole number {bounds}: start with {launcher}")
     return int(text)
 
 
@@ -210,7 +219,7 @@ def first_slurm_host(nodelist: str) -> str:
 
 def named_device(name: str) -> torch.device:
     if not re.fullmatch(r"cpu|cuda(:[0-9]{1,3})?", name):
-        raise ValueError(f"--device {name}: not a device; use auto, cpu, cuda or cuda:N")
+        raise Refused(f"--device {name}: not a device; use auto, cpu, cuda or cuda:N")
     return torch.device(name)
 
 
@@ -222,12 +231,12 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
     if device.type != "cuda":
         return device
     if not torch.cuda.is_available():
-        raise ValueError(f"--device {name}: torch sees no CUDA device; use --device cpu")
+        raise Refused(f"--device {name}: torch sees no CUDA device; use --device cpu")
     if device.index is not None and local_rank > 0:
-        raise ValueError(f"--device {name}: several processes of this host would share that GPU; use --device cuda")
+        raise Refused(f"--device {name}: several processes of this host would share that GPU; use --device cuda")
     index = device.index if device.index is not None else 0 if sees_own_gpu() else local_rank
     if index >= torch.cuda.device_count():
-        raise ValueError(f"--device {name}: GPU {index} does not exist, this host has {torch.cuda.device_count()}; "
+        raise Refused(f"--device {name}: GPU {index} does not exist, this host has {torch.cuda.device_count()}; "
                          "start fewer processes a host")
     return torch.device("cuda", index)
 
@@ -247,7 +256,7 @@ def start(device: str = "auto", dist_url: str = "env://", timeout_minutes: float
         timeout_minutes: of each collective: a process that died or hangs ends the others after this long.
 
     Raises:
-        ValueError: a missing variable, a port that is taken or a device that does not exist, in one line.
+        Refused: a missing variable, a port that is taken or a device that does not exist, in one line.
     """
     env = launch_environment(dist_url)
     chosen = pick_device(device, int(env.get("LOCAL_RANK", "0")))
@@ -262,7 +271,7 @@ def start(device: str = "auto", dist_url: str = "env://", timeout_minutes: float
     if found := re.fullmatch(r"(?:tcp://)?([^/]+):([0-9]{1,5})", where):
         refuse_unusable_address(found[1], int(found[2]), listens=env["RANK"] == "0", flag=flag)
     if where.startswith("file://") and not os.access(os.path.dirname(where.removeprefix("file://")), os.W_OK):
-        raise ValueError(f"{flag}: its folder can't be written to; give a file in one that all processes can")
+        raise Refused(f"{flag}: its folder can't be written to; give a file in one that all processes can")
     try:
         timeout = timedelta(minutes=timeout_minutes)
         store, rank, world_size = next(
@@ -275,7 +284,7 @@ def start(device: str = "auto", dist_url: str = "env://", timeout_minutes: float
                                 world_size=world_size, timeout=timeout)
     except (OSError, RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"--dist_url {dist_url}: no process group of {env['WORLD_SIZE']} at {where} ({reason}); "
+        raise Refused(f"--dist_url {dist_url}: no process group of {env['WORLD_SIZE']} at {where} ({reason}); "
                          "do all processes run, and can they reach that place?") from error
     return chosen
 
@@ -286,14 +295,14 @@ def refuse_unusable_address(host: str, port: int, listens: bool, flag: str = "")
         socket.getaddrinfo(host, port)
     except OSError as error:
         where = flag or f"MASTER_ADDR {host}"
-        raise ValueError(f"{where}: {error.strerror}; give a name or address of the first host") from error
+        raise Refused(f"{where}: {error.strerror}; give a name or address of the first host") from error
     if not listens or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun itself listens there
         return
     try:
         socket.create_server(("", port)).close()
     except OSError as error:
         where = flag or f"MASTER_PORT {port}"
-        raise ValueError(f"{where}: {os.strerror(error.errno)}; give a free port") from error
+        raise Refused(f"{where}: {os.strerror(error.errno)}; give a free port") from error
 
 
 def worker_death(error: Exception) -> str | None:

@@ -1,9 +1,9 @@
-"""Pretrain as a Slurm job that saves, queues itself again and goes on when it is preempted or its time is over.
+"""Pretrain as a Slurm job that saves, is requeued and resumes when it is preempted or runs out of time.
 
     python run_with_submitit.py --nodes 2 --ngpus 8 --partition gpu --arch vit_small \\
         --data_path /path/to/imagenet/train --output_dir output/vits16
 
-Every flag of main_dino.py goes with it, @presets too. `--cluster local --ngpus 2` starts the processes on this host.
+Takes every flag of main_dino.py too, and @presets. `--cluster local --ngpus 2` starts the processes on this host.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from pathlib import Path
 import flags
 import main_dino
 import parallel
-from imagesets import loaders
-from pretraining.run import load_initial
-from vision_transformer import build_backbone
+from imagesets.sources import open_images
+from parallel import Refused
+from pretraining.networks import load_initial, make_backbone
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -30,20 +30,22 @@ def get_args_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("job").add_argument
     add("--cluster", choices=("slurm", "local", "debug"), default="slurm",
         help="slurm; local: processes of this host; debug: in this process")
-    add("--nodes", type=flags.positive_int, default=2, help="hosts")
+    add("--nodes", type=flags.positive_int, default=2, help="number of hosts")
     add("--ngpus", type=flags.positive_int, default=8,
-        help="GPUs of a host, each with a process; with --device cpu, processes of a host")
-    add("--timeout", type=flags.positive_int, default=2800, help="minutes; then the job saves and is queued again")
-    add("--max_timeouts", type=flags.count, default=30, help="how often that may be")
+        help="GPUs per host, each with one process; with --device cpu, processes per host")
+    add("--timeout", type=flags.positive_int, default=2800,
+        help="minutes that the job may take; then it saves and is requeued")
+    add("--max_timeouts", type=flags.count, default=30, help="how often the job may be requeued")
     add("--signal_delay", type=flags.positive_int, default=120,
-        help="seconds before its time is over, or it is preempted, in which the job saves")
-    add("--cpus_per_task", type=flags.positive_int, default=10, help="cores of a process and its --num_workers")
-    add("--mem", type=flags.non_negative, help="GB of a host, 0: all it has; by default 40 for each process")
-    add("--partition", help="as of sbatch, like the next four")
-    add("--account", help="who pays")
+        help="seconds before the job's time is over, or before it is preempted, at which Slurm warns it to save")
+    add("--cpus_per_task", type=flags.positive_int, default=10,
+        help="CPU cores per process, for it and its --num_workers")
+    add("--mem", type=flags.non_negative, help="memory per host in GB, 0: all of it; by default 40 per process")
+    add("--partition", help="as of sbatch, like the next four flags")
+    add("--account", help="the account that is charged")
     add("--qos", help="quality of service")
-    add("--constraint", help="what the hosts must have")
-    add("--comment", help="for who runs the cluster")
+    add("--constraint", help="features that the hosts must have")
+    add("--comment", help="a comment on the job")
     add("--use_volta32", action="store_true", help="the same as --constraint volta32gb")
     add("--slurm", nargs="+", default=[], metavar="KEY=VALUE",
         help="further options of sbatch: exclude=node7 exclusive. With array=0-4 (or 0-4%%1, one after the other), "
@@ -56,17 +58,17 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 class Training:
-    """What every process of the job calls, and what submitit queues again."""
+    """What every process of the job calls, and what submitit requeues."""
 
     def __init__(self, folder: str) -> None:
         self.folder = folder  # of the scripts: the job starts in the folder it was submitted from
 
     def __call__(self, args: argparse.Namespace) -> int:
-        """Train to the end, or until the state is saved and the job queued again.
+        """Train to the end, or until the state is saved and the job requeued.
 
-        Slurm's warning is SIGUSR2, on which submitit would queue the job again at once, in the middle of a step. So
-        it is held back: the run is asked to stop after the step (SIGUSR1), and submitit hears of it when that has
-        saved. Before there is a run to ask, nothing is lost, and submitit hears of it at once.
+        Slurm's warning is SIGUSR2, on which submitit would requeue the job at once, in the middle of a step. So the
+        signal is held back: the run is asked to stop after the step (SIGUSR1), and submitit gets the signal once the
+        run has saved. Before there is a run to ask, nothing is lost, and submitit gets it at once.
         """
         sys.path.insert(0, self.folder)
         import main_dino
@@ -84,11 +86,12 @@ class Training:
         if code == main_dino.TO_BE_CONTINUED and callable(queue_again) and (held or still_running()):
             queue_again(signal.SIGUSR2, None)  # does not return in the first process, and does nothing in the others
         elif code not in (0, main_dino.TO_BE_CONTINUED):
-            raise RuntimeError(f"main_dino.py ended with exit code {code}: why is said above, or by another process")
+            raise RuntimeError(f"main_dino.py ended with exit code {code}: the reason is printed above, or by another "
+                               "process")
         return code
 
     def checkpoint(self, args: argparse.Namespace):
-        """What is queued again: the same, as the run finds its own checkpoint."""
+        """What is requeued: the same call, as the run finds its own checkpoint."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self, args)
@@ -122,7 +125,7 @@ def parse(argv: list[str]) -> list[argparse.Namespace]:
     args = get_args_parser().parse_args([word.replace("%a", "0") for word in argv])
     try:
         tasks, _ = array(sbatch_options(args.slurm))
-    except ValueError as error:
+    except Refused as error:
         get_args_parser().error(str(error))
     return [get_args_parser().parse_args([word.replace("%a", str(i)) for word in argv]) for i in range(tasks)]
 
@@ -133,7 +136,7 @@ def sbatch_options(words: list[str]) -> dict[str, str | bool]:
     for word in words:
         key, equals, value = word.partition("=")
         if not re.fullmatch(r"[a-z][a-z0-9_-]*", key) or (equals and not value):
-            raise ValueError(f"--slurm {word}: give options of sbatch as KEY=VALUE, such as exclude=node7")
+            raise Refused(f"--slurm {word}: give options of sbatch as KEY=VALUE, such as exclude=node7")
         found[key.replace("-", "_")] = value or True
     return found
 
@@ -147,47 +150,47 @@ def array(options: dict[str, str | bool]) -> tuple[int, int]:
         return 1, 1
     found = re.fullmatch(r"0-(\d+)(?:%(\d+))?", str(options["array"]))
     if not found or found[2] == "0":
-        raise ValueError(f"--slurm array={options['array']}: give array=0-N, or array=0-N%P for P tasks at a time")
+        raise Refused(f"--slurm array={options['array']}: give array=0-N, or array=0-N%P for P tasks at a time")
     tasks = int(found[1]) + 1
     if tasks > MOST_TASKS:
-        raise ValueError(f"--slurm array={options['array']}: more than {MOST_TASKS} tasks; submit several arrays")
+        raise Refused(f"--slurm array={options['array']}: more than {MOST_TASKS} tasks; submit several arrays")
     return tasks, int(found[2] or tasks)
 
 
 def check(args: argparse.Namespace) -> None:
-    """What would end the job as soon as it starts: better said now than after a night in the queue.
+    """What would end the job as soon as it starts is refused before it waits in the queue.
 
     Raises:
-        ValueError: in one line, with flag, value and remedy.
+        Refused: in one line, with flag, value and remedy.
     """
     main_dino.check_args(args)
-    backbone, _ = build_backbone(args.arch, args.patch_size, in_chans=args.in_chans, img_size=args.global_crops_size)
+    backbone, _ = make_backbone(args.arch, args.patch_size, args.in_chans, args.global_crops_size)
     if args.init_from:
         load_initial(backbone, args.init_from)
     if args.device != "auto" and parallel.named_device(args.device).index is not None and args.ngpus > 1:
-        raise ValueError(f"--device {args.device}: --ngpus {args.ngpus} processes would share that GPU; use cuda")
+        raise Refused(f"--device {args.device}: --ngpus {args.ngpus} processes would share that GPU; use cuda")
     if args.replay:
-        raise ValueError(f"--replay {args.replay}: no job; python main_dino.py --replay does it here")
+        raise Refused(f"--replay {args.replay}: no job; python main_dino.py --replay does it here")
     flags.check_folder(args.output_dir)
     if args.job_dir:
         flags.check_folder(args.job_dir, "--job_dir")
     if args.cluster == "slurm" and args.signal_delay >= 60 * args.timeout:
-        raise ValueError(f"--signal_delay {args.signal_delay} s is as long as --timeout {args.timeout} minutes: the "
+        raise Refused(f"--signal_delay {args.signal_delay} s is as long as --timeout {args.timeout} minutes: the "
                          "job would be stopped as soon as it starts; lower it")
     if args.cluster != "slurm":
         if args.cluster == "local" and args.nodes > 1:
-            raise ValueError(f"--nodes {args.nodes}: --cluster local has one host; give --nodes 1")
+            raise Refused(f"--nodes {args.nodes}: --cluster local has one host; give --nodes 1")
         if "array" in sbatch_options(args.slurm):
-            raise ValueError(f"--slurm array: only Slurm has job arrays, not --cluster {args.cluster}; leave it out")
+            raise Refused(f"--slurm array: only Slurm has job arrays, not --cluster {args.cluster}; leave it out")
         for name, value in (("output_dir", args.output_dir), ("job_dir", args.job_dir)):
             if value and "%j" in value:
-                raise ValueError(f"--{name} {value}: only Slurm numbers a job before it starts; leave %j out")
+                raise Refused(f"--{name} {value}: only Slurm numbers a job before it starts; leave %j out")
     if args.use_volta32 and args.constraint:
-        raise ValueError(f"--use_volta32 with --constraint {args.constraint}: give --constraint "
+        raise Refused(f"--use_volta32 with --constraint {args.constraint}: give --constraint "
                          f"'volta32gb&{args.constraint}' alone")
     path = args.data_path
     if re.fullmatch("(shapes(:.*)?)?", path):
-        loaders.open_images(path, None, args.in_chans)  # refuses what is the same on every host
+        open_images(path, None, args.in_chans)  # refuses what is the same on every host
     elif not path.startswith("torchvision:") and not os.path.exists(path):
         print(f"--data_path {path} is not on this host: are you sure that the job's hosts have it?", flush=True)
 
@@ -217,36 +220,34 @@ def job_parameters(args: argparse.Namespace) -> dict:
 
 
 def submit(tasks: list[argparse.Namespace]) -> list:
-    """Check, then hand the job to submitit. Returns its jobs, one a task of the array.
+    """Check, then hand the job to submitit. Returns its jobs, one per task of the array.
 
     Raises:
-        flags.Refused: bad input, no Slurm here, or Slurm's own refusal.
+        Refused: bad input, no Slurm here, or Slurm's own refusal.
     """
     # Submitit's default, which Training relies on: a user's setting for other jobs must not change it.
     os.environ.pop("SUBMITIT_PREEMPT_SIGNAL", None)
     args, folders = tasks[0], {os.path.abspath(task.output_dir) for task in tasks}
+    check(args)
+    for task in tasks[1:]:
+        main_dino.check_args(task)
+    if len(folders) < len(tasks) and "%j" not in args.output_dir and array(sbatch_options(args.slurm))[1] > 1:
+        raise Refused(f"--output_dir {args.output_dir}: the array's tasks would write there at the same time; put %a "
+                      "into its name, or run them one after the other with array=0-N%1")
     try:
-        check(args)
-        for task in tasks[1:]:
-            main_dino.check_args(task)
-        if len(folders) < len(tasks) and "%j" not in args.output_dir and array(sbatch_options(args.slurm))[1] > 1:
-            raise ValueError(f"--output_dir {args.output_dir}: the array's tasks would write there at the same time; "
-                             "put %a into its name, or let them go on one after the other with array=0-N%1")
         import submitit
-
-        job_dir = args.job_dir or os.path.join(os.path.commonpath(folders), "jobs")
-        timeouts = {} if args.cluster == "debug" else {f"{args.cluster}_max_num_timeout": args.max_timeouts}
+    except ImportError as error:
+        raise Refused(f"submitit: {error}; pip install submitit") from error
+    job_dir = args.job_dir or os.path.join(os.path.commonpath(folders), "jobs")
+    timeouts = {} if args.cluster == "debug" else {f"{args.cluster}_max_num_timeout": args.max_timeouts}
+    try:
         executor = submitit.AutoExecutor(job_dir, args.cluster, **timeouts)
         flags.prepare_output(submitit.core.utils.JobPaths.get_first_id_independent_folder(job_dir), "--job_dir")
         executor.update_parameters(**job_parameters(args))
         run = Training(str(Path(__file__).resolve().parent))
         return executor.map_array(run, [training_flags(task) for task in tasks])
-    except ImportError as error:
-        raise flags.Refused(f"submitit: {error}; pip install submitit") from error
-    except (ValueError, OSError) as error:
-        raise flags.Refused(error) from error
-    except RuntimeError as error:  # no srun, or what sbatch says
-        raise flags.Refused(f"--cluster {args.cluster}: {error}") from error
+    except RuntimeError as error:  # no srun, or sbatch's refusal
+        raise Refused(f"--cluster {args.cluster}: {error}") from error
 
 
 def training_flags(args: argparse.Namespace) -> argparse.Namespace:
@@ -255,17 +256,17 @@ def training_flags(args: argparse.Namespace) -> argparse.Namespace:
     return argparse.Namespace(**{k: v for k, v in vars(args).items() if k in names})
 
 
-def main(tasks: list[argparse.Namespace]) -> int:
-    """Returns 0 when the job is submitted (with --cluster debug the run's own exit code), 2 when it is refused."""
-    try:
-        jobs = submit(tasks)
-    except flags.Refused as error:
-        print(f"run_with_submitit.py: error: {error}", file=sys.stderr)
-        return 2
+def submit_and_report(tasks: list[argparse.Namespace]) -> int:
+    jobs = submit(tasks)
     for job, task in zip(jobs, tasks, strict=True):
         folder = task.output_dir.replace("%j", job.job_id)
         print(f"job {job.job_id}: checkpoints in {folder}, logs in {job.paths.stdout}", flush=True)
     return jobs[0].result() if tasks[0].cluster == "debug" else 0
+
+
+def main(tasks: list[argparse.Namespace]) -> int:
+    """Returns 0 when the job is submitted (with --cluster debug the run's own exit code), 2 when it is refused."""
+    return flags.exit_code("run_with_submitit.py", submit_and_report, tasks)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ Shapes: B images, G = 2 global and L local crops, V = G + L views, K prototypes,
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Sequence
 
@@ -146,13 +147,15 @@ def random_resized_crop_box(
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-# ---- Networks: one pass a resolution (section 3.1, "multi-crop") ----
+# ---- Networks: one pass per resolution (section 3.1, "multi-crop") ----
 
 
 class MultiCropWrapper(nn.Module):
-    """backbone and head over a list of crops: one backbone pass for all crops of one height x width, one head pass.
+    """A backbone and a head over a list of crops: one backbone pass per resolution, one head pass.
 
-    forward: list of (n_i, C, h_i, w_i), or one such tensor -> (sum n_i, K), rows in the order given.
+    forward: a list of (n_i, C, h_i, w_i), or one such tensor -> (sum n_i, K), rows in the order given.
+
+    A Vision Transformer's head reads the class token alone, so its last block computes nothing else.
     """
 
     def __init__(self, backbone: nn.Module, head: nn.Module) -> None:
@@ -161,35 +164,63 @@ class MultiCropWrapper(nn.Module):
         for name in ("fc", "head"):
             if isinstance(getattr(backbone, name, None), nn.Linear):
                 setattr(backbone, name, nn.Identity())
-        vit = hasattr(backbone, "class_token_only")
-        if vit:  # its head reads nothing else
-            backbone.class_token_only = True
-        self.channels_last = not vit  # in memory: convolutions are faster so
+        self.class_token_only = "class_token_only" in inspect.signature(backbone.forward).parameters
+        self.channels_last = not self.class_token_only  # in memory: convolutions are faster that way
         self.backbone = backbone
         self.head = head
 
     def features(self, crops: Tensor | Sequence[Tensor]) -> Tensor:
         """list of (n_i, C, h_i, w_i) -> backbone features (sum n_i, D), rows in the order given."""
+        features = self.outputs(crops, **({"class_token_only": True} if self.class_token_only else {}))
+        return torch.cat(features) if len(features) > 1 else features[0]
+
+    def tokens(self, crops: Tensor | Sequence[Tensor]) -> list[Tensor]:
+        """list of (n_i, C, h_i, w_i) -> a Vision Transformer's normalized tokens, list of (n_i, N_i, D)."""
+        return self.outputs(crops, all_tokens=True)
+
+    def outputs(self, crops: Tensor | Sequence[Tensor], **options: bool) -> list[Tensor]:
+        """What `backbone(crops, **options)` returns for each element of the list, in one pass per resolution."""
         crops = [crops] if isinstance(crops, Tensor) else list(crops)
         groups: dict[torch.Size, list[int]] = {}
         for i, crop in enumerate(crops):
             groups.setdefault(crop.shape[-2:], []).append(i)
-        features: list[Tensor] = [crops[0]] * len(crops)
+        outputs: list[Tensor] = [crops[0]] * len(crops)
         for members in groups.values():
             batch = torch.cat([crops[i] for i in members]) if len(members) > 1 else crops[members[0]]
             if self.channels_last:
                 batch = batch.contiguous(memory_format=torch.channels_last)
-            out = self.backbone(batch)
+            out = self.backbone(batch, **options)
             out = out[0] if isinstance(out, tuple) else out  # published XCiT returns several outputs
             for i, rows in zip(members, out.split([len(crops[i]) for i in members]), strict=True):
-                features[i] = rows
-        return torch.cat(features) if len(features) > 1 else features[0]
+                outputs[i] = rows
+        return outputs
 
     def forward(self, crops: Tensor | Sequence[Tensor]) -> Tensor:
         return self.head(self.features(crops))
 
 
 # ---- Loss and centre (section 3.1, equations 1 to 4; algorithm 1) ----
+
+
+def losses(
+    student: nn.Module, teacher: MultiCropWrapper, crops: Sequence[Tensor], dino_loss: DINOLoss, epoch: int
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """What DINO computes for a micro-batch (algorithm 1); the state of networks and loss stays as it is.
+
+    Args:
+        student: a MultiCropWrapper, or what makes its gradients those of all processes.
+        crops: [(2B, C, g, g), (LB, C, l, l)], normalized and crop-major.
+
+    Returns:
+        The loss to differentiate, and its parts: the scalars to log by their names, and without gradients the
+        teacher's backbone features `teacher_features` (2B, D) and head output `teacher_output` (2B, K).
+    """
+    with torch.no_grad():
+        # Cloned: a CUDA graph (--compile reduce-overhead) reuses the memory of its outputs when the next one starts.
+        teacher_features = teacher.features(crops[:1]).clone()  # (2B, D), global views only
+        teacher_output = teacher.head(teacher_features).clone()  # (2B, K)
+    loss = cross_entropy(student(crops), dino_loss.targets(teacher_output, epoch), dino_loss.student_temp)
+    return loss, {"loss": loss.detach(), "teacher_features": teacher_features, "teacher_output": teacher_output}
 
 
 class DINOLoss(nn.Module):
@@ -199,8 +230,8 @@ class DINOLoss(nn.Module):
         p_v = softmax(student_v / student_temp),  q_i = softmax((teacher_i - center) / teacher_temp(epoch))
         center <- m center + (1 - m) mean(teacher)            (over all images of all processes)
 
-    i runs over the two global views, v over all `ncrops` views. The arithmetic is float32 at least; float64 stays
-    float64.
+    i runs over the two global views, v over all `ncrops` views. The arithmetic is float32, or float64 for float64
+    inputs.
     """
 
     def __init__(
@@ -219,26 +250,26 @@ class DINOLoss(nn.Module):
         self.center_momentum = center_momentum
         self.ncrops = ncrops
         self.register_buffer("center", torch.zeros(1, out_dim))
-        # A high temperature makes the first epochs unstable: it is warmed up linearly.
+        # A high temperature makes the first epochs unstable, so it is warmed up linearly.
         warmup = np.linspace(warmup_teacher_temp, teacher_temp, warmup_teacher_temp_epochs)
         constant = np.full(max(nepochs - warmup_teacher_temp_epochs, 0), teacher_temp)
         self.teacher_temp_schedule = np.concatenate((warmup, constant))
 
-    def teacher_probabilities(self, teacher_output: Tensor, epoch: int) -> Tensor:
-        """q (..., K) of the teacher's output (..., K), centred and sharpened with this epoch's temperature."""
-        return sharpened(teacher_output, self.center, float(self.teacher_temp_schedule[epoch]))
+    def targets(self, teacher_output: Tensor, epoch: int) -> Tensor:
+        """q (..., K) of the teacher's output (..., K): centred, and sharpened with the epoch's temperature."""
+        centred = at_least_float32(teacher_output.detach()) - self.center
+        return F.softmax(centred / float(self.teacher_temp_schedule[epoch]), dim=-1)
 
     def forward(
         self, student_output: Tensor, teacher_output: Tensor, epoch: int, update_center: bool = True
     ) -> Tensor:
-        """Loss of a batch, a scalar; then moves the centre, unless the caller does (gradient accumulation).
+        """The loss of a batch, a scalar; then updates the centre, unless the caller does (gradient accumulation).
 
         Args:
-            student_output: (V B, K), crop-major: all images' first view, then all images' second, ...
+            student_output: (V B, K), crop-major: all images' first view, then all images' second view, ...
             teacher_output: (2 B, K), the global views only, in the same order.
         """
-        temps = self.student_temp, float(self.teacher_temp_schedule[epoch])
-        loss = PairsOfViews.apply(student_output, teacher_output.detach(), self.center, *temps, self.ncrops)
+        loss = cross_entropy(student_output, self.targets(teacher_output, epoch), self.student_temp)
         if update_center:
             self.update_center(teacher_output)
         return loss
@@ -253,58 +284,66 @@ class DINOLoss(nn.Module):
         self.center = self.center * self.center_momentum + mean * (1 - self.center_momentum)
 
 
-class PairsOfViews(torch.autograd.Function):
-    """DINOLoss's equation, some images at a time: of (V B, K) logits, nothing is kept for backward but themselves.
+def cross_entropy(student_output: Tensor, targets: Tensor, temp: float) -> Tensor:
+    """Mean over images and pairs of views (i, v), v != i, of  - sum_k q_i[k] log softmax(student_v / temp)[k].
 
-    The gradient of the student's logits in view v is (n_v p_v - t_v) / (student_temp B pairs), where t_v is the sum
-    of the q_i that v learns from and n_v their number; p and q are computed again for it. A part of the images fits
-    the cache of a CPU, and on a GPU bounds the float32 temporaries (benchmarks/loss.py).
+    Args:
+        student_output: (V B, K) logits, crop-major, the two global views first.
+        targets: (2 B, K) probabilities q of the global views, in the same order.
+    """
+    return PairsOfViews.apply(student_output, targets, temp)
+
+
+class PairsOfViews(torch.autograd.Function):
+    """`cross_entropy`, some images at a time: nothing is kept for backward but the logits and the targets.
+
+    The gradient of the student's logits in view v is (n_v p_v - t_v) / (temp B pairs), where t_v is the sum of the
+    q_i that v learns from and n_v their number; p is computed again for it. A part of the images fits the cache of a
+    CPU, and on a GPU bounds the float32 temporaries (benchmarks/loss.py).
     """
 
     PART_CPU, PART_GPU = 2**20, 2**26  # values of a part's logits
 
     @staticmethod
-    def forward(ctx, student: Tensor, teacher: Tensor, center: Tensor, student_temp: float, teacher_temp: float,
-                ncrops: int) -> Tensor:  # fmt: skip
-        ctx.save_for_backward(student, teacher, center)
-        ctx.options = student_temp, teacher_temp, ncrops
+    def forward(ctx, student: Tensor, targets: Tensor, temp: float) -> Tensor:
+        ctx.save_for_backward(student, targets)
+        ctx.temp = temp
         loss = torch.zeros((), dtype=at_least_float32(student[:0]).dtype, device=student.device)
-        for _, x, q in PairsOfViews.parts(student, teacher, center, *ctx.options):
+        for _, x, q in PairsOfViews.parts(student, targets, temp):
             log_p = F.log_softmax(x, dim=-1)
             # Global view 0 learns from q_1 and 1 from q_0; each local view from both.
             loss -= (q.flip(0) * log_p[:2]).sum() + (q.sum(0) * log_p[2:].sum(0)).sum()
-        return loss / (2 * (ncrops - 1) * (len(student) // ncrops))
+        return loss / PairsOfViews.count(student, targets)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        student, teacher, center = ctx.saved_tensors
-        student_temp, _, ncrops = ctx.options
+        student, targets = ctx.saved_tensors
         grad = torch.empty_like(student)
-        views = grad.unflatten(0, (ncrops, -1))  # (V, B, K)
-        scale = grad_output / (student_temp * 2 * (ncrops - 1) * (len(student) // ncrops))
-        for rows, x, q in PairsOfViews.parts(student, teacher, center, *ctx.options):
+        views = grad.unflatten(0, (-1, len(targets) // 2))  # (V, B, K)
+        scale = grad_output / (ctx.temp * PairsOfViews.count(student, targets))
+        for rows, x, q in PairsOfViews.parts(student, targets, ctx.temp):
             p = F.softmax(x, dim=-1)
             p[:2] -= q.flip(0)
             p[2:].mul_(2).sub_(q.sum(0))
             views[:, rows] = p.mul_(scale)
-        return grad, None, None, None, None, None
+        return grad, None, None
 
     @staticmethod
-    def parts(student, teacher, center, student_temp, teacher_temp, ncrops):
-        """Yields (images' rows, the student's logits over its temperature (V, b, K), q (2, b, K))."""
-        student, teacher = student.unflatten(0, (ncrops, -1)), teacher.unflatten(0, (2, -1))
+    def count(student: Tensor, targets: Tensor) -> int:
+        """Pairs of views times images: 2 (V - 1) B."""
+        return 2 * len(student) - len(targets)
+
+    @staticmethod
+    def parts(student: Tensor, targets: Tensor, temp: float):
+        """Yields (images' rows, the student's logits over the temperature (V, b, K), q (2, b, K))."""
+        images = len(targets) // 2
+        student, targets = student.unflatten(0, (-1, images)), targets.unflatten(0, (2, images))
         most = PairsOfViews.PART_CPU if student.device.type == "cpu" else PairsOfViews.PART_GPU
-        size = max(1, most // (ncrops * student.shape[-1]))
-        for first in range(0, student.shape[1], size):
+        size = max(1, most // (len(student) * student.shape[-1]))
+        for first in range(0, images, size):
             rows = slice(first, first + size)
-            x = at_least_float32(student[:, rows]) / student_temp
-            yield rows, x, sharpened(teacher[:, rows], center, teacher_temp)
-
-
-def sharpened(teacher_output: Tensor, center: Tensor, temp: float) -> Tensor:
-    """softmax((teacher - center) / temp) over the last dimension, in float32 at least."""
-    return F.softmax((at_least_float32(teacher_output) - center) / temp, dim=-1)
+            yield rows, at_least_float32(student[:, rows]) / temp, targets[:, rows]
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -368,6 +407,22 @@ def get_params_groups(model: nn.Module) -> list[dict]:
             plain = name.endswith(".bias") or param.ndim == 1
             (not_regularized if plain else regularized).append(param)
     return [{"params": regularized}, {"params": not_regularized, "weight_decay": 0.0}]
+
+
+def set_lr_and_wd(optimizer: torch.optim.Optimizer, lr: float, wd: float) -> None:
+    """Set a step's learning rate, and the weight decay of the first group of `get_params_groups`."""
+    for i, group in enumerate(optimizer.param_groups):
+        group["lr"] = lr
+        if i == 0:
+            group["weight_decay"] = wd
+
+
+def build_optimizer(name: str, model: nn.Module) -> torch.optim.Optimizer:
+    """`adamw`, `sgd` or `lars`; learning rate and weight decay are set at every step."""
+    groups = get_params_groups(model)
+    if name == "adamw":
+        return torch.optim.AdamW(groups, fused=True)
+    return {"sgd": SGD, "lars": LARS}[name](groups)
 
 
 @torch.no_grad()

@@ -294,12 +294,10 @@ class VisionTransformer(nn.Module):
             weights were trained with: DINO's and DINOv2's without registers False and 0.1, DINOv2's with True and 0.
 
     Attributes:
-        class_token_only: leave out of the last block what `forward` does not read: hooks there then see one token.
-            For training (utils.MultiCropWrapper sets it).
         grad_checkpointing: see set_grad_checkpointing.
     """
 
-    class_token_only = grad_checkpointing = False
+    grad_checkpointing = False
 
     def __init__(
         self,
@@ -403,9 +401,16 @@ class VisionTransformer(nn.Module):
                 x = block(x, **options)
         return self.norm(x)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Pictures (B, C, height, width) -> normalized class token (B, D), or logits (B, num_classes)."""
-        return self.head(self.forward_tokens(x, self.class_token_only)[:, 0])
+    def forward(self, x: Tensor, class_token_only: bool = False, all_tokens: bool = False) -> Tensor:
+        """Images (B, C, height, width) -> normalized class token (B, D), or logits (B, num_classes).
+
+        Args:
+            class_token_only: leave out of the last block what the output does not need, for training; hooks there
+                then see one token.
+            all_tokens: return the normalized tokens (B, N, D) instead.
+        """
+        tokens = self.forward_tokens(x, class_token_only)
+        return tokens if all_tokens else self.head(tokens[:, 0])
 
     def forward_features(self, x: Tensor) -> Features:
         """Pictures (B, C, height, width) -> class token (B, D), patch tokens (B, h, w, D), registers (B, R, D)."""

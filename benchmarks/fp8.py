@@ -28,7 +28,7 @@ def to_fp8(trainer: ours.Trainer) -> None:
 
 
 def run(trainer: ours.Trainer, crops: list, args) -> dict:
-    loss, _ = trainer.loss(crops)
+    loss, _ = trainer.losses(crops)
     loss.backward()
     gradient = torch.cat([p.grad.flatten().float() for p in trainer.student.parameters() if p.grad is not None])
     trainer.optimizer.zero_grad()

@@ -26,7 +26,7 @@ def count(trainer, crops, features) -> dict[str, int]:
     trained = sum(p.numel() * p.element_size() for p in trainer.student.parameters() if p.requires_grad)
     with torch.autocast(trainer.device.split(":")[0], trainer.dtype, enabled=trainer.dtype is not None):
         activations = bench.kept_bytes(features)
-    logits = bench.kept_bytes(lambda: trainer.loss(crops)[0]) - activations
+    logits = bench.kept_bytes(lambda: trainer.losses(crops)[0]) - activations
     return {"weights": weights, "gradients": trained, "moments": 2 * trained, "activations": activations,
             "logits and loss": logits}
 

@@ -178,7 +178,7 @@ class Trainer:
         self.center = torch.zeros(1, k, device=device)
         self.device, self.dtype, self.grouped = device, dtype, grouped
 
-    def loss(self, crops):
+    def losses(self, crops):
         with torch.autocast(self.device.split(":")[0], self.dtype, enabled=self.dtype is not None):
             with torch.no_grad():
                 teacher_out = forward(self.teacher, crops[:2], self.grouped)
@@ -186,7 +186,7 @@ class Trainer:
         return dino_loss(student_out, teacher_out, self.center), teacher_out
 
     def step(self, crops, momentum=0.996):
-        loss, teacher_out = self.loss(crops)
+        loss, teacher_out = self.losses(crops)
         if not math.isfinite(loss.item()):
             raise SystemExit("the loss is not finite")
         self.optimizer.zero_grad()

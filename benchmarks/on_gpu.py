@@ -47,7 +47,7 @@ WAYS = {  # name: (arguments of ours.Trainer, packed, largest share that the gra
 
 
 def gradient(trainer: ours.Trainer, crops: list) -> torch.Tensor:
-    trainer.loss(crops)[0].backward()
+    trainer.losses(crops)[0].backward()
     return torch.cat([p.grad.flatten().double().cpu() for p in trainer.student.parameters() if p.grad is not None])
 
 

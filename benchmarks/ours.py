@@ -34,25 +34,22 @@ class Trainer:
                                            fused=True)
         self.device, self.dtype = device, dtype
 
-    def loss(self, crops: list[torch.Tensor], forward=None) -> tuple[torch.Tensor, torch.Tensor]:
-        """crops: [(2B, 3, g, g), (LB, 3, l, l)] -> loss, and the teacher's output (2B, K).
+    def losses(self, crops: list[torch.Tensor], forward=None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """crops: [(2B, 3, g, g), (LB, 3, l, l)] -> what utils.losses returns.
 
         Args:
             forward: the student as a distributed run wraps it; itself by default.
         """
         with torch.autocast(self.device.split(":")[0], self.dtype, enabled=self.dtype is not None):
-            with torch.no_grad():
-                teacher_out = self.teacher(crops[:1]).clone()  # a CUDA graph takes its results back
-            student_out = (forward or self.student)(crops)
-        return self.dino_loss(student_out, teacher_out, 0, update_center=False), teacher_out
+            return utils.losses(forward or self.student, self.teacher, crops, self.dino_loss, 0)
 
     def step(self, crops: list[torch.Tensor], momentum: float = 0.996, forward=None) -> torch.Tensor:
         """One optimizer step; the loss stays on the device."""
-        loss, teacher_out = self.loss(crops, forward)
+        loss, parts = self.losses(crops, forward)
         loss.backward()
         utils.clip_gradients(self.student, 3.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         utils.ema_update(self.student, self.teacher, momentum)
-        self.dino_loss.update_center(teacher_out)
+        self.dino_loss.update_center(parts["teacher_output"])
         return loss.detach()

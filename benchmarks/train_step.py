@@ -38,7 +38,7 @@ def trainers(args) -> dict:
     if args.all_tokens:
         found["ours, all tokens"] = ours.Trainer(**shared, local=args.local)
         for network in (found["ours, all tokens"].student, found["ours, all tokens"].teacher):
-            network.backbone.class_token_only = False
+            network.class_token_only = False
     if args.grad_checkpointing:
         for what in ("layers", "blocks"):
             found[f"ours, {what} checkpointed"] = ours.Trainer(**shared, local=args.local, checkpointed=what)

@@ -2,72 +2,87 @@
 
 from __future__ import annotations
 
-import argparse
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 import parallel
-from imagesets import loaders
-from protocols import transforms
+from imagesets.decode import MAX_PIXELS
+from imagesets.sources import Images, open_images
+from parallel import Refused
+from protocols.features import extract_features, pixel_features
+from protocols.knn import knn_classifier
+from protocols.splits import Part, match_classes
+from protocols.transforms import EvalImages
+
+MOST_PIXELS = 100_000  # training images; for more, the 3072 raw pixels of each would take hours
 
 
-class Evaluation:
-    """k-NN of the teacher's features on labelled pictures, and the figures it must beat."""
+class KnnEvaluation(NamedTuple):
+    """20-NN classification of labelled validation images by labelled training images."""
 
-    MOST_PIXELS = 100_000
+    parts: tuple[Images, Images]  # training, validation
+    labels: tuple[torch.Tensor, torch.Tensor]  # numbers of one list of classes
+    n_classes: int
+    crop_size: int
+    mean: Sequence[float]
+    std: Sequence[float]
+    batch_size: int
+    num_workers: int
+    device: torch.device
 
-    def __init__(self, args: argparse.Namespace, device: torch.device) -> None:
-        self.args, self.device = args, device
-        path = args.eval_data_path or args.data_path
-        flag = "--eval_data_path" if args.eval_data_path else "--data_path"
-        self.train, self.val = (loaders.open_images(path, part, args.in_chans, args.max_pixels, flag)
-                                for part in ("train", "val"))
-        for images, part in ((self.train, "train"), (self.val, "val")):
-            if images.labels is None:
-                raise ValueError(f"--eval_data_path {path}: its {part} part has no labels; --eval_knn_every needs "
-                                 "train/ and val/ folders of class folders")
-        from protocols.splits import Part, match_classes
-
-        parts = (Part(torch.empty(0), images.labels, images.classes) for images in (self.train, self.val))
-        train, val = match_classes(*parts)  # by name: a class may be missing in one part
-        self.labels, self.n_classes = (train.labels, val.labels), len(train.classes)
-
-    def knn(self, backbone: nn.Module | None, autocast=None) -> tuple[float, float]:
+    def knn(self, backbone: nn.Module | None, autocast: AbstractContextManager | None = None) -> tuple[float, float]:
         """(top-1, top-5) in % of 20-NN on a backbone's features, or on raw pixels for None."""
-        from protocols.knn import knn_classifier
-
-        try:
-            with torch.random.fork_rng(devices=[]):  # loaders draw a seed: it must not move the run's random numbers
-                found = [self.features(backbone, images, autocast) for images in (self.train, self.val)]
-        except ValueError as error:
-            raise loaders.Unreadable(f"--eval_data_path: {error}; evaluation needs all images: remove it") from error
-        train, val = zip(found, self.labels, strict=True)
+        with torch.random.fork_rng(devices=[]):  # loaders draw a seed: it must not move the run's random numbers
+            try:
+                features = [self.features(backbone, images, autocast) for images in self.parts]
+            except Refused as error:  # an image that can't be decoded
+                raise parallel.Stopped(error) from error
+        train, val = zip(features, self.labels, strict=True)
         return knn_classifier(*train, *val, k=20, T=0.07, num_classes=self.n_classes, device=self.device)
 
-    def features(self, backbone: nn.Module | None, images: loaders.Images, autocast) -> torch.Tensor:
-        from protocols.features import extract_features, pixel_features
-
+    def features(self, backbone: nn.Module | None, images: Images, autocast: AbstractContextManager | None
+                 ) -> torch.Tensor:
         if backbone is None:
-            return pixel_features(images, self.args.num_workers)
-        crop = self.args.global_crops_size
-        dataset = transforms.EvalImages(images, round(crop * 256 / 224), crop, self.args.mean, self.args.std)
+            return pixel_features(images, self.num_workers)
+        dataset = EvalImages(images, round(self.crop_size * 256 / 224), self.crop_size, self.mean, self.std)
         backbone.eval()
-        found = extract_features(
-            backbone, dataset, 4 * self.args.batch_size_per_gpu, self.args.num_workers, self.device, autocast)
+        features = extract_features(backbone, dataset, self.batch_size, self.num_workers, self.device, autocast)
         backbone.train()
-        return found
+        return features
 
-    def baselines(self, backbone: nn.Module, autocast) -> dict[str, float]:
-        """Top-1 of the untrained network and of raw pixels: a backbone that does not beat them has learned nothing.
+    def baselines(self, backbone: nn.Module, autocast: AbstractContextManager | None) -> dict[str, float]:
+        """Top-1 of the untrained network and of raw pixels: a backbone below them has learned nothing.
 
-        Without raw pixels where there are more than MOST_PIXELS training images: 3072 values of each would take hours.
+        Without raw pixels where there are more than MOST_PIXELS training images.
         """
-        found = {"untrained": self.knn(backbone, autocast)[0]}
-        said = f"20-NN before training: {found['untrained']:.1f} % on this network's features"
-        if len(self.train) <= self.MOST_PIXELS:
-            found["pixels"] = self.knn(None)[0]
-            said += f", {found['pixels']:.1f} % on raw pixels"
-        if parallel.is_main():
-            print(said, flush=True)
-        return found
+        figures = {"untrained": self.knn(backbone, autocast)[0]}
+        line = f"20-NN before training: {figures['untrained']:.1f} % on this network's features"
+        if len(self.parts[0]) <= MOST_PIXELS:
+            figures["pixels"] = self.knn(None)[0]
+            line += f", {figures['pixels']:.1f} % on raw pixels"
+        parallel.say(line)
+        return figures
+
+
+def open_evaluation(
+    path: str, flag: str, crop_size: int, mean: Sequence[float], std: Sequence[float], in_chans: int,
+    batch_size: int, num_workers: int, device: torch.device, max_pixels: int = MAX_PIXELS,
+) -> KnnEvaluation:
+    """The k-NN evaluation of `path`, which `flag` named.
+
+    Raises:
+        Refused: no train and val part, or no labels.
+    """
+    parts = tuple(open_images(path, part, in_chans, max_pixels, flag) for part in ("train", "val"))
+    for images, part in zip(parts, ("train", "val"), strict=True):
+        if images.labels is None:
+            raise Refused(f"{flag} {path}: its {part} part has no labels; --eval_knn_every needs train/ and val/ "
+                          "folders of class folders")
+    # Classes are matched by name, as one may be missing in a part.
+    train, val = match_classes(*(Part(torch.empty(0), images.labels, images.classes) for images in parts))
+    return KnnEvaluation(parts, (train.labels, val.labels), len(train.classes), crop_size, mean, std, batch_size,
+                         num_workers, device)

@@ -1,7 +1,8 @@
-"""What may end a run before its time: signals, and processes that are lost."""
+"""What may end a run early: signals, lost processes, full memory and disks."""
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import time
@@ -11,20 +12,21 @@ import torch.distributed as dist
 
 import parallel
 
-TO_BE_CONTINUED = 75  # exit code of a run that was asked to stop and saved; sysexits.h calls it "try again"
+TO_BE_CONTINUED = 75  # exit code of a run that was asked to stop and has saved; "try again" in sysexits.h
 
 
 class Requests:
-    """What signals and the clock ask of a run, which all processes must do after the same step.
+    """Requests of signals and of the clock, which all processes must follow after the same step.
 
-    SIGTERM, SIGINT and SIGUSR1 ask it to save and stop; a second SIGINT stops it at once. Every `save_minutes` the
-    clock of rank 0 asks for a checkpoint.
+    SIGTERM, SIGINT and SIGUSR1 ask the run to save and stop; a second SIGINT stops it at once. Every `save_minutes`
+    the clock of rank 0 asks for a checkpoint.
 
-    One process answers after every step. Several compare notes about once a second, because on a GPU that makes the
-    host wait for the device: with their notes they agree, from the slowest one's time, on the step of the next talk.
+    A single process answers after every step. Several processes exchange their requests about once a second, because
+    on a GPU an exchange makes the host wait for the device; in each they agree, from the slowest process's time, on
+    the step of the next one.
     """
 
-    SECONDS = 1.0  # between talks; a launcher's grace is 30 s or so
+    SECONDS = 1.0  # between exchanges; launchers allow about 30 s
     MOST_STEPS = 1000
 
     def __init__(self, device: torch.device, save_minutes: float = 0) -> None:
@@ -32,8 +34,9 @@ class Requests:
         self.stop = False
         self.saved = self.talked = time.monotonic()
         self.step = self.next_step = 0
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, self.ask)
+        for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
+            if hasattr(signal, name):  # SIGUSR1 is POSIX's
+                signal.signal(getattr(signal, name), self.ask)
 
     def ask(self, number: int, frame) -> None:
         if self.stop and number == signal.SIGINT:  # an exception could be swallowed by whatever it interrupts
@@ -58,11 +61,45 @@ class Requests:
         return bool(stop), bool(due)
 
 
-def lost_process(error: RuntimeError) -> str | None:
-    """One line when an error says that another process of the run has ended or does not answer."""
-    if parallel.world_size() == 1 or not (isinstance(error, dist.DistError) or "/gloo/" in str(error)):
+# ---- What torch and the system say, in one line ----
+
+
+def explain(error: Exception, output_dir: str) -> parallel.Stopped | str | None:
+    """Why a run stopped, if the reason lies outside its code; None for a bug."""
+    if reason := parallel.worker_death(error) or out_of_memory(error) or full_disk(error):
+        return reason
+    if reason := lost_process(error):
+        # Two processes print it, as one of them may be the one that is lost.
+        return parallel.Stopped(f"{reason}; start again to continue from the last checkpoint in {output_dir}",
+                                parallel.rank() < 2)
+    return None
+
+
+def lost_process(error: Exception) -> str | None:
+    """When another process of the run has ended, or does not answer."""
+    if parallel.world_size() == 1 or not isinstance(error, RuntimeError) or not (
+            isinstance(error, dist.DistError) or "/gloo/" in str(error)):
         return None
     reason = str(error).splitlines()[0]
     if "imed out" in reason:
         return f"another process of the run does not answer ({reason}): it hangs, or needs a longer --dist_timeout"
     return f"another process of the run has ended ({reason}); its own message says why"
+
+
+def out_of_memory(error: Exception) -> str | None:
+    """When memory ran out, of the device or of the host."""
+    what = str(error).splitlines()[0] if str(error) else "MemoryError"
+    signs = ("can't allocate memory", "out of memory", "ALLOC_FAILED")  # the host's, CUDA's own, cuBLAS's
+    if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not (
+            isinstance(error, RuntimeError) and any(sign in what for sign in signs)):
+        return None
+    return (f"memory ran out ({what[:200]}): lower --batch_size_per_gpu, the size or number of crops, --out_dim, "
+            "--epochs or --steps, choose a smaller --arch, or give --grad_checkpointing")
+
+
+DISK = {getattr(errno, name, None) for name in ("ENOSPC", "EDQUOT", "EROFS", "EIO", "ESTALE", "EFBIG")} - {None}
+
+
+def full_disk(error: Exception) -> str | None:
+    """When a disk is full, read-only or gone."""
+    return f"{error}; free space, or mend the disk, and start again" if getattr(error, "errno", None) in DISK else None

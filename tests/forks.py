@@ -21,7 +21,7 @@ from processes import free_port
 
 import main_dino
 import vision_transformer
-from pretraining import monitor, run
+from pretraining import monitor, networks
 
 PATHS = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
 SMALLEST = (
@@ -36,8 +36,8 @@ server.set_forkserver_preload(["forks"])
 
 
 def make_small() -> None:
-    monitor.save_last_pictures = lambda *args: []
-    run.DINOHead = partial(vision_transformer.DINOHead, hidden_dim=32, bottleneck_dim=16)
+    monitor.save_last_figures = lambda *args: []
+    networks.DINOHead = partial(vision_transformer.DINOHead, hidden_dim=32, bottleneck_dim=16)
     vision_transformer.VITS["vit_nano"] = lambda patch_size, **kwargs: vision_transformer.VisionTransformer(
         patch_size=patch_size, embed_dim=32, depth=2, num_heads=2, qkv_bias=True, **kwargs)
 

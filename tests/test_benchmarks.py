@@ -2,9 +2,6 @@
 
 import importlib
 import json
-import sys
-from contextlib import nullcontext
-from types import SimpleNamespace
 
 import bench
 import model
@@ -16,7 +13,9 @@ import pytest
 import torch
 
 import utils
+from imagesets.sources import open_images
 from method import fused
+from pretraining.state import Run
 
 TINY = {"arch": "vit_nano", "size": 32, "k": 64, "drop_path": 0.1}
 SCRIPTS = ["train_step", "loss", "memory", "prototypes", "data_pipeline", "end_to_end", "startup", "model",
@@ -104,7 +103,7 @@ def test_packed_pass_equals_separate_passes():
         for name in ("student", "teacher"):
             getattr(trainer, name).load_state_dict(separate.student.state_dict())
             getattr(trainer, name).double()
-        losses.append(trainer.loss(crops)[0])
+        losses.append(trainer.losses(crops)[0])
         losses[-1].backward()
     torch.testing.assert_close(*losses, rtol=1e-12, atol=0)
     for (name, p), q in zip(separate.student.named_parameters(), together.student.parameters(), strict=True):
@@ -117,7 +116,7 @@ def test_arithmetic_of_the_model_is_what_torch_counts():
     torch.manual_seed(0)
     trainer, crops = ours.Trainer(**TINY, local=2), views()[1]
     with FlopCounterMode(display=False) as counted:
-        trainer.loss(crops)[0].backward()
+        trainer.losses(crops)[0].backward()
     predicted = 3 * model.Shape.of("vit_nano", 16, (32, 16), 2, 64).flop_per_image(all_tokens=False)
     assert predicted == pytest.approx(counted.get_total_flops(), rel=0.03)  # no gradient of the pictures is needed
 
@@ -270,50 +269,53 @@ def device_that_cannot_be_read(request, monkeypatch, tmp_path):
     """A run on torch's meta device, whose tensors have no values: item(), cpu(), bool() and the like all raise."""
     import main_dino
 
-    started = sys.modules[main_dino.Run.__module__]  # where its networks and optimizer are made
     if request.param == "adamw":
-        monkeypatch.setattr(started, "build_optimizer", lambda name, model: LikeFused(model.parameters()))
-    monkeypatch.setattr(main_dino.Run, "autocast", lambda run: torch.autocast("cpu", enabled=False))
+        monkeypatch.setattr(utils, "build_optimizer", lambda name, model: LikeFused(model.parameters()))
+    monkeypatch.setattr(Run, "autocast", lambda run: torch.autocast("cpu", enabled=False))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *args: pytest.fail("a step waits for the device"))
     argv = ("--arch vit_nano --data_path shapes:16x32 --global_crops_size 32 --local_crops_size 16 --out_dim 64 "
             "--local_crops_number 2 --batch_size_per_gpu 4 --num_workers 0 --epochs 4 --warmup_epochs 0 "
             "--freeze_last_layer 0 --log_every 100 --saveckp_freq 0 --precision fp32").split()  # fmt: skip
     args = main_dino.get_args_parser().parse_args([*argv, "--optimizer", request.param, "--output_dir", str(tmp_path)])
-    run = main_dino.Run(args, torch.device("meta"))
+    images, plan = open_images(args.data_path), main_dino.make_plan(args, 16)
+    run = main_dino.make_run(args, plan, 16, torch.device("meta"))
     run.step = 1  # step 0 is a logged one
-    return main_dino, run
+    return main_dino, run, lambda: main_dino.train(args, run, plan, images, None, log=None)
 
 
-def run_steps(main_dino, run, monkeypatch, steps):
+def run_steps(main_dino, train, monkeypatch, steps):
     """Steps of the real loop, none of them logged, that end with EndOfTest."""
-    load = main_dino.load
+    make_loader = main_dino.make_loader
 
-    def some(*args, **kwargs):
-        for number, batch in enumerate(load(*args, **kwargs)):
-            if number == steps:
-                raise EndOfTest
-            yield batch
+    def few(*args):
+        def load(first, last):
+            for number, batch in enumerate(make_loader(*args)(first, last)):
+                if number == steps:
+                    raise EndOfTest
+                yield batch
 
-    monkeypatch.setattr(main_dino, "load", some)
+        return load
+
+    monkeypatch.setattr(main_dino, "make_loader", few)
     with pytest.raises(EndOfTest):
-        main_dino.train(run, log=None)
+        train()
 
 
 def test_a_step_of_the_loop_reads_nothing_from_the_device(device_that_cannot_be_read, monkeypatch):
-    main_dino, run = device_that_cannot_be_read
-    run_steps(main_dino, run, monkeypatch, steps=2)
+    main_dino, run, train = device_that_cannot_be_read
+    run_steps(main_dino, train, monkeypatch, steps=2)
     assert run.step == 3
 
 
 def test_that_device_notices_a_read(device_that_cannot_be_read, monkeypatch):
-    main_dino, run = device_that_cannot_be_read
-    ema_update = main_dino.utils.ema_update
+    _, run, train = device_that_cannot_be_read
+    ema_update = utils.ema_update
     for read in (lambda x: x.item(), lambda x: x.cpu(), bool, lambda x: x.tolist(), lambda x: x.nonzero()):
-        monkeypatch.setattr(main_dino.utils, "ema_update",
+        monkeypatch.setattr(utils, "ema_update",
                             lambda s, t, m, read=read: (read(next(s.parameters()).sum()), ema_update(s, t, m)))
         run.step = 1
         with pytest.raises((RuntimeError, NotImplementedError)):
-            main_dino.train(run, log=None)
+            train()
 
 
 def take_back(trainer):
@@ -329,23 +331,14 @@ def take_back(trainer):
     trainer.student.register_forward_pre_hook(overwrite)
 
 
-@pytest.mark.parametrize("who", ["main_dino.py", "benchmarks"])
-def test_what_cuda_graphs_take_back_is_not_needed(who):
-    import main_dino
-
+def test_what_cuda_graphs_take_back_is_not_needed():
     losses, crops = [], views()[1]
     for graphs in (False, True):
         torch.manual_seed(0)
         trainer = ours.Trainer(**TINY | {"drop_path": 0.0}, local=2)
         if graphs:
             take_back(trainer)
-        if who == "benchmarks":
-            losses.append(trainer.loss(crops)[0])
-            continue
-        run = SimpleNamespace(  # what it reads
-            student=trainer.student, teacher=trainer.teacher, dino_loss=trainer.dino_loss, autocast=nullcontext,
-            scaler=torch.amp.GradScaler(enabled=False), args=SimpleNamespace(grad_accum_steps=1))
-        loss, features, teacher_out = main_dino.forward_backward(run, trainer.student, crops, 0)
-        assert features.isfinite().all() and teacher_out.isfinite().all()
+        loss, parts = trainer.losses(crops)
+        assert all(part.isfinite().all() for part in parts.values())
         losses.append(loss)
     assert torch.equal(*losses) and losses[0].isfinite()

@@ -10,8 +10,10 @@ from PIL import Image
 from processes import ENV, SMALL, json_lines, launch
 
 import main_dino
-from pretraining import evaluation
-from pretraining.run import Run
+import utils
+from imagesets import loaders
+from parallel import Refused
+from pretraining import networks
 from weights import backbones, checkpoints
 
 
@@ -103,26 +105,18 @@ def test_variants_run(tmp_path, extra):
     assert len(losses) == 2 and all(0 < loss < 20 for loss in losses)
 
 
-def test_the_first_backbone_is_the_untrained_one_at_any_step(tmp_path):
-    args = main_dino.get_args_parser().parse_args([*SMALL, "--output_dir", str(tmp_path)])
-    run = Run(args, torch.device("cpu"))
-    first = {k: v.clone() for k, v in run.first_backbone().state_dict().items()}
-    for p in run.teacher.parameters():
-        p.add_(1)
-    run.step, rng = 5, torch.get_rng_state()
-    assert all(torch.equal(v, first[k]) for k, v in run.first_backbone().state_dict().items())
-    assert torch.equal(rng, torch.get_rng_state())
+def run_of(args):
+    return main_dino.make_run(args, main_dino.make_plan(args, 64), 64, torch.device("cpu"))
 
 
 def test_auto_precision_is_kept_over_a_resume(tmp_path, monkeypatch):
     """Another machine might choose another one, and the run would change."""
     argv = [*SMALL, "--precision", "auto", "--output_dir", str(tmp_path)]
     args = main_dino.get_args_parser().parse_args(argv)
-    started = sys.modules[Run.__module__]
-    monkeypatch.setattr(started, "bf16_is_faster", lambda: True)
-    Run(args, torch.device("cpu")).save(checkpoints.NAME)
-    monkeypatch.setattr(started, "bf16_is_faster", lambda: False)
-    again = Run(args, torch.device("cpu"))
+    monkeypatch.setattr(networks, "bf16_is_faster", lambda: True)
+    run_of(args).save(checkpoints.NAME)
+    monkeypatch.setattr(networks, "bf16_is_faster", lambda: False)
+    again = run_of(args)
     assert again.dtype is None
     again.resume(*checkpoints.read_latest(tmp_path))
     assert again.dtype is torch.bfloat16
@@ -130,15 +124,26 @@ def test_auto_precision_is_kept_over_a_resume(tmp_path, monkeypatch):
 
 def test_a_part_of_a_checkpoint_is_no_resume(tmp_path):
     args = main_dino.get_args_parser().parse_args([*SMALL, "--output_dir", str(tmp_path)])
-    with pytest.raises(ValueError, match="checkpoint.pth there lacks what a resume needs; .*--init_from"):
-        Run(args, torch.device("cpu")).resume({"rng": [], "student": {}}, tmp_path / "checkpoint.pth")
+    with pytest.raises(Refused, match="checkpoint.pth there lacks what a resume needs; .*--init_from"):
+        run_of(args).check_resumable({"rng": [], "student": {}}, tmp_path / "checkpoint.pth")
+
+
+@pytest.mark.parametrize("module, name", [(utils, "clip_gradients"), (loaders, "collate")])
+def test_a_bug_keeps_its_traceback(tmp_path, monkeypatch, module, name):
+    def bug(*args, **kwargs):
+        raise ValueError("operands could not be broadcast together")
+
+    monkeypatch.setattr(module, name, bug)
+    args = main_dino.get_args_parser().parse_args([*SMALL, "--num_workers", "0", "--output_dir", str(tmp_path)])
+    with pytest.raises(ValueError, match="operands could not be broadcast"):
+        main_dino.main(args)
 
 
 def test_images_left_out_are_told(tmp_path, capsys):
     argv = [*SMALL, "--data_path", "shapes:20x32", "--steps", "1", "--output_dir", str(tmp_path)]
     assert main_dino.main(main_dino.get_args_parser().parse_args(argv)) == 0
     said = capsys.readouterr().out
-    assert "4 of 20 images are left out of an epoch" in said and "--batch_size_per_gpu that divides 20" in said
+    assert "4 of 20 images are left out of each epoch" in said and "--batch_size_per_gpu that divides 20" in said
 
 
 @pytest.mark.parametrize("accum, remedy", [(1, "lower it to 7 or less"), (8, "lower --grad_accum_steps")])
@@ -162,8 +167,8 @@ def test_classes_of_evaluation_are_matched_by_name(tmp_path):
         for name in names:
             (tmp_path / part / name).mkdir(parents=True)
             Image.new("RGB", (8, 8)).save(tmp_path / part / name / "x.png")
-    args = main_dino.get_args_parser().parse_args(["--eval_data_path", str(tmp_path)])
-    train, val = evaluation.Evaluation(args, torch.device("cpu")).labels
+    args = main_dino.get_args_parser().parse_args(["--eval_knn_every", "1", "--eval_data_path", str(tmp_path)])
+    train, val = main_dino.make_evaluation(args, torch.device("cpu")).labels
     assert train.tolist() == [0, 1, 2] and val.tolist() == [0, 2]
 
 

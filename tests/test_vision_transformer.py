@@ -128,8 +128,8 @@ def test_class_token_alone_is_the_class_token(registers, scale):
     model = VisionTransformer(**TINY, num_register_tokens=registers, init_values=scale).double()
     x, seen, found = torch.randn(2, 3, 40, 24, dtype=torch.float64), [], []
     model.blocks[-1].mlp.register_forward_hook(lambda module, args, out: seen.append(out.shape[1]))
-    for model.class_token_only in (False, True):
-        out = model(x)
+    for alone in (False, True):
+        out = model(x, class_token_only=alone)
         found.append((out, *torch.autograd.grad(out.square().sum(), list(model.parameters()))))
     torch.testing.assert_close(*found, rtol=1e-9, atol=1e-12)
     assert seen == [1 + registers + 5 * 3, 1]

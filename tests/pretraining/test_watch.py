@@ -16,6 +16,7 @@ from PIL import Image
 from processes import SMALL
 
 import main_dino
+from imagesets.decode import Undecodable
 from pretraining import monitor, progress
 
 
@@ -59,7 +60,7 @@ def test_pictures_change_nothing_in_the_training(watched, tmp_path):
 class Broken(list):
     def load(self, i):
         if self[i] is None:
-            raise ValueError("broken")
+            raise Undecodable("broken")
         return self[i]
 
 

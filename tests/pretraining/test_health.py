@@ -1,11 +1,15 @@
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 import utils
-from pretraining import metrics
+from method.rank import effective_rank
+from pretraining import failures, logs
+from pretraining.health import collapse, health
+from pretraining.meters import Meters
 
 
 def loss_of(K, temp=0.04):
@@ -15,7 +19,7 @@ def loss_of(K, temp=0.04):
 def test_health_against_the_definitions():
     torch.manual_seed(0)
     teacher, features = torch.randn(6, 16), torch.randn(6, 5)
-    seen = metrics.health(teacher, features, torch.tensor(3.0), loss_of(16, 0.5), 0)
+    seen = health(teacher, features, torch.tensor(3.0), loss_of(16, 0.5), 0)
     q = np.exp(teacher.double().numpy() / 0.5)
     q /= q.sum(1, keepdims=True)
     entropy = -(q * np.log(q)).sum(1).mean()
@@ -27,20 +31,20 @@ def test_health_against_the_definitions():
 
 
 def test_effective_rank_counts_equal_directions():
-    assert metrics.effective_rank(torch.eye(7)).item() == pytest.approx(7, rel=1e-3)
-    assert metrics.effective_rank(torch.ones(20, 9)).item() == pytest.approx(1, rel=1e-3)
+    assert effective_rank(torch.eye(7)).item() == pytest.approx(7, rel=1e-3)
+    assert effective_rank(torch.ones(20, 9)).item() == pytest.approx(1, rel=1e-3)
 
 
 def test_the_three_ways_of_a_teacher():
     K, n = 64, 32
-    uniform = metrics.health(torch.zeros(n, K), torch.randn(n, 4), torch.tensor(4.0), loss_of(K), 0)
+    uniform = health(torch.zeros(n, K), torch.randn(n, 4), torch.tensor(4.0), loss_of(K), 0)
     same = torch.nn.functional.one_hot(torch.zeros(n, dtype=torch.long), K).float()
-    one_hot = metrics.health(same * 10, torch.randn(n, 4), torch.tensor(4.0), loss_of(K), 0)
+    one_hot = health(same * 10, torch.randn(n, 4), torch.tensor(4.0), loss_of(K), 0)
     different = torch.nn.functional.one_hot(torch.arange(n), K).float()
-    healthy = metrics.health(different * 10, torch.randn(n, 4), torch.tensor(4.0), loss_of(K), 0)
+    healthy = health(different * 10, torch.randn(n, 4), torch.tensor(4.0), loss_of(K), 0)
 
     def verdict(h):
-        return metrics.collapse(h["entropy"].item(), math.log(K), h["prototypes_used"].item())
+        return collapse(h["entropy"].item(), math.log(K), h["prototypes_used"].item())
 
     assert "uniform" in verdict(uniform) and "--teacher_temp" in verdict(uniform)
     assert "one prototype" in verdict(one_hot) and "--teacher_temp" in verdict(one_hot)
@@ -48,27 +52,34 @@ def test_the_three_ways_of_a_teacher():
 
 
 def test_meters_average_and_go_round():
-    meters = metrics.Meters()
+    meters = Meters()
     for value in (1.0, 2.0, 6.0):
         meters.update(loss=torch.tensor(value), lr=0.5)
     meters.update(rank=4.0)
-    copy = metrics.Meters()
+    copy = Meters()
     copy.load_state_dict(meters.state_dict(), torch.device("cpu"))
     assert copy.means() == {"loss": 3.0, "lr": 0.5, "rank": 4.0}
 
 
-def test_watch_remembers_the_first_bad_step():
-    watch = metrics.FiniteWatch(torch.device("cpu"))
-    watch.update(4, torch.tensor(1.0), torch.ones(3))
-    watch.check("checkpoint.pth")
-    watch.update(5, torch.tensor(2.5), torch.tensor([1.0, math.inf]))
-    watch.update(6, torch.tensor(math.nan))
-    with pytest.raises(metrics.NonFinite, match=r"step 5: .*loss 2.5 by rank.*checkpoint.pth.*--lr"):
+def test_watch_remembers_the_first_bad_step(tmp_path):
+    network, optimizer = torch.nn.Linear(2, 2), SimpleNamespace()
+    watch = failures.Watch(network, network, loss_of(4), optimizer, np.full(9, 0.9), lambda step: [],
+                           {"steps_per_epoch": 5}, tmp_path / "failure.pt", torch.device("cpu"))
+    for step, loss, norms in ((4, 1.0, [1.0]), (5, 2.5, [1.0, math.inf]), (6, math.nan, [1.0])):
+        watch.begin(step)
+        watch.judge(torch.tensor(loss), torch.tensor(norms))
+        if step == 4:
+            watch.check("checkpoint.pth")
+            assert not optimizer.found_inf and not watch.beginnings
+    assert optimizer.found_inf
+    with pytest.raises(failures.NonFinite, match=r"step 5: .*loss 2.5 by rank.*checkpoint.pth.*--lr.*failure.pt"):
         watch.check("checkpoint.pth")
+    state = torch.load(tmp_path / "failure.pt", weights_only=True)
+    assert (state["step"], state["epoch"], state["rank"]) == (5, 1, 0)
 
 
 def test_lines_after_the_checkpoint_are_dropped(tmp_path):
     log = tmp_path / "log.txt"
     log.write_text('{"epoch": 0}\n{"epoch": 1}\n{"epoch": 2}\n{"epo')
-    metrics.drop_lines_from(log, "epoch", 2)
+    logs.drop_lines_from(log, "epoch", 2)
     assert log.read_text() == '{"epoch": 0}\n{"epoch": 1}\n'

@@ -1,0 +1,159 @@
+"""The state of a run: everything that a checkpoint holds, saved and resumed."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+import parallel
+from parallel import Refused
+from pretraining import sharding
+from pretraining.failures import Watch
+from pretraining.meters import Meters, averaged
+from utils import DINOLoss, MultiCropWrapper
+from weights import checkpoints
+
+# Flags that may change when a run is resumed: where it runs and what it shows, not what it computes.
+FREE_FLAGS = {
+    "data_path", "output_dir", "saveckp_freq", "saveckp_every_steps", "saveckp_every_minutes", "keep_checkpoints",
+    "eval_knn_every", "eval_data_path", "log_every", "pictures_every", "tensorboard", "wandb", "device",
+    "num_workers", "dist_url", "dist_timeout", "local_rank", "compile", "grad_checkpointing", "max_bad_images",
+    "init_from", "batch_size_per_gpu", "grad_accum_steps", "world_size", "replay", "max_pixels", "parallel",
+}
+
+NEEDED = {
+    "student", "teacher", "optimizer", "fp16_scaler", "dino_loss", "step", "precision", "args", "rng", "meters", "knn",
+}
+
+
+@dataclass
+class Run:
+    """What training changes. `settings` are the flags as plain values (see `plain_settings`)."""
+
+    student: MultiCropWrapper
+    teacher: MultiCropWrapper
+    dino_loss: DINOLoss
+    optimizer: torch.optim.Optimizer
+    device: torch.device
+    dtype: torch.dtype | None  # of autocast; None is float32 throughout
+    steps_per_epoch: int
+    settings: dict
+    folder: Path
+    keep_checkpoints: int = 0
+    make_backbone: Callable[[], nn.Module] | None = None  # where the networks are sharded: one to gather into
+    step: int = 0
+    meters: Meters = field(default_factory=Meters)  # of the current epoch
+    knn: dict[str, float] = field(default_factory=dict)  # latest figures, the baselines and the best
+    last_saved: str = "none"
+    watch: Watch | None = None
+
+    def __post_init__(self) -> None:
+        self.set_precision(self.dtype)
+
+    def set_precision(self, dtype: torch.dtype | None) -> None:
+        self.dtype = dtype
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
+
+    @property
+    def epoch(self) -> int:
+        return self.step // self.steps_per_epoch
+
+    def teacher_backbone(self) -> nn.Module:
+        """The teacher's backbone, whole on every process; every process calls it."""
+        if not self.make_backbone:
+            return self.teacher.backbone
+        return sharding.unsharded(self.teacher.backbone, self.make_backbone).to(self.device)
+
+    def state(self) -> dict:
+        """What a checkpoint holds; every process calls it, and rank 0 has it whole."""
+        keep = parallel.is_main()
+        return {
+            "student": sharding.whole(self.student.state_dict(), keep),
+            "teacher": sharding.whole(self.teacher.state_dict(), keep),
+            "optimizer": sharding.whole(self.optimizer.state_dict(), keep),
+            "fp16_scaler": self.scaler.state_dict(),
+            "dino_loss": self.dino_loss.state_dict(),
+            "epoch": self.epoch,
+            "step": self.step,
+            "precision": str(self.dtype),
+            "args": self.settings,
+            "rng": parallel.gather_objects(checkpoints.rng_state(self.device)),
+            "meters": parallel.gather_objects(self.meters.state_dict()),
+            "knn": self.knn,
+            "best_checkpoint": checkpoints.BEST if "best" in self.knn else None,
+        }
+
+    def save(self, *names: str) -> None:
+        """Write the state under each name, in this order; every process calls it, rank 0 writes.
+
+        A state that a non-finite step has spoilt is never saved: `watch` ends the run instead.
+        """
+        if self.watch:
+            self.watch.check(self.last_saved)
+        state = self.state()
+        for name in names:
+            if parallel.is_main():
+                checkpoints.save(state, self.folder / name)
+        if parallel.is_main() and self.keep_checkpoints:
+            checkpoints.remove_numbered(self.folder, keep=self.keep_checkpoints)
+        self.last_saved = names[-1]
+        parallel.barrier()
+
+    def check_resumable(self, state: Mapping, path: Path) -> None:
+        """Refuses a checkpoint that this run can't continue."""
+        if not NEEDED <= state.keys():
+            raise Refused(f"--output_dir {path.parent}: {path.name} there lacks what a resume needs; to start from its "
+                          f"weights, give --init_from {path} and another folder")
+        changed = [f"{k} {state['args'].get(k)} -> {v}" for k, v in self.settings.items()
+                   if k not in FREE_FLAGS and state["args"].get(k) != v]
+        if changed:
+            raise Refused(f"--output_dir {path.parent}: {path.name} there belongs to a run with different "
+                          f"hyperparameters ({', '.join(changed)}); choose another folder, or the same flags to resume")
+
+    def resume(self, state: Mapping, path: Path) -> None:
+        """Continue where a checkpoint stands; see `check_resumable`."""
+        sharding.load(self.student, state["student"])
+        sharding.load(self.teacher, state["teacher"])
+        sharding.load_optimizer(self.optimizer, state["optimizer"])
+        self.dino_loss.load_state_dict(state["dino_loss"])
+        if self.settings["precision"] == "auto":  # another machine might choose another one
+            self.set_precision(dtype_named(state["precision"]))
+        self.scaler.load_state_dict(state["fp16_scaler"])
+        self.knn, self.step, self.last_saved = dict(state["knn"]), state["step"], path.name
+        if len(state["rng"]) == parallel.world_size():
+            checkpoints.set_rng_state(state["rng"][parallel.rank()], self.device)
+            self.meters.load_state_dict(state["meters"][parallel.rank()], self.device)
+        else:
+            seed_everything(self.settings["seed"] + self.step + parallel.rank())
+            self.meters.load_state_dict(averaged(state["meters"]), self.device)
+            parallel.say(f"{len(state['rng'])} -> {parallel.world_size()} processes: equal up to rounding, not to the "
+                         "bit, and stochastic depth draws other numbers")
+
+
+def plain_settings(flags: Mapping, n_images: int) -> dict:
+    """The flags as a checkpoint stores them, with what they mean for the images of a step."""
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in flags.items()} | {
+        "images": n_images,
+        "world_size": parallel.world_size(),
+        "global_batch": flags["batch_size_per_gpu"] * flags["grad_accum_steps"] * parallel.world_size(),
+    }
+
+
+def dtype_named(name: str) -> torch.dtype | None:
+    """The dtype, or None, whose `str` is `name`."""
+    return None if name == "None" else getattr(torch, name.removeprefix("torch."))
+
+
+def seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
