@@ -1,4 +1,4 @@
-"""Write docs/flags.md, every flag of every script once, from the parsers themselves.
+"""Write docs/flags.md, the reference of all flags, from the parsers of the scripts.
 
     python docs/make_flags.py
 """
@@ -9,22 +9,30 @@ import argparse
 import importlib
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "docs" / "flags.md"
 FIRST = "main_dino.py"
-SHARED = 3  # scripts that have a flag with the same words and default, for it to be listed with the shared ones
+SHARED = 3  # a flag that this many scripts have, with the same default and help, is listed once, as a shared flag
+UNTITLED = ("options", "positional arguments")  # argparse's own groups
 
-HEAD = """# Every flag
+HEAD = """# All flags
 
-Written by `python docs/make_flags.py` from the scripts' parsers; `SCRIPT --help` says the same. `@FILE` in place of
-flags reads them from a file, such as those in `presets/`; the later of two equal flags counts.
+`python docs/make_flags.py` generates this page from the scripts; `SCRIPT --help` prints the same. `@FILE` reads flags
+from a file, such as those in `presets/`. If a flag is given twice, the later value counts.
 
-## Flags that several scripts share
+## Flags shared by several scripts
+"""
 
-""".splitlines()
 
-Key = tuple[str, str, str]  # names, default, help
+class Flag(NamedTuple):
+    name: str
+    default: str
+    help: str
+
+
+Groups = dict[Flag, str]  # each flag of a script, in the order of --help, and the title of its group
 
 
 def parsers() -> dict[str, argparse.ArgumentParser]:
@@ -35,25 +43,27 @@ def parsers() -> dict[str, argparse.ArgumentParser]:
     return {name: importlib.import_module(name.removesuffix(".py")).get_args_parser() for name in names}
 
 
-def flags_of(parser: argparse.ArgumentParser) -> list[Key]:
-    actions = [a for a in parser._actions if not isinstance(a, argparse._HelpAction)]
-    return [(named(a), default(a), (a.help or "").replace("%%", "%")) for a in actions]
+def flags_of(parser: argparse.ArgumentParser) -> Groups:
+    return {Flag(named(action), default(action), (action.help or "").replace("%%", "%")):
+            "" if group.title in UNTITLED else group.title
+            for group in parser._action_groups for action in group._group_actions
+            if not isinstance(action, argparse._HelpAction)}
 
 
 def named(action: argparse.Action) -> str:
-    """`--flag VALUE`, its choices in place of VALUE where there are any."""
+    """`--flag`, and its choices if it has any."""
     names = " ".join(action.option_strings) or str(action.metavar)
     if action.nargs == 0 or not action.option_strings:
         return f"`{names}`"
-    value = "\\|".join(map(str, action.choices)) if action.choices else ""
-    many = {"+": " ...", "*": " ..."}.get(action.nargs, "") if isinstance(action.nargs, str) else ""
-    return f"`{names}`{many}" + (f" {value}" if value else "")
+    many = " ..." if action.nargs in ("+", "*") else ""
+    choices = "\\|".join(map(str, action.choices)) if action.choices else ""
+    return f"`{names}`{many}" + (f" {choices}" if choices else "")
 
 
 def default(action: argparse.Action) -> str:
     value = action.default
     if action.required or not action.option_strings:
-        return "must be given"
+        return "required"
     if action.nargs == 0:
         return "off"
     if value is None or value == "" or value == []:
@@ -63,27 +73,34 @@ def default(action: argparse.Action) -> str:
     return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
-def table(flags: list[Key]) -> list[str]:
-    rows = [f"| {name} | {value} | {text} |" for name, value, text in flags]
-    return ["| flag | default | what it is |", "|---|---|---|", *rows, ""]
+def tables(flags: Groups) -> list[str]:
+    """One table per group, under its title."""
+    lines = []
+    for title in dict.fromkeys(flags.values()):
+        lines += [f"**{title[:1].upper()}{title[1:]}**", ""] if title else []
+        lines += ["| flag | default | description |", "|---|---|---|"]
+        lines += [f"| {flag.name} | {flag.default} | {flag.help} |" for flag in flags if flags[flag] == title]
+        lines += [""]
+    return lines
 
 
 def page() -> str:
-    found = {script: flags_of(parser) for script, parser in parsers().items()}
-    # A script whose flags include all those of the training script only adds to it.
-    added = {s: [f for f in flags if f not in found[FIRST]] if s != FIRST and set(found[FIRST]) <= set(flags) else None
-             for s, flags in found.items()}
-    own = [flags for script, flags in found.items() if added[script] is None]
-    shared = [f for f in dict.fromkeys(f for flags in own for f in flags) if sum(f in flags for flags in own) >= SHARED]
-    lines = [*HEAD, *table(shared)]
-    for script, flags in found.items():
+    scripts = {script: flags_of(parser) for script, parser in parsers().items()}
+    # A script that has every flag of the training script extends it: only what it adds is listed.
+    extends = {script for script, flags in scripts.items() if script != FIRST and scripts[FIRST].keys() <= flags.keys()}
+    own = [flags for script, flags in scripts.items() if script not in extends]
+    every = {flag: group for flags in reversed(own) for flag, group in flags.items()}  # the group in the first script
+    shared = {flag: every[flag] for flag in dict.fromkeys(flag for flags in own for flag in flags)
+              if sum(flag in flags for flags in own) >= SHARED}
+    lines = [HEAD, *tables(shared)]
+    for script, flags in scripts.items():
         lines += [f"## {script}", ""]
-        if added[script] is not None:
-            lines += [f"Those of {FIRST}, and:", "", *table(added[script])]
-            continue
-        common = [name.split("`")[1].split()[0] for name, *_ in (f for f in flags if f in shared)]
-        lines += table([f for f in flags if f not in shared])
-        lines += [f"And, as above: {', '.join(f'`{name}`' for name in common)}.", ""] if common else []
+        if script in extends:
+            lines += [f"All flags of {FIRST}, and:", ""]
+        hidden = scripts[FIRST] if script in extends else shared
+        lines += tables({flag: group for flag, group in flags.items() if flag not in hidden})
+        names = [flag.name.split("`")[1].split()[0] for flag in flags if flag in shared and script not in extends]
+        lines += [f"Shared flags: {', '.join(f'`{name}`' for name in names)}.", ""] if names else []
     return "\n".join(lines).rstrip() + "\n"
 
 

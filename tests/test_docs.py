@@ -1,4 +1,4 @@
-"""What the documentation says: its commands are taken by the scripts, the quick ones run, and its pages are current."""
+"""The documentation: scripts accept its commands, the fast ones run, links and names exist, flags.md is current."""
 
 import importlib
 import importlib.util
@@ -19,16 +19,16 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 PRESETS = sorted((ROOT / "presets").glob("*.txt"))
 SCRIPTS = sorted(ROOT.glob("*.py"))
 
-# Documented commands that are not run here, by a word that is in them; the first that fits counts.
+# Documented commands that are not run here: a word of the command, and why. The first match counts.
 NOT_RUN = {
-    "torchrun": "needs several GPUs; its flags are checked, tests/test_distributed.py runs two processes",
+    "torchrun": "needs several GPUs; tests/pretraining/test_distributed.py runs two processes",
     "srun": "needs Slurm",
     "run_with_submitit.py": "needs Slurm; tests/test_submitit.py",
-    "pytest": "is what runs this test",
-    "ruff": "lint, which CI runs",
+    "pytest": "runs this test",
+    "ruff": "CI runs it",
     "venv": "needs the network",
     "pip": "needs the network",
-    "benchmarks/": "measures for minutes",
+    "benchmarks/": "takes minutes",
     "docs/make_flags.py": "test_the_page_of_flags_is_current",
     "--format onnx": "needs optional packages; tests/test_export.py",
     "DAVIS": "needs the data set; tests/test_video_segmentation.py",
@@ -37,12 +37,12 @@ NOT_RUN = {
     "imagenette128": "needs the data set",
     "cifar10/train": "needs the data set",
     "torchvision:": "needs the data set",
-    ".tar": "needs shards; tests/test_shards.py",
+    ".tar": "needs shards; tests/imagesets/test_shards.py",
     "hf:": "needs the data set",
     "pipe:": "needs the data set",
 }
 
-# Flags that make a documented command quick, after its own: the last of two counts.
+# Flags that make a documented command fast. They are appended, and the last value of a flag counts.
 NETWORK = "--device cpu --num_workers 0"
 QUICK = {
     "main_dino.py": f"{NETWORK} --arch vit_nano --patch_size 8 --steps 2 --warmup_epochs 0 --precision fp32 "
@@ -57,24 +57,24 @@ QUICK = {
 
 
 def fenced(text: str) -> list[str]:
-    """Lines of the bash blocks, those that end with a backslash joined to the next."""
+    """Lines of the bash blocks; a line that ends with a backslash is joined with the next."""
     blocks = re.findall(r"^```bash\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
     return [line for block in blocks for line in block.replace("\\\n", " ").splitlines() if line.strip()]
 
 
 def commands(line: str) -> list[list[str]]:
-    """`a && b  # why` -> the words of a, the words of b; settings of variables before a command are left out."""
-    words, found = shlex.split(line, comments=True), [[]]
-    for word in words:
+    """`X=1 a && b  # why` -> [words of a, words of b]; variables set before a command are dropped."""
+    split = [[]]
+    for word in shlex.split(line, comments=True):
         if word in ("&&", ";", "|"):
-            found.append([])
-        elif found[-1] or not re.fullmatch(r"[A-Z_]+=.*", word):
-            found[-1].append(word)
-    return [command for command in found if command]
+            split.append([])
+        elif split[-1] or not re.fullmatch(r"[A-Z_]+=.*", word):
+            split[-1].append(word)
+    return [command for command in split if command]
 
 
 def documented() -> list[tuple[str, list[str]]]:
-    """(where, words) of every command on the pages, in the presets' headers and in the scripts' docstrings."""
+    """(file name, words) of every command on the pages, in the headers of presets and in the docstrings of scripts."""
     lines = [(page.name, line) for page in PAGES for line in fenced(page.read_text())]
     for preset in PRESETS:
         lines += [(preset.name, line) for line in re.findall(r"^#   (\w.*)", preset.read_text(), re.MULTILINE)]
@@ -85,7 +85,7 @@ def documented() -> list[tuple[str, list[str]]]:
 
 
 def script_and_flags(words: list[str]) -> tuple[str, list[str]] | None:
-    """The Python script that a command starts, and the words after it; None when it starts none."""
+    """The Python script that a command starts, and the words after it; None if it starts none."""
     if words[0] not in ("python", "python3", "torchrun", "srun"):
         return None
     at = next((i for i, word in enumerate(words) if word.endswith(".py")), None)
@@ -97,7 +97,7 @@ def with_presets(flags: list[str]) -> list[str]:
 
 
 def load(script: str):
-    """The module of a script in any folder, under a name of its own: benchmarks/knn.py is not knn.py."""
+    """The module of a script, under a name of its own: benchmarks/model.py is not another `model`."""
     spec = importlib.util.spec_from_file_location("documented_" + script.replace("/", "_")[:-3], ROOT / script)
     module = importlib.util.module_from_spec(spec)
     with pytest.MonkeyPatch.context() as patch:
@@ -119,20 +119,20 @@ def test_commands_are_found():
 
 
 @pytest.mark.parametrize("where, words", DOCUMENTED, ids=lambda x: x if isinstance(x, str) else " ".join(x)[:60])
-def test_every_documented_command_is_one_that_its_script_takes(where, words, capsys):
-    found = script_and_flags(words)
-    if found is None:
+def test_every_documented_command_is_accepted_by_its_script(where, words, capsys):
+    command = script_and_flags(words)
+    if command is None:
         assert words[0] in ("python", "python3", "pip", ".", "git", "cd", "export", "ruff", "pytest", "sbatch"), words
         for file in re.findall(r"requirements\S*", " ".join(words)):
             assert (ROOT / file).is_file(), file
         return
-    script, flags = found
+    script, flags = command
     assert (ROOT / script).is_file(), f"{where}: there is no {script}"
     if "\ndef get_args_parser(" not in (ROOT / script).read_text():
         return
     parser = load(script).get_args_parser()
     given = with_presets([flag for flag in flags if flag not in ("...", "[...]")])
-    if len(given) < len(flags):  # a part is left out: what is there must be known
+    if len(given) < len(flags):  # abbreviated: check only that the flags exist
         assert {flag for flag in given if flag.startswith("--")} <= set(parser._option_string_actions), words
         return
     try:
@@ -143,7 +143,7 @@ def test_every_documented_command_is_one_that_its_script_takes(where, words, cap
 
 @pytest.fixture(scope="module")
 def playground(tmp_path_factory):
-    """A folder with the pictures that the pages call /path/to/images."""
+    """A working folder with the images that the pages call /path/to/images."""
     folder = tmp_path_factory.mktemp("reader")
     for i in range(12):
         for part in ("images/a", "images/b"):
@@ -153,7 +153,7 @@ def playground(tmp_path_factory):
 
 
 def quick(script: str, flags: list[str], folder: Path) -> list[str]:
-    """The command's flags, with its data made small and what QUICK says."""
+    """The flags of a documented command, with small data and the flags of QUICK."""
     smaller = [re.sub(r"^shapes:\d+x(\d+)$", "shapes:200x32", flag) for flag in flags]
     smaller = [flag.replace("/path/to/images", str(folder / "images")) for flag in smaller]
     data = ["--data_path", "shapes:200x32"] if script == "main_dino.py" and "--data_path" not in smaller else []
@@ -161,32 +161,32 @@ def quick(script: str, flags: list[str], folder: Path) -> list[str]:
 
 
 def test_readme_runs_from_its_first_command_to_its_last(playground, monkeypatch, capsys):
-    """In this process, in the order of the page and in one folder: what a command writes the next ones read."""
+    """In this process, in the order of the page and in one folder: later commands read what earlier ones write."""
     monkeypatch.chdir(playground)
-    ran, left = [], []
+    ran, skipped = [], []
     for where, words in DOCUMENTED:
-        found = script_and_flags(words)
+        command = script_and_flags(words)
         if where != "README.md" or words[0] == ".":
             continue
         reason = next((why for word, why in NOT_RUN.items() if word in " ".join(words)), None)
         if reason:
-            left.append((words, reason))
+            skipped.append((words, reason))
             continue
-        assert found, f"{' '.join(words)}: neither a script nor in NOT_RUN"
-        module = importlib.import_module(found[0].removesuffix(".py"))
-        args = module.get_args_parser().parse_args(quick(*found, playground))
+        assert command, f"{' '.join(words)}: neither a script nor in NOT_RUN"
+        module = importlib.import_module(command[0].removesuffix(".py"))
+        args = module.get_args_parser().parse_args(quick(*command, playground))
         assert module.main(args) in (0, None), (words, capsys.readouterr().err)
-        ran.append(found[0])
+        ran.append(command[0])
     assert len(ran) >= 10 and ran[0] == "main_dino.py", ran
     written = {str(p.relative_to(playground)) for p in playground.rglob("*") if "images" not in p.parts}
     assert {"output/shapes/checkpoint.pth", "output/shapes/curves.png", "output/shapes/attention.png",
             "output/images.npy", "output/neighbours.png", "output/curves.png",
             "output/backbone.safetensors"} <= written  # fmt: skip
-    print(f"{len(ran)} run; not run:", *(f"{' '.join(words)[:70]}: {why}" for words, why in left), sep="\n  ")
+    print(f"{len(ran)} run; not run:", *(f"{' '.join(words)[:70]}: {why}" for words, why in skipped), sep="\n  ")
 
 
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda p: p.stem)
-def test_presets_make_a_valid_run_and_say_what_they_cost_and_reach(preset):
+def test_presets_are_valid_and_state_their_accuracy_and_command(preset):
     import main_dino
 
     args = main_dino.get_args_parser().parse_args([f"@{preset}"])
@@ -216,14 +216,34 @@ def test_every_room_is_in_the_readme():
     assert all((ROOT / name).exists() for name in re.findall(r"`([\w/]+(?:\.py|/))`", table))
 
 
-def test_how_it_works_names_functions_that_are_there():
+def test_how_it_works_names_functions_that_exist():
     for file, name in re.findall(r"`([\w/]+\.py):([\w.]+)`", (ROOT / "docs" / "how_it_works.md").read_text()):
-        found = importlib.import_module(file.removesuffix(".py").replace("/", "."))
+        value = importlib.import_module(file.removesuffix(".py").replace("/", "."))
         for part in name.split("."):
-            found = getattr(found, part)
+            value = getattr(value, part)
+
+
+def test_reliability_names_tests_that_exist():
+    """`file.py::test_name`, or `file.py::start_of_its_name_…`."""
+    names = re.findall(r"`([\w/]+\.py)(?:::(\w+)(…?))?`", (ROOT / "docs" / "reliability.md").read_text())
+    names = [name for name in names if "test_" in name[0]]
+    assert len(names) > 15
+    for file, name, abbreviated in names:
+        text = (ROOT / "tests" / file).read_text()
+        assert re.search(rf"^def {name}" + ("" if abbreviated else r"\(") if name else "", text, re.M), (file, name)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_tables_have_no_empty_cells(page):
+    """The first header may be empty, and so may remarks and the default of a flag."""
+    for line in page.read_text().splitlines():
+        if re.search(r"\|\s*\|", line) and page.name not in ("flags.md", "data.md"):
+            assert re.match(r"\|\s*\|", line) and not re.search(r"\|\s*\|", line[1:]), line
 
 
 def test_first_screen_of_the_readme_is_short():
-    head = (ROOT / "README.md").read_text().split("\n## ")[0].splitlines()
-    assert len(head) < 30
-    assert any(line.startswith("<img ") for line in head) and any("@presets" in line for line in head)
+    """A figure, how to install, the first command with its output, and results, before anything else."""
+    head = (ROOT / "README.md").read_text().split("\n## Your own images")[0]
+    assert len(head.split("\n## ")[0].splitlines()) < 20 and len(head.splitlines()) < 80
+    positions = [head.index(part) for part in ("<img ", "pip install -r", "@presets", "```text", "images/s |")]
+    assert positions == sorted(positions)
