@@ -17,9 +17,12 @@ from conftest import ROOT
 from PIL import Image
 
 from imagesets import packages, shapes, sources
-from imagesets.decode import from_pil
+from imagesets.bad_images import BadImages, TooManyBadImages, Unreadable
+from imagesets.decode import Undecodable, from_pil
 from imagesets.listing import Texts, pack
-from imagesets.loaders import BadImages, GlobalBatches, MultiCrop, batches, on_device, open_images
+from imagesets.loaders import GlobalBatches, MultiCrop, batches, on_device
+from imagesets.sources import open_images
+from parallel import Refused
 from protocols.transforms import EvalImages
 
 
@@ -74,7 +77,7 @@ class Noise:
 
     def load(self, i, reduction=None):
         if i in self.bad:
-            raise ValueError(f"noise/{i}: it is broken")
+            raise Undecodable(f"noise/{i}: it is broken")
         return torch.from_numpy(np.random.default_rng(i).integers(256, size=(3, 5, 6), dtype=np.uint8))
 
 
@@ -168,7 +171,7 @@ def test_links(tmp_path):
     images = open_images(folder)
     assert tails(images, folder) == ["b.png", "broken.png", "linked/a.png"]
     assert images.load(0)[0, 0, 0] == 9
-    with pytest.raises(ValueError, match="broken.png: No such file"):
+    with pytest.raises(Undecodable, match="broken.png: No such file"):
         images.load(1)
 
 
@@ -209,7 +212,7 @@ def test_channels(tmp_path):
     images = open_images(tmp_path, in_chans=5)
     assert tails(images, tmp_path) == ["b.npy"] and (images.load(0) == 17).all()
     images = open_images(tmp_path, max_pixels=4)
-    with pytest.raises(ValueError, match="a.png: .*limit"):
+    with pytest.raises(Undecodable, match="a.png: .*limit"):
         images.load(0)
 
 
@@ -232,7 +235,7 @@ def test_list(tmp_path):
     images = open_images(listing)
     assert len(images) == 3 and images.labels is None and images.name(1) == str(outside)
     assert [int(images.load(i)[0, 0, 0]) for i in (0, 1)] == [1, 2]
-    with pytest.raises(ValueError, match="none.png: No such file"):
+    with pytest.raises(Undecodable, match="none.png: No such file"):
         images.load(2)
 
 
@@ -346,7 +349,7 @@ def test_torchvision_splits_and_download(tmp_path, fake):
 
 
 def test_torchvision_offline(tmp_path, fake):
-    with pytest.raises(OSError, match=r"--data_path .*Fake.*no network>; give the folder .*torchvision:Fake:FOLDER$"):
+    with pytest.raises(Refused, match=r"--data_path .*Fake.*no network>; give the folder .*torchvision:Fake:FOLDER$"):
         open_images(f"torchvision:Fake:{tmp_path}/offline", "val")
     assert fake.calls == [("test", False), ("test", True)]
 
@@ -379,7 +382,7 @@ def test_torchvision_without_root_or_labels(monkeypatch):
         ("mixed.txt", None, 3, "some lines have a label"),
         ("tabs.txt", None, 3, "some lines have a label"),
         ("elsewhere.txt", None, 3, "'none.png' isn't there; paths are relative"),
-        ("good.txt", "val", 3, "a list of its own"),
+        ("good.txt", "val", 3, "a list of their own"),
         ("shapes:0", None, 3, "shapes:COUNT"),
         ("shapes:", None, 3, "shapes:COUNT"),
         ("shapes:10x4", None, 3, "shapes:COUNT"),
@@ -389,11 +392,11 @@ def test_torchvision_without_root_or_labels(monkeypatch):
         ("shapes:10x10x3", None, 3, "shapes:COUNT"),
         ("shapes:10", None, 2, "--in_chans 2"),
         ("shape", None, 3, "no folder or .txt list"),
-        ("torchvision:CIFAR", None, 3, "near names: .*CIFAR10"),
-        ("torchvision:cifar10", None, 3, "near names: CIFAR10"),
-        ("torchvision:xyzzy", None, 3, "near names: CIFAR10"),
-        ("torchvision:", None, 3, "near names"),
-        ("torchvision", None, 3, "near names"),
+        ("torchvision:CIFAR", None, 3, "similar names: .*CIFAR10"),
+        ("torchvision:cifar10", None, 3, "similar names: CIFAR10"),
+        ("torchvision:xyzzy", None, 3, "similar names: CIFAR10"),
+        ("torchvision:", None, 3, "similar names"),
+        ("torchvision", None, 3, "similar names"),
         ("torchvision:CIFAR10", None, 5, "--in_chans 5"),
         ("torchvision:EuroSAT", "val", 3, "no splits"),
         ("torchvision:DatasetFolder", None, 3, "missing"),
@@ -411,7 +414,7 @@ def test_errors_are_one_line_with_flag_value_and_remedy(tmp_path, monkeypatch, d
     for name, text in (lists | {"elsewhere": "none.png\n", "good": "picture.png\n"}).items():
         (tmp_path / f"{name}.txt").write_text(text)
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises((ValueError, OSError)) as error:
+    with pytest.raises(Refused) as error:
         open_images(data_path, split, in_chans, flag="--eval_data_path")
     line = str(error.value)
     assert re.search(message, line) and f"--eval_data_path {data_path!r}" in line and "\n" not in line
@@ -434,7 +437,7 @@ def test_unreadable_folder(tmp_path, monkeypatch):
         return real(path)
 
     monkeypatch.setattr(os, "scandir", scandir)
-    with pytest.raises(OSError, match=f"^--data_path '{tmp_path}': '{tmp_path}/b': Permission denied; make it"):
+    with pytest.raises(Refused, match=f"^--data_path '{tmp_path}': '{tmp_path}/b': Permission denied; make it"):
         open_images(str(tmp_path))
 
 
@@ -493,10 +496,10 @@ def test_sampler_order_is_uniform():
 
 
 def test_sampler_errors():
-    with pytest.raises(ValueError, match="^--batch_size_per_gpu 8 times 2 process.* lower it to 7 or"):
+    with pytest.raises(Refused, match="^--batch_size_per_gpu 8 times 2 process.* lower it to 7 or"):
         GlobalBatches(15, 8, 0, world_size=2)
     for per_epoch in (0, 4):
-        with pytest.raises(ValueError, match="batches an epoch: 15 images make 1 to 3"):
+        with pytest.raises(ValueError, match="batches per epoch: 15 images make 1 to 3"):
             GlobalBatches(15, 5, 0, batches_per_epoch=per_epoch)
 
 
@@ -584,19 +587,36 @@ def test_bad_images_are_replaced():
 
 
 def test_a_hundred_bad_images_in_a_row():
-    with pytest.raises(RuntimeError, match="100 images in a row .* The last: noise/.: it is broken"):
+    with pytest.raises(Unreadable, match="100 images in a row .* The last: noise/.: it is broken"):
         MultiCrop(Noise(3, bad=range(3)), Crops(), 0)[0, 1]
 
 
-def test_errors_of_the_augmentation_are_not_taken_for_bad_images():
-    class Wrong:
-        reduction = None
+def bug(*_):
+    raise ValueError("operands could not be broadcast")
 
-        def cut(self, image, rng):
-            raise ValueError("a mistake in here")
 
-    with pytest.raises(ValueError, match="a mistake in here"):
-        MultiCrop(Noise(3), Wrong(), 0)[0, 0]
+@pytest.mark.parametrize("name", ["cut", "reduction"])
+def test_a_bug_in_the_augmentation_is_not_a_bad_image(tmp_path, name):
+    Image.new("RGB", (6, 4)).save(tmp_path / "a.jpg")
+    augmentation = Crops()
+    setattr(augmentation, name, bug)
+    with pytest.raises(ValueError, match="^operands could not be broadcast$"):
+        MultiCrop(open_images(tmp_path), augmentation, 0)[0, 0]
+
+
+def test_a_bug_in_loading_is_not_a_bad_image(monkeypatch):
+    images = Noise(3)
+    monkeypatch.setattr(images, "load", bug)
+    with pytest.raises(ValueError, match="^operands could not be broadcast$"):
+        MultiCrop(images, Crops(), 0)[0, 0]
+
+
+@pytest.mark.parametrize("name", ["images_below", "suffixes"])
+def test_a_bug_in_opening_is_not_bad_input(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(sources, name, bug)
+    with pytest.raises(ValueError, match="^operands could not be broadcast$") as error:
+        open_images(write(tmp_path / "a.png").parent)
+    assert not isinstance(error.value, Refused)
 
 
 def test_odd_files_of_a_folder_in_batches(tmp_path):
@@ -604,7 +624,7 @@ def test_odd_files_of_a_folder_in_batches(tmp_path):
         write(tmp_path / f"{i}.png", i)
     (tmp_path / "broken.jpg").write_bytes(b"rubbish")
     for batch in batches(open_images(tmp_path), Crops(), 7, 1, seed=0, last_batch=3):
-        assert set(batch["bad"]) == {(str(tmp_path / "broken.jpg"), "not a picture that Pillow can read")}
+        assert set(batch["bad"]) == {(str(tmp_path / "broken.jpg"), "not an image that Pillow can read")}
 
 
 # ---- To the device ----
@@ -655,7 +675,8 @@ CROPS = """
 import os, signal
 from multiprocessing import active_children
 import torch
-from imagesets.loaders import batches, open_images
+from imagesets.loaders import batches
+from imagesets.sources import open_images
 class Crops:
     reduction = None
 
@@ -733,9 +754,10 @@ def test_limit_of_bad_images(n, share, limit):
     bad.add([(str(i), "why") for i in range(limit)])
     bad.add([("0", "why")] * min(limit, 1))  # the same one again
     assert bad.limit == limit == len(bad.reasons)
-    with pytest.raises(RuntimeError, match=f"^{limit + 1} of {n} images .*--max_bad_images {share:g} .*one: too much"):
+    line = f"^{limit + 1} of {n} images .*--max_bad_images {share:g} .*one: too much"
+    with pytest.raises(TooManyBadImages, match=line):
         bad.add([("one", "too much")])
-    with pytest.raises(RuntimeError, match="one: too much"):
+    with pytest.raises(TooManyBadImages, match="one: too much"):
         bad.add([])
 
 
@@ -750,7 +772,7 @@ def test_first_ten_bad_images_are_printed_once(capsys):
 
 @pytest.mark.parametrize("share", [-0.1, 1.5, float("nan")])
 def test_bad_share(share):
-    with pytest.raises(ValueError, match="--max_bad_images"):
+    with pytest.raises(Refused, match="--max_bad_images"):
         BadImages(10, share)
 
 
@@ -806,5 +828,5 @@ def test_evaluation_of_other_channels():
 def test_evaluation_errors():
     with pytest.raises(ValueError, match="resized to 32 pixels can't be cropped to 33"):
         EvalImages(Photos(9, 9), 32, 33, [0.5] * 3, [0.5] * 3)
-    with pytest.raises(ValueError, match="noise/1: it is broken"):
+    with pytest.raises(Undecodable, match="noise/1: it is broken"):
         EvalImages(Noise(2, bad=[1]), 32, 32, [0.5] * 3, [0.5] * 3)[1]
