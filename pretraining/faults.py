@@ -32,8 +32,9 @@ class Requests:
         self.stop = False
         self.saved = self.talked = time.monotonic()
         self.step = self.next_step = 0
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, self.ask)
+        for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
+            if hasattr(signal, name):  # Windows has no SIGUSR1
+                signal.signal(getattr(signal, name), self.ask)
 
     def ask(self, number: int, frame) -> None:
         if self.stop and number == signal.SIGINT:  # an exception could be swallowed by whatever it interrupts
