@@ -338,7 +338,7 @@ def _check(crops: Tensor, params: Tensor, mean: Sequence[float], std: Sequence[f
         want = (len(crops), len(COLUMNS))
         raise ValueError(f"params must be {want} on the CPU, not {tuple(params.shape)} on {params.device}")
     if not len(mean) == len(std) == crops.shape[1]:
-        raise ValueError(f"--mean and --std need one number for each of {crops.shape[1]} channels: {mean}, {std}")
+        raise ValueError(f"mean and std need one number for each of {crops.shape[1]} channels: {mean}, {std}")
     orders = params[:, ORDER]
     if len(orders) and not -1 <= orders.min() <= orders.max() < math.factorial(4):
         raise ValueError(f"the order of the jitter must be -1 to 23, not {orders.min():g} to {orders.max():g}")

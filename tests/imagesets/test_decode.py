@@ -20,8 +20,8 @@ GREY = RGB[..., 0].copy()
 DEEP = RNG.integers(65536, size=(5, 7), dtype=np.uint16)
 
 
-def saved(path: Path, picture: Image.Image | np.ndarray, **options) -> Path:
-    (picture if isinstance(picture, Image.Image) else Image.fromarray(picture)).save(path, **options)
+def saved(path: Path, image: Image.Image | np.ndarray, **options) -> Path:
+    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(path, **options)
     return path
 
 
@@ -34,7 +34,7 @@ def pixels(source, in_chans: int = 3, **options) -> np.ndarray:
 
 
 def smooth(height: int = 48, width: int = 64) -> np.ndarray:
-    """A picture that JPEG keeps to a few levels."""
+    """An image that JPEG keeps to a few levels."""
     y, x = np.mgrid[:height, :width]
     return np.stack([x * 255 // width, y * 255 // height, 128 + 0 * x], -1).astype(np.uint8)
 
@@ -132,7 +132,7 @@ def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path):
     for path in (saved(tmp_path / "a.png", DEEP), saved(tmp_path / "a.tif", DEEP), tmp_path / "a.pgm"):
         assert (pixels(path, 1)[..., 0] == expected).all() and (pixels(path) == expected[..., None]).all()
         assert (pixels(path, 4)[..., :3] == expected[..., None]).all()
-    dark = np.full((5, 7), 694, np.uint16)  # all of the range is scaled, not what the picture uses of it
+    dark = np.full((5, 7), 694, np.uint16)  # all of the range is scaled, not what the image uses of it
     assert (pixels(saved(tmp_path / "dark.tif", dark)) == 3).all()
 
 
@@ -145,7 +145,7 @@ def test_sixteen_bit_colour_is_scaled(tmp_path):
         assert abs(pixels(tmp_path / name) - deep / 257).max() <= 1
 
 
-def test_pictures_that_state_no_white_are_stretched(tmp_path):
+def test_images_that_state_no_white_are_stretched(tmp_path):
     values = np.linspace(-3, 7, 35, dtype=np.float32).reshape(5, 7)
     expected = np.rint((values + 3) * 25.5)[..., None]
     whole = np.rint(values * 1e6).astype(np.int32)
@@ -241,7 +241,7 @@ def test_npy(tmp_path, channels, dtype):
         ).all()
 
 
-def test_npy_converts_like_a_picture(tmp_path):
+def test_npy_converts_like_an_image(tmp_path):
     np.save(tmp_path / "a.npy", RGB)
     assert (pixels(tmp_path / "a.npy", 1) == pixels(saved(tmp_path / "a.png", RGB), 1)).all()
 
@@ -340,7 +340,7 @@ def test_size_limit(tmp_path):
 
 @pytest.mark.parametrize("by", [1, 2, 4, 8])
 def test_jpeg_is_decoded_at_a_reduced_size(tmp_path, by):
-    """Near the full picture's averages over by x by pixels; turned by EXIF after that; other formats stay whole."""
+    """Near the full image's averages over by x by pixels; turned by EXIF after that; other formats stay whole."""
     rows, columns = np.mgrid[:160, :240]
     pixels = np.repeat((rows + columns)[..., None] // 2, 3, 2).astype(np.uint8)
     exif = Image.Exif()

@@ -62,7 +62,7 @@ class Crops:
 
 
 class Noise:
-    """n pictures of noise, of which some can't be decoded."""
+    """n images of noise; those in `bad` can't be decoded."""
 
     labels, classes = None, []
 
@@ -90,8 +90,8 @@ def classes_folder(tmp_path):
     for name in ("zebra", "Ant", "bee"):
         for file in ("b.png", "a.JPG", "deep/c.webp", "A.png"):
             write(tmp_path / name / file, i := i + 1)
-    (tmp_path / "bee" / "notes.txt").write_text("no picture")
-    (tmp_path / "README.md").write_text("no picture")
+    (tmp_path / "bee" / "notes.txt").write_text("no image")
+    (tmp_path / "README.md").write_text("no image")
     write(tmp_path / ".hidden" / "a.png")
     write(tmp_path / "bee" / ".a.png")
     return tmp_path
@@ -228,9 +228,9 @@ def test_paths_are_small():
 
 
 def test_list(tmp_path):
-    write(tmp_path / "pictures" / "b c.png", 1)
+    write(tmp_path / "images" / "b c.png", 1)
     outside = write(tmp_path / "outside" / "a.png", 2)
-    listing = tmp_path / "pictures" / "list.TXT"
+    listing = tmp_path / "images" / "list.TXT"
     listing.write_bytes(b"\xef\xbb\xbfb c.png\r\n\n" + os.fsencode(outside) + b"\n../outside/none.png")
     images = open_images(listing)
     assert len(images) == 3 and images.labels is None and images.name(1) == str(outside)
@@ -267,8 +267,8 @@ def test_relative_list(tmp_path, monkeypatch):
 def test_shapes():
     images = open_images("shapes:25x16")
     assert len(images) == 25 and images.classes == list(shapes.KINDS) and images.name(7) == "shapes[7]"
-    picture, label, _ = shapes.draw(7, 16)
-    assert (images.load(7).permute(1, 2, 0).numpy() == picture).all() and images.labels[7] == label
+    drawn, label, _ = shapes.draw(7, 16)
+    assert (images.load(7).permute(1, 2, 0).numpy() == drawn).all() and images.labels[7] == label
     assert open_images("shapes:5x8", in_chans=1).load(0).shape == (1, 8, 8)
     assert len(open_images("shapes")) == 10_000 and open_images("shapes:3").load(0).shape == (3, 96, 96)
 
@@ -287,8 +287,8 @@ def write_mnist(root: Path, train: int = 6, test: int = 4) -> None:
     raw = root / "MNIST" / "raw"
     raw.mkdir(parents=True)
     for part, n in (("train", train), ("t10k", test)):
-        pictures = np.arange(n * 784).astype(np.uint8)
-        (raw / f"{part}-images-idx3-ubyte").write_bytes(struct.pack(">IIII", 2051, n, 28, 28) + pictures.tobytes())
+        pixels = np.arange(n * 784).astype(np.uint8)
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(struct.pack(">IIII", 2051, n, 28, 28) + pixels.tobytes())
         (raw / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">II", 2049, n) + bytes(range(n)))
 
 
@@ -372,11 +372,11 @@ def test_torchvision_without_root_or_labels(monkeypatch):
     [
         ("nowhere", None, 3, "no folder or .txt list"),
         ("", None, 3, "no folder or .txt list"),
-        ("picture.png", None, 3, "no folder or .txt list"),
+        ("image.png", None, 3, "no folder or .txt list"),
         ("empty", None, 3, "no images .* give a folder that holds some"),
         ("texts", None, 3, "no images"),
-        ("pictures", None, 7, r"no images .*\(.npy, as --in_chans is 7\)"),
-        ("pictures", "val", 3, "no folder val or test"),
+        ("images", None, 7, r"no images .*\(.npy, as --in_chans is 7\)"),
+        ("images", "val", 3, "no folder val or test"),
         ("empty.txt", None, 3, "the list is empty"),
         ("blank.txt", None, 3, "the list is empty"),
         ("mixed.txt", None, 3, "some lines have a label"),
@@ -405,13 +405,13 @@ def test_torchvision_without_root_or_labels(monkeypatch):
 )
 def test_errors_are_one_line_with_flag_value_and_remedy(tmp_path, monkeypatch, data_path, split, in_chans, message):
     monkeypatch.chdir(tmp_path)
-    write(tmp_path / "picture.png")
-    write(tmp_path / "pictures" / "a.png")
+    write(tmp_path / "image.png")
+    write(tmp_path / "images" / "a.png")
     (tmp_path / "empty").mkdir()
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.txt").write_text("a")
-    lists = {"empty": "", "blank": "\n\r\n", "mixed": "picture.png\t1\npicture.png\n", "tabs": "picture.png\t1\t2\n"}
-    for name, text in (lists | {"elsewhere": "none.png\n", "good": "picture.png\n"}).items():
+    lists = {"empty": "", "blank": "\n\r\n", "mixed": "image.png\t1\nimage.png\n", "tabs": "image.png\t1\t2\n"}
+    for name, text in (lists | {"elsewhere": "none.png\n", "good": "image.png\n"}).items():
         (tmp_path / f"{name}.txt").write_text(text)
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(Refused) as error:
@@ -462,7 +462,7 @@ def test_every_image_once_an_epoch(n, batch, world):
     parts = [run_of(n, batch, world, rank, last=4 * per_epoch) for rank in range(world)]
     left_out, orders = set(), set()
     for epoch in range(4):
-        own = [key for part in parts for some in part[epoch * per_epoch : (epoch + 1) * per_epoch] for key in some]
+        own = [key for part in parts for keys in part[epoch * per_epoch : (epoch + 1) * per_epoch] for key in keys]
         assert {key[0] for key in own} == {epoch}
         indices = [index for _, index in own]
         assert len(set(indices)) == len(indices) == per_epoch * batch * world
@@ -780,21 +780,21 @@ def test_bad_share(share):
 
 
 class Photos:
-    """Smooth pictures with some detail, of a given size."""
+    """Smooth images with some detail, of a given size."""
 
     def __init__(self, height, width, channels=3):
         rng = np.random.default_rng(height * width)
         coarse = rng.integers(256, size=(height // 8 + 2, width // 8 + 2, 3), dtype=np.uint8)
-        picture = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
-        noisy = np.array(picture) + rng.normal(0, 8, (height, width, 3))
-        self.picture = Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
+        image = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+        noisy = np.array(image) + rng.normal(0, 8, (height, width, 3))
+        self.image = Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
         self.channels = channels
 
     def __len__(self):
         return 1
 
     def load(self, i, reduction=None):
-        return from_pil(self.picture, self.channels)
+        return from_pil(self.image, self.channels)
 
 
 @pytest.mark.parametrize("height, width", [(128, 128), (100, 301), (257, 90), (64, 65), (31, 400), (7, 5), (1, 1)])
@@ -806,7 +806,7 @@ def test_evaluation_is_pillows(height, width, size, crop):
     assert image.shape == (3, crop, crop) and image.dtype == torch.float32 and index == 0
     steps = [torchvision.transforms.Resize(size, torchvision.transforms.InterpolationMode.BICUBIC)]
     steps += [torchvision.transforms.CenterCrop(crop)]
-    expected = np.array(torchvision.transforms.Compose(steps)(photos.picture)).astype(int)
+    expected = np.array(torchvision.transforms.Compose(steps)(photos.image)).astype(int)
     levels = (image * torch.tensor(std).view(3, 1, 1) + torch.tensor(mean).view(3, 1, 1)) * 255
     difference = abs(levels.permute(1, 2, 0).numpy() - expected)
     assert difference.max() < 2.01 and difference.mean() < 0.3  # the order of the two passes may differ
@@ -815,7 +815,7 @@ def test_evaluation_is_pillows(height, width, size, crop):
 def test_evaluation_of_a_strip_takes_little_memory():
     for height, width in ((3, 60_000), (60_000, 3)):
         image, _ = EvalImages(Photos(height, width), 32, 24, [0.5] * 3, [0.5] * 3)[0]
-        middle = np.array(Photos(height, width).picture)[height // 2 - 1 : height // 2 + 2][:, width // 2 - 1 :][:, :3]
+        middle = np.array(Photos(height, width).image)[height // 2 - 1 : height // 2 + 2][:, width // 2 - 1 :][:, :3]
         assert image.shape == (3, 24, 24)
         assert abs((image.mean() * 127.5 + 127.5) - middle.mean()) < 25
 

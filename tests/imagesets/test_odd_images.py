@@ -1,4 +1,4 @@
-"""docs/data.md says what becomes of odd and broken files, and of a worker that dies: here that is tried."""
+"""Odd and broken files, and a worker that dies, have the outcome that docs/data.md states."""
 
 import csv
 import io
@@ -37,8 +37,8 @@ def table() -> dict[str, str]:
 
 
 def encoded(array, kind: str, mode: str | None = None, **options) -> bytes:
-    buffer, picture = io.BytesIO(), Image.fromarray(array)
-    (picture.convert(mode) if mode else picture).save(buffer, kind, **options)
+    buffer, image = io.BytesIO(), Image.fromarray(array)
+    (image.convert(mode) if mode else image).save(buffer, kind, **options)
     return buffer.getvalue()
 
 

@@ -1,4 +1,4 @@
-"""Shards and Hugging Face data sets give the very images and labels of the folder of the same files."""
+"""Shards and Hugging Face data sets give the same images and labels as a folder of the same files."""
 
 import io
 import json
@@ -33,9 +33,9 @@ def cache(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    """A folder of class folders: pictures of many kinds and sizes."""
-    folder, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+def class_folder(tmp_path_factory):
+    """A folder of class folders with images of many formats and sizes."""
+    folder, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
     for i in range(N):
         path = folder / CLASSES[i % 3] / f"{i:04d}{('.jpg', '.png', '.PNG', '.npy')[i % 4]}"
         path.parent.mkdir(exist_ok=True)
@@ -51,7 +51,7 @@ def add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
 
 
 def by_tarfile(images, folder: Path, label: str = "cls", shards: int = 3, **options) -> str:
-    """Writes the pictures in `images` into shards, each in a sample with its label; returns the pattern."""
+    """Write `images` into shards, each in a sample with its label; returns the pattern."""
     folder.mkdir(parents=True, exist_ok=True)
     parts = np.array_split(np.arange(len(images)), shards)
     for s, part in enumerate(parts):
@@ -89,25 +89,25 @@ def same(found, images, classes=None) -> bool:
 
 
 @pytest.mark.parametrize("tar_format", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT])
-def test_shards_of_tarfile(pictures, tmp_path, tar_format):
-    images = open_images(pictures)
+def test_shards_of_tarfile(class_folder, tmp_path, tar_format):
+    images = open_images(class_folder)
     found = open_images(by_tarfile(images, tmp_path / "a", format=tar_format))
     assert same(found, images)
     assert found.name(0) == f"{tmp_path}/a/part-000.tar/ant/0000.jpg"
 
 
-def test_labels_in_json(pictures, tmp_path):
-    images = open_images(pictures)
+def test_labels_in_json(class_folder, tmp_path):
+    images = open_images(class_folder)
     assert same(open_images(by_tarfile(images, tmp_path / "a", "json")), images, list(CLASSES))
 
 
-def test_shards_without_labels(pictures, tmp_path):
-    found = open_images(by_tarfile(open_images(pictures), tmp_path / "a", label=""))
+def test_shards_without_labels(class_folder, tmp_path):
+    found = open_images(by_tarfile(open_images(class_folder), tmp_path / "a", label=""))
     assert found.labels is None and found.classes == [] and len(found) == N
 
 
-def test_shards_of_webdataset_read_as_webdataset_does(pictures, tmp_path):
-    images = open_images(pictures)
+def test_shards_of_webdataset_read_as_webdataset_does(class_folder, tmp_path):
+    images = open_images(class_folder)
     pattern = by_webdataset(images, tmp_path / "a")
     found = open_images(pattern)
     assert same(found, images)
@@ -117,8 +117,8 @@ def test_shards_of_webdataset_read_as_webdataset_does(pictures, tmp_path):
     assert [int(s["cls"]) for s in oracle] == found.labels.tolist()
 
 
-def test_a_folder_of_shards_and_its_splits(pictures, tmp_path):
-    images = open_images(pictures)
+def test_a_folder_of_shards_and_its_splits(class_folder, tmp_path):
+    images = open_images(class_folder)
     for part in ("train", "val"):
         by_tarfile(images, tmp_path / "set" / part)
     (tmp_path / "set" / "train" / "README.md").write_text("about them")
@@ -135,9 +135,9 @@ def test_what_is_no_shard_is_not_kept(tmp_path, cache):
         assert {path.suffix for path in cache.iterdir()} == {".lock"}
 
 
-def test_pipes_are_copied_once(pictures, tmp_path, cache, capfd):
+def test_pipes_are_copied_once(class_folder, tmp_path, cache, capfd):
     pytest.importorskip("webdataset")
-    images = open_images(pictures)
+    images = open_images(class_folder)
     pattern = by_tarfile(images, tmp_path / "a")
     pipe = f"pipe:echo run >> {tmp_path}/runs; cat {pattern}"
     for _ in range(2):
@@ -170,8 +170,8 @@ class Whole:
         return [image[:, top : top + 16, left : left + 16]] * 2, torch.from_numpy(rng.random((2, 8), np.float32))
 
 
-def test_two_ranks_with_two_workers_see_every_image_once_an_epoch(pictures, tmp_path):
-    found = open_images(by_tarfile(open_images(pictures), tmp_path / "a"))
+def test_two_ranks_with_two_workers_see_every_image_once_an_epoch(class_folder, tmp_path):
+    found = open_images(by_tarfile(open_images(class_folder), tmp_path / "a"))
     loaders = [batches(found, Whole(), 4, 2, 0, rank, 2, last_batch=2 * N // 8) for rank in (0, 1)]
     seen = [[index for batch in loader for index in batch["index"].tolist()] for loader in loaders]
     for epoch in range(2):
@@ -179,8 +179,8 @@ def test_two_ranks_with_two_workers_see_every_image_once_an_epoch(pictures, tmp_
         assert Counter(seen[0][part] + seen[1][part]) == Counter(range(N))
 
 
-def test_the_position_is_resumed_to_the_bit_and_views_are_those_of_the_folder(pictures, tmp_path):
-    images = open_images(pictures)
+def test_the_position_is_resumed_to_the_bit_and_views_are_those_of_the_folder(class_folder, tmp_path):
+    images = open_images(class_folder)
     found = open_images(by_tarfile(images, tmp_path / "a"))
     whole = list(batches(images, Whole(), 8, 0, 0, last_batch=12))
     for first in (0, 5, 7):
@@ -191,9 +191,9 @@ def test_the_position_is_resumed_to_the_bit_and_views_are_those_of_the_folder(pi
             assert torch.equal(a["crops"][0], b["crops"][0])
 
 
-def test_a_run_on_shards_is_the_run_on_the_folder(pictures, tmp_path):
+def test_a_run_on_shards_is_the_run_on_the_folder(class_folder, tmp_path):
     logs = []
-    for path in (pictures, by_tarfile(open_images(pictures), tmp_path / "a")):
+    for path in (class_folder, by_tarfile(open_images(class_folder), tmp_path / "a")):
         out = str(tmp_path / f"out{len(logs)}")
         argv = [*SMALL, "--arch", "vit_nano", "--num_workers", "0", "--data_path", str(path), "--output_dir", out]
         assert main_dino.main(main_dino.get_args_parser().parse_args([*argv, "--steps", "3"])) == 0
@@ -217,7 +217,7 @@ def png(value: int) -> bytes:
     return buffer.getvalue()
 
 
-def test_one_picture_a_sample_and_what_is_skipped(tmp_path, capsys):
+def test_one_image_per_sample_and_what_is_skipped(tmp_path, capsys):
     path = shard(tmp_path / "a.tar", {
         "._x.png": b"of a Mac", "x.png": png(1), "x.seg.png": png(2), "x.cls": b"3", "y.cls": b"0", "y.PNG": png(4),
         "deep.er/z.png": png(5), "deep.er/z.cls": b"1", "notes.txt": b"none",
@@ -239,7 +239,7 @@ def test_long_and_odd_names(tmp_path):
     assert [int(found.load(i)[0, 0, 0]) for i in range(3)] == [0, 1, 2]
 
 
-def test_a_broken_picture_is_named(tmp_path):
+def test_a_broken_image_is_named(tmp_path):
     found = open_images(shard(tmp_path / "a.tar", {"x.png": png(0), "y.jpg": b"rubbish", "z.jpg": b""}))
     for i, reason in ((1, "y.jpg: not an image"), (2, "z.jpg: the file is empty")):
         with pytest.raises(Undecodable, match=f"^{tmp_path}/a.tar/{reason}"):
@@ -271,7 +271,7 @@ def test_channels_and_pixels(tmp_path):
     ("cut2.tar", "cut2.tar: .*cut short|unexpected end"),
     ("text.tar", "text.tar: .*again"),
     ("packed.tar.gz", "packed.tar.gz: .*again"),
-    ("nopictures.tar", "no images in 1 shard"),
+    ("noimages.tar", "no images in 1 shard"),
     ("badjson.tar", "badjson.tar: .*again"),
     ("pipe:cat none.tar", "could not be copied .*exit 1"),
     ("pipe:cat cut.tar", "cut short"),
@@ -284,7 +284,7 @@ def test_errors_are_one_line(tmp_path, monkeypatch, pattern, message):
     (tmp_path / "cut.tar").write_bytes(whole.read_bytes()[:2048])
     (tmp_path / "cut2.tar").write_bytes(whole.read_bytes()[:5220])
     (tmp_path / "text.tar").write_text("no shard at all\n" * 100)
-    shard(tmp_path / "nopictures.tar", {"x.txt": b"x"})
+    shard(tmp_path / "noimages.tar", {"x.txt": b"x"})
     shard(tmp_path / "badjson.tar", {"x.png": png(0), "x.json": b"{"})
     with tarfile.open(tmp_path / "packed.tar.gz", "w:gz") as tar:
         add(tar, "x.png", png(0))
@@ -341,15 +341,15 @@ def test_the_index_follows_the_shards(tmp_path, monkeypatch, capsys):
 
 
 @pytest.fixture(scope="module")
-def hugging_face(pictures, tmp_path_factory):
+def hugging_face(class_folder, tmp_path_factory):
     datasets = pytest.importorskip("datasets")
     datasets.disable_progress_bars()
-    images = open_images(pictures)
+    images = open_images(class_folder)
     kept = [i for i in range(N) if not images.name(i).endswith(".npy")]
     content = [{"bytes": Path(images.name(i)).read_bytes(), "path": None} for i in kept]
-    features = datasets.Features({"id": datasets.Value("int64"), "picture": datasets.Image(),
+    features = datasets.Features({"id": datasets.Value("int64"), "photo": datasets.Image(),
                                   "kind": datasets.ClassLabel(names=list(CLASSES))})  # fmt: skip
-    rows = {"id": kept, "picture": content, "kind": images.labels[kept].tolist()}
+    rows = {"id": kept, "photo": content, "kind": images.labels[kept].tolist()}
     dataset = datasets.Dataset.from_dict(rows, features)
     folder = tmp_path_factory.mktemp("hf")
     dataset.save_to_disk(folder / "one")
@@ -358,7 +358,7 @@ def hugging_face(pictures, tmp_path_factory):
     datasets.DatasetDict({"train": dataset, "test": part.remove_columns("kind")}).save_to_disk(folder / "other")
     dataset.rename_column("kind", "label").cast_column("label", datasets.Value("int64")).save_to_disk(folder / "int")
     dataset.remove_columns("kind").save_to_disk(folder / "none")
-    dataset.remove_columns("picture").save_to_disk(folder / "blind")
+    dataset.remove_columns("photo").save_to_disk(folder / "blind")
     return folder, [images.load(i) for i in kept], images.labels[kept]
 
 
@@ -368,10 +368,10 @@ def hugging_face(pictures, tmp_path_factory):
     ("int", None, 36, ["0", "1", "2"]), ("none", None, 36, []), ("both/validation", None, 9, list(CLASSES)),
 ])  # fmt: skip
 def test_hugging_face(hugging_face, name, split, rows, classes):
-    folder, pictures, labels = hugging_face
+    folder, tensors, labels = hugging_face
     found = open_images(f"hf:{folder}/{name}", split)
     assert len(found) == rows and found.classes == classes and found.name(3) == f"hf:{folder}/{name}[3]"
-    assert all(torch.equal(found.load(i), pictures[i]) for i in range(rows))
+    assert all(torch.equal(found.load(i), tensors[i]) for i in range(rows))
     assert found.labels is None if not classes else torch.equal(found.labels, labels[:rows])
 
 
