@@ -22,10 +22,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from imagesets.bad_images import Bad, BadImages, TooManyBadImages, Unreadable  # noqa: F401
-from imagesets.decode import MAX_PIXELS, Undecodable, jpeg_decoder  # noqa: F401
-from imagesets.sources import Images, open_images  # noqa: F401 - until everybody imports these from their own files
+from imagesets.bad_images import Bad, BadImages, TooManyBadImages, Unreadable
+from imagesets.decode import MAX_PIXELS, Undecodable, jpeg_decoder
+from imagesets.sources import Images, open_images
 from parallel import Refused
+
+# until everybody imports these from their own files
+__all__ = ["MAX_PIXELS", "BadImages", "Images", "TooManyBadImages", "Unreadable", "open_images"]
 
 # ---- Batches ----
 

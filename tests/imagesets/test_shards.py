@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import shutil
 import sys
 import tarfile
 from collections import Counter
@@ -142,10 +141,13 @@ def test_pipes_are_copied_once(class_folder, tmp_path, cache, capfd):
     pipe = f"pipe:echo run >> {tmp_path}/runs; cat {pattern}"
     for _ in range(2):
         assert same(open_images(pipe), images)
+    assert {path.suffix for path in cache.iterdir()} == {".lock", ".tar"}
     assert (tmp_path / "runs").read_text() == "run\n" * 3
     assert capfd.readouterr().out.count("delete that file to copy it again") == 3
-    shutil.rmtree(cache)
-    assert same(open_images(pipe), images) and (tmp_path / "runs").read_text() == "run\n" * 6
+    for path in cache.glob("*.tar"):
+        path.rename(path.with_name(f".{path.name}.12345.tmp"))  # what a process leaves that is killed while it copies
+    assert same(open_images(pipe), images) and not list(cache.glob(".*.tmp"))
+    assert (tmp_path / "runs").read_text() == "run\n" * 6
 
 
 @pytest.mark.parametrize(
@@ -310,6 +312,16 @@ def test_pipes_need_a_cache(monkeypatch):
     monkeypatch.setenv("DINO_CACHE", "")
     with pytest.raises(Refused, match="DINO_CACHE is empty; set it"):
         open_images("pipe:cat x.tar")
+
+
+@pytest.mark.parametrize("name", ["samples", "key", "label"])
+def test_a_bug_is_not_a_broken_shard(tmp_path, monkeypatch, name):
+    def bug(*_):
+        raise ValueError("operands could not be broadcast")
+
+    monkeypatch.setattr(shards, name, bug)
+    with pytest.raises(ValueError, match="^operands could not be broadcast$"):
+        open_images(shard(tmp_path / "a.tar", {"x.png": png(0)}))
 
 
 # ---- The index of shards ----
