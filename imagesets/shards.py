@@ -203,7 +203,7 @@ def samples(where: str, path: bytes) -> Iterator[list[Member]]:
             if tar.fileobj.read(BLOCK) != bytes(BLOCK):
                 raise tarfile.ReadError("it is cut short or broken")
     except (tarfile.TarError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise Refused(f"{where}: {printable(path)}: {error}; make or download this shard again") from error
+        raise Refused(f"{where}: {printable(path)}: {error}; make or fetch this shard again") from error
 
 
 def plain_files(tar: tarfile.TarFile) -> Iterator[Member]:
