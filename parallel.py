@@ -314,7 +314,8 @@ def worker_death(error: Exception) -> str | None:
     broken = isinstance(error, (ConnectionError, EOFError))
     if not broken and not str(error).startswith("DataLoader worker"):
         return None
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    if hasattr(signal, "SIGCHLD"):  # not on Windows
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     what = " ".join(str(error).split()).removesuffix(".")
     what = f"a DataLoader worker died ({what or 'its connection was reset'})" if broken else what
     return f"{what}; most often memory ran out: lower --num_workers or give the job more, then start again"

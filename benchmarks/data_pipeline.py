@@ -1,12 +1,12 @@
-"""From a JPEG file to ten crops: milliseconds of one core an image, stage by stage, and images/s of some workers.
+"""From a JPEG file to ten crops: milliseconds per image on one core, stage by stage, and images/s by workers.
 
     python benchmarks/data_pipeline.py                        # 500 x 375 pixels, 2 x 224 + 8 x 96
     python benchmarks/data_pipeline.py --workers 1 2 4 8 16
     python benchmarks/data_pipeline.py --width 4000 --height 3000 --images 4 --workers     # photographs of a phone
 
-Ours splits the work: a worker decodes, cuts and resizes, the device does colours and blur for the whole batch. naive.py
-does all of it in the worker, picture by picture with Pillow. Milliseconds are processor time, which neighbours on the
-machine hardly change; images/s is by the clock.
+Ours splits the work: a worker decodes, crops and resizes, and the device does colours and blur for the whole batch.
+naive.py does everything in the worker, image by image with Pillow. Milliseconds are processor time, on which other
+processes of the machine have little effect; images/s are wall-clock.
 """
 
 import copy
@@ -24,18 +24,18 @@ import torch
 from PIL import Image
 
 import utils
-from imagesets import decode, loaders
+from imagesets import decode, loaders, sources
 
 
 def stages(paths: list[Path], args) -> dict:
-    """{stage: function that does it for all pictures}; the worker's are those before `colours`."""
+    """{stage: function that runs it for all images}; the stages before `colours` are the worker's."""
     aug = augmentation(args)
     decoded = [decode.decode(path, reduction=aug.reduction) for path in paths]
     items = [(*aug.cut(x, np.random.default_rng(i)), i, []) for i, x in enumerate(decoded)]
     batch = loaders.collate(items)
     crops, compiled = [c.to(args.device) for c in batch["crops"]], copy.copy(aug)
     compiled.compiled = not args.quick  # compiling takes a minute
-    pictures = [Image.open(path).convert("RGB") for path in paths]
+    images = [Image.open(path).convert("RGB") for path in paths]
     options = {"local": args.local, "sizes": tuple(args.sizes)}
     return {
         "ours: read, decode": lambda: [decode.decode(path, reduction=aug.reduction) for path in paths],
@@ -51,13 +51,13 @@ def stages(paths: list[Path], args) -> dict:
         "ours: colours, blur, normalize": lambda: aug.finish(crops, batch["params"]),
         "ours: the same, compiled": lambda: compiled.finish(crops, batch["params"]),
         "naive: read, decode": lambda: [Image.open(path).convert("RGB") for path in paths],
-        "naive: ten crops with colours": lambda: [naive.augment(picture, **options) for picture in pictures],
+        "naive: ten crops with colours": lambda: [naive.augment(image, **options) for image in images],
         "naive: worker, all of it": lambda: [naive.augment(Image.open(p).convert("RGB"), **options) for p in paths],
     }
 
 
 def draw(aug: utils.DataAugmentationDINO, image: torch.Tensor, seed: int, resize: bool = False) -> None:
-    """What `cut` draws; with `resize` also its crops, resized as they lie in the picture, which puts channels first."""
+    """Draw what `cut` draws; with `resize` also crop and resize in the image's memory, which puts channels first."""
     rng = np.random.default_rng(seed)
     for view, (scale, size) in enumerate(zip(aug.scales, aug.sizes, strict=True)):
         top, left, height, width = utils.random_resized_crop_box(*image.shape[-2:], scale, rng)
@@ -75,29 +75,29 @@ def augmentation(args) -> utils.DataAugmentationDINO:
 
 def by_stage(paths: list[Path], args) -> dict:
     times = bench.in_turns(stages(paths, args), args.rounds, clock=bench.cpu_seconds)
-    found = bench.summary(times, "naive: worker, all of it", per=len(paths))
-    print(f"\nms of a core an image; {len(paths)} files of {args.width} x {args.height}, "
+    results = bench.summary(times, "naive: worker, all of it", per=len(paths))
+    print(f"\nms of one core per image; {len(paths)} files of {args.width} x {args.height}, "
           f"{np.mean([p.stat().st_size for p in paths]) / 1e3:.0f} kB; views 2 x {args.sizes[0]} + "
           f"{args.local} x {args.sizes[1]}")
-    rows = bench.time_rows(found)
+    rows = bench.time_rows(results)
     bench.table(bench.TIMES, [row if "all of it" in row[0] else [*row[:3], None] for row in rows])
-    return found
+    return results
 
 
 def loader(name: str, paths: list[Path], workers: int, args):
     """An endless loader of batches."""
     if name != "naive":
-        opened = loaders.open_images(str(paths[0].parent), None)
+        opened = sources.open_images(str(paths[0].parent), None)
         return loaders.batches(opened, augmentation(args), args.batch, workers, 0,
-                            pin_memory=args.device.startswith("cuda"))
-    pictures = naive.Pictures(paths, local=args.local, sizes=tuple(args.sizes))
+                               pin_memory=args.device.startswith("cuda"))
+    images = naive.Pictures(paths, local=args.local, sizes=tuple(args.sizes))
     forever = torch.utils.data.RandomSampler(paths, replacement=True, num_samples=10**9)
-    return torch.utils.data.DataLoader(pictures, args.batch, sampler=forever, num_workers=workers,
+    return torch.utils.data.DataLoader(images, args.batch, sampler=forever, num_workers=workers,
                                        prefetch_factor=4 if workers else None)
 
 
 def rate(name: str, paths: list[Path], workers: int, args) -> float:
-    """images/s by the clock, of a loader whose first batches, which fill its queue, are not counted."""
+    """images/s (wall-clock) of a loader; its first batches, which fill its queue, are not counted."""
     batches = 1 if args.quick else 4 * max(1, workers)
     iterator = iter(loader(name, paths, workers, args))
     for _ in range(batches):
@@ -109,18 +109,18 @@ def rate(name: str, paths: list[Path], workers: int, args) -> float:
 
 
 def by_workers(paths: list[Path], args) -> list[dict]:
-    """Loaders live one after the other, as an idle one would work ahead; the median of three turns."""
-    found = []
+    """Median of three turns. Only one loader exists at a time, because an idle one would load ahead."""
+    results = []
     for workers in args.workers:
         rates = {"naive": [], "ours": []}
         for _ in range(1 if args.quick else 3):
-            for name, seen in rates.items():
-                seen.append(rate(name, paths, workers, args))
-        found.append({"workers": workers} | {name: statistics.median(seen) for name, seen in rates.items()})
-    print("\nimages/s by the clock")
+            for name, turns in rates.items():
+                turns.append(rate(name, paths, workers, args))
+        results.append({"workers": workers} | {name: statistics.median(turns) for name, turns in rates.items()})
+    print("\nimages/s (wall-clock)")
     bench.table(["workers", "naive", "ours", "ratio"],
-                [[r["workers"], r["naive"], r["ours"], r["ours"] / r["naive"]] for r in found])
-    return found
+                [[r["workers"], r["naive"], r["ours"], r["ours"] / r["naive"]] for r in results])
+    return results
 
 
 def get_args_parser():
@@ -130,7 +130,7 @@ def get_args_parser():
     parser.add_argument("--height", type=int, default=375)
     parser.add_argument("--sizes", type=int, nargs=2, default=(224, 96), help="pixels of global and local crops")
     parser.add_argument("--local", type=int, default=8, help="local crops")
-    parser.add_argument("--batch", type=int, default=16, help="images a batch of the loaders")
+    parser.add_argument("--batch", type=int, default=16, help="images per batch of the loaders")
     parser.add_argument("--workers", type=int, nargs="*", default=[1, 2], help="numbers of workers to try")
     return parser
 
@@ -143,9 +143,9 @@ def main(args) -> int:
     bench.header("data pipeline")
     with tempfile.TemporaryDirectory() as folder:
         paths = photos.write(Path(folder), args.images, args.width, args.height)
-        found = by_stage(paths, args)
+        results = by_stage(paths, args)
         rates = by_workers(paths, args)
-    bench.record(args, "data_pipeline", stages=found, rates=rates)
+    bench.record(args, "data_pipeline", stages=results, rates=rates)
     return 0
 
 

@@ -1,10 +1,10 @@
-"""Start and memory with many files: ours against torchvision's ImageFolder.
+"""Start-up time and memory with many files: ours against torchvision's ImageFolder.
 
     python benchmarks/listing.py --images 1000000 --folder /dev/shm
 
-Makes empty files in 1000 class folders, which in memory (tmpfs) take about 1 KiB each, and removes them. Times are of
-a listing in memory: on a disk, or over a network, walking takes many times as long and the index what it takes here.
-Memory is what a forked worker comes to hold for itself alone by reading every name once.
+Creates empty files in 1000 class folders, which take about 1 KiB each in memory (tmpfs), and removes them. Times hold
+for folders in memory: on a disk or over a network, walking them takes many times as long, reading the index does not.
+Memory is the private memory that a forked worker gains by reading every name once.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from pathlib import Path
 
 import bench
 
-from imagesets.loaders import open_images
+from imagesets.sources import open_images
 
 CLASSES = 1000
 
 
 def private_mb() -> float:
-    """Memory of this process that it shares with no other."""
+    """Memory of this process that is not shared with others."""
     text = Path("/proc/self/smaps_rollup").read_text()
     return sum(int(line.split()[1]) for line in text.splitlines() if line.startswith("Private_")) / 1024
 
 
 def growth_in_a_fork(read: Callable[[int], object], n: int) -> float:
-    """Private memory in MB that a forked process, as a loader's worker is, gains by read(0) ... read(n - 1)."""
+    """Private memory in MB that a forked process, like a data-loading worker, gains by read(0) ... read(n - 1)."""
     receive, send = os.pipe()
     pid = os.fork()
     if pid == 0:
         try:
-            for i in range(100):  # what the first reads alone need
+            for i in range(100):  # memory that only the first reads allocate
                 read(i)
             before = private_mb()
             for i in range(n):
@@ -75,7 +75,7 @@ def main(args) -> int:
         os.environ["DINO_CACHE"] = str(top / "cache")
         (top / "set").mkdir()
         make_files(top / "set", args.images)
-        time.sleep(4)  # an index of what has just been written would not be kept
+        time.sleep(4)  # folders changed just now get no index
         baseline, walk = timed(lambda: ImageFolder(top / "set"))
         images, first = timed(lambda: open_images(top / "set"))
         images, later = timed(lambda: open_images(top / "set"))
@@ -85,10 +85,10 @@ def main(args) -> int:
     finally:
         shutil.rmtree(top)
     print(f"{len(images):,} files; index of {size:.0f} MB")
-    found = {"first start, s": (walk, first), "every later start, s": (walk, later),
-             "memory a worker gains in an epoch, MB": tuple(grown)}
-    bench.table(["", "ImageFolder", "ours"], [[name, *both] for name, both in found.items()])
-    bench.record(args, "listing", images=len(images), index_mb=size, found=found)
+    results = {"first start, s": (walk, first), "every later start, s": (walk, later),
+               "memory a worker gains in an epoch, MB": tuple(grown)}
+    bench.table(["", "ImageFolder", "ours"], [[name, *both] for name, both in results.items()])
+    bench.record(args, "listing", images=len(images), index_mb=size, found=results)
     return 0
 
 

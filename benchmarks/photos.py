@@ -1,7 +1,7 @@
-"""Pictures with the statistics of photographs, for benchmarks that need real JPEG files but no data set.
+"""Images with the statistics of photographs, for benchmarks that need realistic JPEG files but no data set.
 
-Spectra of natural pictures fall as 1 / f^1.2 and their channels are alike; at JPEG quality 90 a file of 500 x 375
-pixels then has about 96 kB, where ImageNet's mean is 110. Decoding takes time by the byte, so that matters.
+The spectra of photographs fall as 1 / f^1.2, and their channels are correlated. At JPEG quality 90 a file of 500 x 375
+pixels then has about 96 kB; ImageNet's mean is 110 kB. File size matters because decoding time is proportional to it.
 """
 
 import io
@@ -12,11 +12,11 @@ from PIL import Image
 
 
 def noise(height: int, width: int, rng: np.random.Generator) -> np.ndarray:
-    """(height, width) float of variance 1 and a spectrum 1 / f^1.2."""
+    """(height, width) float with variance 1 and spectrum 1 / f^1.2."""
     f = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
     f[0, 0] = 1 / max(height, width)
-    found = np.fft.irfft2(np.fft.rfft2(rng.standard_normal((height, width))) / f**1.2, (height, width))
-    return (found - found.mean()) / found.std()
+    filtered = np.fft.irfft2(np.fft.rfft2(rng.standard_normal((height, width))) / f**1.2, (height, width))
+    return (filtered - filtered.mean()) / filtered.std()
 
 
 def jpeg(width: int, height: int, seed: int, quality: int = 90) -> bytes:
@@ -29,7 +29,7 @@ def jpeg(width: int, height: int, seed: int, quality: int = 90) -> bytes:
 
 
 def write(folder: Path, count: int, width: int = 500, height: int = 375) -> list[Path]:
-    """`count` files in `folder`, the same every time."""
+    """Write `count` files into `folder`, the same every time."""
     paths = [folder / f"{i:05d}.jpg" for i in range(count)]
     for i, path in enumerate(paths):
         path.write_bytes(jpeg(width, height, i))

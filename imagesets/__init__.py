@@ -1,1 +1,1 @@
-"""Reading images: one file to one tensor, whole data sets, and the loaders of training and evaluation."""
+"""Reading images: from one file to one tensor, whole data sets, and the loaders of training and evaluation."""

@@ -1,16 +1,16 @@
-"""One picture file -> uint8 tensor, whatever the file holds.
+"""One image file -> uint8 tensor, whatever the format.
 
-What comes out, for `in_chans` 1 (luma), 3 (RGB) or 4 (RGBA):
+What `decode` returns for `in_chans` 1 (luma), 3 (RGB) or 4 (RGBA):
 
     EXIF orientation          applied; EXIF data that can't be parsed are ignored
     grey, palette, 1-bit      converted; CMYK too, without its ICC profile
-    alpha, transparent colour laid on white: what lies under transparent pixels is arbitrary (often black or the
-                              last drawing), and white is the page for which such pictures were made. With 4 channels
-                              the alpha channel stays and nothing is laid on anything
-    16-bit                    scaled, v / 257 rounded. Pillow itself halves 16-bit colour to its high byte
-    32-bit and float          stretched from the picture's own minimum..maximum, as such files state no white
+    alpha, transparent colour composited on white. The colours under transparent pixels are arbitrary (often black, or
+                              left over from editing), and such images were mostly made for white pages. With 4
+                              channels the alpha channel is kept and nothing is composited
+    16-bit                    scaled: v / 257, rounded. Of 16-bit colour, Pillow itself gives only the high byte
+    32-bit and float          stretched from the image's own minimum..maximum, as such files don't state their white
     several frames            the first one
-    .npy                      (H, W) or (H, W, C), uint8 or uint16: the way to any other number of channels
+    .npy                      (H, W) or (H, W, C), uint8 or uint16: the format for any other number of channels
 """
 
 import io
@@ -25,11 +25,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-MAX_PIXELS = 178_956_970  # where Pillow's own guard against decompression bombs refuses
+MAX_PIXELS = 178_956_970  # above it Pillow's own guard against decompression bombs raises
 
-# Registered with Pillow, but no pictures to train on: it only writes them, only recognizes them, or runs another
-# program on them (Ghostscript).
-NOT_PICTURES = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "PALM", "PDF", "WMF"}
+# Formats registered with Pillow that hold no images to train on: Pillow only writes them, only recognizes them, or runs
+# another program on them (Ghostscript).
+NOT_IMAGES = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "PALM", "PDF", "WMF"}
 
 Reduction = Callable[[int, int], int]
 
@@ -49,60 +49,75 @@ TURNS = {
 
 
 class Undecodable(ValueError):
-    """A file that can't be decoded: "<name>: <reason>"."""
+    """An image that can't be decoded. From `decode`, the message is "<name>: <reason>"."""
 
 
 def decode(
     source: str | os.PathLike | bytes, in_chans: int = 3, max_pixels: int = MAX_PIXELS, name: str = "<bytes>",
     reduction: Reduction | None = None,
 ) -> Tensor:
-    """The picture in a file as uint8 (C, H, W), a view of contiguous (H, W, C) memory.
+    """Decode an image file to uint8 (C, H, W), a view of contiguous (H, W, C) memory.
 
-    That layout is torch's channels-last, which its antialiased resizing of uint8 is fastest on.
+    That layout is torch's channels-last, for which its antialiased resizing of uint8 is fastest.
 
     Args:
         source: a path, or the file's bytes.
         in_chans: C.
-        max_pixels: larger pictures are refused before they are unpacked (an odd limit as the even one above it).
-        name: of bytes, for errors.
-        reduction: (H, W) -> 1, 2, 4 or 8, by what the picture may be reduced. A JPEG file is, which costs a fraction
-            of decoding all of it: its blocks of 8 x 8 pixels are transformed at the smaller size.
+        max_pixels: larger images are refused before they are decompressed (an odd limit acts as the next even one).
+        name: used in error messages when `source` is bytes.
+        reduction: (H, W) -> 1, 2, 4 or 8, the factor by which the image may be downsampled while it is decoded. Only
+            JPEG makes use of it: transforming its blocks of 8 x 8 pixels at the smaller size costs a fraction of
+            decoding the whole image.
 
     Raises:
-        Undecodable: "<name>: <reason>", for every file that can't be decoded, whatever the decoder raised.
+        Undecodable: for every file that can't be decoded, whatever the decoder raised. An exception raised by
+            `reduction` is passed on as it is.
     """
-    in_memory = isinstance(source, bytes)
-    try:
-        with io.BytesIO(source) if in_memory else open(source, "rb") as file:
+    if not isinstance(source, bytes):
+        name = printable(os.fsencode(source))
+    with decoding(name):
+        file = io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb")
+    with file, pillow_limits(max_pixels):
+        with decoding(name):
             magic = file.read(len(NPY_MAGIC))
             file.seek(0)
             if not magic:
-                raise ValueError("the file is empty")
+                raise Undecodable("the file is empty")
             if magic == NPY_MAGIC:
                 return from_array(np.load(file, allow_pickle=False), in_chans, max_pixels)
-            with pillow_limits(max_pixels):
-                picture = Image.open(file, formats=formats())
-                if picture.format == "JPEG":
-                    scale = 1 if reduction is None else reduction(*picture.size)
-                    if scale > 1:
-                        picture.draft(None, tuple(n // scale for n in picture.size))
-                    elif picture.mode == MODES.get(in_chans) == "RGB" and orientation(picture) == 1:
-                        file.seek(0)
-                        if (pixels := plain_jpeg(file.read())) is not None:
-                            return pixels
-                return from_pil(picture, in_chans)
+            image = Image.open(file, formats=formats())
+        # Outside of `decoding`: a bug in `reduction` is not a broken file.
+        scale = reduction(*image.size) if reduction is not None and image.format == "JPEG" else 1
+        with decoding(name):
+            if scale > 1:
+                image.draft(None, tuple(n // scale for n in image.size))
+            elif image.format == "JPEG" and image.mode == MODES.get(in_chans) == "RGB" and orientation(image) == 1:
+                file.seek(0)
+                if (pixels := plain_jpeg(file.read())) is not None:
+                    return pixels
+            return from_pil(image, in_chans)
+
+
+@contextmanager
+def decoding(name: str) -> Iterator[None]:
+    """Any exception in the block becomes Undecodable: "<name>: <reason>"."""
+    try:
+        yield
     except Exception as error:  # on broken bytes, decoders raise SyntaxError, KeyError, struct.error and more
-        name = name if in_memory else printable(os.fsencode(source))
         raise Undecodable(f"{name}: {reason(error)}") from error
 
 
-def from_pil(picture: Image.Image, in_chans: int = 3) -> Tensor:
-    """Pillow's picture -> uint8 (C, H, W), a view of contiguous (H, W, C) memory; by the rules at the file's top."""
+def from_pil(image: Image.Image, in_chans: int = 3) -> Tensor:
+    """A Pillow image -> uint8 (C, H, W), a view of contiguous (H, W, C) memory; by the rules at the top of this file.
+
+    Raises:
+        Undecodable: for other than 1, 3 or 4 channels, and for pixels that are not finite; the message has no name.
+    """
     if in_chans not in MODES:
-        raise ValueError(f"a picture gives 1, 3 or 4 channels, not {in_chans}: use .npy arrays")
-    picture.load()  # before anything reads EXIF: that loads too, and hides the error of a broken PNG
-    pixels = with_mode(eight_bit(picture), MODES[in_chans])
-    turn = TURNS.get(orientation(picture))
+        raise Undecodable(f"an image has 1, 3 or 4 channels, not {in_chans}: use .npy arrays")
+    image.load()  # before anything reads EXIF: that loads too, and hides the error of a broken PNG
+    pixels = with_mode(eight_bit(image), MODES[in_chans])
+    turn = TURNS.get(orientation(image))
     pixels = np.array(pixels if turn is None else pixels.transpose(turn))
     return torch.from_numpy(pixels.reshape(*pixels.shape[:2], in_chans)).permute(2, 0, 1)
 
@@ -110,12 +125,15 @@ def from_pil(picture: Image.Image, in_chans: int = 3) -> Tensor:
 def from_array(array: np.ndarray, in_chans: int = 3, max_pixels: int = MAX_PIXELS) -> Tensor:
     """Array (H, W) or (H, W, C) of uint8 or uint16 -> uint8 (in_chans, H, W).
 
-    C is in_chans, or both are among 1, 3 and 4 and are converted as a picture's.
+    C equals in_chans, or both are among 1, 3 and 4 and are converted like those of an image.
+
+    Raises:
+        Undecodable: for an array of another type, shape or number of channels; the message has no name.
     """
     if array.dtype.kind != "u" or array.itemsize > 2 or array.ndim not in (2, 3) or not array.size:
-        raise ValueError(f"{array.dtype} array {array.shape}: (H, W) or (H, W, C) of uint8 or uint16 is needed")
+        raise Undecodable(f"{array.dtype} array {array.shape}: (H, W) or (H, W, C) of uint8 or uint16 is needed")
     if array.shape[0] * array.shape[1] > max_pixels:
-        raise ValueError(f"array {array.shape}: more than {max_pixels} pixels")
+        raise Undecodable(f"array {array.shape}: more than {max_pixels} pixels")
     array = array if array.itemsize == 1 else from_16_bit(array)
     channels = 1 if array.ndim == 2 else array.shape[2]
     if channels == in_chans:
@@ -123,19 +141,19 @@ def from_array(array: np.ndarray, in_chans: int = 3, max_pixels: int = MAX_PIXEL
         return torch.from_numpy(array).permute(2, 0, 1)
     if channels in MODES and in_chans in MODES:
         return from_pil(Image.fromarray(array[..., 0] if array.ndim == 3 and channels == 1 else array), in_chans)
-    raise ValueError(f"{channels} channels where --in_chans is {in_chans}")
+    raise Undecodable(f"{channels} channels where --in_chans is {in_chans}")
 
 
 def suffixes(in_chans: int = 3) -> frozenset[str]:
-    """Lower-case suffixes, with the dot, of the files that may hold a picture of so many channels."""
+    """Lower-case suffixes, with the dot, of files that may hold an image with this number of channels."""
     if in_chans not in MODES:
         return frozenset([".npy"])
     known = Image.registered_extensions()
-    return frozenset(suffix for suffix, name in known.items() if name not in NOT_PICTURES) | {".npy"}
+    return frozenset(suffix for suffix, name in known.items() if name not in NOT_IMAGES) | {".npy"}
 
 
 def printable(path: bytes) -> str:
-    """A path for messages: file names need not be valid UTF-8."""
+    """A path as text for messages; file names need not be valid UTF-8."""
     return path.decode("utf-8", "backslashreplace")
 
 
@@ -143,9 +161,10 @@ def printable(path: bytes) -> str:
 
 
 def plain_jpeg(content: bytes) -> Tensor | None:
-    """A JPEG file of three colours as Pillow decodes it, in three quarters of the time: same decoder, fewer copies.
+    """Decode an RGB JPEG file like Pillow, in three quarters of the time: the same decoder, fewer copies.
 
-    uint8 (3, H, W) as `decode` gives it, or None where Pillow shall do it, or say why it can't be done.
+    Returns:
+        uint8 (3, H, W) laid out as by `decode`, or None where Pillow has to decode the file or to report its error.
     """
     decoder = jpeg_decoder()
     try:
@@ -156,9 +175,9 @@ def plain_jpeg(content: bytes) -> Tensor | None:
 
 @cache
 def jpeg_decoder() -> Callable[[Tensor], Tensor] | None:
-    """torchvision's, or None in a version without it: 0.29 has it on the way out."""
+    """torchvision's decoder, or None in versions without it: 0.29 deprecates it."""
     try:
-        from torchvision.io import decode_jpeg  # half a second of import, for those who decode
+        from torchvision.io import decode_jpeg  # the import takes half a second: only for processes that decode
     except ImportError:
         return None
     return decode_jpeg
@@ -166,20 +185,20 @@ def jpeg_decoder() -> Callable[[Tensor], Tensor] | None:
 
 @cache
 def formats() -> tuple[str, ...]:
-    """Pillow's formats that are tried, by content, on every file."""
+    """The formats that Pillow tries, by content, on every file."""
     Image.preinit()  # the common ones first
     Image.init()
-    return tuple(name for name in Image.ID if name not in NOT_PICTURES)
+    return tuple(name for name in Image.ID if name not in NOT_IMAGES)
 
 
 @contextmanager
 def pillow_limits(max_pixels: int) -> Iterator[None]:
-    """Pillow's guard set to max_pixels, so that it holds for pictures inside pictures (.ico) too; and no warnings.
+    """Set Pillow's guard to max_pixels, so that it also covers images inside images (.ico), and silence warnings.
 
-    Those, about odd EXIF data for instance, would come from every worker; what they are about decodes or raises.
+    Every worker would print those, about odd EXIF data for instance; the file either decodes or raises anyway.
     """
     saved = Image.MAX_IMAGE_PIXELS
-    Image.MAX_IMAGE_PIXELS = (max_pixels + 1) // 2  # Pillow warns above it and refuses above twice it
+    Image.MAX_IMAGE_PIXELS = (max_pixels + 1) // 2  # Pillow warns above it and raises above twice it
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -188,21 +207,21 @@ def pillow_limits(max_pixels: int) -> Iterator[None]:
         Image.MAX_IMAGE_PIXELS = saved
 
 
-def orientation(picture: Image.Image) -> int:
+def orientation(image: Image.Image) -> int:
     try:
-        return picture.getexif().get(ORIENTATION_TAG, 1)
-    except Exception:  # broken EXIF data: as if there were none
+        return image.getexif().get(ORIENTATION_TAG, 1)
+    except Exception:  # broken EXIF data count as none
         return 1
 
 
-def eight_bit(picture: Image.Image) -> Image.Image:
-    """Deep grey pictures -> 8 bit; all others are returned as they are."""
-    # "I" is 32 bits; but PGM and, in some versions of Pillow, PNG files of 16 bits come in it
-    if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format in ("PNG", "PPM")):
-        return Image.fromarray(from_16_bit(np.asarray(picture)))
-    if picture.mode in ("I", "F"):
-        return Image.fromarray(stretched(np.asarray(picture)))
-    return picture
+def eight_bit(image: Image.Image) -> Image.Image:
+    """Grey images of more than 8 bits -> 8 bits; all others are returned as they are."""
+    # "I" means 32 bits, but 16-bit PGM and, in some versions of Pillow, 16-bit PNG files have this mode too
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        return Image.fromarray(from_16_bit(np.asarray(image)))
+    if image.mode in ("I", "F"):
+        return Image.fromarray(stretched(np.asarray(image)))
+    return image
 
 
 def from_16_bit(values: np.ndarray) -> np.ndarray:
@@ -210,25 +229,25 @@ def from_16_bit(values: np.ndarray) -> np.ndarray:
 
 
 def stretched(values: np.ndarray) -> np.ndarray:
-    """(v - min) / (max - min) in 0..255; a picture of one value is black."""
+    """(v - min) / (max - min) in 0..255; an image of one value is black."""
     values = values.astype(np.float64)
     low, high = values.min(), values.max()
     if not np.isfinite(high - low):
-        raise ValueError("pixels that are not finite")
+        raise Undecodable("pixels that are not finite")
     return np.rint((values - low) * (255 / (high - low) if high > low else 0)).astype(np.uint8)
 
 
-def with_mode(picture: Image.Image, mode: str) -> Image.Image:
-    """8-bit picture of any of Pillow's modes -> L, RGB or RGBA."""
-    if picture.has_transparency_data and mode != "RGBA":
-        white = Image.new("RGBA", picture.size, "white")
-        picture = Image.alpha_composite(white, picture.convert("RGBA"))
-    if picture.mode not in ("1", "L", "P", "RGB", "RGBA"):  # not all modes convert to each other
-        picture = picture.convert("RGBA" if picture.has_transparency_data else "RGB")
-    return picture if picture.mode == mode else picture.convert(mode)
+def with_mode(image: Image.Image, mode: str) -> Image.Image:
+    """8-bit image of any Pillow mode -> L, RGB or RGBA."""
+    if image.has_transparency_data and mode != "RGBA":
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    if image.mode not in ("1", "L", "P", "RGB", "RGBA"):  # not all modes convert to each other
+        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+    return image if image.mode == mode else image.convert(mode)
 
 
 def reason(error: Exception) -> str:
     if isinstance(error, Image.UnidentifiedImageError):
-        return "not a picture that Pillow can read"  # its own text is about a file object
+        return "not an image that Pillow can read"  # Pillow's message names a file object
     return getattr(error, "strerror", None) or str(error) or type(error).__name__

@@ -1,6 +1,6 @@
-"""Listings: the names of millions of images in little memory, and an index that saves looking for them at every start.
+"""Listings: the names of millions of images in little memory, and an index that saves searching them at every start.
 
-What a listing found is a table of arrays. Names in it are packed: bytes that each end with a zero byte, end to end.
+A listing is a table of arrays. Names in it are packed: stored end to end, each terminated by a zero byte.
 """
 
 from __future__ import annotations
@@ -17,19 +17,23 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import atomic
 import parallel
 from imagesets.decode import printable
 
-VERSION = 1  # of what an index holds
-WORTH_AN_INDEX = 10_000  # images; fewer are found in no time
-SETTLED = 3_000_000_000  # ns: no file system's clock is coarser
+VERSION = 1  # of the content of an index
+WORTH_AN_INDEX = 10_000  # images; searching for fewer takes no time
+SETTLED = 3_000_000_000  # ns; no file system's timestamps are coarser
 
-Found = dict[str, np.ndarray]  # paths, watched, and whatever else the listing is made of
+Table = dict[str, np.ndarray]  # paths, watched, stamps (see `listed`), and other columns of the kind of listing
 
 
 class Texts:
-    """Byte strings in two tensors, which workers share: a million `bytes` would be copied into every worker, little by
-    little, as their reference counts change."""
+    """A sequence of byte strings, stored in two tensors.
+
+    Workers share the memory of tensors. A list of a million `bytes` would be copied into every forked worker page by
+    page, as reference counts change.
+    """
 
     def __init__(self, packed: np.ndarray) -> None:
         ends = np.flatnonzero(packed == 0) + 1
@@ -48,7 +52,7 @@ class Texts:
 
 
 def pack(strings: Iterable[bytes]) -> np.ndarray:
-    """The strings, which hold no zero byte, as one uint8 array."""
+    """Strings without zero bytes -> one uint8 array; see `Texts`."""
     text = bytearray()
     for string in strings:
         text += string + b"\0"
@@ -56,7 +60,10 @@ def pack(strings: Iterable[bytes]) -> np.ndarray:
 
 
 def numbered(labels: Sequence[str]) -> tuple[list[int], list[str]]:
-    """Labels as text -> as integers, and the classes' names."""
+    """Labels as text -> class numbers, and the names of the classes.
+
+    Labels that are all integers are the numbers themselves; others are numbered in the order of their names.
+    """
     if all(re.fullmatch(r"[0-9]{1,6}", label) for label in labels):
         numbers = [int(label) for label in labels]
         return numbers, [str(number) for number in range(max(numbers, default=-1) + 1)]
@@ -68,13 +75,20 @@ def numbered(labels: Sequence[str]) -> tuple[list[int], list[str]]:
 # ---- Folders ----
 
 
-def pictures_below(
+def images_below(
     folder: bytes, prefix: bytes, known: frozenset[bytes], stamps: list[tuple], above: tuple = ()
 ) -> Iterator[bytes]:
-    """Paths of pictures, each behind `prefix`: a folder's files, then its folders', in the order of their bytes.
+    """Paths of the images below a folder, each preceded by `prefix`: its files, then recursively those of its folders.
 
-    That is the order of Python's strings too, and the same on all file systems. `above` holds the folders on the
-    way here: a link back to one of them is not followed. Adds to `stamps` what `stamp` says of every folder.
+    Names are sorted by their bytes, which is also the order of Python's strings and the same on all file systems.
+
+    Args:
+        known: lower-case suffixes of images.
+        stamps: (path, time of change in ns, 0) of every folder is appended.
+        above: (device, inode) of the folders above this one; a link back to one of them is not followed.
+
+    Raises:
+        OSError: a folder can't be read.
     """
     status = os.stat(folder)
     if (status.st_dev, status.st_ino) in above:
@@ -89,49 +103,53 @@ def pictures_below(
             if entry.is_dir():
                 folders.append(entry.name)
             elif os.path.splitext(entry.name)[1].lower() in known and (entry.is_file() or entry.is_symlink()):
-                files.append(entry.name)  # a broken link too: a bad image, to be reported; a pipe is none
+                files.append(entry.name)  # a broken link counts, as a bad image to be reported; a pipe does not
     yield from (prefix + name for name in sorted(files))
     for name in sorted(folders):
-        yield from pictures_below(os.path.join(folder, name), prefix + name + b"/", known, stamps, above)
+        yield from images_below(os.path.join(folder, name), prefix + name + b"/", known, stamps, above)
 
 
 # ---- The index ----
 
 
-def listed(what: str, known: frozenset[bytes], find: Callable[[list[tuple]], Found]) -> Found:
-    """`find(stamps)`, or what it gave at an earlier start if nothing has changed since; all processes call it.
+def listed(what: str, known: frozenset[bytes], search: Callable[[list[tuple]], Table]) -> Table:
+    """`search(stamps)`, or its result from an earlier start if nothing has changed since. All processes call this.
 
-    Only the first process looks; the others get what it found, so that all have the same listing. `find` adds to
-    `stamps` the (path, time of change in ns, bytes) of every folder or shard as it was *before* reading it; of
-    folders the size is 0. A folder's time changes with the names in it, not with the content of its files.
+    Only rank 0 searches; the others receive its table, so that all have the same listing.
 
     Args:
-        what: the absolute paths of the folder or shards, one a line.
-        known: suffixes that were looked for.
+        what: absolute paths of the folder or of the shards, one per line.
+        known: suffixes that are searched for.
+        search: makes the table, of which "paths" is required. It appends to `stamps` the (path, time of change in ns,
+            size in bytes) of every folder or shard as it was *before* reading it. The size of folders is 0, and their
+            time changes with the names in them, not with the content of their files.
+
+    Returns:
+        the table with two more columns: "watched", the packed paths of `stamps`, and "stamps", the numbers (n, 2).
     """
-    return parallel.on_main(lambda: find_or_read(what, known, find))
+    return parallel.on_main(lambda: searched_or_read(what, known, search))
 
 
-def find_or_read(what: str, known: frozenset[bytes], find: Callable[[list[tuple]], Found]) -> Found:
+def searched_or_read(what: str, known: frozenset[bytes], search: Callable[[list[tuple]], Table]) -> Table:
     path = index_path(what, known)
-    found = read(path) if path else None
-    if found is not None and unchanged(found):
-        say(what, f"{count(found)} images by the index {path}; delete it to look anew")
-        return found
+    table = read(path) if path else None
+    if table is not None and unchanged(table):
+        say(what, f"{count(table)} images from the index {path}; delete it to search again")
+        return table
     stamps: list[tuple] = []
     began = time.time_ns()
-    found = find(stamps)
-    found["watched"] = pack(path for path, *_ in stamps)
-    found["stamps"] = np.array([numbers for _, *numbers in stamps], np.int64).reshape(-1, 2)
-    # A change within one tick of the clock would leave no trace: what has just been written is not trusted.
-    settled = found["stamps"][:, 0].max(initial=0) < began - SETTLED
-    if path and count(found) >= WORTH_AN_INDEX and settled:
+    table = search(stamps)
+    table["watched"] = pack(path for path, *_ in stamps)
+    table["stamps"] = np.array([numbers for _, *numbers in stamps], np.int64).reshape(-1, 2)
+    # A second change within one tick of the clock would leave no trace, so what was just written gets no index.
+    settled = table["stamps"][:, 0].max(initial=0) < began - SETTLED
+    if path and count(table) >= WORTH_AN_INDEX and settled:
         try:
-            write(path, found)
-            say(what, f"{count(found)} images, kept in the index {path}; delete it to look anew")
+            write(path, table)
+            say(what, f"{count(table)} images, saved in the index {path}; delete it to search again")
         except OSError as error:
-            say(what, f"no index is kept ({error.strerror}); DINO_CACHE names a folder for it")
-    return found
+            say(what, f"no index is saved ({error.strerror}); set DINO_CACHE to a folder that can be written to")
+    return table
 
 
 def say(what: str, line: str) -> None:
@@ -139,30 +157,32 @@ def say(what: str, line: str) -> None:
     print(printable(os.fsencode(first)) + (f" and {len(others)} more" if others else "") + f": {line}", flush=True)
 
 
-def count(found: Found) -> int:
-    return int(np.count_nonzero(found["paths"] == 0))
+def count(table: Table) -> int:
+    return int(np.count_nonzero(table["paths"] == 0))
 
 
 def stamp(path: bytes) -> tuple[int, int]:
+    """Time of change in ns, and size in bytes (0 for a folder)."""
     status = os.stat(path)
     return status.st_mtime_ns, 0 if os.path.isdir(path) else status.st_size
 
 
-def unchanged(found: Found) -> bool:
+def unchanged(table: Table) -> bool:
+    """Whether every folder or shard of the listing still has the time and size that it had when it was read."""
     try:
         return all(stamp(path) == tuple(then) for path, then in
-                   zip(Texts(found["watched"]), found["stamps"].tolist(), strict=True))
+                   zip(Texts(table["watched"]), table["stamps"].tolist(), strict=True))
     except OSError:
         return False
 
 
-def fingerprint(found: Found) -> str:
-    """Changes with the folders or shards that the listing was made of."""
-    return hashlib.sha256(found["watched"].tobytes() + found["stamps"].tobytes()).hexdigest()
+def fingerprint(table: Table) -> str:
+    """Changes when a folder or shard of the listing does."""
+    return hashlib.sha256(table["watched"].tobytes() + table["stamps"].tobytes()).hexdigest()
 
 
 def cache_dir() -> Path | None:
-    """$DINO_CACHE, or dino in $XDG_CACHE_HOME or ~/.cache; None where DINO_CACHE is empty: no index is kept."""
+    """$DINO_CACHE, or dino in $XDG_CACHE_HOME or ~/.cache; None where DINO_CACHE is empty: then no index is saved."""
     if "DINO_CACHE" in os.environ:
         return Path(os.environ["DINO_CACHE"]).expanduser() if os.environ["DINO_CACHE"] else None
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
@@ -175,21 +195,17 @@ def index_path(what: str, known: frozenset[bytes]) -> Path | None:
     return folder and folder / f"index_{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
 
 
-def read(path: Path) -> Found | None:
+def read(path: Path) -> Table | None:
+    """The table in an index; None if there is no index, or a damaged one."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            found = dict(arrays)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile):  # none yet, or a broken one
+            table = dict(arrays)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
         return None
-    return found if {"paths", "watched", "stamps"} <= found.keys() else None
+    return table if {"paths", "watched", "stamps"} <= table.keys() else None
 
 
-def write(path: Path, found: Found) -> None:
+def write(path: Path, table: Table) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            np.savez(file, **found)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic.replacing(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, **table)

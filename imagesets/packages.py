@@ -1,4 +1,4 @@
-"""Data sets of other packages: torchvision's, and Hugging Face's on disk.
+"""Data sets of other packages: torchvision's, and those that Hugging Face's datasets saved to disk.
 
 Shapes: N images in all.
 """
@@ -16,12 +16,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from imagesets.decode import Reduction, Undecodable, decode, from_pil
+from imagesets.locks import locked
+from parallel import Refused
 
 # ---- torchvision ----
 
 
 class Torchvision:
-    """A data set of torchvision whose items are (PIL image, target)."""
+    """A torchvision data set whose items are (PIL image, target)."""
 
     def __init__(self, name: str, dataset: Any, in_chans: int) -> None:
         self.dataset, self.in_chans, self._name = dataset, in_chans, name
@@ -35,22 +37,22 @@ class Torchvision:
     def load(self, i: int, reduction: Reduction | None = None) -> Tensor:
         try:
             return from_pil(self.dataset[i][0], self.in_chans)
-        except Exception as error:  # what decoders raise on broken files
+        except Exception as error:  # on broken files, decoders raise many types
             raise Undecodable(f"{self.name(i)}: {error}") from error
 
     @cached_property
     def labels(self) -> Tensor | None:
-        """The targets, where they are one non-negative integer an image."""
+        """The targets, if they are one non-negative integer per image."""
         samples = getattr(self.dataset, "samples", None) or getattr(self.dataset, "_samples", None)
         targets = [target for _, target in samples] if samples else None
-        for attribute in ("targets", "labels", "_labels"):  # torchvision has no one name for it
+        for attribute in ("targets", "labels", "_labels"):  # torchvision has no single name for them
             targets = getattr(self.dataset, attribute, None) if targets is None else targets
         try:
             labels = torch.as_tensor([self.dataset[i][1] for i in range(len(self))] if targets is None else targets)
-        except (TypeError, ValueError, RuntimeError):  # targets of boxes, masks, text ...
+        except (TypeError, ValueError, RuntimeError):  # targets such as boxes, masks or text
             return None
-        whole = labels.shape == (len(self),) and not labels.is_floating_point() and labels.min() >= 0
-        return labels.long() if whole else None
+        numbers = labels.shape == (len(self),) and not labels.is_floating_point() and labels.min() >= 0
+        return labels.long() if numbers else None
 
     @cached_property
     def classes(self) -> list[str]:
@@ -68,63 +70,60 @@ def open_torchvision(where: str, value: str | None, split: str | None, in_chans:
     if name not in known:
         lower = {n.lower(): n for n in known}
         near = [lower[n] for n in difflib.get_close_matches(name.lower(), lower, 5, 0.5)] or ["CIFAR10", "Flowers102"]
-        raise ValueError(f"{where}: torchvision has no such data set; near names: {', '.join(near)}")
+        raise Refused(f"{where}: torchvision has no such data set; similar names: {', '.join(near)}")
     takes = inspect.signature(known[name]).parameters
     folder = {"root": os.path.expanduser(root or "data")} if "root" in takes else {}
     for choice in split_choices(where, takes, split):
         try:
             dataset = construct(partial(known[name], **folder, **choice), folder.get("root"), "download" in takes)
             if not isinstance(dataset[0][0], Image.Image):
-                raise TypeError("its items aren't (picture, target)")
+                raise TypeError("its items aren't (image, target)")
             return Torchvision(f"torchvision:{name}", dataset, in_chans)
-        except Exception as error:  # not found, no network, no such split, arguments missing, no package to read it ...
+        except Exception as error:  # files or packages are missing, no network, no such split, more arguments needed
             last = error
-            if not isinstance(error, ValueError):  # which says that there is no such split
+            if not isinstance(error, ValueError):  # torchvision raises ValueError for a split that it does not have
                 break
     reason = (str(last) or type(last).__name__).splitlines()[0]
-    raise OSError(f"{where}: {reason}; give the folder that holds it as torchvision:{name}:FOLDER") from last
+    raise Refused(f"{where}: {reason}; give the folder that holds it as torchvision:{name}:FOLDER") from last
 
 
 def split_choices(where: str, takes: Iterable[str], split: str | None) -> list[dict[str, Any]]:
-    """Arguments that choose a split in a class of torchvision, to be tried in this order."""
+    """Arguments that may select the split in a torchvision class, to be tried in this order."""
     if "train" in takes:
         return [{"train": split != "val"}]
     if split is None:
         return [{}]
     if "split" not in takes:
-        raise ValueError(f"{where}: it has no splits, so none for {split!r}; give another data set")
+        raise Refused(f"{where}: it has no splits, so no {split!r}; give another data set")
     names = {"train": ("train", "trainval", "train-standard"), "val": ("val", "valid", "test")}[split]
     return [{"split": name} for name in names]
 
 
 def construct(make: partial, root: str | None, downloadable: bool) -> Any:
-    """`make()`; where files are missing, with download=True, one process of the machine after the other."""
+    """`make()`; if files are missing, `make(download=True)` in one process of this host after the other."""
     try:
         return make()
     except (RuntimeError, OSError):
         if not downloadable or root is None:
             raise
-    import fcntl
-
     os.makedirs(root, exist_ok=True)
-    with open(os.path.join(root, ".download.lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # let go of by the system, however the process ends
+    with locked(os.path.join(root, ".download.lock")):
         return make(download=True)
 
 
 # ---- Hugging Face ----
 
 SPLITS = {None: ("train",), "train": ("train",), "val": ("validation", "val", "valid", "test")}
-LABELS = ("label", "labels", "target")  # names of integer columns that are one
+LABELS = ("label", "labels", "target")  # integer columns of these names are labels
 
 
 class HuggingFace:
-    """A data set with a column of pictures, which are decoded as files are."""
+    """A data set with a column of images, which are decoded like files."""
 
     def __init__(self, folder: str, dataset: Any, column: str, in_chans: int, max_pixels: int) -> None:
-        from datasets import Image as Picture
+        from datasets import Image as ImageFeature
 
-        self.rows = dataset.select_columns([column]).cast_column(column, Picture(decode=False))
+        self.rows = dataset.select_columns([column]).cast_column(column, ImageFeature(decode=False))
         self.folder, self.column, self.in_chans, self.max_pixels = folder, column, in_chans, max_pixels
         self.labels, self.classes = labels_of(dataset)
         self.fingerprint = dataset._fingerprint
@@ -144,7 +143,7 @@ class HuggingFace:
 
 
 def labels_of(dataset: Any) -> tuple[Tensor | None, list[str]]:
-    """The first column of ClassLabel, else an integer one that is named as labels are."""
+    """Labels and names of classes: of the first ClassLabel column, else of an integer column named as in LABELS."""
     from datasets import ClassLabel
 
     features = dataset.features
@@ -164,24 +163,23 @@ def open_hugging_face(where: str, folder: str, split: str | None, in_chans: int,
     try:
         import datasets
     except ImportError as error:
-        raise ValueError(f"{where}: needs Hugging Face's datasets: pip install datasets") from error
+        raise Refused(f"{where}: needs Hugging Face's datasets: pip install datasets") from error
     folder = os.path.expanduser(folder)
     if not os.path.isdir(folder):
-        raise FileNotFoundError(f"{where}: no folder {folder!r}; give hf:FOLDER as save_to_disk wrote it")
+        raise Refused(f"{where}: no folder {folder!r}; give hf:FOLDER, a folder that save_to_disk wrote")
     try:
         dataset = datasets.load_from_disk(folder)
-    except Exception as error:  # of Arrow, JSON ...
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{where}: {reason}; give hf:FOLDER as save_to_disk wrote it") from error
+    except Exception as error:  # of Arrow, of JSON, of datasets itself
+        raise Refused(f"{where}: {str(error)[:200]}; give hf:FOLDER, a folder that save_to_disk wrote") from error
     if isinstance(dataset, datasets.DatasetDict):
         name = next((name for name in SPLITS[split] if name in dataset), None)
         if name is None:
-            raise ValueError(f"{where}: none of the splits {', '.join(SPLITS[split])} is in it; it has "
-                             f"{', '.join(dataset)}: give hf:{folder}/NAME")
+            raise Refused(f"{where}: it has none of the splits {', '.join(SPLITS[split])}, but {', '.join(dataset)}; "
+                          f"give hf:{folder}/NAME")
         dataset = dataset[name]
     elif split == "val":
-        raise ValueError(f"{where}: it has no splits, so none for validation; give a DatasetDict")
+        raise Refused(f"{where}: it has no splits, so none for validation; give a DatasetDict")
     column = next((name for name, kind in dataset.features.items() if isinstance(kind, datasets.Image)), None)
     if column is None:
-        raise ValueError(f"{where}: no column of datasets.Image among {', '.join(dataset.features)}; cast one to it")
+        raise Refused(f"{where}: no column of datasets.Image among {', '.join(dataset.features)}; cast one to it")
     return HuggingFace(folder, dataset, column, in_chans, max_pixels)

@@ -1,15 +1,14 @@
-"""Shards: images packed in tar files by WebDataset's convention, read at random like files.
+"""Shards: images packed in tar files by WebDataset's convention, with random access as to files.
 
 Members of one sample follow each other and share their name up to its first dot: a/0007.jpg, a/0007.cls, a/0007.json.
-An index of where the pictures lie in the shards, made once, gives any of them at one read. So shards are shuffled,
-shared out and resumed as folders are. What has no random access, a pipe or a URL, is copied into a local file first.
+An index of the images' positions in the shards, made once, lets any image be loaded with one read. So shards are
+shuffled, distributed and resumed like folders. Pipes and URLs, which have no random access, are first copied to a file.
 
 Shapes: N images in all.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import itertools
 import json
@@ -18,22 +17,26 @@ import re
 import shutil
 import tarfile
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+import atomic
 import parallel
 from imagesets import listing
-from imagesets.decode import Reduction, decode, printable, suffixes
+from imagesets.decode import Reduction, Undecodable, decode, printable, suffixes
+from imagesets.locks import locked
+from parallel import Refused
 
-BLOCK = 512  # bytes, of tar files
+BLOCK = 512  # bytes; tar files consist of such blocks
 
 
 class Member(NamedTuple):
-    """A plain file in a tar file; `label` is the text of one that holds a label."""
+    """A plain file in a tar file, and its label if it is the member that holds one."""
 
     name: str
     offset: int
@@ -42,14 +45,14 @@ class Member(NamedTuple):
 
 
 class Shards:
-    """Pictures in local tar files. A worker opens a shard for each read and seeks in no shared handle."""
+    """The images of local tar files. A worker opens the shard for each read, so that no file position is shared."""
 
-    def __init__(self, files: Sequence[bytes], found: listing.Found, in_chans: int, max_pixels: int) -> None:
-        self.files, self.paths = listing.Texts(listing.pack(files)), listing.Texts(found["paths"])
-        self.shard, self.offset, self.size = (torch.from_numpy(found[k]) for k in ("shard", "offset", "size"))
-        self.labels = torch.from_numpy(found["labels"]) if len(found["labels"]) else None
-        self.classes = [printable(name) for name in listing.Texts(found["classes"])]
-        self.fingerprint = listing.fingerprint(found)
+    def __init__(self, files: Sequence[bytes], table: listing.Table, in_chans: int, max_pixels: int) -> None:
+        self.files, self.paths = listing.Texts(listing.pack(files)), listing.Texts(table["paths"])
+        self.shard, self.offset, self.size = (torch.from_numpy(table[k]) for k in ("shard", "offset", "size"))
+        self.labels = torch.from_numpy(table["labels"]) if len(table["labels"]) else None
+        self.classes = [printable(name) for name in listing.Texts(table["classes"])]
+        self.fingerprint = listing.fingerprint(table)
         self.in_chans, self.max_pixels = in_chans, max_pixels
 
     def __len__(self) -> int:
@@ -61,9 +64,10 @@ class Shards:
     def load(self, i: int, reduction: Reduction | None = None) -> Tensor:
         try:
             with open(self.files[self.shard[i].item()], "rb", buffering=0) as file:
-                content = os.pread(file.fileno(), self.size[i].item(), self.offset[i].item())
+                file.seek(self.offset[i].item())
+                content = file.read(self.size[i].item())
         except OSError as error:
-            raise ValueError(f"{self.name(i)}: {error.strerror}") from error
+            raise Undecodable(f"{self.name(i)}: {error.strerror}") from error
         return decode(content, self.in_chans, self.max_pixels, self.name(i), reduction)
 
 
@@ -77,28 +81,28 @@ def named_by(data_path: str) -> bool:
 def open_shards(where: str, data_path: str, split: str | None, in_chans: int, max_pixels: int) -> Shards:
     """The shards of `name-{000..099}.tar`, `pipe:command` or a URL."""
     if split == "val":
-        raise ValueError(f"{where}: shards have no part for validation; give a folder with train/ and val/ of them")
+        raise Refused(f"{where}: shards have no validation part; give a folder with shards in train/ and val/")
     paths = expand(data_path)
     if not paths:
-        raise ValueError(f"{where}: a range that holds no number; write it upwards, as in {{000..099}}")
+        raise Refused(f"{where}: the range is empty; write it in rising order, as in {{000..099}}")
     paths = [copied(where, path) if "://" in path or path.startswith("pipe:") else os.path.expanduser(path)
              for path in paths]
     missing = [path for path in paths if not os.path.isfile(path)]
     if missing:
-        raise FileNotFoundError(f"{where}: {missing[0]!r} isn't there ({len(missing)} of {len(paths)} shards are "
-                                "missing); correct the name")
+        raise Refused(f"{where}: {missing[0]!r} isn't there ({len(missing)} of {len(paths)} shards are missing); "
+                      "correct the name")
     return read_shards(where, [os.fsencode(path) for path in paths], in_chans, max_pixels)
 
 
 def open_folder_of_shards(where: str, folder: str, in_chans: int, max_pixels: int) -> Shards | None:
-    """The folder's .tar files, in the order of their names; None where it has none."""
+    """The folder's .tar files, in the order of their names; None if it has none."""
     names = sorted(name for name in os.listdir(os.fsencode(folder)) if name.endswith(b".tar") and name[:1] != b".")
     paths = [os.path.join(os.fsencode(folder), name) for name in names]
     return read_shards(where, paths, in_chans, max_pixels) if paths else None
 
 
 def expand(pattern: str) -> list[str]:
-    """`{08..10}` and `{a,b}` written out, the first ones varying slowest; other braces stay."""
+    """Expand `{08..10}` and `{a,b}`, the first ones varying slowest; other braces are kept."""
     match = re.search(r"\{(\d+)\.\.(\d+)\}|\{([^{},]*(?:,[^{},]*)+)\}", pattern)
     if not match:
         return [pattern]
@@ -110,32 +114,42 @@ def expand(pattern: str) -> list[str]:
 
 
 def copied(where: str, url: str) -> str:
-    """A local copy of what a pipe or URL gives, made once on a host; processes wait for the one that makes it."""
+    """Path of a local copy of a pipe's or URL's content. One process of each host makes it, the others wait."""
     try:
         from webdataset import gopen
     except ImportError as error:
-        raise ValueError(f"{where}: pipes and URLs need webdataset: pip install webdataset") from error
+        raise Refused(f"{where}: pipes and URLs need webdataset: pip install webdataset") from error
     folder = listing.cache_dir()
     if folder is None:
-        raise ValueError(f"{where}: DINO_CACHE is empty; set it to a folder with room for a copy of the shards")
+        raise Refused(f"{where}: DINO_CACHE is empty; set it to a folder with room for a copy of the shards")
     path = folder / f"copy_{hashlib.sha256(url.encode()).hexdigest()[:16]}.tar"
-    temporary = path.with_suffix(".part")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with open(path.with_suffix(".lock"), "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # let go of by the system, however the process ends
+        with locked(path.with_suffix(".lock")):
             if not path.exists():
-                print(f"copying {url} to {path}; delete that to copy anew", flush=True)
-                with gopen(url, "rb") as source, open(temporary, "wb") as target:
-                    shutil.copyfileobj(source, target, 1 << 20)
-                tarfile.open(temporary, "r:").close()  # a page that says why there is none is not kept
-                os.replace(temporary, path)
-    except Exception as error:  # gopen's are of many kinds
-        temporary.unlink(missing_ok=True)
-        reason = " ".join(str(error).split())[:200]
-        raise OSError(f"{where}: {url!r} could not be copied to {folder} ({reason}); correct it, or set DINO_CACHE to "
-                      "a folder with room") from error
+                print(f"copying {url} to {path}; delete that file to copy it again", flush=True)
+                for part in folder.glob(f".{path.name}.*.tmp"):  # of a process that was killed while it copied
+                    part.unlink()
+                with atomic.replacing(path) as temporary:
+                    copy(where, url, gopen, temporary)
+    except OSError as error:
+        raise Refused(not_copied(where, url, error)) from error
     return str(path)
+
+
+def copy(where: str, url: str, gopen: Callable, path: Path) -> None:
+    """Write a pipe's or URL's content to a file, which must be an uncompressed tar file."""
+    try:
+        with gopen(url, "rb") as source, open(path, "wb") as target:
+            shutil.copyfileobj(source, target, 1 << 20)
+        tarfile.open(path, "r:").close()  # an error page of a server is no tar file, and is not kept
+    except Exception as error:  # gopen's programs and protocols raise many types
+        raise Refused(not_copied(where, url, error)) from error
+
+
+def not_copied(where: str, url: str, error: Exception) -> str:
+    return (f"{where}: {url!r} could not be copied to {listing.cache_dir()} ({str(error)[:200]}); correct it, or set "
+            "DINO_CACHE to a folder with room")
 
 
 # ---- What the shards hold ----
@@ -145,32 +159,29 @@ def read_shards(where: str, paths: Sequence[bytes], in_chans: int, max_pixels: i
     known = frozenset(map(os.fsencode, suffixes(in_chans)))
     real = [os.path.realpath(path) for path in paths]
     what = "\n".join(map(os.fsdecode, real))
-    found = listing.listed(what, known, lambda stamps: find(where, real, known, stamps))
-    if not found["left_out"] and not len(found["paths"]):
-        raise FileNotFoundError(f"{where}: no images in {len(paths)} shard(s); give shards that hold some, as key.jpg")
-    if found["left_out"] and parallel.is_main():
-        print(f"{where}: {found['left_out']} pictures are left out: their sample has another one before them",
-              flush=True)
-    return Shards(paths, found, in_chans, max_pixels)
+    table = listing.listed(what, known, lambda stamps: search(where, real, known, stamps))
+    if not table["left_out"] and not len(table["paths"]):
+        raise Refused(f"{where}: no images in {len(paths)} shard(s); give shards that hold some, named key.jpg")
+    if table["left_out"] and parallel.is_main():
+        print(f"{where}: {table['left_out']} images are left out: only the first image of a sample is used", flush=True)
+    return Shards(paths, table, in_chans, max_pixels)
 
 
-def find(where: str, paths: Sequence[bytes], known: frozenset[bytes], stamps: list[tuple]) -> listing.Found:
+def search(where: str, paths: Sequence[bytes], known: frozenset[bytes], stamps: list[tuple]) -> listing.Table:
+    """Columns: paths, shard, offset, size and (if all have one) labels of the images; classes; left_out, a count."""
     members, labels, left_out = bytearray(), [], 0
     rows = {"shard": array("i"), "offset": array("q"), "size": array("q")}
     for number, path in enumerate(paths):
         stamps.append((path, *listing.stamp(path)))
-        try:
-            for sample in samples(path):
-                pictures = [m for m in sample if os.path.splitext(os.fsencode(m.name))[1].lower() in known]
-                left_out += len(pictures[1:])
-                for picture in pictures[:1]:
-                    members += os.fsencode(picture.name) + b"\0"
-                    rows["shard"].append(number)
-                    rows["offset"].append(picture.offset)
-                    rows["size"].append(picture.size)
-                    labels.append(next((m.label for m in sample if m.label is not None), None))
-        except (tarfile.TarError, ValueError) as error:
-            raise ValueError(f"{where}: {printable(path)}: {error}; make or fetch this shard again") from error
+        for sample in samples(where, path):
+            images = [m for m in sample if os.path.splitext(os.fsencode(m.name))[1].lower() in known]
+            left_out += len(images[1:])
+            for image in images[:1]:
+                members += os.fsencode(image.name) + b"\0"
+                rows["shard"].append(number)
+                rows["offset"].append(image.offset)
+                rows["size"].append(image.size)
+                labels.append(next((m.label for m in sample if m.label is not None), None))
     numbers, classes = listing.numbered(labels) if None not in labels else ([], [])
     return {k: np.array(v) for k, v in rows.items()} | {
         "paths": np.frombuffer(members, np.uint8), "left_out": np.array(left_out),
@@ -178,25 +189,35 @@ def find(where: str, paths: Sequence[bytes], known: frozenset[bytes], stamps: li
     }
 
 
-def samples(path: bytes) -> Iterator[list[Member]]:
+def samples(where: str, path: bytes) -> Iterator[list[Member]]:
     """The plain files of a shard, sample by sample.
 
     Raises:
-        tarfile.TarError, ValueError: not an uncompressed tar file, or one that is cut short.
+        Refused: not an uncompressed tar file, one that is cut short, or one with labels that can't be read.
     """
-    with tarfile.open(os.fsdecode(path), "r:") as tar:
-        yield from (list(group) for _, group in itertools.groupby(plain_files(tar), key))
-        # tarfile takes a file that ends early for one that is complete
-        tar.fileobj.seek(tar.offset)
-        if tar.fileobj.read(BLOCK) != bytes(BLOCK):
-            raise ValueError("it is cut short or broken")
+    try:
+        with tarfile.open(os.fsdecode(path), "r:") as tar:
+            yield from (list(group) for _, group in itertools.groupby(plain_files(tar), key))
+            # tarfile takes a file that ends early for a complete one
+            tar.fileobj.seek(tar.offset)
+            if tar.fileobj.read(BLOCK) != bytes(BLOCK):
+                raise tarfile.ReadError("it is cut short or broken")
+    except (tarfile.TarError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise Refused(f"{where}: {printable(path)}: {error}; make or fetch this shard again") from error
 
 
 def plain_files(tar: tarfile.TarFile) -> Iterator[Member]:
-    while (member := tar.next()) is not None:
+    while (member := next_member(tar)) is not None:
         tar.members.clear()  # a shard may hold millions
         if member.isreg() and not member.issparse() and not os.path.basename(member.name).startswith("."):
             yield Member(member.name, member.offset_data, member.size, label(tar, member))
+
+
+def next_member(tar: tarfile.TarFile) -> tarfile.TarInfo | None:
+    try:
+        return tar.next()
+    except ValueError as error:  # a number in a broken extended header
+        raise tarfile.ReadError(str(error)) from error
 
 
 def key(member: Member) -> str:
@@ -205,12 +226,12 @@ def key(member: Member) -> str:
 
 
 def label(tar: tarfile.TarFile, member: tarfile.TarInfo) -> str | None:
-    """The text of a .cls member, or `label` or `cls` of a .json one."""
+    """The text of a .cls member, or the field `label` or `cls` of a .json member; None for all others."""
     suffix = os.path.splitext(member.name)[1].lower()
     if suffix == ".cls":
         return tar.extractfile(member).read().decode().strip()
     if suffix != ".json":
         return None
-    about = json.loads(tar.extractfile(member).read())
-    value = next((about[k] for k in ("label", "cls") if k in about), None) if isinstance(about, dict) else None
+    fields = json.loads(tar.extractfile(member).read())
+    value = next((fields[k] for k in ("label", "cls") if k in fields), None) if isinstance(fields, dict) else None
     return str(value) if isinstance(value, (int, str)) and not isinstance(value, bool) else None

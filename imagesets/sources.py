@@ -5,8 +5,9 @@ A set of images is any object with
     len(images), images.load(i, reduction) -> uint8 (C, H, W), images.name(i) -> str,
     images.labels -> int64 (N,) or None, images.classes -> list of names ([] without labels)
 
-where `reduction` is images.decode's; and, where names and files' times don't tell that the pictures have changed,
-images.fingerprint -> str.
+where `reduction` is that of decode.decode. Where names and file times don't show that images have changed, also
+
+    images.fingerprint -> str
 
 Shapes: N images in all, C channels.
 """
@@ -25,9 +26,10 @@ from torch import Tensor
 
 from imagesets import shapes
 from imagesets.decode import MAX_PIXELS, MODES, Reduction, decode, from_pil, printable, suffixes
-from imagesets.listing import Found, Texts, listed, numbered, pack, pictures_below
+from imagesets.listing import Table, Texts, images_below, listed, numbered, pack
 from imagesets.packages import open_hugging_face, open_torchvision
 from imagesets.shards import named_by, open_folder_of_shards, open_shards
+from parallel import Refused
 
 
 class Images(Protocol):
@@ -49,34 +51,34 @@ def open_images(
     max_pixels: int = MAX_PIXELS,
     flag: str = "--data_path",
 ) -> Images:
-    """The images that `data_path` names.
+    """Open the images that `data_path` names.
 
-    folder              every picture in it, at any depth, in the order of the names; symbolic links are followed,
-                        hidden files and folders aren't. When all lie in first-level folders, two or more of them,
-                        the first-level folders are the classes, numbered in the order of their names (an empty one
-                        too, so that the numbers of train and val agree); else there are no labels.
-    file.txt            a path a line, relative to the file's folder, or all lines "path<TAB>label". Labels that are
-                        integers are taken as they are, others are numbered in the order of their names.
+    folder              every image in it, at any depth, sorted by name; symbolic links are followed, hidden files and
+                        folders are not. If all images lie in two or more first-level folders, these are the classes,
+                        numbered in the order of their names (empty ones too, so that the numbers of train and val
+                        agree); otherwise there are no labels.
+    file.txt            one path per line, relative to the file's folder, or in all lines "path<TAB>label". Integer
+                        labels are used as they are, others are numbered in the order of their names.
     torchvision:NAME    the class of torchvision.datasets, in ./data or in the folder of `torchvision:NAME:FOLDER`;
                         downloaded if it isn't there.
-    name-{000..099}.tar tar files by WebDataset's convention, whose samples are key.jpg and the like with key.cls or
-                        key.json for a label; a folder of such files and no pictures; `pipe:command` and URLs of such
+    name-{000..099}.tar tar files by WebDataset's convention, whose samples are key.jpg and the like, with key.cls or
+                        key.json for a label; a folder of such files and no images; `pipe:command` and URLs of such
                         files, which are copied once (shards.py).
-    hf:FOLDER           a data set that Hugging Face's `save_to_disk` wrote.
-    shapes              drawn pictures: `shapes`, `shapes:COUNT` or `shapes:COUNTxPIXELS`, by default 10000x96. A
-                        folder of that name is `./shapes`.
+    hf:FOLDER           a data set written by Hugging Face's `save_to_disk`.
+    shapes              drawn images: `shapes`, `shapes:COUNT` or `shapes:COUNTxPIXELS`, by default 10000x96. A folder
+                        of that name is `./shapes`.
 
     Args:
-        split: None takes the path as it is. 'train' takes the folder's train/ when it has one. 'val' takes its val/
-            or test/, one of which must be there: k-NN of a set with itself would be a fine figure without meaning.
-            For torchvision, the split of that name or the nearest to it; for shapes, 'val' is COUNT / 4 pictures
-            that no training set contains.
-        in_chans: C; other than 1, 3 or 4 for folders and lists of .npy arrays only.
-        max_pixels: larger files can't be decoded (a guard against decompression bombs).
-        flag: the flag that errors name.
+        split: None takes the path as it is. 'train' takes the folder's train/ if it has one. 'val' takes its val/ or
+            test/, one of which must exist: k-NN accuracy of a set on itself would mean nothing. For torchvision, the
+            split of that name or the closest to it; for shapes, 'val' is COUNT / 4 images that no training set
+            contains.
+        in_chans: C; values other than 1, 3 or 4 only for folders and lists of .npy arrays.
+        max_pixels: larger images can't be decoded (a guard against decompression bombs).
+        flag: the flag to name in errors.
 
     Raises:
-        ValueError, OSError: one line that names the flag, the value and the remedy.
+        Refused: nothing is there, or it can't be read or used.
     """
     data_path = os.fspath(data_path)
     where = f"{flag} {data_path!r}"
@@ -84,7 +86,7 @@ def open_images(
         raise ValueError(f"split is {split!r}: give None, 'train' or 'val'")
     kind = re.fullmatch(r"(shapes|torchvision|hf)(?::(.*))?", data_path)
     if kind and in_chans not in MODES:
-        raise ValueError(f"--in_chans {in_chans} with {where}: it has pictures of 1, 3 or 4 channels")
+        raise Refused(f"--in_chans {in_chans} with {where}: its images have 1, 3 or 4 channels")
     if kind and kind[1] == "hf":
         return open_hugging_face(where, kind[2] or "", split, in_chans, max_pixels)
     if kind:
@@ -98,18 +100,14 @@ def open_images(
         if named_by(data_path):
             return open_shards(where, data_path, split, in_chans, max_pixels)
     except OSError as error:
-        if error.errno is None:  # raised below, with its line
-            raise
         name = printable(os.fsencode(error.filename or path))
-        raise OSError(f"{where}: {name!r}: {error.strerror}; make it readable or take it out") from error
-    raise FileNotFoundError(
-        f"{where}: no folder or .txt list has this name; give one, or .tar shards, "
-        "torchvision:NAME, hf:FOLDER or shapes[:COUNT[xPIXELS]]"
-    )
+        raise Refused(f"{where}: {name!r}: {error.strerror or error}; make it readable or remove it") from error
+    raise Refused(f"{where}: no folder or .txt list has this name; give one, or .tar shards, torchvision:NAME, "
+                  "hf:FOLDER or shapes[:COUNT[xPIXELS]]")
 
 
 class Files:
-    """Picture files, their paths relative to a folder."""
+    """Image files, their paths relative to a folder."""
 
     def __init__(
         self, folder: str, paths: Texts, labels: Sequence[int] | None, classes: list[str], in_chans: int,
@@ -133,7 +131,7 @@ class Files:
 
 
 def open_files(folder: str | os.PathLike, names: Iterable[str], in_chans: int) -> Files:
-    """These files, named relative to `folder`, without labels."""
+    """Files without labels, whose names are relative to `folder`."""
     return Files(os.fspath(folder), Texts(pack(map(os.fsencode, names))), None, [], in_chans, MAX_PIXELS)
 
 
@@ -141,28 +139,28 @@ def open_folder(where: str, folder: str, split: str | None, in_chans: int, max_p
     folder = split_folder(where, folder, split)
     known = frozenset(map(os.fsencode, suffixes(in_chans)))
     real = os.path.realpath(folder)
-    found = listed(real, known, lambda stamps: find_pictures(os.fsencode(real), known, stamps))
-    paths, labels = Texts(found["paths"]), found["labels"]
+    table = listed(real, known, lambda stamps: search(os.fsencode(real), known, stamps))
+    paths, labels = Texts(table["paths"]), table["labels"]
     if not len(paths):
         if shards := open_folder_of_shards(where, folder, in_chans, max_pixels):
             return shards
-        kinds = "pictures that Pillow reads, .npy, .tar" if in_chans in MODES else f".npy, as --in_chans is {in_chans}"
-        raise FileNotFoundError(f"{where}: no images in {folder!r}; give a folder that holds some ({kinds})")
+        kinds = "formats that Pillow reads, .npy, .tar" if in_chans in MODES else f".npy, as --in_chans is {in_chans}"
+        raise Refused(f"{where}: no images in {folder!r}; give a folder that holds some ({kinds})")
     if labels.min() < 0 or len(np.unique(labels)) < 2:
         return Files(folder, paths, None, [], in_chans, max_pixels)
-    classes = [printable(name) for name in Texts(found["classes"])]
+    classes = [printable(name) for name in Texts(table["classes"])]
     return Files(folder, paths, labels, classes, in_chans, max_pixels)
 
 
-def find_pictures(folder: bytes, known: frozenset[bytes], stamps: list[tuple]) -> Found:
-    """paths; labels: the number of the first-level folder, -1 outside of them; classes: their names."""
+def search(folder: bytes, known: frozenset[bytes], stamps: list[tuple]) -> Table:
+    """Columns: paths; labels, the number of the first-level folder, or -1 outside of them; classes, their names."""
     with os.scandir(folder) as entries:
         names = sorted(e.name for e in entries if e.is_dir() and not e.name.startswith(b"."))
     numbers = {name: number for number, name in enumerate(names)}
     labels = array("q")
 
     def paths() -> Iterator[bytes]:
-        for path in pictures_below(folder, b"", known, stamps):
+        for path in images_below(folder, b"", known, stamps):
             first, slash, _ = path.partition(b"/")
             labels.append(numbers[first] if slash else -1)
             yield path
@@ -176,29 +174,29 @@ def split_folder(where: str, folder: str, split: str | None) -> str:
         if os.path.isdir(os.path.join(folder, name)):
             return os.path.join(folder, name)
     if split == "val":
-        raise FileNotFoundError(f"{where}: no folder val or test in it; give a folder that has one")
+        raise Refused(f"{where}: no folder val or test in it; give a folder that has one")
     return folder
 
 
 def open_list(where: str, path: str, split: str | None, in_chans: int, max_pixels: int) -> Files:
     if split == "val":
-        raise ValueError(f"{where}: a list has no part for validation; give that a list of its own")
+        raise Refused(f"{where}: a list has no validation part; give the validation images a list of their own")
     with open(path, "rb") as file:
         lines = [line.rstrip(b"\r\n") for line in file.read().removeprefix(b"\xef\xbb\xbf").split(b"\n")]
     rows = [line.split(b"\t") for line in lines if line]
     if not rows:
-        raise ValueError(f"{where}: the list is empty; write a path a line")
+        raise Refused(f"{where}: the list is empty; write one path per line")
     if len({len(row) for row in rows}) > 1 or len(rows[0]) > 2:
-        raise ValueError(f"{where}: some lines have a label and some don't; write 'path' or 'path<TAB>label' in all")
+        raise Refused(f"{where}: some lines have a label and some don't; write 'path' or 'path<TAB>label' in all")
     labels, classes = numbered([printable(row[1]) for row in rows]) if len(rows[0]) == 2 else (None, [])
     files = Files(os.path.dirname(path), Texts(pack(row[0] for row in rows)), labels, classes, in_chans, max_pixels)
-    if not os.path.isfile(files.path(0)):  # one look, for the usual mistake
-        raise FileNotFoundError(f"{where}: {files.name(0)!r} isn't there; paths are relative to the list's folder")
+    if not os.path.isfile(files.path(0)):  # catches the usual mistake; checking all would take long
+        raise Refused(f"{where}: {files.name(0)!r} isn't there; paths are relative to the list's folder")
     return files
 
 
 class Shapes:
-    """Pictures start, start + 1, ... of `shapes.draw`."""
+    """Images start, start + 1, ... of `shapes.draw`."""
 
     def __init__(self, start: int, count: int, size: int, in_chans: int) -> None:
         self.start, self.count, self.size, self.in_chans = start, count, size, in_chans
@@ -209,7 +207,7 @@ class Shapes:
 
     @cached_property
     def labels(self) -> Tensor:
-        return torch.arange(self.start, self.start + self.count) % len(self.classes)  # as `draw` says
+        return torch.arange(self.start, self.start + self.count) % len(self.classes)  # see `draw`
 
     def name(self, i: int) -> str:
         return f"shapes[{self.start + i}]"
@@ -218,15 +216,13 @@ class Shapes:
         return from_pil(Image.fromarray(shapes.draw(self.start + i, self.size)[0]), self.in_chans)
 
 
-VAL_START = 1_000_000_000  # pictures from here on are for validation
+VAL_START = 1_000_000_000  # images from here on are for validation
 
 
 def open_shapes(where: str, size: str | None, split: str | None, in_chans: int) -> Shapes:
     match = re.fullmatch(r"([0-9]+)(?:x([0-9]+))?", "10000x96" if size is None else size)
     count, pixels = (int(match[1]), int(match[2] or 96)) if match else (0, 0)
     if not 1 <= count <= VAL_START or not 8 <= pixels <= 8192:
-        raise ValueError(
-            f"{where}: give shapes:COUNT or shapes:COUNTxPIXELS, as in shapes:2000x96, of 8 pixels or more"
-        )
+        raise Refused(f"{where}: give shapes:COUNT or shapes:COUNTxPIXELS, as in shapes:2000x96, of 8 pixels or more")
     start, count = (VAL_START, max(1, count // 4)) if split == "val" else (0, count)
     return Shapes(start, count, pixels, in_chans)

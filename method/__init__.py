@@ -1,1 +1,1 @@
-"""What the methods are made of, one noun a file: colour operations, optimizers, the rank of features."""
+"""Parts of the method, one per file: colour operations, optimizers, the rank of features."""

@@ -1,4 +1,4 @@
-"""SGD and LARS, which skip an update that is not finite without making the host wait for the device."""
+"""SGD and LARS that skip non-finite updates without making the host wait for the device."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from torch import Tensor
 class SGD(torch.optim.Optimizer):
     """Stochastic gradient descent with momentum: mu <- momentum mu + d, p <- p - lr mu, where d = g + weight_decay p.
 
-    As PyTorch's fused optimizers, whose SGD knows no sharded tensors, it changes nothing where the attribute
-    `found_inf`, a float32 scalar on the device, is there and is 1: the host need not wait to know.
+    A step changes nothing if the attribute `found_inf`, a float32 scalar on the device, is set and is 1; the host
+    doesn't have to read it. torch.optim.SGD can't replace this class: with foreach=True it refuses `found_inf`, and
+    with fused=True it doesn't work on sharded tensors (DTensor).
     """
 
     def __init__(self, params: Iterable, lr: float = 0, weight_decay: float = 0, momentum: float = 0.9) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
 
     def direction(self, p: Tensor, group: dict) -> Tensor:
-        """d for a parameter."""
+        """d of a parameter."""
         return p.grad.add(p, alpha=group["weight_decay"])
 
     @torch.no_grad()
@@ -47,7 +48,7 @@ class SGD(torch.optim.Optimizer):
 class LARS(SGD):
     """Layer-wise adaptive rate scaling (You et al. 2017), with momentum.
 
-    For a matrix d is scaled by eta |p| / |d|; vectors (biases, norms) take the plain gradient.
+    d of a matrix is scaled by eta |p| / |d|. For vectors (biases, norms), d is the gradient, without weight decay.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""RankMe: how many dimensions a set of features makes use of."""
+"""RankMe: the number of dimensions that a set of features uses."""
 
 import torch
 from torch import Tensor

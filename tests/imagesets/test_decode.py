@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import imagesets.decode
-from imagesets.decode import MAX_PIXELS, decode, from_array, from_pil, suffixes
+from imagesets.decode import MAX_PIXELS, Undecodable, decode, from_array, from_pil, suffixes
 
 RNG = np.random.default_rng(0)
 RGB = RNG.integers(256, size=(5, 7, 3), dtype=np.uint8)
@@ -20,8 +20,8 @@ GREY = RGB[..., 0].copy()
 DEEP = RNG.integers(65536, size=(5, 7), dtype=np.uint16)
 
 
-def saved(path: Path, picture: Image.Image | np.ndarray, **options) -> Path:
-    (picture if isinstance(picture, Image.Image) else Image.fromarray(picture)).save(path, **options)
+def saved(path: Path, image: Image.Image | np.ndarray, **options) -> Path:
+    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(path, **options)
     return path
 
 
@@ -34,7 +34,7 @@ def pixels(source, in_chans: int = 3, **options) -> np.ndarray:
 
 
 def smooth(height: int = 48, width: int = 64) -> np.ndarray:
-    """A picture that JPEG keeps to a few levels."""
+    """An image that JPEG keeps to a few levels."""
     y, x = np.mgrid[:height, :width]
     return np.stack([x * 255 // width, y * 255 // height, 128 + 0 * x], -1).astype(np.uint8)
 
@@ -132,7 +132,7 @@ def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path):
     for path in (saved(tmp_path / "a.png", DEEP), saved(tmp_path / "a.tif", DEEP), tmp_path / "a.pgm"):
         assert (pixels(path, 1)[..., 0] == expected).all() and (pixels(path) == expected[..., None]).all()
         assert (pixels(path, 4)[..., :3] == expected[..., None]).all()
-    dark = np.full((5, 7), 694, np.uint16)  # all of the range is scaled, not what the picture uses of it
+    dark = np.full((5, 7), 694, np.uint16)  # all of the range is scaled, not what the image uses of it
     assert (pixels(saved(tmp_path / "dark.tif", dark)) == 3).all()
 
 
@@ -145,7 +145,7 @@ def test_sixteen_bit_colour_is_scaled(tmp_path):
         assert abs(pixels(tmp_path / name) - deep / 257).max() <= 1
 
 
-def test_pictures_that_state_no_white_are_stretched(tmp_path):
+def test_images_that_state_no_white_are_stretched(tmp_path):
     values = np.linspace(-3, 7, 35, dtype=np.float32).reshape(5, 7)
     expected = np.rint((values + 3) * 25.5)[..., None]
     whole = np.rint(values * 1e6).astype(np.int32)
@@ -158,7 +158,7 @@ def test_pictures_that_state_no_white_are_stretched(tmp_path):
         assert pixels(path, 1).min() == 0 and pixels(path, 1).max() == 255
     assert (pixels(saved(tmp_path / "one.tif", np.full((2, 2), 0.5, np.float32))) == 0).all()
     values[0, 0] = np.nan
-    with pytest.raises(ValueError, match="nan.tif: pixels that are not finite"):
+    with pytest.raises(Undecodable, match="nan.tif: pixels that are not finite"):
         decode(saved(tmp_path / "nan.tif", values))
 
 
@@ -241,7 +241,7 @@ def test_npy(tmp_path, channels, dtype):
         ).all()
 
 
-def test_npy_converts_like_a_picture(tmp_path):
+def test_npy_converts_like_an_image(tmp_path):
     np.save(tmp_path / "a.npy", RGB)
     assert (pixels(tmp_path / "a.npy", 1) == pixels(saved(tmp_path / "a.png", RGB), 1)).all()
 
@@ -259,13 +259,13 @@ def test_npy_converts_like_a_picture(tmp_path):
     ],
 )
 def test_arrays_that_do_not_fit(array, in_chans, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(Undecodable, match=message):
         from_array(array, in_chans, max_pixels=16)
 
 
 def test_npy_never_unpickles(tmp_path):
     np.save(tmp_path / "a.npy", np.array([{"a": 1}], object), allow_pickle=True)
-    with pytest.raises(ValueError, match="a.npy: "):
+    with pytest.raises(Undecodable, match="a.npy: "):
         decode(tmp_path / "a.npy")
 
 
@@ -285,7 +285,7 @@ def broken_files() -> dict[str, bytes]:
     gif = b"GIF89a%s\x80\0\0\0\0\0\xff\xff\xff,\0\0\0\0%s\0\2\2L\1\0;"
     return {
         "empty.jpg": b"",
-        "text.jpg": b"this is not a picture",
+        "text.jpg": b"this is not an image",
         "truncated.jpg": jpeg[: len(jpeg) // 2],
         "zeros.jpg": jpeg[:200] + bytes(len(jpeg) - 200),
         "truncated.png": png[: len(png) - 40],
@@ -306,11 +306,11 @@ def broken_files() -> dict[str, bytes]:
 def test_broken_files_raise_their_name(tmp_path, name, in_chans):
     path = tmp_path / name
     path.write_bytes(broken_files()[name])
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(Undecodable) as error:
         decode(path, in_chans)
     message = str(error.value)
     assert message.startswith(f"{path}: ") and "\n" not in message and "<_io" not in message
-    with pytest.raises(ValueError, match="<bytes>: "):
+    with pytest.raises(Undecodable, match="<bytes>: "):
         decode(path.read_bytes(), in_chans)
 
 
@@ -321,7 +321,7 @@ def test_every_truncation_raises_or_is_whole(tmp_path):
         for length in range(0, len(whole), 7):
             try:
                 found = pixels(whole[:length])
-            except ValueError:
+            except Undecodable:
                 continue
             assert (found == expected).all()
 
@@ -329,18 +329,18 @@ def test_every_truncation_raises_or_is_whole(tmp_path):
 def test_size_limit(tmp_path):
     path = saved(tmp_path / "a.png", RGB)
     assert (pixels(path, max_pixels=35) == RGB).all()
-    with pytest.raises(ValueError, match="a.png: .*35 pixels.* limit of 34"):
+    with pytest.raises(Undecodable, match="a.png: .*35 pixels.* limit of 34"):
         decode(path, max_pixels=34)
-    with pytest.raises(ValueError, match="a.png: "):
+    with pytest.raises(Undecodable, match="a.png: "):
         decode(path, max_pixels=10)
     icon = saved(tmp_path / "a.ico", Image.new("RGB", (64, 64)), sizes=[(64, 64)])
-    with pytest.raises(ValueError, match="a.ico: "):
+    with pytest.raises(Undecodable, match="a.ico: "):
         decode(icon, max_pixels=1000)
 
 
 @pytest.mark.parametrize("by", [1, 2, 4, 8])
 def test_jpeg_is_decoded_at_a_reduced_size(tmp_path, by):
-    """Near the full picture's averages over by x by pixels; turned by EXIF after that; other formats stay whole."""
+    """Near the full image's averages over by x by pixels; turned by EXIF after that; other formats stay whole."""
     rows, columns = np.mgrid[:160, :240]
     pixels = np.repeat((rows + columns)[..., None] // 2, 3, 2).astype(np.uint8)
     exif = Image.Exif()
@@ -359,15 +359,15 @@ def test_jpeg_is_decoded_at_a_reduced_size(tmp_path, by):
 def test_pillow_is_left_as_it_was(tmp_path):
     limit, filters = Image.MAX_IMAGE_PIXELS, list(warnings.filters)
     decode(saved(tmp_path / "a.png", RGB))
-    with pytest.raises(ValueError):
+    with pytest.raises(Undecodable):
         decode(b"rubbish")
     assert limit == Image.MAX_IMAGE_PIXELS and filters == warnings.filters and limit * 2 + 1 >= MAX_PIXELS
 
 
 def test_paths_that_are_no_files(tmp_path):
-    with pytest.raises(ValueError, match="none.png: No such file"):
+    with pytest.raises(Undecodable, match="none.png: No such file"):
         decode(tmp_path / "none.png")
-    with pytest.raises(ValueError, match="Is a directory"):
+    with pytest.raises(Undecodable, match="Is a directory"):
         decode(tmp_path)
 
 
@@ -377,9 +377,9 @@ def test_names_that_are_not_utf8(tmp_path):
         Path(name).write_bytes(b"rubbish")
     except OSError:
         pytest.skip("this file system has UTF-8 names only")
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(Undecodable) as error:
         decode(name)
-    assert "\\xff.png: not a picture" in str(error.value).encode().decode()
+    assert "\\xff.png: not an image" in str(error.value).encode().decode()
 
 
 def test_suffixes():
@@ -389,7 +389,7 @@ def test_suffixes():
 
 
 def test_other_channels_need_arrays(tmp_path):
-    with pytest.raises(ValueError, match="a.png: .*use .npy"):
+    with pytest.raises(Undecodable, match="a.png: .*use .npy"):
         decode(saved(tmp_path / "a.png", RGB), 5)
 
 
@@ -411,7 +411,7 @@ def test_jpeg_is_what_pillow_makes_of_it(tmp_path, damage):
             expected = from_pil(Image.open(io.BytesIO(content)))
         except OSError as error:
             refused += 1
-            with pytest.raises(ValueError, match=re.escape(str(error))):
+            with pytest.raises(Undecodable, match=re.escape(str(error))):
                 decode(bytes(content))
         else:
             assert torch.equal(decode(bytes(content)), expected)

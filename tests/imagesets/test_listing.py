@@ -1,4 +1,4 @@
-"""The index of a listing: right after every change, read by all processes, and flat in the workers' memory."""
+"""The index of a listing: correct after every change, the same in all processes, shared in the workers' memory."""
 
 import os
 import pickle
@@ -14,8 +14,7 @@ from processes import ENV, free_port
 
 from benchmarks.listing import growth_in_a_fork
 from imagesets import listing
-from imagesets.loaders import open_images
-from imagesets.sources import Files
+from imagesets.sources import Files, open_images
 
 FLAT_MB = 3
 
@@ -65,8 +64,8 @@ def walks(monkeypatch) -> list:
 def test_the_second_start_reads_the_index_only(tree, cache, monkeypatch, capsys):
     first = listed(tree)
     (index,) = cache.iterdir()
-    assert capsys.readouterr().out == f"{tree}: 12 images, kept in the index {index}; delete it to look anew\n"
-    said = f"{tree}: 12 images by the index {index}; delete it to look anew\n"
+    assert capsys.readouterr().out == f"{tree}: 12 images, saved in the index {index}; delete it to search again\n"
+    said = f"{tree}: 12 images from the index {index}; delete it to search again\n"
     seen = walks(monkeypatch)
     assert listed(tree) == first and not seen and capsys.readouterr().out == said
     assert first[0] == sorted(first[0]) and first[1] == [0] * 4 + [1] * 4 + [2] * 4 and first[2] == ["a", "b", "c"]
@@ -105,7 +104,7 @@ def test_odd_folders_and_other_ways_to_them(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     seen = walks(monkeypatch)
     assert listed(Path("link"))[0] == names == [f"{i}.jpg" for i in range(6)] and not seen
-    assert open_images("link").name(0) == "link/0.jpg" and "by the index" in capsys.readouterr().out
+    assert open_images("link").name(0) == "link/0.jpg" and "from the index" in capsys.readouterr().out
 
 
 def test_a_linked_folder_is_watched_where_it_lies(tree, tmp_path):
@@ -130,16 +129,16 @@ def test_what_was_just_written_is_not_trusted(tree, cache):
     assert not list(cache.iterdir())  # a file made within the same tick of the clock would never be seen
 
 
-def test_nor_after_a_long_look(cache, monkeypatch):
+def test_nor_after_a_long_search(cache, monkeypatch):
     clock = [10**18]
     monkeypatch.setattr(listing.time, "time_ns", lambda: clock[0])
 
-    def find(stamps):
-        stamps.append((b"folder", clock[0], 0))  # changed as the look began
+    def search(stamps):
+        stamps.append((b"folder", clock[0], 0))  # changed as the search began
         clock[0] += 10**11
         return {"paths": listing.pack([b"a"] * 9)}
 
-    listing.listed("folder", frozenset(), find)
+    listing.listed("folder", frozenset(), search)
     assert not list(cache.iterdir())
 
 
@@ -158,7 +157,7 @@ def test_folders_channels_and_splits_have_their_own(tree, tmp_path, cache):
 
 
 @pytest.mark.parametrize("content", [b"", b"rubbish", b"PK\x05\x06" + bytes(18)])
-def test_a_broken_index_is_made_anew(tree, cache, content):
+def test_a_broken_index_is_replaced(tree, cache, content):
     first = listed(tree)
     (index,) = cache.iterdir()
     whole = index.read_bytes()
@@ -171,7 +170,7 @@ def test_without_a_place_for_it(tree, tmp_path, monkeypatch, capsys):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("DINO_CACHE", str(tmp_path / "file" / "cache"))
     assert len(listed(tree)[0]) == 12
-    assert "no index is kept" in capsys.readouterr().out
+    assert "no index is saved" in capsys.readouterr().out
     monkeypatch.setenv("DINO_CACHE", "")
     assert len(listed(tree)[0]) == 12 and capsys.readouterr().out == ""
 
@@ -195,14 +194,14 @@ def test_texts():
 # ---- Processes ----
 
 
-def test_one_process_looks_and_all_get_it(tree, tmp_path):
-    """Two processes under torchrun, without an index: the second reads no folder, and raises the first one's errors."""
+def test_one_process_searches_and_all_get_its_listing(tree, tmp_path):
+    """Two processes under torchrun, without an index: the second reads no folder, and raises the first's errors."""
     script = tmp_path / "script.py"
     script.write_text(
         textwrap.dedent("""
             import os, sys
             import parallel
-            from imagesets.loaders import open_images
+            from imagesets.sources import open_images
             parallel.start("cpu")
             real, seen = os.scandir, []
             os.scandir = lambda path: (seen.append(path), real(path))[1]
@@ -213,11 +212,11 @@ def test_one_process_looks_and_all_get_it(tree, tmp_path):
             assert parallel.gather_objects(found) == [found] * 2
             try:
                 open_images(sys.argv[2])
-            except OSError as error:
+            except parallel.Refused as error:
                 assert "no images in" in str(error), error
                 os.write(1, b"refused %d\\n" % parallel.rank())
             os.scandir = None
-            open_images(sys.argv[1])  # an error that is no user's ends rank 0: the other must not wait for ever
+            open_images(sys.argv[1])  # a bug ends rank 0: the other must not wait forever
         """)
     )
     (tmp_path / "empty").mkdir()
@@ -233,7 +232,7 @@ def test_one_process_looks_and_all_get_it(tree, tmp_path):
 
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="Linux says what memory is private")
 def test_a_worker_that_reads_all_names_gains_no_memory():
-    """A list of names, which this is instead of, is copied page by page as its reference counts change."""
+    """A list of names, in contrast, is copied page by page as reference counts change."""
     names = [f"n{i % 1000:08d}/n{i % 1000:08d}_{i}.JPEG" for i in range(200_000)]
     files = Files("/data", listing.Texts(listing.pack(map(str.encode, names))), None, [], 3, 100)
     assert growth_in_a_fork(names.__getitem__, len(names)) > 3 * FLAT_MB

@@ -1,4 +1,4 @@
-"""docs/data.md says what becomes of odd and broken files, and of a worker that dies: here that is tried."""
+"""Odd and broken files, and a worker that dies, have the outcome that docs/data.md states."""
 
 import csv
 import io
@@ -19,7 +19,9 @@ from processes import ENV, SMALL
 from test_decode import png_bytes, smooth
 
 import main_dino
-from imagesets.loaders import batches, open_images
+from imagesets.decode import Undecodable
+from imagesets.loaders import batches
+from imagesets.sources import open_images
 from protocols.transforms import EvalImages
 
 FOLDER = os.environ.get("DINO_ODD_IMAGES", "")  # with MANIFEST.csv: file, what it is
@@ -35,8 +37,8 @@ def table() -> dict[str, str]:
 
 
 def encoded(array, kind: str, mode: str | None = None, **options) -> bytes:
-    buffer, picture = io.BytesIO(), Image.fromarray(array)
-    (picture.convert(mode) if mode else picture).save(buffer, kind, **options)
+    buffer, image = io.BytesIO(), Image.fromarray(array)
+    (image.convert(mode) if mode else image).save(buffer, kind, **options)
     return buffer.getvalue()
 
 
@@ -78,7 +80,7 @@ def kinds() -> dict[str, tuple[str, bytes]]:
         "900 Mpx 1-bit PNG (DecompressionBombError)":
             ("a.png", png_bytes(struct.pack(">IIBBBBB", 30000, 30000, 1, 0, 0, 0, 0), [bytes(3750)] * 10)),
         "zero bytes": ("a.jpg", b""),
-        "text named .jpg": ("a.jpg", b"this is not a picture"),
+        "text named .jpg": ("a.jpg", b"this is not an image"),
         "32-bit float TIFF, colour": ("a.tiff", tiff(3, 3, 32, 3)),
         "HEIF (needs a plug-in)": ("a.heif", b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"),
         "PNG bytes named .jpg": ("a.jpg", png),
@@ -110,7 +112,7 @@ def outcome(path: Path) -> str:
         return "passed over"
     try:
         image = images.load(numbers[0])
-    except ValueError as error:
+    except Undecodable as error:
         assert str(error).startswith(f"{path}: ") and "\n" not in str(error)
         return "replaced"
     assert image.dtype == torch.uint8 and image.shape[0] == 3
@@ -179,7 +181,7 @@ def test_none_but_broken_ones_stop_a_run(tmp_path, capfd, workers):
     flags = ["--data_path", tmp_path, "--output_dir", tmp_path / "out", "--num_workers", workers]
     assert main_dino.main(parsed(*flags)) == 1
     (line,) = capfd.readouterr().err.strip().splitlines()
-    assert re.search(r"stopped: --data_path: 100 images in a row can't be decoded; .*\.jpg: not a picture", line)
+    assert re.search(r"stopped: --data_path: 100 images in a row can't be decoded; .*\.jpg: not an image", line)
 
 
 def test_the_pixel_limit_is_a_flag(tmp_path, capfd):
@@ -193,7 +195,7 @@ def test_the_pixel_limit_is_a_flag(tmp_path, capfd):
 
 def test_evaluation_names_the_broken_one(odd):
     images = open_images(odd)
-    with pytest.raises(ValueError, match="00 a.jpg: "):
+    with pytest.raises(Undecodable, match="00 a.jpg: "):
         EvalImages(images, 32, 32, [0.5] * 3, [0.5] * 3)[0]
 
 
@@ -207,7 +209,7 @@ def test_a_broken_one_in_evaluation_is_named(tmp_path, capfd):
     flags = ["--eval_knn_every", 1, "--eval_data_path", tmp_path, "--num_workers", 0, "--output_dir", tmp_path / "out"]
     assert main_dino.main(parsed(*flags)) == 1
     (line,) = capfd.readouterr().err.strip().splitlines()
-    assert re.search(r"stopped: --eval_data_path: .*val/b/15.png: not a picture .*; .*remove it", line)
+    assert re.search(r"stopped: --eval_data_path: .*val/b/15.png: not an image .*; .*remove it", line)
 
 
 class Crops:

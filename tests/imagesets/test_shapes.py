@@ -1,4 +1,4 @@
-"""The embedded pictures: what a caller relies on, and what makes them a fair exercise for self-supervision."""
+"""The drawn images: what callers rely on, and what makes them a fair task for self-supervision."""
 
 import numpy as np
 import pytest
@@ -15,8 +15,8 @@ def downscale(mask: np.ndarray, size: int) -> np.ndarray:
 @pytest.mark.parametrize("size", [8, 33, 64, 200])
 def test_types_and_shapes(size):
     for index in range(10):
-        picture, label, mask = shapes.draw(index, size)
-        assert picture.shape == (size, size, 3) and picture.dtype == np.uint8 and picture.flags.c_contiguous
+        image, label, mask = shapes.draw(index, size)
+        assert image.shape == (size, size, 3) and image.dtype == np.uint8 and image.flags.c_contiguous
         assert mask.shape == (size, size) and mask.dtype == bool and mask.any() and not mask.all()
         assert type(label) is int and 0 <= label < len(shapes.KINDS)
 
@@ -27,21 +27,21 @@ def test_kinds_are_ten_names_and_balanced():
     assert np.bincount(labels).tolist() == [10] * 10
 
 
-def test_a_picture_is_a_function_of_its_index():
+def test_an_image_is_a_function_of_its_index():
     # Whatever was drawn before, at whatever size, and whatever became of the arrays that were handed out.
-    picture, label, mask = shapes.draw(123, 48)
-    kept = picture.copy(), mask.copy()
-    picture[:], mask[:] = 0, False
+    image, label, mask = shapes.draw(123, 48)
+    kept = image.copy(), mask.copy()
+    image[:], mask[:] = 0, False
     np.random.seed(0)
     shapes.draw(5, 48), shapes.draw(123, 96)
     again = shapes.draw(123, 48)
     assert np.array_equal(again[0], kept[0]) and again[1] == label and np.array_equal(again[2], kept[1])
 
 
-def test_pictures_differ():
-    pictures = np.stack([shapes.draw(index, 32)[0] for index in (*range(0, 200, 10), 10**6, 10**12)]).astype(int)
-    distance = np.abs(pictures[:, None] - pictures[None]).mean((2, 3, 4))
-    assert distance[~np.eye(len(pictures), dtype=bool)].min() > 5  # of 255, all of one kind
+def test_images_differ():
+    images = np.stack([shapes.draw(index, 32)[0] for index in (*range(0, 200, 10), 10**6, 10**12)]).astype(int)
+    distance = np.abs(images[:, None] - images[None]).mean((2, 3, 4))
+    assert distance[~np.eye(len(images), dtype=bool)].min() > 5  # of 255, all of one kind
 
 
 def test_masks_are_large_and_alike_for_all_kinds():
@@ -88,7 +88,7 @@ def test_raw_pixels_do_not_tell_the_class():
 
 
 def test_bad_arguments():
-    with pytest.raises(ValueError, match="no picture -1"):
+    with pytest.raises(ValueError, match="no image -1"):
         shapes.draw(-1, 64)
     with pytest.raises(ValueError, match="7 pixels"):
         shapes.draw(0, 7)

@@ -1,4 +1,4 @@
-"""The batched colour operations against Pillow's and torchvision's on one picture, and their independence of the batch.
+"""The batched colour operations against Pillow's and torchvision's on one image, and their independence of the batch.
 
 Differences from Pillow are given in levels of 255.
 """
@@ -35,7 +35,7 @@ CHAIN_WORST_HUE, CHAIN_MEAN_HUE = 24.0, 2.0
 FLOAT, LUMA = 2e-6, 1.2e-4
 
 
-def pictures(count: int, height: int, width: int, seed: int = 0) -> torch.Tensor:
+def photos(count: int, height: int, width: int, seed: int = 0) -> torch.Tensor:
     """(M, 3, H, W) uint8 with the statistics of photographs: 1/f noise, correlated channels, and occluding edges."""
     rng = np.random.default_rng(seed)
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.fftfreq(width))
@@ -44,17 +44,17 @@ def pictures(count: int, height: int, width: int, seed: int = 0) -> torch.Tensor
     def noise() -> np.ndarray:
         field = np.fft.ifft2(np.fft.fft2(rng.standard_normal((3, height, width))) * spectrum).real
         field /= field.std() + 1e-9
-        return 0.8 * field[:1] + 0.4 * field  # channels of natural pictures go together
+        return 0.8 * field[:1] + 0.4 * field  # channels of natural images go together
 
     rows, columns = np.mgrid[:height, :width]
     result = []
     for _ in range(count):
-        picture = 128 + 45 * noise()
+        image = 128 + 45 * noise()
         for _ in range(3):
             side = np.cos(angle := rng.uniform(0, 7)) * rows + np.sin(angle) * columns
             behind = side < rng.choice(side.ravel())
-            picture = np.where(behind, picture, rng.uniform(0, 255, (3, 1, 1)) + 30 * noise())
-        result.append(picture.clip(0, 255).astype(np.uint8))
+            image = np.where(behind, image, rng.uniform(0, 255, (3, 1, 1)) + 30 * noise())
+        result.append(image.clip(0, 255).astype(np.uint8))
     return torch.from_numpy(np.stack(result))
 
 
@@ -90,7 +90,7 @@ def unnormalize(images: torch.Tensor) -> torch.Tensor:
 
 
 def levels(ours: torch.Tensor, pillow: list[Image.Image]) -> torch.Tensor:
-    """Absolute differences of pictures in [0, 1] from Pillow's, in levels of 255."""
+    """Absolute differences of images in [0, 1] from Pillow's, in levels of 255."""
     return (255 * ours - from_pil(pillow)).abs()
 
 
@@ -104,7 +104,7 @@ def pillow_jitter(image: Image.Image, operation: int, factor: float) -> Image.Im
 
 
 def pillow_chain(image: Image.Image, params: list[float]) -> Image.Image:
-    """The published transforms on one picture, up to the tensor."""
+    """The published transforms on one image, up to the tensor."""
     if params[ph.ORDER] >= 0:
         for operation in ph.ORDERS[int(params[ph.ORDER])]:
             image = pillow_jitter(image, operation, params[operation])
@@ -114,7 +114,7 @@ def pillow_chain(image: Image.Image, params: list[float]) -> Image.Image:
     return ImageOps.solarize(image) if params[ph.SOLARIZE] else image
 
 
-CROPS = pictures(8, 61, 48)
+CROPS = photos(8, 61, 48)
 IMAGES = CROPS / 255
 
 
@@ -170,7 +170,7 @@ def test_solarize_is_pillows_on_every_value():
 @pytest.mark.parametrize("sigma", [0.1, 0.3, 0.7, 1.0, 1.41, 1.42, 2.0, 3.0, 12.0])
 @pytest.mark.parametrize("size", [(61, 48), (5, 3), (1, 2), (1, 1)])
 def test_blur_is_pillows_up_to_the_edge(sigma, size):
-    crops = pictures(4, *size)
+    crops = photos(4, *size)
     result = ph.gaussian_blur(crops / 255, torch.full((4,), sigma))
     assert levels(result, [i.filter(ImageFilter.GaussianBlur(sigma)) for i in to_pil(crops)]).max() <= BLUR
 
@@ -223,7 +223,7 @@ def test_normalize_is_torchvisions():
 
 @pytest.mark.parametrize("hue, worst, mean", [(0, CHAIN_WORST, CHAIN_MEAN), (1, CHAIN_WORST_HUE, CHAIN_MEAN_HUE)])
 def test_chain_against_pillow_in_all_orders(hue, worst, mean):
-    crops, params = pictures(75, 40, 52), random_params(75)
+    crops, params = photos(75, 40, 52), random_params(75)
     params[:, ph.ORDER] = torch.arange(75) % 25 - 1
     params[:, ph.HUE] *= hue
     result = unnormalize(ph.photometric(crops, params, MEAN, STD))
@@ -233,7 +233,7 @@ def test_chain_against_pillow_in_all_orders(hue, worst, mean):
 
 
 def test_chain_is_its_operations_one_by_one():
-    crops, params = pictures(50, 23, 18), random_params(50, strong=True)
+    crops, params = photos(50, 23, 18), random_params(50, strong=True)
     params[:, ph.ORDER] = torch.arange(50) % 25 - 1
     result = ph.photometric(crops, params, MEAN, STD)
     jitter = {
@@ -256,7 +256,7 @@ def test_chain_is_its_operations_one_by_one():
 @pytest.mark.parametrize("part", [1, 7000, 2**40])
 def test_a_crop_does_not_depend_on_its_batch(part, channels, monkeypatch):
     """To the bit, however the batch is ordered, divided between processes, or cut into parts."""
-    crops, params = pictures(60, 29, 31)[:, :channels], random_params(60, strong=True)
+    crops, params = photos(60, 29, 31)[:, :channels], random_params(60, strong=True)
     stats = MEAN[:channels], STD[:channels]
     whole, before = ph.photometric(crops, params, *stats), crops.clone()
     monkeypatch.setattr(ph, "CPU_PART", part)
@@ -271,14 +271,14 @@ def test_a_crop_does_not_depend_on_its_batch(part, channels, monkeypatch):
 
 @pytest.mark.parametrize("channels", [1, 2, 4])
 def test_other_channels_go_without_colour(channels):
-    crops = torch.cat([pictures(12, 20, 21, seed=s) for s in (0, 1)], dim=1)[:, :channels]
+    crops = torch.cat([photos(12, 20, 21, seed=s) for s in (0, 1)], dim=1)[:, :channels]
     params = random_params(12)
     mean, std = (0.5,) * channels, (0.25,) * channels
     plain = params.clone()
     plain[:, ph.SATURATION], plain[:, ph.HUE], plain[:, ph.GREY] = 1, 0, 0
     result = ph.photometric(crops, params, mean, std)
     assert torch.equal(result, ph.photometric(crops, plain, mean, std))
-    if channels == 1:  # Pillow's grey pictures have a contrast, too
+    if channels == 1:  # Pillow's grey images have a contrast, too
         images, pixels = [Image.fromarray(c[0].numpy()) for c in crops], 255 * (0.5 + 0.25 * result[:, 0])
         params[:, ph.HUE] = 0
         for ours, image, row in zip(pixels, images, params.tolist(), strict=True):
@@ -308,7 +308,7 @@ def test_no_step_reads_the_pixels(method, shape, monkeypatch):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("method", [ph, fused])
 def test_cuda_is_cpu_and_never_waits(method):
-    crops, params = pictures(64, 48, 40), random_params(64, strong=True)
+    crops, params = photos(64, 48, 40), random_params(64, strong=True)
     on_cpu, there = ph.photometric(crops, params, MEAN, STD), crops.cuda()
     method.photometric(there, params, MEAN, STD)
     torch.cuda.set_sync_debug_mode("error")
@@ -327,7 +327,7 @@ def test_cuda_is_cpu_and_never_waits(method):
         (dict(params=identity(7)), r"\(8, 8\)"),
         (dict(params=identity(8).to("meta")), "on the CPU"),
         (dict(params=identity(8).index_fill(1, torch.tensor(ph.ORDER), 24)), "-1 to 23"),
-        (dict(mean=(0.5,)), "--mean"),
+        (dict(mean=(0.5,)), "mean and std"),
     ],
 )
 def test_errors(change, message):
@@ -337,7 +337,7 @@ def test_errors(change, message):
 
 def test_fused_kernels_compute_the_same(monkeypatch):
     """Without the compiler, which takes a minute: operations one by one, and what torch.compile traces of them."""
-    crops, params = pictures(75, 23, 18), random_params(75, strong=True)
+    crops, params = photos(75, 23, 18), random_params(75, strong=True)
     params[:, ph.ORDER] = torch.arange(75) % 25 - 1
     params[:20, ph.SIGMA] = 0
     plain, last = ph.photometric(crops, params, MEAN, STD), crops.to(memory_format=torch.channels_last)
@@ -369,7 +369,7 @@ def test_compiled_photometric_equals_the_plain_one_without_a_graph_a_batch():
     fused.compiled.cache_clear()
     torch._dynamo.utils.counters.clear()
     for count, side in ((40, 24), (12, 48), (31, 24), (7, 33), (1, 24), (25, 48)):
-        crops, params = pictures(count, side, side), random_params(count, seed=count)
+        crops, params = photos(count, side, side), random_params(count, seed=count)
         compiled = fused.photometric(crops, params, MEAN, STD)
         torch.testing.assert_close(compiled, ph.photometric(crops, params, MEAN, STD), rtol=1e-4, atol=1e-4)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4 * 2  # four kernels; many crops, and one alone

@@ -1,0 +1,127 @@
+"""Every module imports, and what a laptop needs runs, where Python has no POSIX (Windows)."""
+
+import subprocess
+import sys
+import textwrap
+
+import pytest
+from conftest import ROOT
+from processes import ENV
+
+WITHOUT_POSIX = """
+import os, signal, sys
+import numpy, PIL.Image, torch, torchvision  # not ours: each has its own code for Windows
+
+try:
+    import submitit
+except ImportError:
+    pass
+for name in ("fcntl", "resource", "pwd", "grp"):
+    sys.modules[name] = None
+for module, names in (
+    (os, ("fork", "forkpty", "mkfifo", "pread", "sched_getaffinity", "getuid", "getloadavg")),
+    (signal, ("SIGUSR1", "SIGUSR2", "SIGCHLD", "SIGALRM", "SIGKILL", "sigwaitinfo", "pthread_sigmask", "setitimer")),
+):
+    for name in names:
+        if hasattr(module, name):
+            delattr(module, name)
+"""
+FILES = [*ROOT.glob("*.py"), *(path for room in ROOT.glob("*/__init__.py") for path in room.parent.rglob("*.py"))]
+MODULES = sorted(".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in FILES)
+
+
+def run(script: str, *argv: str) -> str:
+    script = WITHOUT_POSIX + textwrap.dedent(script)
+    done = subprocess.run([sys.executable, "-c", script, *argv], env=ENV, cwd=ROOT, capture_output=True, text=True,
+                          timeout=300)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_every_module_imports():
+    assert {"main_dino", "imagesets.loaders", "pretraining.faults", "weights"} <= set(MODULES)
+    failures = run("""
+        import importlib
+        for name in sys.argv[1:]:
+            try:
+                importlib.import_module(name)
+            except Exception as error:
+                print(f"{name}: {error!r}")
+    """, *MODULES)
+    assert failures == ""
+
+
+def test_signals_that_do_not_exist_are_skipped():
+    run("""
+        import torch
+        import parallel
+        from imagesets import loaders
+        from pretraining.faults import Requests
+        loaders.init_worker(0)
+        requests = Requests(torch.device("cpu"))
+        signal.raise_signal(signal.SIGTERM)
+        assert requests.agreed(1) == (True, False)
+        assert "memory" in parallel.worker_death(RuntimeError("DataLoader worker (pid 1) exited unexpectedly."))
+    """)
+
+
+def test_data_loading(tmp_path):
+    """With a stand-in for Windows' msvcrt, whose lock another process holds at first."""
+    run("""
+        import io, tarfile, types
+        from pathlib import Path
+        from PIL import Image
+        import torch
+        from imagesets import locks
+        from imagesets.loaders import batches
+        from imagesets.sources import open_images
+
+        attempts = []
+        def locking(descriptor, mode, count):
+            attempts.append((mode, count))
+            if len(attempts) < 3:
+                raise PermissionError(13, "Permission denied")
+        sys.modules["msvcrt"] = types.SimpleNamespace(LK_NBLCK=2, locking=locking)
+        folder = Path(sys.argv[1])
+        for _ in range(2):
+            with locks.locked(folder / "lock"):
+                pass
+        assert attempts == [(2, 1)] * 4
+
+        content = io.BytesIO()
+        Image.new("RGB", (8, 8), (1, 2, 3)).save(content, "PNG")
+        with tarfile.open(folder / "a.tar", "w") as tar:
+            for i in range(4):
+                member = tarfile.TarInfo(f"{i}.png")
+                member.size = len(content.getvalue())
+                tar.addfile(member, io.BytesIO(content.getvalue()))
+        class Crops:
+            reduction = None
+            def cut(self, image, rng):
+                return [image, image], torch.zeros(2, 8)
+        (batch,) = batches(open_images(folder / "a.tar"), Crops(), 4, 0, seed=0, last_batch=1)
+        assert batch["crops"][0].amax((0, 2, 3)).tolist() == [1, 2, 3]
+    """, str(tmp_path))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a lock of another process, by fcntl")
+def test_a_lock_is_released_when_its_process_ends(tmp_path):
+    script = """
+        import os, sys
+        from imagesets.locks import locked
+        lock = locked(sys.argv[1])
+        lock.__enter__()
+        print("locked", flush=True)
+        sys.stdin.read()
+        os._exit(1)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script), str(tmp_path / "lock")]
+    pipes = {"env": ENV, "cwd": ROOT, "text": True, "stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes) as first:
+        assert first.stdout.readline() == "locked\n"
+        with subprocess.Popen(command, **pipes) as second:
+            with pytest.raises(subprocess.TimeoutExpired):
+                second.wait(3)  # it imports in less, and waits for the first
+            first.stdin.close()
+            assert second.stdout.readline() == "locked\n"
+            second.stdin.close()
