@@ -141,7 +141,7 @@ def check_folder(path: str | os.PathLike, flag: str = "--output_dir") -> Path:
     """A folder that is there or can be made: ValueError when it, or one that it would lie in, is a file."""
     for folder in (Path(path), *Path(path).parents):
         if folder.exists() and not folder.is_dir():
-            raise ValueError(f"{flag} {path}: {folder} is a file; give a folder")
+            raise Refused(f"{flag} {path}: {folder} is a file; give a folder")
     return Path(path)
 
 

@@ -20,8 +20,8 @@ import flags
 import main_dino
 import parallel
 from imagesets import loaders
-from pretraining.run import load_initial
 from vision_transformer import build_backbone
+from weights.backbones import load_weights_into
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -163,7 +163,7 @@ def check(args: argparse.Namespace) -> None:
     main_dino.check_args(args)
     backbone, _ = build_backbone(args.arch, args.patch_size, in_chans=args.in_chans, img_size=args.global_crops_size)
     if args.init_from:
-        load_initial(backbone, args.init_from)
+        load_weights_into(backbone, args.init_from, flag="--init_from")
     if args.device != "auto" and parallel.named_device(args.device).index is not None and args.ngpus > 1:
         raise ValueError(f"--device {args.device}: --ngpus {args.ngpus} processes would share that GPU; use cuda")
     if args.replay:

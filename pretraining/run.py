@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import math
 import random
-import re
 import time
 from functools import cache
 from pathlib import Path
@@ -24,7 +23,7 @@ from imagesets import loaders
 from pretraining import metrics, sharding
 from pretraining.evaluation import Evaluation
 from vision_transformer import VITS, DINOHead, VisionTransformer, build_backbone
-from weights import backbones, checkpoints, layouts
+from weights import backbones, checkpoints
 
 
 class Plan(NamedTuple):
@@ -78,7 +77,7 @@ def build_networks(args: argparse.Namespace, device: torch.device) -> tuple[nn.M
     if args.arch not in VITS:
         refuse_unfit_crops(student.backbone, args)
     if args.init_from:
-        load_initial(student.backbone, args.init_from)
+        backbones.load_weights_into(student.backbone, args.init_from, flag="--init_from")
     teacher.load_state_dict(student.state_dict())
     teacher.requires_grad_(False)
     student, teacher = student.to(device), teacher.to(device)
@@ -114,15 +113,6 @@ def refuse_unfit_crops(backbone: nn.Module, args: argparse.Namespace) -> None:
             raise ValueError(f"--{flag} {size}: --arch {args.arch} cannot take it ({reason}); give it another size, "
                              "or choose another network") from error
     backbone.train()
-
-
-def load_initial(backbone: nn.Module, path: str) -> None:
-    try:
-        state = layouts.backbone_state(checkpoints.read(path), "teacher", path)
-        backbones.load_matching(backbone, state, path)
-    except ValueError as error:  # it names the evaluation scripts' flags
-        reason = re.sub("--(pretrained_weights|checkpoint_key) ", "", str(error)).removeprefix(f"{path}: ")
-        raise ValueError(f"--init_from {path}: {reason}") from error
 
 
 def build_loss(args: argparse.Namespace, epochs: int) -> utils.DINOLoss:
