@@ -139,7 +139,7 @@ def refuse_unfit_size(model: nn.Module, about: Mapping) -> None:
         model(torch.zeros(1, about["in_chans"], size, size))
     except (RuntimeError, ValueError, AssertionError) as error:  # timm asserts
         reason = " ".join(str(error).split())[:200]
-        raise Refused(f"--image_size {size}: {about['arch']} does not accept it ({reason}); give another one") from error
+        raise Refused(f"--image_size {size}: {about['arch']} refuses it ({reason}); give another one") from error
 
 
 def read_report(path: str, weights_sha256: str) -> dict:
