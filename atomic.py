@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written beside their place, flushed to the disk, renamed."""
+"""Files that are either complete or absent: written beside their final name, flushed to disk, then renamed."""
 
 from __future__ import annotations
 
@@ -9,14 +9,17 @@ from pathlib import Path
 
 
 @contextmanager
-def replacing(path: str | os.PathLike) -> Iterator[Path]:
-    """Yields a temporary name in the folder of `path`; the file written there becomes `path` when the block ends.
+def replacing(path: str | os.PathLike, previous: str | os.PathLike | None = None) -> Iterator[Path]:
+    """Yield a temporary path in the folder of `path`; the file written there becomes `path` when the block ends.
 
-    An exception in the block leaves `path` as it was and nothing beside it. A kill leaves `path` as it was, and
-    perhaps `.<name>.<process>.tmp`.
+    If the block raises, `path` keeps its content and the temporary file is removed. If the process is killed, `path`
+    is complete, old or new, and a temporary file `.<name>.<process>.tmp` may be left.
+
+    Args:
+        previous: path in the same folder under which the replaced file is kept, as a hard link.
 
     Raises:
-        OSError: the disk is full, or the folder can't be written to.
+        OSError: the disk is full, or the folder is not writable.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -24,10 +27,13 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
+        if previous is not None and path.exists():
+            Path(previous).unlink(missing_ok=True)
+            os.link(path, previous)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    if os.name == "posix":  # elsewhere a folder can't be opened
+    if os.name == "posix":  # other systems cannot open a folder
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
@@ -36,6 +42,6 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-    """Write a small file; see `replacing`."""
+    """Write a small text file in UTF-8; see `replacing`."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")

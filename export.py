@@ -1,13 +1,14 @@
-"""Write a backbone for other libraries, and check that they compute with it what this project computes.
+"""Export a backbone for other libraries, and verify that they compute the same features as this project.
 
     python export.py --pretrained_weights output/run/checkpoint.pth --format onnx --output backbone.onnx
     python export.py --pretrained_weights output/run/checkpoint.pth --format hf --output backbone_hf \\
-        --results output/run/eval_knn.json --training_data "my pictures"
+        --results output/run/eval_knn.json --training_data "my holiday photos"
 
-What is written is loaded by its library (onnxruntime, safetensors, timm, transformers, torch.export) and compared on
-random pictures; only then it appears under --output. Exit code 1: the outputs differ, and nothing is left.
+The written file is loaded by its library (onnxruntime, safetensors, timm, transformers, torch.export) and compared
+with the network on random images; only then does it appear under --output. Exit code 1: the features differ, and
+nothing is written.
 
-Shapes: B pictures, C channels, D width; sizes are height x width in pixels.
+Shapes: B images, C channels, D width; sizes are height x width in pixels.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import re
 import sys
 import tempfile
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -28,33 +30,42 @@ import torch
 from torch import nn
 
 import flags
+from parallel import Refused
 from protocols.features import weights_hash
-from protocols.formats import FORMATS, SUFFIXES, Differs, Run, same
+from protocols.formats import FORMATS, SUFFIXES, Differs, Options, Run, same
 from vision_transformer import VisionTransformer
 from weights import backbones
 from weights.layouts import STORED_OPTIONS
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = flags.Parser("Write a backbone for other libraries, and check what they compute with it.")
-    add = parser.add_argument
-    add("--pretrained_weights", required=True, help="a checkpoint or weights, in any layout")
+    parser = flags.Parser("Export a backbone for other libraries, and verify the features that they compute with it.")
+    add = parser.add_argument_group("network").add_argument
+    add("--pretrained_weights", required=True, help="checkpoint or weights, in any layout")
     add("--checkpoint_key", default="teacher", help="part of the checkpoint: teacher or student")
-    add("--arch", default="vit_small", help="where the weights do not say")
-    add("--patch_size", type=flags.positive_int, default=16, help="where the weights do not say")
+    add("--arch", default="vit_small", help="if the weights do not say")
+    add("--patch_size", type=flags.positive_int, default=16, help="if the weights do not say")
+    add = parser.add_argument_group("output").add_argument
     add("--format", choices=tuple(FORMATS), required=True,
         help="onnx; safetensors; timm: a folder for timm.create_model('local-dir:FOLDER', pretrained=True); "
-        "hf: a folder for transformers; torch: a .pt2 of torch.export")
-    add("--output", required=True, help="file or folder to write; there must be none yet")
+        "hf: a folder for transformers; torch: a .pt2 file of torch.export")
+    add("--output", required=True, help="file or folder to write; it must not exist")
+    add("--tolerance", type=flags.positive, default=1e-4,
+        help="largest accepted difference of a feature, relative to the features' RMS; raise it for networks that "
+        "other libraries compute in another order")
+    add = parser.add_argument_group("image size").add_argument
     add("--image_size", type=flags.count, default=0,
-        help="pixels a side; 0: what the network's position embeddings are made for, or the training's crops")
-    add("--dynamic_size", action="store_true", help="onnx, torch: pictures of any height and width, as the network")
-    add("--opset", type=flags.positive_int, default=18, help="onnx: version of the operators")
-    add("--tolerance", type=flags.positive, default=1e-4, help="largest difference, in units of the features' RMS")
-    add("--resize_size", type=flags.count, default=0, help="timm, hf: shorter side before the crop; 0: x 256 / 224")
-    add("--results", nargs="*", default=[], help="hf: results' files of the evaluations, for the model card")
-    add("--training_data", default="not stated", help="hf: for the model card")
-    add("--license", default="", help="hf, timm: of the weights, such as apache-2.0")
+        help="pixels per side, for use at another size than in training; 0: the size of the position embeddings, or "
+        "of the training crops")
+    add("--dynamic_size", action="store_true", help="onnx, torch: accept any height and width instead of one size")
+    add("--resize_size", type=flags.count, default=0,
+        help="timm, hf: shorter side before the crop in the preprocessing configuration; 0: image size x 256 / 224")
+    add = parser.add_argument_group("metadata and versions").add_argument
+    add("--opset", type=flags.positive_int, default=18,
+        help="onnx: version of the operators; lower it for an older runtime")
+    add("--results", nargs="*", default=[], help="hf: JSON files of this project's evaluations, for the model card")
+    add("--training_data", default="not stated", help="hf: description for the model card")
+    add("--license", default="", help="hf, timm: license of the weights, such as apache-2.0")
     return parser
 
 
@@ -62,7 +73,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def at_size(model: nn.Module, size: int) -> nn.Module:
-    """A copy of a ViT whose position embeddings are made for pictures of size x size; other networks as they are."""
+    """A copy of a ViT with position embeddings for images of size x size; other networks are returned unchanged."""
     if not isinstance(model, VisionTransformer):
         return model
     patches = (size // model.patch_embed.patch_size) ** 2
@@ -74,8 +85,12 @@ def at_size(model: nn.Module, size: int) -> nn.Module:
 
 
 @torch.no_grad()
-def largest_difference(ours: Run, theirs: Run, about: dict, dynamic_size: bool) -> float:
-    """max |ours - theirs| over the features' root mean square, for one and three pictures, of several sizes if any."""
+def largest_difference(ours: Run, theirs: Run, about: Mapping, dynamic_size: bool) -> float:
+    """max |ours - theirs| / RMS(ours) over random images: batches of 1 and 3, of several sizes if they are dynamic.
+
+    Raises:
+        Differs: the shapes of the features differ.
+    """
     side, patch = about["image_size"], about["patch_size"]
     sizes = [(side, side)]
     if dynamic_size:
@@ -83,44 +98,63 @@ def largest_difference(ours: Run, theirs: Run, about: dict, dynamic_size: bool) 
     generator, worst = torch.Generator().manual_seed(0), 0.0
     for batch, (height, width) in [(b, size) for size in sizes for b in (1, 3)]:
         x = torch.randn(batch, about["in_chans"], height, width, generator=generator)
-        expected, found = ours(x), theirs(x)
-        same("shape of the features", tuple(found.shape), tuple(expected.shape))
-        difference = (found - expected).abs().max() / expected.square().mean().sqrt()
+        expected, features = ours(x), theirs(x)
+        same("shape of the features", tuple(features.shape), tuple(expected.shape))
+        difference = (features - expected).abs().max() / expected.square().mean().sqrt()
         worst = max(worst, np.nan_to_num(difference.item(), nan=math.inf))
     return worst
 
 
-def describe(model: nn.Module, info: dict, args: argparse.Namespace) -> dict:
-    """What a written file says of the network: plain values."""
+def describe(model: nn.Module, info: Mapping, image_size: int, resize_size: int) -> dict:
+    """What the written file says about the network, in plain values.
+
+    Args:
+        info: what `load_backbone` returned.
+        image_size, resize_size: as --image_size and --resize_size, 0 for their defaults.
+
+    Raises:
+        Refused: sizes that contradict each other or the network.
+    """
     is_vit = isinstance(model, VisionTransformer)
-    size = args.image_size or (model.patch_embed.img_size if is_vit else info["global_crops_size"])
-    if 0 < args.resize_size < size:
-        raise flags.Refused(f"--resize_size {args.resize_size}: smaller than the crop of {size}; raise it")
+    size = image_size or (model.patch_embed.img_size if is_vit else info["global_crops_size"])
+    if 0 < resize_size < size:
+        raise Refused(f"--resize_size {resize_size}: smaller than the crop of {size}; raise it")
     if is_vit and size < info["patch_size"]:
-        raise flags.Refused(f"--image_size {size}: smaller than a patch of {info['patch_size']}")
+        raise Refused(f"--image_size {size}: smaller than a patch of {info['patch_size']}; raise it")
     about = {k: list(v) if isinstance(v, tuple) else v for k, v in info.items()} | {
-        "global_crops_size": size, "image_size": size, "resize_size": args.resize_size or round(size * 256 / 224),
+        "global_crops_size": size, "image_size": size, "resize_size": resize_size or round(size * 256 / 224),
         "weights_sha256": weights_hash(model)}  # fmt: skip
     if is_vit:
         about |= {k: getattr(model, k) for k in STORED_OPTIONS}
     return about
 
 
-def read_reports(about: dict, args: argparse.Namespace) -> list[tuple[str, dict]]:
-    """The reports of --results, which must be of these weights."""
-    reports = []
-    for path in args.results:
-        try:
-            report = json.loads(Path(path).read_text())
-            if not report["results"]:
-                raise ValueError("no results in it")
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise flags.Refused(f"--results {path}: not a results' file of an evaluation ({error})") from error
-        if report.get("weights_sha256") != about["weights_sha256"]:
-            raise flags.Refused(f"--results {path}: of other weights; evaluate --pretrained_weights "
-                                f"{args.pretrained_weights} with --checkpoint_key {args.checkpoint_key}")
-        reports.append((path, report))
-    return reports
+@torch.no_grad()
+def refuse_unfit_size(model: nn.Module, about: Mapping) -> None:
+    """Refuse an image size that a network of timm or torchvision does not accept; some accept only one."""
+    if isinstance(model, VisionTransformer):
+        return
+    size = about["image_size"]
+    try:
+        model(torch.zeros(1, about["in_chans"], size, size))
+    except (RuntimeError, ValueError, AssertionError) as error:  # timm asserts
+        reason = " ".join(str(error).split())[:200]
+        raise Refused(f"--image_size {size}: {about['arch']} refuses it ({reason}); give another one") from error
+
+
+def read_report(path: str, weights_sha256: str) -> dict:
+    """A JSON file that an evaluation of these weights wrote. Raises Refused."""
+    try:
+        report = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:  # ValueError: not JSON, or not text
+        raise Refused(f"--results {path}: not a results file of an evaluation ({error}); give its JSON file") from error
+    rows = report.get("results") if isinstance(report, dict) else None
+    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
+        raise Refused(f"--results {path}: not a results file of an evaluation (no results in it); give its JSON file")
+    if report.get("weights_sha256") != weights_sha256:
+        raise Refused(f"--results {path}: belongs to other weights; evaluate the same --pretrained_weights and "
+                      "--checkpoint_key")
+    return report
 
 
 # ---- The script ----
@@ -129,61 +163,64 @@ ONLY_FOR = {"dynamic_size": ("onnx", "torch"), "opset": ("onnx",), "results": ("
             "license": ("hf", "timm")}  # fmt: skip
 
 
-def check_flags(args: argparse.Namespace) -> None:
-    """What can be said before anything is read. Raises ValueError."""
-    output = Path(args.output)
-    if not args.pretrained_weights:
-        raise ValueError("--pretrained_weights: empty; give a file of weights, as random ones are not worth a file")
-    if not re.fullmatch(r"[\w.+-]*", args.license):
-        raise ValueError(f"--license {args.license!r}: give its identifier, such as apache-2.0")
-    if output.suffix != SUFFIXES.get(args.format, output.suffix):
-        raise ValueError(f"--output {args.output}: a file of this format is named {SUFFIXES[args.format]}")
-    if not args.output or output.exists():
-        raise ValueError(f"--output {args.output or repr('')}: exists; remove it or give another")
-    flags.check_folder(output, "--output")
-    for flag, formats in ONLY_FOR.items():
-        if getattr(args, flag) != get_args_parser().get_default(flag) and args.format not in formats:
-            raise ValueError(f"--{flag}: for --format {' and '.join(formats)}; leave it out for {args.format}")
+def check_output(output: str, kind: str) -> None:
+    """Refuse an --output that exists, can't be made, or has another suffix than its format's."""
+    path = Path(output)
+    if path.suffix != SUFFIXES.get(kind, path.suffix):
+        raise Refused(f"--output {output}: the name must end in {SUFFIXES[kind]} for --format {kind}")
+    if not output or path.exists():
+        raise Refused(f"--output {output or repr('')}: exists; remove it or give another name")
+    flags.check_folder(path, "--output")
+
+
+def check_flags(given: Mapping, kind: str) -> None:
+    """Refuse flags, by name, that contradict the format, and a license that is no identifier."""
+    parser = get_args_parser()
+    for flag, kinds in ONLY_FOR.items():
+        if given[flag] != parser.get_default(flag) and kind not in kinds:
+            raise Refused(f"--{flag}: for --format {' and '.join(kinds)}; leave it out for {kind}")
+    if not re.fullmatch(r"[\w.+-]*", given["license"]):
+        raise Refused(f"--license {given['license']!r}: give its identifier, such as apache-2.0")
 
 
 def export(args: argparse.Namespace) -> float:
-    """Write --output and return the largest difference between this project's features and the library's.
+    """Write --output and return the largest relative difference of features.
 
     Raises:
-        flags.Refused: bad input. Differs: the library computes something else; nothing is left.
+        Refused: bad input.
+        Differs: the library computes other features; nothing is written.
     """
-    output = Path(args.output)
-    try:
-        check_flags(args)
-        model, info = backbones.load_backbone(args.pretrained_weights, args.arch, args.patch_size,
-                                               args.checkpoint_key)
-        about = describe(model, info, args)
-        args.reports = read_reports(about, args)
-        ours = model if args.dynamic_size else at_size(model, about["image_size"])
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=output.parent, prefix=".export-") as folder, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the exporters, about themselves
-            written = Path(folder) / output.name
-            theirs = FORMATS[args.format](ours, about, written, args)
-            difference = largest_difference(model, theirs, about, args.dynamic_size)
-            verdict = f"largest difference {difference:.1e} of the features' RMS, tolerance {args.tolerance:g}"
-            if difference > args.tolerance:
-                raise Differs(verdict)
-            os.replace(written, output)
-    except (ValueError, OSError, ImportError) as error:
-        raise flags.Refused(error) from error
-    except RuntimeError as error:
-        raise flags.Refused(f"--format {args.format}: this network can't be written so "
-                            f"({str(error).strip().splitlines()[0][:200]})") from error
-    print(f"wrote {args.output} ({args.format}); {verdict}; weights {about['weights_sha256'][:16]}")
+    kind, output = args.format, Path(args.output)
+    if not args.pretrained_weights:
+        raise Refused("--pretrained_weights: empty; give a file of weights, random weights are not exported")
+    check_output(args.output, kind)
+    check_flags(vars(args), kind)
+    model, info = backbones.load_backbone(args.pretrained_weights, args.arch, args.patch_size, args.checkpoint_key)
+    about = describe(model, info, args.image_size, args.resize_size)
+    refuse_unfit_size(model, about)
+    reports = tuple((path, read_report(path, about["weights_sha256"])) for path in args.results)
+    options = Options(args.opset, args.dynamic_size, args.license, args.training_data, reports)
+    exported = model if args.dynamic_size else at_size(model, about["image_size"])
+    flags.prepare_output(output.parent, "--output")
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=".export-") as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporters warn about their own internals
+        written = Path(folder) / output.name
+        theirs = FORMATS[kind](exported, about, written, options)
+        difference = largest_difference(model, theirs, about, args.dynamic_size)
+        verdict = f"largest difference {difference:.1e} of the features' RMS, tolerance {args.tolerance:g}"
+        if difference > args.tolerance:
+            raise Differs(verdict)
+        os.replace(written, output)
+    print(f"wrote {args.output} ({kind}); {verdict}; weights {about['weights_sha256'][:16]}")
     return difference
 
 
 def main(args: argparse.Namespace) -> int:
+    """Returns the exit code: 0 written, 1 the features differ, 2 bad input."""
     try:
         return flags.exit_code("export.py", export, args)
     except Differs as error:
-        print(f"export.py: error: --format {args.format}: the library computes something else ({error}); nothing was "
+        print(f"export.py: error: --format {args.format}: the library computes other features ({error}); nothing was "
               "written", file=sys.stderr)
         return 1
 

@@ -1,10 +1,10 @@
-"""Backbones for torch.hub, with the published weights, weights of your own, or random ones.
+"""Backbones for torch.hub, with the published weights, your own, or random ones.
 
     model = torch.hub.load("/path/to/this/folder", "dino_vits16", source="local")
     model = torch.hub.load("/path/to/this/folder", "dino_vits16", source="local", weights="output/run/checkpoint.pth")
 
-Every entry takes `pretrained` (False: random weights), `weights` (a file or URL in place of the published one, in any
-layout that weights/layouts.py knows; of a full checkpoint the teacher is taken) and the network's own options.
+Every entry takes `pretrained` (False: random weights), `weights` (a file or URL instead of the published one, in any
+layout that weights/layouts.py knows; a full checkpoint gives its teacher) and the options of the network.
 """
 
 import importlib.machinery as _machinery
@@ -20,17 +20,18 @@ _FOLDER = _Path(__file__).resolve().parent
 
 
 def _load_module(name):
-    """This folder's module `name`, such as weights/layouts, whatever else of that name the process could import.
+    """Load a module of this folder, such as weights/layouts, even if the process has another module of that name.
 
-    Loaded by path: nothing of this folder becomes importable, and the modules loaded here import none of its others.
-    vision_transformer gets its plain name where that is free, so that a process with this folder on its path can
-    unpickle a model. Otherwise, and for the rest, the name is private to this folder.
+    The module is loaded by path and must import nothing else of this folder, so nothing here becomes importable.
+    It is registered in sys.modules under a name private to this folder. The exception is vision_transformer: it keeps
+    its plain name if the process has no other module of that name, so that a pickled model can be loaded by a process
+    with this folder on its path.
     """
     path = _FOLDER / f"{name}.py"
     plain, private = name.replace("/", "."), f"_dino_{_zlib.crc32(str(_FOLDER).encode()):08x}_{name.replace('/', '_')}"
     for key in (plain, private):
-        there = getattr(_sys.modules.get(key), "__file__", None)
-        if there and _Path(there).resolve() == path:
+        file = getattr(_sys.modules.get(key), "__file__", None)
+        if file and _Path(file).resolve() == path:
             return _sys.modules[key]
     elsewhere = [p for p in _sys.path if _Path(p or ".").resolve() != _FOLDER]
     taken = "/" in name or name in _sys.modules or _machinery.PathFinder.find_spec(name, elsewhere)
@@ -58,24 +59,24 @@ def _make(name, pretrained, weights, kwargs):
         loaded = layouts.read(path)
     except ValueError as error:
         raise ValueError(f"{error}; remove it to download it again" if "://" in url else str(error)) from error
-    found = layouts.recognize(layouts.backbone_state(loaded, "teacher", path))
-    if found.arch not in (None, network.arch, vision_transformer.XCITS.get(network.arch)):
-        raise ValueError(f"{name}: {path} holds the weights of a {found.arch}, not of a {network.arch}")
-    options = {k: v for k, v in found.options.items() if k != "patch_size"}
+    recognized = layouts.recognize(layouts.backbone_state(loaded, "teacher", path))
+    if recognized.arch not in (None, network.arch, vision_transformer.XCITS.get(network.arch)):
+        raise ValueError(f"{name}: {path} holds the weights of a {recognized.arch}, not of a {network.arch}")
+    options = {k: v for k, v in recognized.options.items() if k != "patch_size"}
     options |= {k: v for k, v in layouts.stored_args(loaded).items() if k in layouts.STORED_OPTIONS}
     model, _ = vision_transformer.build_backbone(network.arch, network.patch_size, **options | kwargs)
-    _fill(model, found.state, layouts.HEAD, f"{name}: {path}")
+    _fill(model, recognized.state, layouts.HEAD, f"{name}: {path}")
     return model
 
 
 def _fill(model, state, head, where):
-    """Copy the file's tensors into the model; only if all of them, heads and classifiers aside, fit by name and shape.
+    """Copy the file's tensors into the model. All must match by name and shape, except heads and classifiers.
 
-    A classifier that was asked for with `num_classes` stays random where the file has none.
+    A classifier requested with `num_classes` keeps its random weights if the file has none.
     """
     own = model.state_dict()
     state = {k: v for k, v in state.items() if k in own or not head.match(k)}
-    # Counters of batch norm, which older files lack, and which nothing here reads.
+    # Batch norm's counters, which are not used here, are missing in older files.
     optional = {k for k in own if k.endswith("num_batches_tracked") or k in ("head.weight", "head.bias")}
     problems = [f"{k} is missing" for k in own if k not in state and k not in optional]
     problems += [f"{k} has no place" for k in state if k not in own]

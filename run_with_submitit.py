@@ -21,7 +21,8 @@ import main_dino
 import parallel
 from imagesets.sources import open_images
 from parallel import Refused
-from pretraining.networks import load_initial, make_backbone
+from pretraining.networks import make_backbone
+from weights.backbones import load_weights_into
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -166,7 +167,7 @@ def check(args: argparse.Namespace) -> None:
     main_dino.check_args(args)
     backbone, _ = make_backbone(args.arch, args.patch_size, args.in_chans, args.global_crops_size)
     if args.init_from:
-        load_initial(backbone, args.init_from)
+        load_weights_into(backbone, args.init_from, flag="--init_from")
     if args.device != "auto" and parallel.named_device(args.device).index is not None and args.ngpus > 1:
         raise Refused(f"--device {args.device}: --ngpus {args.ngpus} processes would share that GPU; use cuda")
     if args.replay:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import time
 from functools import cache
 
@@ -14,7 +13,7 @@ import parallel
 from parallel import Refused
 from utils import MultiCropWrapper
 from vision_transformer import VITS, DINOHead, VisionTransformer, build_backbone
-from weights import backbones, layouts
+from weights.backbones import load_weights_into
 
 
 def build_networks(
@@ -43,7 +42,7 @@ def build_networks(
 
     student, teacher = build(drop_path_rate), build(0.0)
     if init_from:
-        load_initial(student.backbone, init_from)
+        load_weights_into(student.backbone, init_from, flag="--init_from")
     teacher.load_state_dict(student.state_dict())
     return student, teacher.requires_grad_(False)
 
@@ -56,14 +55,6 @@ def make_backbone(
         return build_backbone(arch, patch_size, drop_path_rate, in_chans=in_chans, img_size=img_size)
     except ValueError as error:  # vision_transformer imports nothing of ours
         raise Refused(error) from error
-
-
-def load_initial(backbone: nn.Module, path: str) -> None:
-    try:
-        backbones.load_matching(backbone, layouts.backbone_state(layouts.read(path), "teacher", path), path)
-    except ValueError as error:  # it names the evaluation scripts' flags
-        reason = re.sub("--(pretrained_weights|checkpoint_key) ", "", str(error)).removeprefix(f"{path}: ")
-        raise Refused(f"--init_from {path}: {reason}") from error
 
 
 @torch.no_grad()

@@ -1,14 +1,14 @@
-"""A backbone in the formats of other libraries: each function writes `path` and returns what its library reads there.
+"""Write a backbone in the formats of other libraries.
 
-They take the network, what is known of it (export.describe) and the flags of export.py, and return (B, C, height,
-width) -> (B, D). Optional packages are imported where they are needed.
+Every function of FORMATS has the signature (model, about, path, options) -> Run: it writes `path`, reads it back with
+the library, and returns that library's features, (B, C, height, width) -> (B, D). `about` describes the network in
+plain values (export.describe). Optional packages are imported in the function that needs them.
 
-Shapes: B pictures, C channels, N tokens, D width; sizes are height x width in pixels.
+Shapes: B images, C channels, N tokens, D width; sizes are height x width in pixels.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import importlib
 import json
@@ -16,13 +16,15 @@ import math
 import os
 import re
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-import flags
+from parallel import Refused
 from protocols import scores
 from vision_transformer import XCITS, VisionTransformer
 from weights import backbones
@@ -31,29 +33,54 @@ Run = Callable[[Tensor], Tensor]
 SUFFIXES = {"onnx": ".onnx", "safetensors": ".safetensors", "torch": ".pt2"}  # the others are folders
 
 
+class Options(NamedTuple):
+    """What a format can be told besides the network."""
+
+    opset: int = 18  # onnx: version of the operators
+    dynamic_size: bool = False  # onnx, torch: any height and width
+    license: str = ""  # timm, hf: identifier of the weights' license
+    training_data: str = "not stated"  # hf: for the model card
+    reports: tuple[tuple[str, dict], ...] = ()  # hf: (path, content) of results files, for the model card
+
+
 class Differs(Exception):
-    """A library computes something else from the written file."""
+    """A library reads or computes something else from the written file than this project."""
 
 
 def need(kind: str, *packages: str) -> list[types.ModuleType]:
-    """Import the optional packages of a format, or say how to install them."""
+    """Import the optional packages of a format. Raises Refused with the pip command."""
     try:
         return [importlib.import_module(name) for name in packages]
     except ImportError as error:
-        raise flags.Refused(f"--format {kind} needs {' and '.join(packages)} ({error}): pip install "
+        raise Refused(f"--format {kind} needs {' and '.join(packages)} ({error}): pip install "
                             f"{' '.join(packages)}") from error
 
 
-def same(what: str, found, expected) -> None:
-    if found != expected:
-        raise Differs(f"{what}: {found} instead of {expected}")
+@contextmanager
+def exporting(kind: str) -> Iterator[None]:
+    """For the exporter's own call only: there, an error means that it does not support the network.
+
+    Raises:
+        Refused: RuntimeError or ValueError in the block.
+    """
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise Refused(f"--format {kind}: this network can't be exported ({reason}); choose another format") from error
+
+
+def same(what: str, theirs, expected) -> None:
+    """Raises Differs where a library reads another value than the expected one."""
+    if theirs != expected:
+        raise Differs(f"{what}: {theirs} instead of {expected}")
 
 
 def save_tensors(state: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
-    from safetensors.torch import save_file  # one of requirements.txt
+    from safetensors.torch import save_file
 
     save_file({k: v.contiguous().clone() for k, v in state.items()}, path, {"format": "pt", **(metadata or {})})
-    umask = os.umask(0)  # the library leaves files that only their owner can read
+    umask = os.umask(0)  # the library writes files that only their owner can read
     os.umask(umask)
     path.chmod(0o666 & ~umask)
 
@@ -62,10 +89,10 @@ def save_tensors(state: Mapping[str, Tensor], path: Path, metadata: Mapping[str,
 
 
 def positions_of_any_size(self: VisionTransformer, x: Tensor, w: int, h: int) -> Tensor:
-    """`interpolate_pos_encoding` without a branch on the size: (1, 1 + patches, D).
+    """`interpolate_pos_encoding` without a branch on the size, for graphs with dynamic sizes: (1, 1 + patches, D).
 
-    Bicubic interpolation is a product with one matrix of rows and one of columns. For the stored size, the step
-    between rows is one, and the matrices are the identity.
+    Bicubic interpolation of the grid P is R P C^T, with one matrix for rows and one for columns. At the stored size
+    the step between rows is 1, and both matrices are the identity.
     """
     n_stored = self.pos_embed.shape[1] - 1
     side = math.isqrt(n_stored)
@@ -86,39 +113,41 @@ def positions_of_any_size(self: VisionTransformer, x: Tensor, w: int, h: int) ->
     return torch.cat([self.pos_embed[0, :1], patches])[None]
 
 
-def exportable(model: nn.Module, args: argparse.Namespace) -> tuple[nn.Module, dict]:
-    """The network as torch.export takes it, and which sides of the pictures vary."""
+def exportable(model: nn.Module, dynamic_size: bool) -> tuple[nn.Module, dict]:
+    """The network in a form that torch.export accepts, and the dynamic dimensions of its input."""
     shapes = {0: torch.export.Dim("batch", min=1, max=65536)}
-    if args.dynamic_size:
+    if dynamic_size:
         if isinstance(model, VisionTransformer):
             if model.interpolate_antialias:
-                raise flags.Refused("--dynamic_size: not for networks whose position embeddings are interpolated with "
-                                    "antialiasing (DINOv2 with registers); give --image_size")
+                raise Refused("--dynamic_size: not supported with antialiased interpolation of position embeddings "
+                              "(DINOv2 with registers); give --image_size")
             model = copy.deepcopy(model)
             model.interpolate_pos_encoding = types.MethodType(positions_of_any_size, model)
         shapes |= {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
     return model, shapes
 
 
-def example(about: dict, args: argparse.Namespace) -> Tensor:
-    """Pictures to trace with; a dynamic side has to differ from what the network is made for."""
+def example(about: dict, dynamic_size: bool) -> Tensor:
+    """Images to trace with; dynamic sides must differ from the network's own size, and from each other."""
     height, width = about["image_size"], about["image_size"]
-    if args.dynamic_size:
+    if dynamic_size:
         height, width = height + 2 * about["patch_size"], height + 3 * about["patch_size"]
     return torch.randn(2, about["in_chans"], height, width)
 
 
-def to_onnx(model: nn.Module, about: dict, path: Path, args: argparse.Namespace) -> Run:
+def to_onnx(model: nn.Module, about: dict, path: Path, options: Options) -> Run:
     onnx, onnxruntime = need("onnx", "onnx", "onnxruntime", "onnxscript")[:2]
-    traced, shapes = exportable(model, args)
-    torch.onnx.export(
-        traced, (example(about, args),), path, dynamo=True, opset_version=args.opset, dynamic_shapes=(shapes,),
-        input_names=["images"], output_names=["features"], external_data=False, verbose=False,
-    )
+    traced, shapes = exportable(model, options.dynamic_size)
+    with exporting("onnx"):
+        torch.onnx.export(
+            traced, (example(about, options.dynamic_size),), path, dynamo=True, opset_version=options.opset,
+            dynamic_shapes=(shapes,), input_names=["images"], output_names=["features"], external_data=False,
+            verbose=False,
+        )
     written = onnx.load(path)
     opset = next(o.version for o in written.opset_import if not o.domain)
-    if opset != args.opset:  # where it can't convert, torch leaves its own and only warns
-        raise flags.Refused(f"--opset {args.opset}: torch can't write this network so; give {opset}")
+    if opset != options.opset:  # if torch can't convert the operators, it keeps its own version and only warns
+        raise Refused(f"--opset {options.opset}: torch can't export this network with it; give {opset}")
     onnx.helper.set_model_props(written, {k: json.dumps(v) for k, v in about.items()})
     onnx.checker.check_model(written)
     onnx.save(written, path)
@@ -126,9 +155,10 @@ def to_onnx(model: nn.Module, about: dict, path: Path, args: argparse.Namespace)
     return lambda x: torch.from_numpy(session.run(None, {"images": x.numpy()})[0])
 
 
-def to_torch(model: nn.Module, about: dict, path: Path, args: argparse.Namespace) -> Run:
-    traced, shapes = exportable(model, args)
-    program = torch.export.export(traced, (example(about, args),), dynamic_shapes=(shapes,))
+def to_torch(model: nn.Module, about: dict, path: Path, options: Options) -> Run:
+    traced, shapes = exportable(model, options.dynamic_size)
+    with exporting("torch"):
+        program = torch.export.export(traced, (example(about, options.dynamic_size),), dynamic_shapes=(shapes,))
     torch.export.save(program, path, extra_files={"about.json": json.dumps(about)})
     return torch.export.load(path).module()
 
@@ -136,31 +166,32 @@ def to_torch(model: nn.Module, about: dict, path: Path, args: argparse.Namespace
 # ---- safetensors and timm ----
 
 
-def to_safetensors(model: nn.Module, about: dict, path: Path, args: argparse.Namespace) -> Run:
-    """The project's own names; the metadata, JSON values, is what `backbones.load_backbone` reads back."""
+def to_safetensors(model: nn.Module, about: dict, path: Path, options: Options) -> Run:
+    """Tensors under this project's names; `backbones.load_backbone` reads the metadata, which are JSON values."""
     save_tensors(model.state_dict(), path, {k: json.dumps(v) for k, v in about.items()})
     return backbones.load_backbone(str(path))[0]
 
 
-def to_timm(model: nn.Module, about: dict, path: Path, args: argparse.Namespace) -> Run:
+def to_timm(model: nn.Module, about: dict, path: Path, options: Options) -> Run:
     timm = need("timm", "timm")[0]
-    arch, options, state = XCITS.get(about["arch"], about["arch"]), {}, dict(model.state_dict())
+    arch, kwargs, state = XCITS.get(about["arch"], about["arch"]), {}, dict(model.state_dict())
     if isinstance(model, VisionTransformer):
-        arch, options, state = timm_vit(model, about)
+        arch, kwargs, state = timm_vit(model, about)
     if not timm.is_model(arch):
-        raise flags.Refused(f"--format timm: timm has no {arch}; take safetensors, onnx or torch")
+        raise Refused(f"--format timm: timm has no {arch}; choose safetensors, onnx or torch")
+    theirs = timm.create_model(arch, num_classes=0, in_chans=about["in_chans"], **kwargs)
     try:
-        timm.create_model(arch, num_classes=0, in_chans=about["in_chans"], **options).load_state_dict(state)
+        theirs.load_state_dict(state)
     except RuntimeError as error:
-        raise flags.Refused(f"--format timm: timm's {arch} is built otherwise ({str(error).splitlines()[1].strip()}); "
-                            "take safetensors, onnx or torch") from error
+        raise Refused(f"--format timm: timm's {arch} has other tensors ({str(error).splitlines()[1].strip()}); choose "
+                      "safetensors, onnx or torch") from error
     config = {
         "architecture": arch, "num_classes": 0, "num_features": about["embed_dim"],
-        "model_args": options | ({"in_chans": about["in_chans"]} if about["in_chans"] != 3 else {}),
+        "model_args": kwargs | ({"in_chans": about["in_chans"]} if about["in_chans"] != 3 else {}),
         "pretrained_cfg": {
             "input_size": [about["in_chans"], about["image_size"], about["image_size"]], "interpolation": "bicubic",
             "crop_pct": about["image_size"] / about["resize_size"], "crop_mode": "center", "mean": about["mean"],
-            "std": about["std"], "num_classes": 0, **({"license": args.license} if args.license else {}),
+            "std": about["std"], "num_classes": 0, **({"license": options.license} if options.license else {}),
         },
         "about": about,
     }
@@ -168,44 +199,44 @@ def to_timm(model: nn.Module, about: dict, path: Path, args: argparse.Namespace)
     (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     save_tensors(state, path / "model.safetensors")
     theirs = timm.create_model(f"local-dir:{path}", pretrained=True).eval()
-    found = timm.data.resolve_model_data_config(theirs)
-    same("mean and std", (list(found["mean"]), list(found["std"])), (about["mean"], about["std"]))
+    config = timm.data.resolve_model_data_config(theirs)
+    same("mean and std", (list(config["mean"]), list(config["std"])), (about["mean"], about["std"]))
     return theirs
 
 
 def timm_vit(model: VisionTransformer, about: dict) -> tuple[str, dict, dict[str, Tensor]]:
-    """Name, options and tensors of timm's ViT. With registers, it has the class token's position in the token."""
-    options = {
+    """Name, options and tensors of timm's ViT; with registers, its class token includes the position embedding."""
+    kwargs = {
         "img_size": about["image_size"], "patch_size": about["patch_size"], "embed_dim": model.embed_dim,
         "depth": len(model.blocks), "num_heads": model.blocks[0].attn.num_heads, "dynamic_img_size": True,
     }
     state = dict(model.state_dict())
     if not isinstance(model.blocks[0].ls1, nn.Identity):
-        options["init_values"] = 1.0
+        kwargs["init_values"] = 1.0
     if model.num_register_tokens:
-        options |= {"reg_tokens": model.num_register_tokens, "no_embed_class": True}
+        kwargs |= {"reg_tokens": model.num_register_tokens, "no_embed_class": True}
         position = state.pop("pos_embed")
         state |= {"reg_token": state.pop("register_tokens"), "pos_embed": position[:, 1:],
                   "cls_token": state["cls_token"] + position[:, :1]}
     size = {192: "tiny", 384: "small", 1024: "large"}.get(model.embed_dim, "base")
-    return f"vit_{size}_patch16_224", options, state
+    return f"vit_{size}_patch16_224", kwargs, state
 
 
 # ---- Hugging Face ----
 
 
-def to_hf(model: nn.Module, about: dict, path: Path, args: argparse.Namespace) -> Run:
+def to_hf(model: nn.Module, about: dict, path: Path, options: Options) -> Run:
     if not isinstance(model, VisionTransformer):
-        raise flags.Refused(f"--format hf: {about['arch']} is no Vision Transformer; take timm, safetensors or onnx")
+        raise Refused(f"--format hf: {about['arch']} is no Vision Transformer; choose timm, safetensors or onnx")
     transformers = need("hf", "transformers")[0]
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    kind, options, names = hf_vit(model)
+    kind, kwargs, names = hf_vit(model)
     kind = getattr(transformers, kind)
     config = kind.config_class(
         hidden_size=model.embed_dim, num_hidden_layers=len(model.blocks), image_size=about["image_size"],
         num_attention_heads=model.blocks[0].attn.num_heads, patch_size=about["patch_size"], qkv_bias=True,
-        num_channels=about["in_chans"], layer_norm_eps=model.norm.eps, hidden_act="gelu", **options,
+        num_channels=about["in_chans"], layer_norm_eps=model.norm.eps, hidden_act="gelu", **kwargs,
     )
     config.architectures = [kind.__name__]
     config.save_pretrained(path)
@@ -214,12 +245,12 @@ def to_hf(model: nn.Module, about: dict, path: Path, args: argparse.Namespace) -
         size={"shortest_edge": about["resize_size"]}, crop_size=about["image_size"], resample=3,
         image_mean=about["mean"], image_std=about["std"], do_convert_rgb=about["in_chans"] == 3,
     ).save_pretrained(path)
-    (path / "README.md").write_text(model_card(about, args, kind.__name__))
+    (path / "README.md").write_text(model_card(about, kind.__name__, options))
     theirs, loaded = kind.from_pretrained(path, output_loading_info=True)
-    same("tensors that are missing", [k for k in loaded["missing_keys"] if not k.startswith("pooler.")], [])
-    same("tensors without a place", list(loaded["unexpected_keys"]), [])
-    found = transformers.AutoImageProcessor.from_pretrained(path)
-    same("mean and std", (list(found.image_mean), list(found.image_std)), (about["mean"], about["std"]))
+    same("missing tensors", [k for k in loaded["missing_keys"] if not k.startswith("pooler.")], [])
+    same("unexpected tensors", list(loaded["unexpected_keys"]), [])
+    processor = transformers.AutoImageProcessor.from_pretrained(path)
+    same("mean and std", (list(processor.image_mean), list(processor.image_std)), (about["mean"], about["std"]))
     theirs.eval()
     return lambda x: theirs(pixel_values=x).last_hidden_state[:, 0]
 
@@ -231,24 +262,24 @@ HF_DINOV2 = HF_BLOCK | {"ls1.gamma": "layer_scale1.lambda1", "ls2.gamma": "layer
 
 
 def hf_vit(model: VisionTransformer) -> tuple[str, dict, dict]:
-    """The library's class, further options of its configuration, and its names of a block's parts."""
+    """Name of the library's class, further options of its configuration, and its names for the parts of a block."""
     ratio = model.blocks[0].mlp.fc1.out_features // model.embed_dim
     if model.num_register_tokens:
-        options = {"mlp_ratio": ratio, "num_register_tokens": model.num_register_tokens}
-        return "Dinov2WithRegistersModel", options, HF_DINOV2
+        kwargs = {"mlp_ratio": ratio, "num_register_tokens": model.num_register_tokens}
+        return "Dinov2WithRegistersModel", kwargs, HF_DINOV2
     if not isinstance(model.blocks[0].ls1, nn.Identity):
         return "Dinov2Model", {"mlp_ratio": ratio}, HF_DINOV2
     return "ViTModel", {"intermediate_size": ratio * model.embed_dim}, HF_VIT
 
 
 def hf_state(model: VisionTransformer, names: dict[str, str]) -> dict[str, Tensor]:
-    """Tensors under the names that the library has always had in its files."""
+    """Tensors under the names that the library uses in its files, which all of its versions read."""
     top = {"cls_token": "embeddings.cls_token", "pos_embed": "embeddings.position_embeddings",
            "register_tokens": "embeddings.register_tokens"}  # fmt: skip
     state = dict(model.state_dict())
     if names is HF_DINOV2:
         state["embeddings.mask_token"] = torch.zeros(1, model.embed_dim)
-        for i in range(len(model.blocks)):  # registers without LayerScale: factors of one
+        for i in range(len(model.blocks)):  # the library's network always has LayerScale: factors of 1 if ours has none
             for j in "12":
                 state.setdefault(f"blocks.{i}.ls{j}.gamma", torch.ones(model.embed_dim))
     renamed = {}
@@ -267,34 +298,34 @@ def hf_state(model: VisionTransformer, names: dict[str, str]) -> dict[str, Tenso
     return renamed
 
 
-def model_card(about: dict, args: argparse.Namespace, kind: str) -> str:
-    """README.md of a Hugging Face folder: what the weights are, how to use them, and measured figures only."""
+def model_card(about: dict, kind: str, options: Options) -> str:
+    """README.md of a Hugging Face folder: origin of the weights, usage, and measured accuracies only."""
     card = f"""---
-{f"license: {args.license}" if args.license else "# license: not stated"}
+{f"license: {options.license}" if options.license else "# license: not stated"}
 library_name: transformers
 pipeline_tag: image-feature-extraction
 tags: [dino, self-supervised, vision]
 ---
 # {about['arch']}, patch {about['patch_size']}, trained with DINO
 
-Self-supervised backbone (arXiv 2104.14294). Training data: {' '.join(args.training_data.split())}.
+Self-supervised backbone (arXiv 2104.14294). Training data: {' '.join(options.training_data.split())}.
 Weights (SHA-256 over the network's tensors): `{about['weights_sha256']}`
 
 ```python
 from transformers import AutoImageProcessor, {kind}
 
 processor, model = AutoImageProcessor.from_pretrained("."), {kind}.from_pretrained(".").eval()
-features = model(**processor(images=picture, return_tensors="pt")).last_hidden_state[:, 0]  # (1, {about['embed_dim']})
+features = model(**processor(images=image, return_tensors="pt")).last_hidden_state[:, 0]  # (1, {about['embed_dim']})
 ```
 
 ## Evaluation
 """
-    for path, report in args.reports:
+    for path, report in options.reports:
         rows = [{k: v for k, v in row.items() if k != "per_class"} for row in report["results"]]
         lines = [list(rows[0])] + [["---"] * len(rows[0])] + [[scores.cell_text(v) for v in r.values()] for r in rows]
         card += f"\n`{report.get('command', Path(path).stem)}`, in %, with 95 % interval:\n\n"
         card += "".join(f"| {' | '.join(line)} |\n" for line in lines)
-    return card if args.reports else card + "\nNot evaluated.\n"
+    return card if options.reports else card + "\nNot evaluated.\n"
 
 
 FORMATS = {"onnx": to_onnx, "safetensors": to_safetensors, "timm": to_timm, "hf": to_hf, "torch": to_torch}

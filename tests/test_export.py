@@ -1,4 +1,4 @@
-"""Each format is read back by its library here too, apart from the check that the command makes itself."""
+"""Each format is read back by its library here, independently of the check that the command itself makes."""
 
 import json
 import os
@@ -164,17 +164,17 @@ def test_hugging_face(weights, tmp_path):
     command = "eval_knn.py --data_path holidays"
     report = {"weights_sha256": features.weights_hash(ours(weights)), "results": results, "command": command}
     (tmp_path / "eval_knn.json").write_text(json.dumps(report))
-    more = ["--results", tmp_path / "eval_knn.json", "--training_data", "holiday\npictures", "--license", "cc-by-4.0"]
+    more = ["--results", tmp_path / "eval_knn.json", "--training_data", "holiday\nphotos", "--license", "cc-by-4.0"]
     assert run(weights, tmp_path / "hf", "hf", *more) == 0
     theirs = transformers.ViTModel.from_pretrained(tmp_path / "hf").eval()
     assert_same(weights, lambda x: theirs(x).last_hidden_state[:, 0], 32, 32)
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "hf")
-    picture = torch.full((3, 50, 80), 255, dtype=torch.uint8)
-    pixels = processor(images=picture, return_tensors="pt")["pixel_values"]
+    image = torch.full((3, 50, 80), 255, dtype=torch.uint8)
+    pixels = processor(images=image, return_tensors="pt")["pixel_values"]
     expected = ((1 - torch.tensor(MEAN)) / torch.tensor(STD)).view(1, 3, 1, 1).expand(1, 3, 32, 32)
     torch.testing.assert_close(torch.as_tensor(pixels), expected, rtol=1e-4, atol=1e-4)
     card = (tmp_path / "hf/README.md").read_text()
-    assert card.startswith("---\nlicense: cc-by-4.0\n") and "holiday pictures" in card
+    assert card.startswith("---\nlicense: cc-by-4.0\n") and "holiday photos" in card
     assert f"`{command}`, in %" in card and "| 20 | 0.07 | 61.25 [60.00, 62.50] |" in card
     assert report["weights_sha256"] in card
 
@@ -183,7 +183,7 @@ def test_figures_of_other_weights_are_refused(weights, tmp_path, capsys):
     pytest.importorskip("transformers")
     (tmp_path / "eval_knn.json").write_text(json.dumps({"weights_sha256": "0", "results": [{"k": 1}]}))
     assert run(weights, tmp_path / "hf", "hf", "--results", tmp_path / "eval_knn.json") == 2
-    assert "eval_knn.json: of other weights" in capsys.readouterr().err and not (tmp_path / "hf").exists()
+    assert "eval_knn.json: belongs to other weights" in capsys.readouterr().err and not (tmp_path / "hf").exists()
 
 
 def test_other_networks(tmp_path, capsys):
@@ -198,12 +198,12 @@ def test_other_networks(tmp_path, capsys):
         assert run(tmp_path / "w.pth", tmp_path / f"{arch}.safetensors", "safetensors", "--image_size", 64) == 0
     capsys.readouterr()
     assert run(tmp_path / "w.pth", tmp_path / "hf", "hf") == 2
-    assert "xcit_nano_12_p16_224 is no Vision Transformer; take timm" in capsys.readouterr().err
+    assert "xcit_nano_12_p16_224 is no Vision Transformer; choose timm" in capsys.readouterr().err
 
 
 def test_a_difference_leaves_nothing(weights, tmp_path, monkeypatch, capsys):
-    def broken(model, about, path, args):
-        theirs = formats.to_safetensors(model, about, path, args)
+    def broken(model, about, path, options):
+        theirs = formats.to_safetensors(model, about, path, options)
         return lambda x: theirs(x) * 1.001
 
     monkeypatch.setitem(formats.FORMATS, "safetensors", broken)
@@ -219,16 +219,45 @@ def test_a_library_that_gives_no_numbers_differs(weights, tmp_path, monkeypatch,
     assert run(weights, tmp_path / "w", "timm") == 1
 
 
+def test_a_bug_keeps_its_traceback(weights, tmp_path, monkeypatch):
+    def bug(*args, **options):
+        raise ValueError("operands could not be broadcast")
+
+    for module, name in ((formats, "save_tensors"), (export.backbones, "load_matching"), (export, "weights_hash")):
+        with monkeypatch.context() as patched:
+            patched.setattr(module, name, bug)
+            with pytest.raises(ValueError, match="operands could not be broadcast") as raised:
+                run(weights, tmp_path / "w.safetensors", "safetensors")
+            assert raised.type is ValueError and not list(tmp_path.iterdir())
+
+
+def test_a_network_that_the_exporter_does_not_support_is_refused(weights, tmp_path, monkeypatch, capsys):
+    def unsupported(*args, **kwargs):
+        raise RuntimeError("unsupported operator\nand a page about it")
+
+    monkeypatch.setattr(torch.export, "export", unsupported)
+    assert run(weights, tmp_path / "w.pt2", "torch") == 2 and not list(tmp_path.iterdir())
+    assert "--format torch: this network can't be exported (unsupported operator); choose another" in (
+        capsys.readouterr().err)
+
+
+def test_sizes_that_a_network_does_not_accept_are_refused(tmp_path, capsys):
+    arch = "resmlp_12_224"
+    torch.save({"teacher": build_backbone(arch)[0].state_dict(), "args": {"arch": arch}}, tmp_path / "w.pth")
+    assert run(tmp_path / "w.pth", tmp_path / "out", "timm", "--image_size", 100) == 2
+    assert f"--image_size 100: {arch} refuses it (" in capsys.readouterr().err
+
+
 def test_bad_input_is_named_in_one_line(weights, tmp_path, monkeypatch, capsys):
     (tmp_path / "there").mkdir()
     (tmp_path / "file").touch()
     monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
     for args, message in (
         ((weights, tmp_path / "there", "timm"), "there: exists; remove it"),
-        ((weights, tmp_path / "w.bin", "onnx"), "w.bin: a file of this format is named .onnx"),
+        ((weights, tmp_path / "w.bin", "onnx"), "w.bin: the name must end in .onnx"),
         ((weights, tmp_path / "w", "timm", "--dynamic_size"), "--dynamic_size: for --format onnx and torch"),
         ((weights, tmp_path / "w", "timm", "--results", "x.json"), "--results: for --format hf; leave it out for timm"),
-        ((weights, tmp_path / "w", "hf", "--results", "x.json"), "--results x.json: not a results' file"),
+        ((weights, tmp_path / "w", "hf", "--results", "x.json"), "--results x.json: not a results file"),
         ((weights, tmp_path / "w", "hf", "--license", "a: b"), "--license 'a: b': give its identifier"),
         ((weights, tmp_path / "w", "hf", "--resize_size", "3"), "--resize_size 3: smaller than the crop of 32"),
         ((weights, tmp_path / "file/w", "hf"), "file is a file; give a folder"),

@@ -1,4 +1,4 @@
-"""Backbones from files of weights, whatever library wrote them."""
+"""Load backbones from files of weights, whichever library wrote them."""
 
 from __future__ import annotations
 
@@ -8,19 +8,31 @@ from torch import Tensor, nn
 
 import parallel
 from method.photometric import IMAGENET_MEAN, IMAGENET_STD
+from parallel import Refused
 from vision_transformer import VITS, XCITS, build_backbone
+from weights.checkpoints import refusing
 from weights.layouts import HEAD, STORED_OPTIONS, Weights, backbone_state, read, recognize, stored_args
 
-MIN_MATCHED = 0.9  # share of the backbone's tensors that a file must hold to pass for its weights
+MIN_MATCHED = 0.9  # share of the backbone's tensors that a file must contain
 
 
-def load_matching(model: nn.Module, state: Mapping[str, Tensor], path: str, min_matched: float = MIN_MATCHED) -> None:
-    """Copy the tensors whose name and shape fit into the model, and print `N of M tensors matched`.
+def load_matching(
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    path: str,
+    min_matched: float = MIN_MATCHED,
+    flag: str = "--pretrained_weights",
+) -> None:
+    """Copy the tensors whose name and shape match into the model, and print `N of M tensors matched`.
 
-    Position embeddings of another picture size are refused, not resized: build the network for the file's size.
+    Position embeddings are not resized: build the network for the image size of the file.
+
+    Args:
+        path: the file, for messages.
+        flag: the flag that names the file, for messages.
 
     Raises:
-        ValueError: fewer than `min_matched` of the model's tensors are in the file.
+        Refused: the file contains less than `min_matched` of the model's tensors.
     """
     own = model.state_dict()
     fitting = {k: v for k, v in state.items() if k in own and own[k].shape == v.shape}
@@ -33,52 +45,77 @@ def load_matching(model: nn.Module, state: Mapping[str, Tensor], path: str, min_
         if names:
             report += f"; {what}: {', '.join(names[:5])}" + (f" and {len(names) - 5} more" if len(names) > 5 else "")
     if len(fitting) < min_matched * len(own):
-        raise ValueError(f"--pretrained_weights {report}; does --arch fit the file?")
+        raise Refused(f"{flag} {report}; does --arch match the file?")
     model.load_state_dict(fitting, strict=False)
     if parallel.is_main():
         print(report, flush=True)
 
 
+def load_weights_into(
+    model: nn.Module, path: str, checkpoint_key: str = "teacher", flag: str = "--pretrained_weights"
+) -> None:
+    """Copy the weights in a file into a backbone, whose names they must have; see `load_matching`.
+
+    Raises:
+        Refused: no such file, not a checkpoint, no such part in it, or weights of another architecture.
+    """
+    with refusing(flag):
+        state = backbone_state(read(path), checkpoint_key, path)
+    load_matching(model, state, path, flag=flag)
+
+
 def load_backbone(
-    weights: str, arch: str | None = None, patch_size: int | None = None, checkpoint_key: str = "teacher"
+    weights: str,
+    arch: str | None = None,
+    patch_size: int | None = None,
+    checkpoint_key: str = "teacher",
+    flag: str = "--pretrained_weights",
 ) -> tuple[nn.Module, dict]:
-    """A frozen backbone in eval mode from a file of weights, and how its images are made.
+    """A frozen backbone in eval mode from a file of weights, and how its input images are made.
 
     Args:
-        weights: a checkpoint of this project, a published full checkpoint or a plain state dict; "" gives random
-            weights, and says so.
-        arch, patch_size: of the network; what the file itself says comes first, then these, then vit_small and 16.
+        weights: a checkpoint of this project, a published full checkpoint, or the state dict of a backbone in any
+            layout that `weights.layouts` knows. "" gives random weights and prints a note.
+        arch, patch_size: used where the file does not say; their own defaults are vit_small and 16.
+        checkpoint_key: part of a full checkpoint, teacher or student.
+        flag: the flag that names the file, for messages.
 
     Returns:
         The network, and {arch, patch_size, embed_dim, in_chans, mean, std, global_crops_size}.
 
     Raises:
-        FileNotFoundError, ValueError: no such file, not a checkpoint, or not this architecture's.
+        Refused (a ValueError): no such file, not a checkpoint, no such part in it, unknown or wrong architecture.
     """
-    try:
-        loaded = read(weights) if weights else {}
-    except (FileNotFoundError, ValueError) as error:
-        raise type(error)(f"--pretrained_weights {error}") from error
-    args = stored_args(loaded)
-    state = backbone_state(loaded, checkpoint_key, weights) if weights else {}
-    known = args.get("arch") in (None, *VITS, *XCITS)  # tensors of other networks have the names that these give them
-    found = recognize(state) if known else Weights("", None, {}, state)
+    args, state = {}, {}
+    if weights:
+        with refusing(flag):
+            loaded = read(weights)
+        args = stored_args(loaded)
+        with refusing(f"--checkpoint_key {checkpoint_key}:"):
+            state = backbone_state(loaded, checkpoint_key, weights)
+    # Networks of timm and torchvision keep the tensor names that these libraries give them.
+    recognized = Weights("", None, {}, state)
+    if args.get("arch") in (None, *VITS, *XCITS):
+        with refusing(f"{flag} {weights}:"):
+            recognized = recognize(state)
     info = {
-        "arch": args.get("arch") or found.arch or arch or "vit_small",
-        "patch_size": found.options.get("patch_size") or args.get("patch_size") or patch_size or 16,
-        "in_chans": found.options.get("in_chans") or args.get("in_chans", 3),
+        "arch": args.get("arch") or recognized.arch or arch or "vit_small",
+        "patch_size": recognized.options.get("patch_size") or args.get("patch_size") or patch_size or 16,
+        "in_chans": recognized.options.get("in_chans") or args.get("in_chans", 3),
         "mean": tuple(args.get("mean", IMAGENET_MEAN)),
         "std": tuple(args.get("std", IMAGENET_STD)),
         "global_crops_size": args.get("global_crops_size", 224),
     }
     options = {"img_size": args["global_crops_size"]} if "global_crops_size" in args else {}
-    options |= found.options | {k: args[k] for k in STORED_OPTIONS if k in args}
+    options |= recognized.options | {k: args[k] for k in STORED_OPTIONS if k in args}
     options |= {k: info[k] for k in ("patch_size", "in_chans")}
-    model, embed_dim = build_backbone(info["arch"], **options)
-    info["embed_dim"] = embed_dim
+    try:
+        model, info["embed_dim"] = build_backbone(info["arch"], **options)
+    except ValueError as error:  # it names --arch; vision_transformer.py imports nothing of the project
+        raise Refused(error) from error
     if weights:
-        layout = f", {found.layout} names" if found.layout else ""
-        load_matching(model, found.state, f"{weights} ({info['arch']}{layout})")
+        layout = f", {recognized.layout} names" if recognized.layout else ""
+        load_matching(model, recognized.state, f"{weights} ({info['arch']}{layout})", flag=flag)
     elif parallel.is_main():
-        print("no --pretrained_weights: the network has random weights", flush=True)
+        print(f"no {flag}: the network has random weights", flush=True)
     return model.eval().requires_grad_(False), info

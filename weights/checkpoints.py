@@ -1,74 +1,80 @@
-"""Checkpoints of a run: written atomically, read with weights_only; and the random state they hold."""
+"""Checkpoints of a run: written atomically, read with weights_only=True; and the random state that they hold."""
 
 from __future__ import annotations
 
 import os
 import random
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 
+import atomic
 import parallel
-from weights.layouts import read
+from parallel import Refused
+from weights.layouts import BadFile, read
 
 NAME, PREVIOUS, BEST = "checkpoint.pth", "checkpoint_prev.pth", "checkpoint_best.pth"
 
 NUMBERED = re.compile(r"checkpoint(\d+)\.pth")
 
 
-def save(state: Mapping, path: str | os.PathLike) -> None:
-    """Write a checkpoint so that a kill at any moment leaves a whole one under `path` or its `_prev` name.
+class NotSaved(parallel.Stopped, OSError):
+    """A checkpoint that could not be written."""
 
-    Temporary file in the same folder, fsync, keep the old one as *_prev, rename, fsync of the folder.
+
+def save(state: Mapping, path: str | os.PathLike) -> None:
+    """Write a checkpoint. A kill at any moment leaves a complete one under `path`.
+
+    The `checkpoint.pth` that is replaced is kept as `checkpoint_prev.pth`.
 
     Raises:
-        OSError: the disk is full or the folder read-only; the old checkpoint is untouched.
+        NotSaved: the disk is full or the folder is not writable; the old checkpoint is intact.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with open(temporary, "wb") as f:
-            torch.save(state, f)
-            f.flush()
-            os.fsync(f.fileno())
+        with atomic.replacing(path, path.with_name(PREVIOUS) if path.name == NAME else None) as temporary:
+            with open(temporary, "wb") as file:
+                torch.save(state, file)
     except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
-        temporary.unlink(missing_ok=True)
-        if parallel.worker_death(error):  # torch raises that wherever the process stands
+        if parallel.worker_death(error):  # torch raises it at whatever line the main thread executes
             raise
-        raise OSError(f"{path}: the checkpoint could not be written ({error}); the one before it is intact; "
-                      "free space in --output_dir and start again to resume") from error
-    if path.name == NAME and path.exists():
-        previous = path.with_name(PREVIOUS)
-        previous.unlink(missing_ok=True)
-        os.link(path, previous)
-    os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+        raise NotSaved(f"{path}: the checkpoint could not be written ({error}); the one before it is intact; "
+                       "free space in --output_dir and start again to resume") from error
 
 
 def remove_numbered(folder: str | os.PathLike, keep: int) -> None:
-    """Delete all but the newest `keep` of checkpoint0019.pth, checkpoint0039.pth ...; no other file is touched."""
-    found = [p for p in Path(folder).iterdir() if NUMBERED.fullmatch(p.name)]
-    for path in sorted(found, key=lambda p: int(NUMBERED.fullmatch(p.name)[1]))[:-keep]:
+    """Delete all but the newest `keep` of checkpoint0019.pth, checkpoint0039.pth, ...; no other file is touched."""
+    numbered = [p for p in Path(folder).iterdir() if NUMBERED.fullmatch(p.name)]
+    for path in sorted(numbered, key=lambda p: int(NUMBERED.fullmatch(p.name)[1]))[:-keep]:
         path.unlink()
 
 
 def remove_temporary(folder: str | os.PathLike) -> None:
-    """Delete what a killed `save` left of files it had not finished."""
+    """Delete the temporary files that a killed `save` left behind."""
     for path in Path(folder).glob(".checkpoint*.tmp"):
         path.unlink(missing_ok=True)
 
 
-def read_latest(folder: str | os.PathLike) -> tuple[dict, Path] | None:
-    """Newest readable checkpoint of a run, and where it was; None where there is none.
+@contextmanager
+def refusing(prefix: str) -> Iterator[None]:
+    """Turn what `weights.layouts` raises for a bad file into Refused; `prefix` is the flag that names the file."""
+    try:
+        yield
+    except (BadFile, FileNotFoundError, ImportError) as error:
+        raise Refused(f"{prefix} {error}") from error
 
-    A corrupt newest one is named, and the one before it is used.
+
+def read_latest(folder: str | os.PathLike) -> tuple[dict, Path] | None:
+    """The newest readable checkpoint of a run and its path; None if there is none.
+
+    If `checkpoint.pth` is damaged, prints its name and reads `checkpoint_prev.pth`.
+
+    Raises:
+        Refused: there are checkpoints, but none is readable.
     """
     errors = []
     for name in (NAME, PREVIOUS):
@@ -76,12 +82,12 @@ def read_latest(folder: str | os.PathLike) -> tuple[dict, Path] | None:
         try:
             if path.exists():
                 return read(path), path
-        except (ValueError, OSError) as error:
+        except (BadFile, OSError) as error:
             errors.append(error)
             parallel.say(f"{error}; trying the one before it")
     if errors:
-        raise ValueError(f"--output_dir {folder}: {errors[0]}; no other checkpoint is left: choose another folder, or "
-                         "move it away to start anew")
+        raise Refused(f"--output_dir {folder}: {errors[0]}; no other checkpoint is left: choose another folder, or "
+                      "move the file away to start from scratch")
     return None
 
 
@@ -89,7 +95,7 @@ def read_latest(folder: str | os.PathLike) -> tuple[dict, Path] | None:
 
 
 def rng_state(device: torch.device) -> dict:
-    """Random state of this process, as plain types: Python, NumPy, torch's CPU and the device's generator."""
+    """Random state of this process in plain types: Python's, NumPy's, torch's on the CPU, and the CUDA device's."""
     version, internal, gauss = random.getstate()
     kind, keys, pos, has_gauss, cached = np.random.get_state()
     state = {
@@ -103,6 +109,7 @@ def rng_state(device: torch.device) -> dict:
 
 
 def set_rng_state(state: Mapping, device: torch.device) -> None:
+    """Restore what `rng_state` returned."""
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     kind, keys, pos, has_gauss, cached = state["numpy"]

@@ -1,6 +1,6 @@
-"""The published DINO weights: where they are, what they score, and how a file of weights is downloaded.
+"""The published DINO weights: addresses, accuracies, and download.
 
-Imports nothing of the project: hubconf.py uses it too.
+Imports nothing of the project, because hubconf.py loads it alone.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ BASE = "https://dl.fbaipublicfiles.com/dino"
 
 
 class Published(NamedTuple):
-    """A pretrained backbone: its network, and accuracies on ImageNet-1k's validation set, in % (arXiv 2104.14294)."""
+    """A pretrained backbone and its accuracies on the ImageNet-1k validation set, in % (arXiv 2104.14294)."""
 
     arch: str
     patch_size: int
-    folder: str  # under BASE, and the name of the backbone's file in it
-    linear: str  # the linear classifier's file in the folder
+    folder: str  # below BASE; also the stem of the backbone's file in it
+    linear: str  # file of the linear classifier, in the same folder
     knn_top1: float  # 20-NN
     linear_top1: float
 
@@ -31,7 +31,7 @@ class Published(NamedTuple):
 
     @property
     def full_checkpoint_url(self) -> str:
-        """Student and teacher with their heads, the optimizer and the flags."""
+        """Student and teacher with their heads, optimizer state and flags."""
         return f"{BASE}/{self.folder}/{self.folder}_full_checkpoint.pth"
 
     @property
@@ -56,19 +56,19 @@ PUBLISHED = {
     "dino_resnet50": _row("resnet50", 16, "resnet50", 67.5, 75.3),
 }
 
-# URL -> SHA-256 of the file. The published files came without; a release of this project stands here with its own.
+# URL -> SHA-256 of the file. None are known for the published files; releases of this project add theirs.
 SHA256: dict[str, str] = {}
 
 
 def fetch(url: str, folder: str | os.PathLike | None = None) -> Path:
-    """Download a file once, into torch.hub's folder of checkpoints, and check it where its SHA-256 is known.
+    """Download a file, unless it is already in torch.hub's folder of checkpoints, and check its SHA-256 if known.
 
-    Published files keep their names, so that copies which other code has downloaded are found. Other addresses are
-    part of the name: `a/checkpoint.pth` never passes for `b/checkpoint.pth`.
+    Published files keep their names, so that copies downloaded by other code are used. For other addresses the name
+    includes a hash of the address, so that `a/checkpoint.pth` and `b/checkpoint.pth` stay apart.
 
     Raises:
-        OSError: it can't be downloaded; the message says how to go on without a network.
-        ValueError: it is not the file that stands in the table.
+        OSError: the download failed; the message says what to do without a network.
+        ValueError: the file's SHA-256 is not the one in the table.
     """
     folder = Path(folder or Path(torch.hub.get_dir()) / "checkpoints")
     name = url.split("?")[0].rstrip("/").rsplit("/", 1)[-1]
@@ -80,14 +80,15 @@ def fetch(url: str, folder: str | os.PathLike | None = None) -> Path:
             folder.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(path))
         except (OSError, ValueError) as error:
-            raise OSError(f"{url} can't be downloaded ({error}); without a network, fetch that file elsewhere and give "
-                          "its path as weights=..., or take pretrained=False for random weights") from error
-    if url in SHA256 and (found := sha256(path)) != SHA256[url]:
-        raise ValueError(f"{path}: SHA-256 {found} instead of {SHA256[url]}; remove the file to download it again")
+            raise OSError(f"{url} can't be downloaded ({error}); without a network, download it elsewhere and give its "
+                          "path as weights=..., or pass pretrained=False for random weights") from error
+    if url in SHA256 and (digest := sha256(path)) != SHA256[url]:
+        raise ValueError(f"{path}: SHA-256 {digest} instead of {SHA256[url]}; remove the file to download it again")
     return path
 
 
 def sha256(path: str | os.PathLike) -> str:
+    """SHA-256 of a file's content, in hexadecimal."""
     digest = hashlib.sha256()
     with open(path, "rb") as f:
         while block := f.read(1 << 20):

@@ -9,6 +9,7 @@ import torch
 from conftest import ROOT
 
 import flags
+from parallel import Refused
 from vision_transformer import build_backbone
 from weights import backbones, checkpoints
 
@@ -24,7 +25,7 @@ def test_save_keeps_the_one_before_and_read_latest_falls_back(tmp_path, capsys):
     assert state["step"] == 1 and where.name == checkpoints.PREVIOUS
     assert "not a readable checkpoint" in capsys.readouterr().out
     (tmp_path / checkpoints.PREVIOUS).write_bytes(b"")
-    with pytest.raises(ValueError, match="move it away to start anew"):
+    with pytest.raises(Refused, match="--output_dir .*checkpoint.pth: not a readable .*move the file away"):
         checkpoints.read_latest(tmp_path)
     assert checkpoints.read_latest(tmp_path / "nothing") is None
 
@@ -98,7 +99,7 @@ def test_no_script_loads_without_weights_only():
 
 
 def test_missing_weights_are_an_error_not_a_download(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no such file of weights"):
+    with pytest.raises(Refused, match="--pretrained_weights .*absent.pth: no such file of weights"):
         backbones.load_backbone(str(tmp_path / "absent.pth"))
 
 
@@ -130,10 +131,10 @@ def test_backbone_from_any_layout(tmp_path, layout, capsys):
 def test_other_architecture_and_other_key_are_refused(tmp_path):
     model, _ = build_backbone("vit_tiny", 16, img_size=64)
     torch.save(model.state_dict() | {"norm_pre.weight": torch.zeros(192)}, tmp_path / "w.pth")  # no ViT of ours
-    with pytest.raises(ValueError, match=r"--pretrained_weights .* of 150 tensors matched.*does --arch fit the file"):
+    with pytest.raises(Refused, match=r"--pretrained_weights .* of 150 tensors matched.*does --arch match the file"):
         backbones.load_backbone(str(tmp_path / "w.pth"), arch="vit_small")
     torch.save({"student": model.state_dict()}, tmp_path / "s.pth")
-    with pytest.raises(ValueError, match="--checkpoint_key teacher: .* it has student"):
+    with pytest.raises(Refused, match="--checkpoint_key teacher: .* it has student"):
         backbones.load_backbone(str(tmp_path / "s.pth"), arch="vit_tiny")
 
 
