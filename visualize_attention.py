@@ -13,7 +13,7 @@ import sys
 
 import flags
 import parallel
-from imagesets import loaders
+from imagesets import sources
 from parallel import Refused
 from protocols import attention, attention_video, dense, features
 
@@ -56,9 +56,9 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def check_args(args: argparse.Namespace) -> None:
-    sources = [name for name in ("image_path", "images", "video") if getattr(args, name) is not None]
-    if len(sources) > 1:
-        raise Refused(f"--{sources[0]} and --{sources[1]}: give one of them")
+    given = [name for name in ("image_path", "images", "video") if getattr(args, name) is not None]
+    if len(given) > 1:
+        raise Refused(f"--{given[0]} and --{given[1]}: give one of them")
     if args.images is not None and args.point:
         raise Refused("--point with --images: a point belongs to one image; use --image_path or --video")
     flags.check_folder(args.output_dir)
@@ -76,7 +76,7 @@ def visualize(args: argparse.Namespace) -> None:
     if args.video is not None:
         attention_video.draw_video(network, args.video, fps=args.fps, point=args.point, **settings)
     elif args.images is not None:
-        images = loaders.open_images(args.images, in_chans=in_chans, flag="--images")
+        images = sources.open_images(args.images, in_chans=in_chans, flag="--images")
         attention.draw_sheets(
             network, images, max_images=args.max_images, flag=f"--images {args.images}", **settings)
     else:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import atomic
 import flags
-from imagesets import decode, loaders
+from imagesets import decode, sources
 from parallel import Refused
 from protocols import attention, dense, sheets
 from protocols.features import Network
@@ -109,7 +109,7 @@ def open_video(path: str, fps: float | None, in_chans: int) -> tuple[Iterator[Te
     """
     imageio_ffmpeg = import_ffmpeg()
     if Path(path).is_dir():
-        images = loaders.open_images(path, in_chans=in_chans, flag="--video")
+        images = sources.open_images(path, in_chans=in_chans, flag="--video")
         return folder_frames(images, path), fps or DEFAULT_FPS
     if not Path(path).is_file():
         raise Refused(f"--video {path}: no such file or folder; give a video, or a folder of frames")
@@ -126,7 +126,7 @@ def open_video(path: str, fps: float | None, in_chans: int) -> tuple[Iterator[Te
     return frames, fps or about["fps"] or DEFAULT_FPS
 
 
-def folder_frames(images: loaders.Images, path: str) -> Iterator[Tensor]:
+def folder_frames(images: sources.Images, path: str) -> Iterator[Tensor]:
     for i in sorted(range(len(images)), key=lambda i: natural_order(images.name(i))):
         try:
             yield images.load(i)
