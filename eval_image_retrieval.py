@@ -28,9 +28,10 @@ def get_args_parser() -> argparse.ArgumentParser:
     data.add_argument("--dataset", default="roxford5k",
                       help="name of that folder and of gnd_NAME.pkl or .json in it: roxford5k, rparis6k, or your own")
     data.add_argument("--imsize", type=flags.positive_int, default=224,
-                      help="pixels of the longer side; smaller images keep their size. 512 gives the published figures")
+                      help="pixels of the longer side; smaller images keep their size. The published command has 512")
     data.add_argument("--multiscale", type=flags.boolean, default=False,
-                      help="average the features over scales 1, 0.71 and 0.5: better, and about twice the time")
+                      help="average the features over scales 1, 0.71 and 0.5, as the published command does; 1.75 "
+                      "times the pixels")
     output = parser.add_argument_group("output")
     output.add_argument("--output_dir", default="",
                         help="for the results and features/; empty: the weights' folder, or .")

@@ -74,11 +74,11 @@ def write_epoch(run: Run, log: metrics.Log, epoch: int) -> None:
 
 def pictures(images: loaders.Images, backbone: nn.Module, args: argparse.Namespace) -> dict[str, np.ndarray]:
     """Where the teacher looks in the fixed images, and their patch tokens as colours: {name: uint8 sheet}."""
-    from protocols import sheets
+    from protocols import attention
 
     if not isinstance(backbone, VisionTransformer):
         return {}
-    return sheets.network_sheets(backbone, fixed_images(images, args.global_crops_size), args.mean, args.std)
+    return attention.network_sheets(backbone, fixed_images(images, args.global_crops_size), args.mean, args.std)
 
 
 def fixed_images(images: loaders.Images, size: int, count: int = 6) -> list[torch.Tensor]:

@@ -50,7 +50,7 @@ def average_precision(ranks: np.ndarray) -> float:
 
 
 def average_precision_trapezoid(ranks: np.ndarray) -> float:
-    """Area under precision over recall by the trapezoid rule, as in the evaluation code of Oxford (Philbin et al. 2007).
+    """Area under precision over recall by the trapezoid rule, as Oxford's own code computes it (Philbin et al. 2007).
 
     Relevant image number j, at rank r, contributes (p + p') / 2R, where p = j / r is the precision just before it (1 at
     r = 0) and p' = (j + 1) / (r + 1) the precision including it.

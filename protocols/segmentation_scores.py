@@ -16,7 +16,7 @@ TOLERANCE = 0.008  # distance at which contours match, as a share of the image's
 
 
 def jaccard(predicted: np.ndarray, truth: np.ndarray, ignored: np.ndarray | None = None) -> float:
-    """Region similarity J: |predicted and truth| / |predicted or truth| over the pixels not ignored; 1 where both are empty."""
+    """Region similarity J = |predicted & truth| / |predicted | truth| over pixels not ignored; 1 if both are empty."""
     if ignored is not None:
         predicted, truth = predicted & ~ignored, truth & ~ignored
     union = np.count_nonzero(predicted | truth)

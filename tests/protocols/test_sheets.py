@@ -1,4 +1,4 @@
-"""Pictures of pictures: the maps against naive loops, the sheets by their sizes and pixels."""
+"""Figures of images: the maps against naive loops, the sheets by their sizes and pixels."""
 
 from fractions import Fraction
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from protocols import sheets
+from protocols import attention, dense, sheets
 from vision_transformer import VisionTransformer
 
 
@@ -14,7 +14,7 @@ def random_picture(height, width, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3)).astype(np.uint8)
 
 
-# ---------------------------------------------------------------- masks
+# ---- masks
 
 
 def naive_mask(attention, mass):
@@ -63,7 +63,7 @@ def test_threshold_mask_refuses_what_is_no_attention(value):
         sheets.threshold_mask(np.array([[1.0, value]]), 0.6)
 
 
-# ---------------------------------------------------------------- similarity and PCA
+# ---- similarity and PCA
 
 
 def test_similarity_map_equals_the_loop():
@@ -118,7 +118,7 @@ def test_pca_picture_of_too_few_directions_is_grey_in_the_others():
     assert sheets.pca_picture(np.random.default_rng(0).normal(size=(4, 4, 2))).shape == (4, 4, 3)
 
 
-# ---------------------------------------------------------------- pictures and sheets
+# ---- pictures and sheets
 
 
 def test_scale_and_overlay():
@@ -179,7 +179,7 @@ def test_neighbours_are_framed_by_whether_they_are_right():
     assert colours == [[[0] * 3, right, wrong, right], [[0] * 3, wrong, wrong, wrong]]
 
 
-# ---------------------------------------------------------------- from a network
+# ---- from a network
 
 
 def tiny_vit(**options):
@@ -194,9 +194,9 @@ def test_attention_is_the_class_tokens_row_of_the_networks_own(layer, registers)
     for block in model.blocks:  # sharp enough that a wrong row would show
         block.attn.qkv.weight.data *= 20
     x = torch.randn(2, 3, 40, 51)
-    attention, tokens = sheets.attention_and_tokens(model, x, layer)
+    heads, tokens = dense.attention_and_tokens(model, x, layer)
     expected = model.get_attention_maps(x, [layer])[0][:, :, 0, 1 + registers:].unflatten(-1, (5, 6))
-    torch.testing.assert_close(attention, expected, atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(heads, expected, atol=1e-6, rtol=1e-4)
     torch.testing.assert_close(tokens, model.forward_features(x).patch_tokens)
     assert not model.blocks[layer].attn.qkv._forward_hooks
 
@@ -206,9 +206,9 @@ def test_network_sheets_have_a_row_a_picture_and_leave_the_model_as_it_was():
     model.patch_embed.eval()
     modes = [module.training for module in model.modules()]
     images = [torch.randint(0, 256, (3, height, 40), dtype=torch.uint8) for height in (40, 64)]
-    drawn = sheets.network_sheets(model, images, (0.5,) * 3, (0.2,) * 3, cell=50)
+    drawn = attention.network_sheets(model, images, (0.5,) * 3, (0.2,) * 3, cell=50)
     assert drawn["attention"].shape == (14 + 2 * 56, 6 + 5 * 56, 3)
     assert drawn["pca"].shape == (6 + 2 * 56, 6 + 2 * 56, 3)
-    assert sheets.network_sheets(model, [], (0.5,) * 3, (0.2,) * 3) == {}
+    assert attention.network_sheets(model, [], (0.5,) * 3, (0.2,) * 3) == {}
     assert [module.training for module in model.modules()] == modes
     assert all(parameter.grad is None for parameter in model.parameters())
