@@ -98,7 +98,8 @@ def test_harden_by_hand():
     soft = torch.tensor([[[1.0, 0.0], [0.9, 0.1], [0.8, 0.2], [0.8, 0.2]]])
     # pixels lie at -0.25, 0.25, 0.75 ... patches; scaled to 0..1, both labels cross 1/2 at patch 1 exactly
     assert propagation.harden(soft, [5], 1, 8).tolist() == [[0, 0, 0, 5, 5, 5, 5, 5]]
-    assert propagation.harden(torch.tensor([[[1.0, 0.0]]]).expand(2, 2, 2), [5], 4, 4).max() == 0  # an object that is gone
+    gone = torch.tensor([[[1.0, 0.0]]]).expand(2, 2, 2)  # an object that left the frame
+    assert propagation.harden(gone, [5], 4, 4).max() == 0
     assert propagation.harden(torch.tensor([[[0.5, 0.5]]]), [5], 2, 2).max() == 0
 
 

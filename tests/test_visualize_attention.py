@@ -199,7 +199,7 @@ def test_video_in_and_out(tiny, tmp_path, ffmpeg, capsys):
     assert fps == 10 and frames.shape == (7, 32, 2 * 40, 3)  # 48 x 64 -> 32 x 43, cut to 32 x 40, twice
     left = frames[:, 8:18, :40, 0].mean(1)  # the square goes to the right in the frames on the left
     assert (np.diff([(row > 120).nonzero()[0].mean() for row in left]) > 0).all()
-    assert "7 frames, 10 a second" in capsys.readouterr().out
+    assert "7 frames, 10 per second" in capsys.readouterr().out
 
 
 def test_frames_are_taken_in_the_order_of_their_numbers(tiny, tmp_path, ffmpeg):

@@ -164,7 +164,7 @@ def test_contact_sheet_keeps_the_aspect_ratio():
     assert sheet.shape == (4 + 2 * (40 + 4), 4 + 2 * (80 + 4), 3)
     assert (sheet[4:44, 4:84] == 0).all() and (sheet[48:88, 88:] == 255).all()
     assert sheets.contact_sheet([[black.transpose(1, 0, 2), white]], cell=80, gap=4).shape == (88, 172, 3)
-    with pytest.raises(ValueError, match="no pictures"):
+    with pytest.raises(ValueError, match="no figures"):
         sheets.contact_sheet([])
 
 
