@@ -252,7 +252,7 @@ KNN = [
 
 ATTENTION = [
     ("--image_path {here}/none.png", ("--image_path {here}/none.png", "(?i)no such file")),
-    ("--image_path {here}/file", ("--image_path", "{here}/file", "give another")),
+    ("--image_path {here}/file", ("--image_path", "{here}/file", "not an image")),
     ("--images {here}/none", ("--images '{here}/none'", "give")),
     ("--image_path {here}/picture0.png --images {here}", ("--image_path and --images", "one of them")),
     ("--image_size 4", ("--image_size 4", "16 or more")),

@@ -340,7 +340,7 @@ def test_bad_masks_are_named(tmp_path, capsys):
     write_pair(tmp_path / "data", "b", square(), size=(40, 57))
     refused("masks/b.png is 56 x 40 pixels and its image 57 x 40")
     (tmp_path / "data" / "masks" / "b.png").write_bytes(b"no picture")
-    refused("masks/b.png: ")
+    refused("masks/b.png: not an image")
     for path in (tmp_path / "data" / "masks").iterdir():
         path.unlink()
     refused("no image of images/ has a mask of its name in masks/")
