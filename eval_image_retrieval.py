@@ -45,8 +45,8 @@ def evaluate(args: argparse.Namespace) -> None:
     output_dir = flags.output_dir(args)
     device = parallel.start(args.device if args.use_cuda else "cpu", args.dist_url, args.dist_timeout)
     network = features.load_network(
-        args.pretrained_weights, args.arch, args.patch_size, args.checkpoint_key, device, precision=args.precision,
-        seed=args.seed)
+        args.pretrained_weights, args.arch, args.patch_size, args.checkpoint_key, device, args.imsize,
+        precision=args.precision, seed=args.seed, size_flag="--imsize")
     report = evaluate_retrieval(
         network, args.data_path, args.dataset, args.imsize, args.multiscale, args.num_workers, output_dir)
     if parallel.is_main():

@@ -68,7 +68,8 @@ def visualize(args: argparse.Namespace) -> None:
     """Draw what the flags ask for. Raises Refused for bad input."""
     check_args(args)
     network = features.load_network(
-        args.pretrained_weights, args.arch, args.patch_size, args.checkpoint_key, parallel.pick_device(args.device))
+        args.pretrained_weights, args.arch, args.patch_size, args.checkpoint_key, parallel.pick_device(args.device),
+        min(args.image_size), size_flag="--image_size")
     dense.check_attention(network, args.image_size, args.layer)
     in_chans = network.info["in_chans"]
     settings = {"image_size": args.image_size, "output_dir": args.output_dir, "layer": args.layer,
