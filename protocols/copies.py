@@ -25,8 +25,8 @@ import parallel
 from imagesets.copies import read_copies
 from imagesets.sources import Images, open_files, open_images
 from parallel import Refused
-from protocols import retrieval, scores
-from protocols.features import PIXELS, Network, cached_features, extract_features, images_hash
+from protocols import features, retrieval, scores
+from protocols.features import PIXELS, Network
 from protocols.transforms import PIXELS_SIDE, SmallPictures
 from vision_transformer import VITS, VisionTransformer
 
@@ -91,11 +91,11 @@ def copy_features(
     has_tokens = isinstance(network.forward, VisionTransformer)
     forward = descriptor(network.forward, gem_p) if has_tokens else network.forward
     fingerprint = {
-        "weights": str(about["weights_sha256"]), "images": images_hash(images),
+        "weights": str(about["weights_sha256"]), "images": features.images_hash(images),
         "transform": f"square {side} {mean} {std}",
         "network": f"{about['arch']} {about['precision']} {features_name(network, gem_p)}",
     }
-    return cached_features(cache, fingerprint, lambda: extract_features(
+    return features.cached_features(cache, fingerprint, lambda: features.extract_features(
         forward, dataset, batch_size, num_workers, network.device, network.autocast()))
 
 

@@ -29,8 +29,8 @@ from imagesets.ground_truth import Query
 from imagesets.landmarks import Cropped, open_landmarks
 from imagesets.sources import Images
 from parallel import Refused
-from protocols import retrieval, scores
-from protocols.features import PIXELS, Network, cached_features, extract_features, images_hash
+from protocols import features, retrieval, scores
+from protocols.features import PIXELS, Network
 from protocols.transforms import SmallPictures
 from vision_transformer import VITS
 
@@ -107,11 +107,11 @@ def landmark_features(
     dataset = SmallPictures(images) if pixels else WholeImages(images, imsize, patch, mean, std)
     forward = multiscale(network.forward, patch) if use_multiscale and not pixels else network.forward
     fingerprint = {
-        "weights": str(about["weights_sha256"]), "images": images_hash(images),
+        "weights": str(about["weights_sha256"]), "images": features.images_hash(images),
         "transform": f"imsize {imsize} multiscale {use_multiscale} {mean} {std} {images.boxes}",
         "network": f"{about['arch']} {about['precision']}",
     }
-    return cached_features(cache, fingerprint, lambda: extract_features(
+    return features.cached_features(cache, fingerprint, lambda: features.extract_features(
         forward, dataset, 1, num_workers, network.device, network.autocast()))
 
 
