@@ -28,16 +28,16 @@ EDITS = {
 
 @pytest.fixture
 def copies(tmp_path):
-    """Eight drawn pictures, six of which were copied in three ways, and two queries that are no copies."""
+    """Eight drawn images, six of which were copied in three ways, and two queries that are no copies."""
     folder = tmp_path / "copies"
     for name in ("database", "queries"):
         (folder / name).mkdir(parents=True)
     lines = ["query,match,attack"]
     for i in range(8):
-        picture = Image.fromarray(shapes.draw(i, 48)[0])
-        picture.save(folder / "database" / f"{i}.png")
+        image = Image.fromarray(shapes.draw(i, 48)[0])
+        image.save(folder / "database" / f"{i}.png")
         for name, edit in EDITS.items() if i < 6 else ():
-            edit(picture).save(folder / "queries" / f"{i}_{name}.png")
+            edit(image).save(folder / "queries" / f"{i}_{name}.png")
             lines.append(f"{i}_{name}.png,{i}.png,{name}")
     for i in range(2):
         Image.fromarray(shapes.draw(100 + i, 48)[0]).save(folder / "queries" / f"none_{i}.png")

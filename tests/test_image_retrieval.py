@@ -31,12 +31,12 @@ def entry(easy, hard, junk, box=BOX):
 
 @pytest.fixture
 def dataset(tmp_path):
-    """Thirty drawn pictures of three kinds and different sizes; four queries, the last with nothing to find."""
+    """Thirty drawn images of three kinds and different sizes; four queries, the last with nothing to find."""
     folder = tmp_path / "toy" / "jpg"
     folder.mkdir(parents=True)
     for i in range(30):
-        picture = Image.fromarray(shapes.draw(10 * (i // 3) + i % 3, 48)[0])
-        picture.resize([(48, 48), (64, 40), (30, 70)][i % 5 % 3]).save(folder / f"db_{i}.jpg", quality=95)
+        image = Image.fromarray(shapes.draw(10 * (i // 3) + i % 3, 48)[0])
+        image.resize([(48, 48), (64, 40), (30, 70)][i % 5 % 3]).save(folder / f"db_{i}.jpg", quality=95)
     for q in range(4):
         Image.fromarray(shapes.draw(10 * (500 + q) + q % 3, 48)[0]).save(folder / f"q_{q}.jpg")
     lists = [[i for i in range(30) if i % 3 == q] for q in range(3)]
@@ -135,7 +135,7 @@ def test_a_pickle_can_only_name_the_stand_ins():
         ground_truth.unpickle(b"c__builtin__\nbytes\n(I1000000\ntR.")  # nor to fill the memory
 
 
-def test_pictures_smaller_than_a_patch_are_refused_by_their_flag(dataset, tmp_path, capsys):
+def test_images_smaller_than_a_patch_are_refused_by_their_flag(dataset, tmp_path, capsys):
     assert run("--data_path", dataset[0], "--dataset", "toy", "--output_dir", tmp_path / "out", *NETWORK,
                "--imsize", 4) == 2
     assert "error: --imsize 4: smaller than a patch of 8; raise it\n" in capsys.readouterr().err
@@ -199,7 +199,7 @@ def test_a_setting_without_queries():
 # ---- Pictures ----
 
 
-class Pictures:
+class Columns:
     """Picture i has (rows, columns) sizes[i]; a pixel's value is its column."""
 
     def __init__(self, *sizes):
@@ -216,19 +216,19 @@ class Pictures:
         return torch.arange(columns).expand(3, rows, columns).to(torch.uint8)
 
 
-def test_crops_are_boxes_of_the_picture():
-    cropped = Cropped(Pictures((20, 30), (20, 30)), [None, (2.4, 5.6, 9.5, 100.0)])
+def test_crops_are_boxes_of_the_image():
+    cropped = Cropped(Columns((20, 30), (20, 30)), [None, (2.4, 5.6, 9.5, 100.0)])
     assert cropped.load(0).shape == (3, 20, 30)
     assert cropped.load(1).shape == (3, 14, 8) and cropped.load(1)[0, 0].tolist() == list(range(2, 10))
     with pytest.raises(Undecodable, match="outside the image"):
-        Cropped(Pictures((20, 30)), [(30, 0, 40, 10)]).load(0)
+        Cropped(Columns((20, 30)), [(30, 0, 40, 10)]).load(0)
 
 
 @pytest.mark.parametrize("size, expected", [
     ((100, 200), (32, 64)), ((200, 100), (64, 32)), ((40, 24), (40, 24)), ((45, 27), (48, 24)), ((3, 300), (8, 64)),
 ])
-def test_pictures_keep_their_proportions_and_are_never_enlarged(size, expected):
-    dataset = landmarks.WholeImages(Pictures(size), 64, 8, (0.5,) * 3, (0.25,) * 3)
+def test_images_keep_their_proportions_and_are_never_enlarged(size, expected):
+    dataset = landmarks.WholeImages(Columns(size), 64, 8, (0.5,) * 3, (0.25,) * 3)
     image, index = dataset[0]
     assert image.shape == (3, *expected) and index == 0
     # from the first to the last column: nothing is cut off
@@ -299,7 +299,7 @@ def test_bad_input_is_refused_in_one_line(dataset, tmp_path, capsys):
         error = capsys.readouterr().err
         assert error.count("\n") == 1 and error.startswith("eval_image_retrieval.py: error: ") and message in error
     assert not (tmp_path / "out").exists()
-    (folder / "toy" / "jpg" / "db_7.jpg").write_bytes(b"no picture")
+    (folder / "toy" / "jpg" / "db_7.jpg").write_bytes(b"no image")
     assert run(*cases[2][0]) == 2 and "db_7.jpg" in capsys.readouterr().err
 
 

@@ -67,7 +67,7 @@ def test_centre_box_by_hand():
 
 
 def write_pair(root, stem, mask, layout=("images", "masks"), mode="L", size=None):
-    """A picture of its mask's size, noise with a bright foreground; the mask in a mode of Pillow."""
+    """A image of its mask's size, noise with a bright foreground; the mask in a mode of Pillow."""
     height, width = size or mask.shape
     rng = np.random.default_rng(len(stem))
     pixels = rng.integers(0, 100, (height, width, 3)) + (0 if size else 120 * (mask > 0)[..., None])
@@ -118,15 +118,15 @@ def test_voc(tmp_path):
         masks.open_masked(str(tmp_path))
 
 
-def test_drawn_pictures_are_held_out():
+def test_drawn_images_are_held_out():
     opened = masks.open_masked("shapes:3x32")
-    picture, _, mask = shapes.draw(sources.VAL_START + 2, 32)
+    drawn, _, mask = shapes.draw(sources.VAL_START + 2, 32)
     image, truth, ignored = opened.load(2)
     assert len(opened.names) == 3 and (truth == mask).all() and not ignored.any()
-    assert (image.permute(1, 2, 0).numpy() == picture).all()
+    assert (image.permute(1, 2, 0).numpy() == drawn).all()
 
 
-def test_a_turned_picture_has_the_size_that_is_seen(tmp_path):
+def test_a_turned_image_has_the_size_that_is_seen(tmp_path):
     write_pair(tmp_path, "a", square())
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -234,7 +234,7 @@ def network_for_bright_patches():
 @pytest.mark.parametrize("height, width, image_size, least", [
     (96, 160, 96, 100), (160, 96, 96, 100), (192, 320, 96, 100), (91, 170, 200, 85), (230, 101, 204, 85)])
 def test_attention_that_is_on_the_object_is_scored_as_such(height, width, image_size, least, tmp_path, monkeypatch):
-    """Nothing in between is transposed, turned, shifted or inverted: the picture's pixels go in, its figure comes out.
+    """Nothing in between is transposed, turned, shifted or inverted: the image's pixels go in, its figure comes out.
 
     The object has no symmetry, so every such mistake costs more than what patches cost at its border.
     """
@@ -251,8 +251,8 @@ def test_attention_that_is_on_the_object_is_scored_as_such(height, width, image_
     assert found["one head"]["chosen"] == "head 0" and found["one head"]["jaccard_held_out"]["value"] >= least
 
 
-def test_pictures_of_all_sorts(tmp_path, capsys):
-    """Two sizes, a grey picture, an empty mask, a 1-bit mask, and one that has no mask."""
+def test_images_of_all_sorts(tmp_path, capsys):
+    """Two sizes, a grey image, an empty mask, a 1-bit mask, and one that has no mask."""
     write_pair(tmp_path, "a", square())
     write_pair(tmp_path, "bb", square(height=60, width=44), mode="1")
     write_pair(tmp_path, "ccc", square())
@@ -267,7 +267,7 @@ def test_pictures_of_all_sorts(tmp_path, capsys):
     assert {row["network"] for row in report["results"]} == {"random weights", "-"}
 
 
-def test_one_picture(tmp_path, capsys):
+def test_one_image(tmp_path, capsys):
     write_pair(tmp_path, "a", square())
     assert run(tmp_path, tmp_path / "out", "--save_masks", "9") == 0
     assert "no validation part" in capsys.readouterr().out
@@ -339,7 +339,7 @@ def test_bad_masks_are_named(tmp_path, capsys):
     refused("every mask is empty")
     write_pair(tmp_path / "data", "b", square(), size=(40, 57))
     refused("masks/b.png is 56 x 40 pixels and its image 57 x 40")
-    (tmp_path / "data" / "masks" / "b.png").write_bytes(b"no picture")
+    (tmp_path / "data" / "masks" / "b.png").write_bytes(b"no image")
     refused("masks/b.png: not an image")
     for path in (tmp_path / "data" / "masks").iterdir():
         path.unlink()

@@ -141,13 +141,13 @@ def draw_video(root, name, objects=(1,), frames=6, size=(32, 48), resolution="48
     background = rng.integers(0, 120, (*size, 3)).astype(np.uint8)
     textures = [rng.integers(100, 256, (12, 12, 3)).astype(np.uint8) for _ in objects]
     for t in range(frames):
-        picture, labels = background.copy(), np.zeros(size, np.uint8)
+        image, labels = background.copy(), np.zeros(size, np.uint8)
         for k, (label, texture) in enumerate(zip(objects, textures, strict=True)):
             spot = slice(2 + 15 * k, 14 + 15 * k), slice(4 + 2 * t, 16 + 2 * t)
-            picture[spot], labels[spot] = texture, label
+            image[spot], labels[spot] = texture, label
         path = root / "JPEGImages" / resolution / name / f"{t:05d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(picture).save(path)
+        Image.fromarray(image).save(path)
         if annotated is None or t in annotated:
             masks.write_labels(labels, root / "Annotations" / resolution / name / f"{t:05d}.png")
 

@@ -89,7 +89,7 @@ def test_patch_of_point_by_hand():
     assert dense.patch_of_point((99, 149), 150, 100, [30, 30], PATCH) == (2, 2)  # 24 of 30 are seen
 
 
-# ---- one picture
+# ---- one image
 
 
 def test_default_image_is_of_the_embedded_set(tiny, tmp_path, capsys):
@@ -137,15 +137,15 @@ def test_images_of_one_channel(tiny, tmp_path, monkeypatch):
     assert pixels.shape == (48, 32, 3) and (pixels[..., 0] == pixels[..., 2]).all()
 
 
-# ---- many pictures
+# ---- many images
 
 
 def test_folder_becomes_a_sheet_and_what_cannot_be_read_is_named(tiny, tmp_path, capsys):
     for i, (height, width) in enumerate([(60, 40), (40, 60), (50, 50)]):
         write_image(tmp_path / "in" / f"{i}.png", height, width)
-    (tmp_path / "in" / "broken.jpg").write_bytes(b"no picture")
+    (tmp_path / "in" / "broken.jpg").write_bytes(b"no image")
     run("--images", tmp_path / "in", "--output_dir", tmp_path / "out", "--image_size", 32, "--pca", "--threshold", 0.6)
-    assert sizes(tmp_path / "out") == {  # picture, mask, mean and 3 heads; a row is as high as its picture
+    assert sizes(tmp_path / "out") == {  # image, mask, mean and 3 heads; a row is as high as its image
         "attention_sheet.png": (6 + 6 * 166, 32 + 166 + 113 + 166), "pca_sheet.png": (6 + 6 * 166, 6 + 166)}
     out = capsys.readouterr().out
     assert "left out" in out and "broken.jpg" in out and "3 of 4 images" in out
@@ -204,9 +204,9 @@ def test_video_in_and_out(tiny, tmp_path, ffmpeg, capsys):
 
 def test_frames_are_taken_in_the_order_of_their_numbers(tiny, tmp_path, ffmpeg):
     for i, number in enumerate([1, 2, 10]):
-        picture = np.full((32, 32, 3), 60 + 60 * i, dtype=np.uint8)
+        image = np.full((32, 32, 3), 60 + 60 * i, dtype=np.uint8)
         (tmp_path / "in").mkdir(exist_ok=True)
-        Image.fromarray(picture).save(tmp_path / "in" / f"frame{number}.png")
+        Image.fromarray(image).save(tmp_path / "in" / f"frame{number}.png")
     run("--video", tmp_path / "in", "--output_dir", tmp_path, "--image_size", 32, "--fps", 5, "--pca", "--point", 3, 4,
         "--threshold", 0.5)
     fps, frames = read_video(ffmpeg, tmp_path / "attention.mp4")
@@ -289,10 +289,10 @@ def test_a_wrong_flag_is_named_before_anything_is_written(tiny, tmp_path, monkey
         pytest.importorskip("imageio_ffmpeg", reason="needs imageio-ffmpeg: pip install imageio-ffmpeg")
     monkeypatch.chdir(tmp_path)
     write_image(tmp_path / "good.png", 60, 40)
-    (tmp_path / "text.jpg").write_text("no picture")
+    (tmp_path / "text.jpg").write_text("no image")
     (tmp_path / "folder").mkdir()
     (tmp_path / "broken").mkdir()
-    (tmp_path / "broken" / "text.jpg").write_text("no picture")
+    (tmp_path / "broken" / "text.jpg").write_text("no image")
     before = sorted(tmp_path.rglob("*"))
     assert exit_code(*flags) == 2
     error = capsys.readouterr().err
@@ -342,9 +342,9 @@ def test_masks_are_those_of_the_checkpoints_network(tmp_path, capsys):
     run("--pretrained_weights", tmp_path / "checkpoint.pth", "--output_dir", tmp_path / "out", "--image_size", 64,
         "--threshold", 0.6)
     assert "random weights" not in capsys.readouterr().out
-    picture = np.array(Image.open(tmp_path / "out" / "img.png"))
-    image = torch.from_numpy(picture).permute(2, 0, 1)
+    figure = np.array(Image.open(tmp_path / "out" / "img.png"))
+    image = torch.from_numpy(figure).permute(2, 0, 1)
     attention = model.get_last_selfattention(((image / 255 - 0.4) / 0.3)[None])[0, :, 0, 1:].detach().view(3, 4, 4)
     for head, mask in enumerate(sheets.threshold_mask(attention.numpy(), 0.6)):
         drawn = np.array(Image.open(tmp_path / "out" / f"mask_th0.6_head{head}.png"))
-        assert (drawn == sheets.mask_overlay(picture, mask)).all()
+        assert (drawn == sheets.mask_overlay(figure, mask)).all()

@@ -10,7 +10,7 @@ from protocols import attention, dense, sheets
 from vision_transformer import VisionTransformer
 
 
-def random_picture(height, width, seed=0):
+def random_image(height, width, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3)).astype(np.uint8)
 
 
@@ -79,7 +79,7 @@ def test_similarity_map_equals_the_loop():
 
 
 def skewed_tokens(*shape, seed=0):
-    """Tokens with a few strong directions whose scores are lopsided, as those of pictures are."""
+    """Tokens with a few strong directions whose scores are lopsided, as those of images are."""
     rng = np.random.default_rng(seed)
     strong = rng.exponential(size=(*shape[:-1], 3)) * (5, 3, 2)
     return strong @ rng.normal(size=(3, shape[-1])) + 0.01 * rng.normal(size=shape)
@@ -94,7 +94,7 @@ def test_pca_picture_does_not_change_when_tokens_are_rotated_shifted_or_scaled()
         assert np.abs(sheets.pca_picture(changed).astype(int) - colors).max() <= 1
 
 
-def test_pca_picture_shares_its_basis_between_pictures():
+def test_pca_picture_shares_its_basis_between_images():
     tokens = skewed_tokens(3, 4, 4, 8)
     together = sheets.pca_picture(tokens)
     assert (sheets.pca_picture(tokens[::-1])[::-1] == together).all()
@@ -118,14 +118,14 @@ def test_pca_picture_of_too_few_directions_is_grey_in_the_others():
     assert sheets.pca_picture(np.random.default_rng(0).normal(size=(4, 4, 2))).shape == (4, 4, 3)
 
 
-# ---- pictures and sheets
+# ---- images and sheets
 
 
 def test_scale_and_overlay():
     values = np.arange(12.0).reshape(3, 4)
     assert sheets.scale(values).min() == 0 and sheets.scale(values).max() == 1
     assert (sheets.scale(np.full((2, 2), 3.0)) == 0).all()
-    image = random_picture(30, 40)
+    image = random_image(30, 40)
     overlay = sheets.attention_overlay(image, values)
     assert overlay.shape == image.shape and overlay.dtype == np.uint8
     assert (overlay == sheets.attention_overlay(image, 7 * values)).all()  # any scale
@@ -143,13 +143,13 @@ def test_mask_overlay_tints_inside_and_dims_outside():
 
 def test_as_picture_takes_any_number_of_channels():
     for channels in (1, 2, 3, 4):
-        picture = sheets.as_picture(torch.arange(channels * 6, dtype=torch.uint8).view(channels, 2, 3))
-        assert picture.shape == (2, 3, 3) and picture[0, 0, 0] == 0 and picture[1, 2, 0] == 5
+        image = sheets.as_picture(torch.arange(channels * 6, dtype=torch.uint8).view(channels, 2, 3))
+        assert image.shape == (2, 3, 3) and image[0, 0, 0] == 0 and image[1, 2, 0] == 5
 
 
 @pytest.mark.parametrize("heads", [1, 6])
-def test_attention_sheet_has_a_row_a_picture_and_a_column_a_head(heads):
-    images = [random_picture(48, 48, i) for i in range(3)]
+def test_attention_sheet_has_a_row_per_image_and_a_column_per_head(heads):
+    images = [random_image(48, 48, i) for i in range(3)]
     attentions = np.random.default_rng(0).random((3, heads, 6, 6))
     sheet = sheets.attention_sheet(images, attentions, cell=50)
     title, gap = 14, 6
@@ -201,7 +201,7 @@ def test_attention_is_the_class_tokens_row_of_the_networks_own(layer, registers)
     assert not model.blocks[layer].attn.qkv._forward_hooks
 
 
-def test_network_sheets_have_a_row_a_picture_and_leave_the_model_as_it_was():
+def test_network_sheets_have_a_row_per_image_and_leave_the_model_as_it_was():
     model = tiny_vit().train()
     model.patch_embed.eval()
     modes = [module.training for module in model.modules()]
