@@ -200,7 +200,7 @@ def test_a_setting_without_queries():
 
 
 class Columns:
-    """Picture i has (rows, columns) sizes[i]; a pixel's value is its column."""
+    """Image i has (rows, columns) sizes[i]; a pixel's value is its column."""
 
     def __init__(self, *sizes):
         self.sizes = sizes
