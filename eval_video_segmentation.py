@@ -36,7 +36,7 @@ def get_args_parser() -> argparse.ArgumentParser:
                       help="take all objects of a video for one; give it for the figures of DAVIS 2016")
     data.add_argument("--bs", type=flags.positive_int, default=6,
                       help="frames per batch; lower it where memory runs out")
-    propagation = parser.add_argument_group("propagation (the defaults are those of the published figures)")
+    propagation = parser.add_argument_group("propagation", "The defaults are the published ones.")
     propagation.add_argument("--n_last_frames", type=flags.count, default=7,
                              help="frames before the current one that labels come from, beside the first")
     propagation.add_argument("--size_mask_neighborhood", type=flags.count, default=12,

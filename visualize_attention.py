@@ -27,7 +27,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     network.add_argument("--pretrained_weights", default="",
                          help="a checkpoint or weights; empty draws a network with random weights")
     network.add_argument("--checkpoint_key", default="teacher", help="part of the checkpoint: teacher or student")
-    data = parser.add_argument_group("data (at most one of --image_path, --images, --video; default: a drawn image)")
+    data = parser.add_argument_group(
+        "data", "At most one of --image_path, --images and --video; without them, a drawn image.")
     data.add_argument("--image_path", help="one image")
     data.add_argument("--images", help="folder or list of images, or shapes:COUNT; draws a sheet with a row per image")
     data.add_argument("--max_images", type=flags.positive_int, default=16,
