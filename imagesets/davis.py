@@ -1,8 +1,8 @@
-"""Videos with annotated objects, in the folders of DAVIS: found, checked, and read frame by frame.
+"""Videos with annotated objects, in the folders of DAVIS: listed, checked, and read frame by frame.
 
     JPEGImages/480p/<sequence>/00000.jpg ...    Annotations/480p/<sequence>/00000.png ...    ImageSets/2017/val.txt
 
-Shapes: label maps are integers (height, width); 0 is background.
+Shapes: C channels; label maps are integers (height, width), 0 is background.
 """
 
 from __future__ import annotations
@@ -13,105 +13,116 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from torch import Tensor
 
 from imagesets import decode, masks
+from parallel import Refused
 
 RESOLUTION = "480p"
 LISTS = ("2017/val.txt", "2016/val.txt", "480p/val.txt", "val.txt")
 
 
 class Video(NamedTuple):
-    """One sequence: its frames in order, the annotations there are by frame number, and what the first one says."""
+    """One sequence: its frames in order and its annotations by frame number."""
 
     name: str
     frames: list[Path]
     annotations: dict[int, Path]
     objects: list[int]  # labels of the first annotation
-    void: int | None  # the label of pixels that nobody judges
-    merged: bool = False  # all labels stand for the one object
+    void: int | None  # the label of pixels that are not judged
+    merged: bool = False  # all labels stand for one object
 
 
-def find_videos(data_path: str, resolution: str = "", image_set: str = "", names: Sequence[str] = (),
-                merge: bool = False, in_chans: int = 3) -> list[Video]:
+def find_videos(
+    data_path: str, resolution: str = "", image_set: str = "", names: Sequence[str] = (), merge: bool = False,
+    in_chans: int = 3,
+) -> list[Video]:
     """The sequences of a folder in the layout above, all checked.
 
     Args:
-        resolution: folder below JPEGImages/ and Annotations/; "" finds it.
-        image_set: list below ImageSets/; "" takes the first of `LISTS` there is, and without any every sequence.
+        resolution: folder below JPEGImages/ and Annotations/; "" takes 480p, or the only one.
+        image_set: list below ImageSets/; "" takes the first of `LISTS` that exists, or else every sequence.
         names: only these sequences.
-        merge: all objects of a sequence are one, the first, as in DAVIS 2016.
+        merge: take all objects of a sequence for one, the first, as in DAVIS 2016.
 
     Raises:
-        ValueError, OSError: one line that names the flag, the value and the remedy.
+        Refused: no such folder, list or sequence, or a sequence whose files don't fit together.
     """
     where, root = f"--data_path {data_path!r}", Path(os.path.expanduser(data_path))
     for name in ("JPEGImages", "Annotations"):
         if not (root / name).is_dir():
-            raise FileNotFoundError(f"{where}: it has no {name}/; give the folder of DAVIS that holds JPEGImages/ and "
-                                    "Annotations/")
+            raise Refused(f"{where}: it has no {name}/; give the folder of DAVIS that holds JPEGImages/ and "
+                          "Annotations/")
     frames = find_resolution(root / "JPEGImages", resolution)
     below = frames.relative_to(root / "JPEGImages")
     listed = read_list(root, image_set) or sorted(p.name for p in frames.iterdir() if p.is_dir())
     if unknown := [name for name in names if name not in listed]:
-        raise ValueError(f"--sequences {unknown[0]}: not among the sequences of {where}: {', '.join(listed[:8])}"
-                         + (", ..." if len(listed) > 8 else ""))
+        raise Refused(f"--sequences {unknown[0]}: not among the sequences of {where}: {', '.join(listed[:8])}"
+                      + (", ..." if len(listed) > 8 else ""))
     listed = [name for name in listed if name in names] if names else listed
     if not listed:
-        raise FileNotFoundError(f"{where}: there are no sequences in {frames}")
+        raise Refused(f"{where}: there are no sequences in {frames}; give a folder that has some")
     videos = [open_video(name, frames / name, root / "Annotations" / below / name, in_chans) for name in listed]
     return [video._replace(objects=video.objects[:1], merged=True) for video in videos] if merge else videos
 
 
 def find_resolution(folder: Path, resolution: str) -> Path:
-    """JPEGImages/480p, or the only folder of sequences there is; JPEGImages/ itself when it holds the sequences."""
-    found = sorted(p.name for p in folder.iterdir() if p.is_dir() and any(q.is_dir() for q in p.iterdir()))
-    if resolution and resolution not in found:
-        raise FileNotFoundError(f"--resolution {resolution}: {folder} has " + (", ".join(found) or "no such folder"))
-    if not resolution and RESOLUTION not in found and len(found) > 1:
-        raise ValueError(f"--resolution: {folder} has {', '.join(found)}; say which")
-    return folder / (resolution or (RESOLUTION if RESOLUTION in found else found[0] if found else ""))
+    """JPEGImages/480p, or the only folder of sequences; JPEGImages/ itself when the sequences lie in it."""
+    known = sorted(p.name for p in folder.iterdir() if p.is_dir() and any(q.is_dir() for q in p.iterdir()))
+    if resolution and resolution not in known:
+        raise Refused(f"--resolution {resolution}: {folder} has {', '.join(known) or 'no such folder'}; give one of "
+                      "its folders")
+    if not resolution and RESOLUTION not in known and len(known) > 1:
+        raise Refused(f"--resolution: {folder} has {', '.join(known)}; give one of them")
+    return folder / (resolution or (RESOLUTION if RESOLUTION in known else known[0] if known else ""))
 
 
 def read_list(root: Path, image_set: str) -> list[str]:
-    """Names of sequences: a name a line, or, as in the lists of 2016, the path of a frame and that of its mask."""
-    given = [image_set, f"{image_set}.txt"] if image_set else LISTS
-    path = next((root / "ImageSets" / name for name in given if (root / "ImageSets" / name).is_file()), None)
+    """Names of sequences: one per line or, in the lists of 2016, the paths of a frame and of its mask per line."""
+    candidates = [image_set, f"{image_set}.txt"] if image_set else LISTS
+    path = next((root / "ImageSets" / name for name in candidates if (root / "ImageSets" / name).is_file()), None)
     if path is None and image_set:
-        raise FileNotFoundError(f"--image_set {image_set}: {root / 'ImageSets'} has no such list; an example: 2017/val")
+        raise Refused(f"--image_set {image_set}: {root / 'ImageSets'} has no such list; give one, for example 2017/val")
     lines = [line.split()[0] for line in path.read_text().splitlines() if line.split()] if path else []
     return list(dict.fromkeys(Path(line).parent.name if "/" in line else line for line in lines))
 
 
 def open_video(name: str, folder: Path, annotated: Path, in_chans: int = 3) -> Video:
-    """A sequence, with every frame and annotation known to be of one size.
+    """A sequence whose frames and annotations all have one size.
 
-    255 is void, but where it is the only label of the first annotation: DAVIS 2016 writes its one object so.
+    255 is void, unless it is the only label of the first annotation: DAVIS 2016 labels its one object so.
     """
     if not folder.is_dir():
-        raise FileNotFoundError(f"sequence {name}: there is no folder {folder}; take the name out of the list")
+        raise Refused(f"sequence {name}: there is no folder {folder}; take the name out of the list")
     frames = list(masks.by_stem(folder, decode.suffixes(in_chans)).values())
-    found = masks.by_stem(annotated, masks.SUFFIXES) if annotated.is_dir() else {}
-    annotations = {i: found[path.stem] for i, path in enumerate(frames) if path.stem in found}
+    by_stem = masks.by_stem(annotated, masks.SUFFIXES) if annotated.is_dir() else {}
+    annotations = {i: by_stem[path.stem] for i, path in enumerate(frames) if path.stem in by_stem}
     if not frames:
-        raise FileNotFoundError(f"sequence {name}: there are no pictures in {folder}")
+        raise Refused(f"sequence {name}: there are no images in {folder}; add its frames or take the name out of the "
+                      "list")
     if 0 not in annotations:
-        raise FileNotFoundError(f"sequence {name}: its first frame has no annotation "
-                                f"{annotated / frames[0].stem}.png; the objects are given there")
+        raise Refused(f"sequence {name}: its first frame has no annotation {annotated / frames[0].stem}.png; add it, "
+                      "it gives the objects")
     expected = masks.size(frames[0], turned=True)
     for path in [*frames, *annotations.values()]:
         size = masks.size(path, turned=path not in annotations.values())
         if size != expected:
-            raise ValueError(f"sequence {name}: {path} is {size[1]} x {size[0]} pixels and its first frame "
-                             f"{expected[1]} x {expected[0]}; give frames and annotations of one size")
+            raise Refused(f"sequence {name}: {path} is {size[1]} x {size[0]} pixels and its first frame "
+                          f"{expected[1]} x {expected[0]}; give frames and annotations of one size")
     labels = np.unique(masks.read_labels(annotations[0])).tolist()
     objects = [label for label in labels if label not in (0, masks.VOID)]
     if not objects and masks.VOID not in labels:
-        raise ValueError(f"sequence {name}: {annotations[0]} has no object in it; give another annotation")
+        raise Refused(f"sequence {name}: {annotations[0]} has no object in it; give another annotation")
     return Video(name, frames, annotations, objects or [masks.VOID], masks.VOID if objects else None)
 
 
+def read_frame(video: Video, frame: int, in_chans: int) -> Tensor:
+    """uint8 (C, height, width). Raises Refused for a file that can't be decoded."""
+    return masks.read_image(video.frames[frame], in_chans, f"sequence {video.name}")
+
+
 def read_annotation(video: Video, frame: int) -> tuple[np.ndarray, np.ndarray]:
-    """A frame's labels, and where they are void: integers and bool (height, width)."""
+    """A frame's labels and its void pixels: integers and bool (height, width)."""
     labels = masks.read_labels(video.annotations[frame])
     void = labels == (-1 if video.void is None else video.void)
     labels = np.where(void, 0, labels)

@@ -1,7 +1,7 @@
-"""Ground truth of revisited Oxford and Paris (Radenovic et al. 2018), read from its pickle without running any of it.
+"""Ground truth of revisited Oxford and Paris (Radenovic et al. 2018), read from its pickle without running its code.
 
-A pickle is a program. Here it may build plain Python values, and arrays and scalars of numbers, for which it gets
-stand-ins instead of NumPy's own classes; a pickle that names anything else is refused before that is called.
+A pickle is a program. This reader lets it build plain Python values, and arrays and scalars of numbers, for which it
+substitutes stand-ins for NumPy's classes. A pickle that names anything else is refused before that name is called.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ from typing import NamedTuple
 
 import numpy as np
 
+from parallel import Refused
+
 LISTS = ("easy", "hard", "junk")
 
 
 class Query(NamedTuple):
-    """A picture's name, the box (left, top, right, bottom) in pixels that is the query, and rows of the database."""
+    """Name of an image, the query's box (left, top, right, bottom) in it in pixels, and rows of the database."""
 
     name: str
     box: tuple[float, float, float, float]
@@ -30,27 +32,32 @@ class Query(NamedTuple):
 
 
 class GroundTruth(NamedTuple):
-    database: list[str]  # names of pictures, without .jpg
+    database: list[str]  # names of images, without .jpg
     queries: list[Query]
 
 
 def read_ground_truth(path: str | os.PathLike) -> GroundTruth:
-    """From .pkl as published, or .json with the same keys: imlist, qimlist, gnd [{bbx, easy, hard, junk}, ...].
+    """Reads .pkl as published, or .json with the same keys: imlist, qimlist, gnd [{bbx, easy, hard, junk}, ...].
 
     Raises:
-        ValueError, OSError: no such file, one that would run code, or lists that don't fit together; one line.
+        Refused: a file that can't be read or would run code, or lists that don't fit together.
     """
-    with open(path, "rb") as file:
-        content = file.read()
+    try:
+        with open(path, "rb") as file:
+            content = file.read()
+    except OSError as error:
+        raise Refused(f"{path}: {error.strerror}; make it readable") from error
     try:
         loaded = json.loads(content) if str(path).endswith(".json") else unpickle(content)
         return checked(plain(loaded))
-    except Exception as error:  # on broken bytes, pickle raises nearly anything
+    except Exception as error:  # pickle and values of the wrong type raise nearly anything
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{path}: no ground truth of revisited Oxford or Paris: {reason[:160]}") from error
+        raise Refused(f"{path}: not a ground truth of revisited Oxford or Paris: {reason[:160]}; give the published "
+                      "file") from error
 
 
 def checked(loaded: Mapping) -> GroundTruth:
+    """The ground truth in plain values. Raises ValueError where its lists don't fit together."""
     missing = [key for key in ("imlist", "qimlist", "gnd") if key not in loaded]
     if missing:
         raise ValueError(f"it has no {missing[0]!r}")
@@ -63,14 +70,14 @@ def checked(loaded: Mapping) -> GroundTruth:
         if absent:
             raise ValueError(f"query {name}: no {absent[0]!r}")
         lists = [[int(row) for row in entry[key]] for key in LISTS]
-        rows = [row for some in lists for row in some]
+        rows = [row for rows in lists for row in rows]
         if any(not 0 <= row < len(database) for row in rows):
             raise ValueError(f"query {name}: a row outside the {len(database)} images of the database")
         if len(set(rows)) < len(rows):
-            raise ValueError(f"query {name}: an image stands twice in easy, hard and junk")
+            raise ValueError(f"query {name}: an image occurs twice in easy, hard and junk")
         box = tuple(float(side) for side in entry["bbx"])
         if len(box) != 4 or not all(map(math.isfinite, box)) or box[0] >= box[2] or box[1] >= box[3]:
-            raise ValueError(f"query {name}: bbx {box} is no box (left, top, right, bottom)")
+            raise ValueError(f"query {name}: bbx {box} is not a box (left, top, right, bottom)")
         queries.append(Query(str(name), box, *lists))
     return GroundTruth([str(name) for name in database], queries)
 
@@ -79,7 +86,7 @@ def checked(loaded: Mapping) -> GroundTruth:
 
 
 class Dtype:
-    """Stands for numpy.dtype: a type of numbers and its byte order."""
+    """Stand-in for numpy.dtype: a type of numbers and its byte order."""
 
     def __init__(self, text: str, *_) -> None:
         self.text, self.order = str(text), "="
@@ -91,12 +98,12 @@ class Dtype:
         dtype = np.dtype(self.text.lstrip("<>=|")).newbyteorder(self.order.replace("|", "="))
         if dtype.kind not in "biufU":
             raise ValueError(f"an array of type {self.text}")
-        # Python 2's bytes come as text, of which each character is a byte
+        # bytes written by Python 2 arrive as text, one character per byte
         return np.frombuffer(raw.encode("latin1") if isinstance(raw, str) else bytes(raw), dtype).tolist()
 
 
 class Array:
-    """Stands for numpy.ndarray: its values in one list, as here all arrays are."""
+    """Stand-in for numpy.ndarray: its values in a flat list, as all arrays of a ground truth are flat."""
 
     def __init__(self, *_) -> None:
         self.values = []
@@ -117,11 +124,11 @@ def from_buffer(raw: bytes, dtype: Dtype, *_) -> Array:
 
 
 def encode(text: str, encoding: str = "latin1") -> bytes:
-    return text.encode("latin1")  # how pickles of protocol 2 hold bytes; other encodings could unpack to anything
+    return text.encode("latin1")  # how protocol 2 stores bytes; other encodings could decompress to any size
 
 
 def no_bytes() -> bytes:
-    return b""  # how they hold empty ones
+    return b""  # how protocol 2 stores empty bytes
 
 
 NUMPY = {"_reconstruct": Array, "scalar": scalar, "_frombuffer": from_buffer, "ndarray": Array, "dtype": Dtype}
@@ -136,7 +143,7 @@ ALLOWED = {("_codecs", "encode"): encode, ("__builtin__", "bytes"): no_bytes, ("
 class PlainUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str):
         if (module, name) not in ALLOWED:
-            raise pickle.UnpicklingError(f"the pickle names {module}.{name}, which is not data; it was not run")
+            raise pickle.UnpicklingError(f"the pickle names {module}.{name}, which is not data; nothing was run")
         return ALLOWED[module, name]
 
 
@@ -145,7 +152,7 @@ def unpickle(content: bytes):
 
 
 def plain(value):
-    """The stand-ins in nested lists and dictionaries, replaced by their values."""
+    """Replaces stand-ins in nested lists and dictionaries by their values."""
     if isinstance(value, Array):
         return plain(value.values)
     if isinstance(value, Mapping):

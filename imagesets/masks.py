@@ -1,4 +1,4 @@
-"""Masks in files: read as labels of pixels, written with a palette, and paired with their pictures.
+"""Masks in files: read as labels of pixels, written with a palette, and paired with their images.
 
 Shapes: C channels; label maps are integers (height, width), masks bool (height, width).
 """
@@ -16,9 +16,11 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+import atomic
 from imagesets import decode, shapes, sources
+from parallel import Refused
 
-VOID = 255  # the label of pixels that nobody judges, in palette images of VOC and DAVIS
+VOID = 255  # the label of pixels that are not judged, in palette images of VOC and DAVIS
 SUFFIXES = (".png", ".bmp", ".gif", ".tif", ".tiff")  # JPEG changes labels
 LAYOUTS = (("images", "masks"), ("JPEGImages", "SegmentationClass"))
 VOC_LIST = Path("ImageSets", "Segmentation", "val.txt")
@@ -28,25 +30,33 @@ VOC_LIST = Path("ImageSets", "Segmentation", "val.txt")
 
 
 def read_labels(path: str | os.PathLike) -> np.ndarray:
-    """Integers (height, width): numbers of the palette, grey values, or for a colour image 1 where it isn't black.
+    """Integers (height, width): palette indices, grey values, or for a colour image 1 where it isn't black.
 
     Raises:
-        ValueError: "<name>: <reason>", for every file that isn't an image.
+        Refused: the file isn't an image.
     """
     try:
-        with decode.pillow_limits(decode.MAX_PIXELS), Image.open(path) as picture:
-            if picture.mode in ("RGBA", "LA", "La", "RGBa"):  # where nothing is painted, colour says nothing
-                picture = picture.convert("RGB" if picture.mode.startswith("RGB") else "L")
-            labels = np.asarray(picture)
-    except Exception as error:  # decoders raise all sorts
-        raise ValueError(f"{path}: {decode.reason(error)}") from error
+        with decode.pillow_limits(decode.MAX_PIXELS), Image.open(path) as mask:
+            if mask.mode in ("RGBA", "LA", "La", "RGBa"):  # the colour of transparent pixels is arbitrary
+                mask = mask.convert("RGB" if mask.mode.startswith("RGB") else "L")
+            labels = np.asarray(mask)
+    except Exception as error:  # on broken bytes, decoders raise nearly anything
+        raise Refused(f"{path}: {decode.reason(error)}; replace the file") from error
     return labels.any(axis=-1).astype(np.uint8) if labels.ndim == 3 else labels.astype(np.int32)
 
 
-def palette() -> list[int]:
-    """Colours of the labels 0 to 255, as VOC and DAVIS have them: red, green, blue one after the other.
+def read_image(path: Path, in_chans: int, where: str) -> Tensor:
+    """uint8 (C, height, width). Raises Refused, with `where`, for a file that can't be decoded."""
+    try:
+        return decode.decode(path, in_chans)
+    except decode.Undecodable as error:
+        raise Refused(f"{where}: {error}; replace the file") from error
 
-    Bit k of a label's three lowest bits, three bits on after each step, is bit 7 - step of a colour.
+
+def palette() -> list[int]:
+    """Colours of the labels 0 to 255 as in VOC and DAVIS: 256 triples (red, green, blue), flattened.
+
+    Bits 3 s, 3 s + 1 and 3 s + 2 of a label are bit 7 - s of its red, green and blue.
     """
     colors = np.zeros((256, 3), int)
     for label in range(256):
@@ -57,39 +67,43 @@ def palette() -> list[int]:
 
 
 def write_labels(labels: np.ndarray, path: str | os.PathLike) -> None:
-    """Labels 0 to 255 as a PNG with the palette; the folder is made when it isn't there."""
-    picture = Image.fromarray(labels.astype(np.uint8))
-    picture.putpalette(palette())
+    """Write labels 0 to 255 (height, width) as a PNG with the palette; makes the folder."""
+    image = Image.fromarray(labels.astype(np.uint8))
+    image.putpalette(palette())
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    picture.save(path)
+    with atomic.replacing(path) as temporary:
+        image.save(temporary, format="PNG")
 
 
 def size(path: str | os.PathLike, turned: bool = False) -> tuple[int, int]:
-    """Height and width of an image, from its header; `turned` as its EXIF data say, which pictures are and masks not.
+    """Height and width of an image, from its header.
+
+    Args:
+        turned: apply the EXIF orientation, as is done with images and not with masks.
 
     Raises:
-        ValueError: "<name>: <reason>".
+        Refused: the file isn't an image.
     """
     try:
-        with decode.pillow_limits(decode.MAX_PIXELS), Image.open(path) as picture:
-            width, height = picture.size
-            return (width, height) if turned and decode.orientation(picture) >= 5 else (height, width)
+        with decode.pillow_limits(decode.MAX_PIXELS), Image.open(path) as image:
+            width, height = image.size
+            return (width, height) if turned and decode.orientation(image) >= 5 else (height, width)
     except Exception as error:
-        raise ValueError(f"{path}: {decode.reason(error)}") from error
+        raise Refused(f"{path}: {decode.reason(error)}; replace the file") from error
 
 
-def check_size(picture: Path, mask: Path, where: str) -> None:
-    expected, found = size(picture, turned=True), size(mask)
-    if expected != found:
-        raise ValueError(f"{where}: {mask} is {found[1]} x {found[0]} pixels and its picture {expected[1]} x "
-                         f"{expected[0]}; give masks of the pictures' own size")
+def check_size(image: Path, mask: Path, where: str) -> None:
+    expected, actual = size(image, turned=True), size(mask)
+    if expected != actual:
+        raise Refused(f"{where}: {mask} is {actual[1]} x {actual[0]} pixels and its image {expected[1]} x "
+                      f"{expected[0]}; give masks of the images' own size")
 
 
-# ---- Pictures with the masks of their foreground ----
+# ---- Images with masks of their foreground ----
 
 
-class MaskedPictures(NamedTuple):
-    """Item i: its name, and load(i) -> (picture uint8 (C, height, width), foreground, ignored pixels)."""
+class MaskedImages(NamedTuple):
+    """Item i: its name, and load(i) -> (image uint8 (C, height, width), foreground, ignored pixels)."""
 
     names: list[str]
     load: Callable[[int], tuple[Tensor, np.ndarray, np.ndarray]]
@@ -97,77 +111,78 @@ class MaskedPictures(NamedTuple):
 
 
 def is_drawn(data_path: str) -> bool:
-    """Whether it names drawn pictures, well or badly, and no folder."""
+    """Whether it names drawn images, correctly or not, rather than a folder."""
     return re.fullmatch(r"shapes(:.*)?", data_path) is not None
 
 
-def open_masked(data_path: str, in_chans: int = 3, flag: str = "--data_path") -> MaskedPictures:
-    """The pictures and masks that `data_path` names.
+def open_masked(data_path: str, in_chans: int = 3, flag: str = "--data_path") -> MaskedImages:
+    """The images and masks that `data_path` names.
 
-    shapes[:COUNT[xPIXELS]]     drawn pictures that no training set contains
-    folder with images/, masks/ every value of a mask but 0 is foreground
+    shapes[:COUNT[xPIXELS]]     drawn images that no training set contains
+    folder with images/, masks/ all values of a mask but 0 are foreground
     folder of VOC               JPEGImages/ and SegmentationClass/: all classes are foreground, 255 is ignored; the
-                                pictures of ImageSets/Segmentation/val.txt where that is there
+                                images of ImageSets/Segmentation/val.txt if that file exists
 
-    A mask has its picture's name, with a suffix of its own. Without a list, pictures without a mask are left out; so
-    are those without foreground, of which there is no Jaccard index. All masks are read once for that.
+    A mask has its image's name, with its own suffix. Without a list, images without a mask are left out; so are
+    images without foreground, whose Jaccard index is undefined. All masks are read once to find them.
 
     Raises:
-        ValueError, OSError: one line that names the flag, the value and the remedy; a file that can't be read or is of
-            another size is named.
+        Refused: no such images and masks, a file that can't be read, or a mask of another size than its image.
     """
     where = f"{flag} {data_path!r}"
     if is_drawn(data_path):
         drawn = sources.open_images(data_path, in_chans=in_chans, flag=flag)
         held_out = sources.Shapes(sources.VAL_START, len(drawn), drawn.size, in_chans)
-        return MaskedPictures([held_out.name(i) for i in range(len(drawn))], partial(load_drawn, held_out), [])
+        return MaskedImages([held_out.name(i) for i in range(len(drawn))], partial(load_drawn, held_out), [])
     folder = Path(os.path.expanduser(data_path))
     layout = next((names for names in LAYOUTS if all((folder / name).is_dir() for name in names)), None)
     if layout is None:
-        raise FileNotFoundError(f"{where}: give a folder with images/ and masks/, or JPEGImages/ and "
-                                "SegmentationClass/, or shapes[:COUNT[xPIXELS]]")
+        raise Refused(f"{where}: give a folder with images/ and masks/, or JPEGImages/ and SegmentationClass/, or "
+                      "shapes[:COUNT[xPIXELS]]")
     voc = layout != LAYOUTS[0]
     pairs, notes = pair(where, folder, layout, folder / VOC_LIST if voc else None, decode.suffixes(in_chans))
-    for picture, mask in pairs:
-        check_size(picture, mask, where)
-    shown = [(picture, mask) for picture, mask in pairs if read_foreground(mask, voc)[0].any()]
+    for image, mask in pairs:
+        check_size(image, mask, where)
+    shown = [(image, mask) for image, mask in pairs if read_foreground(mask, voc)[0].any()]
     if not shown:
-        raise ValueError(f"{where}: every mask is empty; give images with a foreground")
+        raise Refused(f"{where}: every mask is empty; give images with a foreground")
     if empty := len(pairs) - len(shown):
         notes.append(f"{empty} of {len(pairs)} images have no foreground, so no Jaccard index: left out")
-    return MaskedPictures([str(p) for p, _ in shown], partial(load_pair, shown, voc, in_chans), notes)
+    return MaskedImages([str(p) for p, _ in shown], partial(load_pair, shown, voc, in_chans, where), notes)
 
 
-def pair(where: str, folder: Path, layout: tuple[str, str], names: Path | None, suffixes: Iterable[str]
-         ) -> tuple[list[tuple[Path, Path]], list[str]]:
-    """Pictures and masks of one name: those that the file `names` lists, or all there are; and what to know of them."""
-    pictures, masks = (by_stem(folder / name, kinds) for name, kinds in zip(layout, (suffixes, SUFFIXES), strict=True))
-    both, notes = [stem for stem in pictures if stem in masks], []
+def pair(
+    where: str, folder: Path, layout: tuple[str, str], names: Path | None, suffixes: Iterable[str]
+) -> tuple[list[tuple[Path, Path]], list[str]]:
+    """Images and masks of the same name, all or those that the file `names` lists; and notes for the report."""
+    images, masks = (by_stem(folder / name, kinds) for name, kinds in zip(layout, (suffixes, SUFFIXES), strict=True))
+    both, notes = [stem for stem in images if stem in masks], []
     if names and names.is_file():
         both = names.read_text().split()
         for stem in both:
-            if stem not in pictures or stem not in masks:
-                missing = Path(layout[stem in pictures], stem)
-                raise FileNotFoundError(f"{where}: {names} lists {stem}, but there is no {missing}.*; add the file or "
-                                        "take the name out")
-    elif len(both) < len(pictures):
-        notes.append(f"{len(pictures) - len(both)} of {len(pictures)} pictures have no mask and are left out")
+            if stem not in images or stem not in masks:
+                missing = Path(layout[stem in images], stem)
+                raise Refused(f"{where}: {names} lists {stem}, but there is no {missing}.*; add the file or take the "
+                              "name out")
+    elif len(both) < len(images):
+        notes.append(f"{len(images) - len(both)} of {len(images)} images have no mask and are left out")
     if not both:
-        raise FileNotFoundError(f"{where}: no picture of {layout[0]}/ has a mask of its name in {layout[1]}/; masks "
-                                f"are files of {', '.join(SUFFIXES)}")
-    return [(pictures[stem], masks[stem]) for stem in both], notes
+        raise Refused(f"{where}: no image of {layout[0]}/ has a mask of its name in {layout[1]}/; masks are files of "
+                      f"{', '.join(SUFFIXES)}")
+    return [(images[stem], masks[stem]) for stem in both], notes
 
 
 def by_stem(folder: Path, suffixes: Iterable[str]) -> dict[str, Path]:
-    """A folder's files of some suffixes by their names without suffix, in the order of the names."""
+    """A folder's files with one of the suffixes, by name without suffix, in the order of the names."""
     return {path.stem: path for path in sorted(folder.iterdir())
             if path.suffix.lower() in suffixes and not path.name.startswith(".")}
 
 
-def load_pair(pairs: list[tuple[Path, Path]], voc: bool, in_chans: int, i: int
-              ) -> tuple[Tensor, np.ndarray, np.ndarray]:
-    picture, mask = pairs[i]
-    return decode.decode(picture, in_chans), *read_foreground(mask, voc)
+def load_pair(
+    pairs: list[tuple[Path, Path]], voc: bool, in_chans: int, where: str, i: int
+) -> tuple[Tensor, np.ndarray, np.ndarray]:
+    image, mask = pairs[i]
+    return read_image(image, in_chans, where), *read_foreground(mask, voc)
 
 
 def read_foreground(path: Path, voc: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -178,5 +193,5 @@ def read_foreground(path: Path, voc: bool) -> tuple[np.ndarray, np.ndarray]:
 
 
 def load_drawn(drawn: sources.Shapes, i: int) -> tuple[Tensor, np.ndarray, np.ndarray]:
-    picture, _, mask = shapes.draw(drawn.start + i, drawn.size)
-    return decode.from_array(picture, drawn.in_chans), mask, np.zeros_like(mask)
+    image, _, mask = shapes.draw(drawn.start + i, drawn.size)
+    return decode.from_array(image, drawn.in_chans), mask, np.zeros_like(mask)

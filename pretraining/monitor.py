@@ -15,7 +15,7 @@ from imagesets.sources import Images
 from pretraining.health import collapse
 from pretraining.logs import Log, duration
 from pretraining.plan import Plan
-from protocols import charts, sheets, transforms
+from protocols import attention, charts, sheets, transforms
 from vision_transformer import VisionTransformer
 
 # Figures on the console: {name: (label, format)}; the others are in log_steps.txt.
@@ -66,7 +66,7 @@ def draw(images: Images, backbone: nn.Module, size: int, mean: Sequence[float], 
     """The attention on the fixed images, and their patch tokens as colours: {name: uint8 sheet}."""
     if not isinstance(backbone, VisionTransformer):
         return {}
-    return sheets.network_sheets(backbone, fixed_images(images, size), mean, std)
+    return attention.network_sheets(backbone, fixed_images(images, size), mean, std)
 
 
 def fixed_images(images: Images, size: int, count: int = 6) -> list[torch.Tensor]:

@@ -1,9 +1,9 @@
-"""Image retrieval: rankings and what they are worth, and the pooling and whitening of the features that are ranked.
+"""Image retrieval: rankings, their average precision, and pooling and whitening of the features that are ranked.
 
-Equal scores rank in the order of their rows: database images for one query; queries, then database images, where all
-scores are in one ranking. Ranks count from 0.
+Ties rank in the order of their rows: by database image for one query; by query, then database image, where all scores
+are in one ranking. Ranks count from 0.
 
-Shapes: Q queries, M database images, R relevant images of a query, P relevant pairs, N images, D width, B images a
+Shapes: Q queries, M database images, R relevant images of a query, P relevant pairs, N images, D width, B images per
 batch, h x w patches.
 """
 
@@ -16,13 +16,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from parallel import Refused
+
 # ---- Rankings ----
 
 
 def similarities(queries: Tensor, database: Tensor) -> np.ndarray:
-    """Cosines of (Q, D) and (M, D) features: (Q, M) float64.
+    """Cosine similarities of (Q, D) and (M, D) features: (Q, M) float64.
 
-    Rounded to 1e-9: copies of one picture tie, in whatever block of the product each was computed.
+    Rounded to 1e-9, so that copies of one image tie even if a blocked matrix product rounded them differently.
     """
     x, y = (torch.nn.functional.normalize(f.double(), dim=1) for f in (queries, database))
     return (x @ y.T).numpy().round(9)
@@ -34,7 +36,7 @@ def ranking(scores: np.ndarray) -> np.ndarray:
 
 
 def relevant_ranks(ranked: np.ndarray, relevant: Sequence[int], junk: Sequence[int] = ()) -> np.ndarray:
-    """(R,) ranks of the relevant rows in (M,) `ranked`, ascending, once the junk rows are taken out of it."""
+    """(R,) ranks of the relevant rows in (M,) `ranked`, ascending, after removing the junk rows."""
     kept = ranked[~np.isin(ranked, junk)]
     return np.flatnonzero(np.isin(kept, relevant))
 
@@ -43,15 +45,15 @@ def relevant_ranks(ranked: np.ndarray, relevant: Sequence[int], junk: Sequence[i
 
 
 def average_precision(ranks: np.ndarray) -> float:
-    """Mean over the R relevant images of the precision at each one's rank; `ranks` as `relevant_ranks` gives them."""
+    """Mean over the R relevant images of the precision at each one's rank, given the output of `relevant_ranks`."""
     return float(np.mean(np.arange(1, len(ranks) + 1) / (ranks + 1)))
 
 
 def average_precision_trapezoid(ranks: np.ndarray) -> float:
-    """Area under precision over recall by the trapezoid rule, as Oxford's evaluation has it (Philbin et al. 2007).
+    """Area under precision over recall by the trapezoid rule, as Oxford's own code computes it (Philbin et al. 2007).
 
-    A relevant image, number j at rank r, adds (p + p') / 2R: p is the precision just before it, j / r (1 at r = 0),
-    and p' the precision with it, (j + 1) / (r + 1).
+    Relevant image number j, at rank r, contributes (p + p') / 2R, where p = j / r is the precision just before it (1 at
+    r = 0) and p' = (j + 1) / (r + 1) the precision including it.
     """
     j = np.arange(len(ranks))
     before = np.where(ranks > 0, j / np.maximum(ranks, 1), 1.0)
@@ -59,7 +61,7 @@ def average_precision_trapezoid(ranks: np.ndarray) -> float:
 
 
 def precision_at(ranks: np.ndarray, k: int) -> float:
-    """Share of relevant images among the first k, or up to the last relevant one where that comes earlier."""
+    """Share of relevant images among the first k, or up to the last relevant one if that comes earlier."""
     k = min(k, int(ranks.max()) + 1)
     return float((ranks < k).sum() / k)
 
@@ -80,9 +82,9 @@ def positives_among_all(scores: np.ndarray, relevant: np.ndarray) -> tuple[np.nd
 
 
 def micro_average_precision(scores: np.ndarray, relevant: np.ndarray) -> float:
-    """Average precision of all Q M pairs in one ranking, as challenges of copy detection have it (Douze et al. 2021).
+    """Average precision of all Q M pairs in one ranking, as in challenges of copy detection (Douze et al. 2021).
 
-    Queries without a relevant image take part: their scores should be low.
+    Queries without a relevant image are included: their scores should be low.
     """
     return average_precision(positives_among_all(scores, relevant)[0])
 
@@ -90,18 +92,18 @@ def micro_average_precision(scores: np.ndarray, relevant: np.ndarray) -> float:
 def micro_interval(
     scores: np.ndarray, relevant: np.ndarray, n: int = 1000, seed: int = 0
 ) -> tuple[float, float] | None:
-    """95 % percentile interval of `micro_average_precision` from `n` resamples of the queries, each with all its pairs.
+    """95 % percentile interval of `micro_average_precision` from `n` resamples of the queries, with all their pairs.
 
-    A query drawn twice has its pairs twice, at equal scores. A resample without a relevant pair has no precision and
-    is left out; None where all are.
+    A query drawn twice contributes its pairs twice, at equal scores. Resamples without a relevant pair have no
+    precision and are left out; None if no other is left.
     """
     n_queries = len(scores)
     ranks, queries = positives_among_all(scores, relevant)
     if not len(ranks):
         return None
     rng = np.random.default_rng(seed)
-    drawn = rng.multinomial(n_queries, np.full(n_queries, 1 / n_queries), n).astype(np.float64)  # (n, Q): how often
-    # Between one relevant pair and the next, only the number of pairs of each query counts: sorting once is enough.
+    drawn = rng.multinomial(n_queries, np.full(n_queries, 1 / n_queries), n).astype(np.float64)  # (n, Q): counts
+    # Between two relevant pairs only the number of pairs of each query matters, so sorting once is enough.
     order = ranking(scores.ravel())[: ranks[-1] + 1]
     segment = np.searchsorted(ranks, np.arange(len(order)))
     pairs = np.bincount(segment * n_queries + order // scores.shape[1], minlength=len(ranks) * n_queries)
@@ -119,7 +121,7 @@ def micro_interval(
 def gem(patch_tokens: Tensor, p: float = 4.0, smallest: float = 1e-6) -> Tensor:
     """Generalized mean over patches (Radenovic et al. 2018): (B, h, w, D) -> (B, D), (mean x^p)^(1/p).
 
-    p = 1 is the mean, a large p nears the maximum. Values below `smallest` count as that: powers want x > 0.
+    p = 1 is the mean; a large p approaches the maximum. Values are clamped to `smallest`, because powers need x > 0.
     """
     return patch_tokens.float().clamp(min=smallest).pow(p).mean(dim=(1, 2)).pow(1 / p)
 
@@ -130,22 +132,21 @@ class Whitening(NamedTuple):
 
 
 def fit_whitening(features: Tensor, regularizer: float = 1e-3) -> Whitening:
-    """PCA whitening learned from (N, D) features, taken on the unit sphere: centred, of equal variance everywhere.
+    """PCA whitening of (N, D) features on the unit sphere: (x - mean) V / sqrt(variance), V the principal directions.
 
     Args:
-        regularizer: added to each variance, as a share of their mean, so that directions in which the features
-            hardly vary are not blown up. Directions in which they do not vary at all are left out: N features have
-            N - 1 directions at most.
+        regularizer: added to each variance, as a share of their mean, so that directions of little variance are not
+            amplified. Directions without variance are left out: N features span at most N - 1.
 
     Raises:
-        ValueError: fewer than two different features.
+        Refused: fewer than two different features.
     """
     x = torch.nn.functional.normalize(features.double(), dim=1)
     mean = x.mean(0)
     variances, directions = torch.linalg.eigh((x - mean).T @ (x - mean) / len(x))
     varies = variances > 1e-10 * variances[-1].clamp(min=1e-10)
     if len(x) < 2 or not varies.any():
-        raise ValueError(f"--distractors: {len(x)} feature(s), all alike, give no whitening; give more pictures")
+        raise Refused(f"--distractors: {len(x)} feature(s), all equal, give no whitening; give more images")
     variances, directions = variances[varies], directions[:, varies]
     scale = (variances + regularizer * variances.mean()).rsqrt()
     return Whitening(mean, directions * scale)

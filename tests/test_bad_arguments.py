@@ -255,7 +255,7 @@ ATTENTION = [
     ("--image_path {here}/file", ("--image_path", "{here}/file", "not an image")),
     ("--images {here}/none", ("--images '{here}/none'", "give")),
     ("--image_path {here}/picture0.png --images {here}", ("--image_path and --images", "one of them")),
-    ("--image_size 4", ("--image_size 4", "16 or more")),
+    ("--image_size 4", ("--image_size 4", "patch of 16", "raise")),
     ("--image_size 64 64 64", ("--image_size 64 64 64", "give the shorter side")),
     ("--layer 99", ("--layer 99", "0 to 11")),
     ("--threshold 1.5", ("--threshold", "1.5", "at most 1")),

@@ -14,6 +14,9 @@ from test_retrieval import oracle_ap, oracle_micro
 
 import eval_copy_detection
 from imagesets import shapes
+from imagesets.copies import read_copies
+from parallel import Refused
+from protocols import copies as copy_detection
 from protocols import retrieval
 from vision_transformer import build_backbone
 
@@ -25,16 +28,16 @@ EDITS = {
 
 @pytest.fixture
 def copies(tmp_path):
-    """Eight drawn pictures, six of which were copied in three ways, and two queries that are no copies."""
+    """Eight drawn images, six of which were copied in three ways, and two queries that are no copies."""
     folder = tmp_path / "copies"
     for name in ("database", "queries"):
         (folder / name).mkdir(parents=True)
     lines = ["query,match,attack"]
     for i in range(8):
-        picture = Image.fromarray(shapes.draw(i, 48)[0])
-        picture.save(folder / "database" / f"{i}.png")
+        image = Image.fromarray(shapes.draw(i, 48)[0])
+        image.save(folder / "database" / f"{i}.png")
         for name, edit in EDITS.items() if i < 6 else ():
-            edit(picture).save(folder / "queries" / f"{i}_{name}.png")
+            edit(image).save(folder / "queries" / f"{i}_{name}.png")
             lines.append(f"{i}_{name}.png,{i}.png,{name}")
     for i in range(2):
         Image.fromarray(shapes.draw(100 + i, 48)[0]).save(folder / "queries" / f"none_{i}.png")
@@ -60,7 +63,7 @@ def report(folder):
 
 
 def test_csv(copies):
-    found = eval_copy_detection.read_copies(str(copies))
+    found = read_copies(str(copies))
     assert found.database == [f"database/{i}.png" for i in range(8)] and len(found.queries) == 20
     assert found.queries[:3] == ["queries/0_grey.png", "queries/0_flip.png", "queries/0_crop.png"]
     assert found.matches[:4] == [[0], [0, 7], [0], [1]] and found.matches[-2:] == [[], []]
@@ -72,22 +75,22 @@ def test_copydays_layout(tmp_path):
                  "strong/209901.jpg", "jpeg/3/200000.jpg", "jpeg/75/200100.jpg", "crop/10/200000.jpg"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (9, 9)).save(tmp_path / name)
-    found = eval_copy_detection.read_copies(str(tmp_path))
+    found = read_copies(str(tmp_path))
     assert found.database == ["original/200000.jpg", "original/200100.jpg"]
     assert list(zip(found.queries, found.matches, found.attacks, strict=True)) == [
         ("strong/200001.jpg", [0], "strong"), ("strong/200102.jpg", [1], "strong"), ("strong/209901.jpg", [], "strong"),
         ("jpeg/3/200000.jpg", [0], "jpeg3"), ("jpeg/75/200100.jpg", [1], "jpeg75"),
         ("crop/10/200000.jpg", [0], "crop10")]
     Image.new("RGB", (9, 9)).save(tmp_path / "original/200001.jpg")
-    with pytest.raises(ValueError, match="begin with 2000"):
-        eval_copy_detection.read_copies(str(tmp_path))
+    with pytest.raises(Refused, match="begin with 2000"):
+        read_copies(str(tmp_path))
 
 
 @pytest.mark.parametrize("text, message", [
     ("", "has to begin with the line query,match,attack"),
     ("a.png,0.png,grey\n", "has to begin with"),
     ("query,match,attack\n", "ground_truth.csv is empty"),
-    ("query,match,attack\n0_grey.png,0.png\n", "'0_grey.png,0.png' is no query,match,attack"),
+    ("query,match,attack\n0_grey.png,0.png\n", "'0_grey.png,0.png' is not query,match,attack"),
     ("query,match,attack\n0_grey.png,99.png,grey\n", "'99.png', the match of '0_grey.png', is not in database/"),
     ("query,match,attack\n0_grey.png,0.png,a\n0_grey.png,1.png,b\n", "two attacks"),
     ("query,match,attack\nnothing.png,0.png,grey\n", "'nothing.png'; put them there"),
@@ -110,7 +113,7 @@ def test_other_bad_input(copies, capsys, tmp_path):
              (("--data_path", copies, "--distractors", "nowhere", *NETWORK), "--distractors 'nowhere'"),
              (("--data_path", copies, *NETWORK, "--image_size", 4), "--image_size 4: smaller than a patch of 8"),
              (("--data_path", copies, *NETWORK, "--distractors", copies / "queries" / "0_flip.png"), "--distractors"),
-             (("--data_path", copies, *NETWORK, "--distractors", one), f"--distractors {one}: one picture gives no"),
+             (("--data_path", copies, *NETWORK, "--distractors", one), f"--distractors {one}: one image gives no"),
              (("--data_path", copies, "--pretrained_weights", "no.pth"), "no.pth: no such file")]
     for args, message in cases:
         assert run(*args, "--output_dir", tmp_path / "out") == 2
@@ -127,7 +130,7 @@ def test_figures_against_loops():
     matches = [[2], [], [0, 5], [7], [1], []]
     attacks = ["blur", "blur", "text", "text", "blur", "none"]
     found = rng.standard_normal((6, 9))
-    rows = eval_copy_detection.measure(found, matches, attacks)
+    rows = copy_detection.measure(found, matches, attacks)
     assert [(r["attack"], r["queries"]) for r in rows] == [("all", 6), ("blur", 3), ("text", 2), ("none", 1)]
     for row in rows:
         some = [q for q in range(6) if row["attack"] in ("all", attacks[q])]
@@ -139,14 +142,14 @@ def test_figures_against_loops():
         assert row["mAP"]["value"] == pytest.approx(100 * np.mean(expected))
         assert row["uAP"]["value"] == pytest.approx(100 * oracle_micro(found[some], relevant))
         assert row["uAP"]["interval"][0] <= row["uAP"]["value"] <= row["uAP"]["interval"][1]
-    assert [r["attack"] for r in eval_copy_detection.measure(found, matches, ["one"] * 6)] == ["all"]
+    assert [r["attack"] for r in copy_detection.measure(found, matches, ["one"] * 6)] == ["all"]
 
 
 def test_descriptor():
     model = build_backbone("vit_nano", 8, img_size=32)[0].eval()
     x = torch.randn(3, 3, 32, 48)
     with torch.no_grad():
-        found = eval_copy_detection.descriptor(model, 3.0)(x)
+        found = copy_detection.descriptor(model, 3.0)(x)
         tokens = model.get_intermediate_layers(x, 1)[0]
     pooled = tokens[:, 1:].clamp(min=1e-6).pow(3).mean(1).pow(1 / 3)
     torch.testing.assert_close(found, torch.cat([tokens[:, 0], pooled], 1))
@@ -170,6 +173,15 @@ def test_script(copies, tmp_path, capsys, monkeypatch):
         assert report(out)["results"] == first["results"]
         with pytest.raises(TypeError):
             run("--data_path", copies, "--output_dir", out, *NETWORK, "--gem_p", 3)
+
+
+def test_a_bug_keeps_its_traceback(copies, tmp_path, monkeypatch):
+    def broken(*args):
+        raise ValueError("operands could not be broadcast")
+
+    monkeypatch.setattr(retrieval, "similarities", broken)
+    with pytest.raises(ValueError, match="could not be broadcast"):
+        run("--data_path", copies, "--output_dir", tmp_path / "out", *NETWORK)
 
 
 def test_distractors(copies, tmp_path):

@@ -16,7 +16,10 @@ from test_retrieval import oracle_precision_at, oracle_trapezoid
 
 import eval_image_retrieval
 from imagesets import ground_truth, shapes
+from imagesets.decode import Undecodable
 from imagesets.ground_truth import Query
+from imagesets.landmarks import Cropped
+from protocols import landmarks, retrieval
 from vision_transformer import build_backbone
 
 BOX = [4.0, 2.6, 40.2, 44.0]
@@ -28,12 +31,12 @@ def entry(easy, hard, junk, box=BOX):
 
 @pytest.fixture
 def dataset(tmp_path):
-    """Thirty drawn pictures of three kinds and different sizes; four queries, the last with nothing to find."""
+    """Thirty drawn images of three kinds and different sizes; four queries, the last with nothing to find."""
     folder = tmp_path / "toy" / "jpg"
     folder.mkdir(parents=True)
     for i in range(30):
-        picture = Image.fromarray(shapes.draw(10 * (i // 3) + i % 3, 48)[0])
-        picture.resize([(48, 48), (64, 40), (30, 70)][i % 5 % 3]).save(folder / f"db_{i}.jpg", quality=95)
+        image = Image.fromarray(shapes.draw(10 * (i // 3) + i % 3, 48)[0])
+        image.resize([(48, 48), (64, 40), (30, 70)][i % 5 % 3]).save(folder / f"db_{i}.jpg", quality=95)
     for q in range(4):
         Image.fromarray(shapes.draw(10 * (500 + q) + q % 3, 48)[0]).save(folder / f"q_{q}.jpg")
     lists = [[i for i in range(30) if i % 3 == q] for q in range(3)]
@@ -132,7 +135,7 @@ def test_a_pickle_can_only_name_the_stand_ins():
         ground_truth.unpickle(b"c__builtin__\nbytes\n(I1000000\ntR.")  # nor to fill the memory
 
 
-def test_pictures_smaller_than_a_patch_are_refused_by_their_flag(dataset, tmp_path, capsys):
+def test_images_smaller_than_a_patch_are_refused_by_their_flag(dataset, tmp_path, capsys):
     assert run("--data_path", dataset[0], "--dataset", "toy", "--output_dir", tmp_path / "out", *NETWORK,
                "--imsize", 4) == 2
     assert "error: --imsize 4: smaller than a patch of 8; raise it\n" in capsys.readouterr().err
@@ -140,12 +143,12 @@ def test_pictures_smaller_than_a_patch_are_refused_by_their_flag(dataset, tmp_pa
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"gnd": None}, "no ground truth"),
+    ({"gnd": None}, "not a ground truth"),
     ({"gnd": []}, "0 entries"),
     ({"imlist": ["db_0"]}, "query q_0: a row outside the 1 images"),
-    ({"gnd": [entry([0, 1], [1], [])] * 4}, "stands twice"),
-    ({"gnd": [entry([0], [1], [], [1, 2, 1, 5])] * 4}, "is no box"),
-    ({"gnd": [entry([0], [1], [], [1, 2, float("inf"), 5])] * 4}, "is no box"),
+    ({"gnd": [entry([0, 1], [1], [])] * 4}, "occurs twice"),
+    ({"gnd": [entry([0], [1], [], [1, 2, 1, 5])] * 4}, "is not a box"),
+    ({"gnd": [entry([0], [1], [], [1, 2, float("inf"), 5])] * 4}, "is not a box"),
     ({"gnd": [{"bbx": BOX, "easy": []}] * 4}, "query q_0: no 'hard'"),
 ])
 def test_wrong_ground_truth(dataset, change, message):
@@ -174,7 +177,7 @@ def test_settings_against_a_loop():
     for q in range(6):
         rows = rng.permutation(40).tolist()
         queries.append(Query(f"q{q}", BOX, rows[: 4 * (q != 2)], rows[5 : 5 + q], rows[10:18]))
-    found = eval_image_retrieval.measure(np.argsort(-scores), queries)
+    found = landmarks.measure(np.argsort(-scores), queries)
     for row, wanted, removed in zip(found, ("e", "eh", "h"), ("hj", "j", "ej"), strict=True):
         parts = [{"e": set(q.easy), "h": set(q.hard), "j": set(q.junk)} for q in queries]
         used = [(s, set.union(*(p[w] for w in wanted)), set.union(*(p[r] for r in removed)))
@@ -189,15 +192,15 @@ def test_settings_against_a_loop():
 
 
 def test_a_setting_without_queries():
-    easy, medium, hard = eval_image_retrieval.measure(np.array([[0, 1, 2]]), [Query("q", BOX, [0], [], [])])
+    easy, medium, hard = landmarks.measure(np.array([[0, 1, 2]]), [Query("q", BOX, [0], [], [])])
     assert hard["queries"] == 0 and hard["mAP"] is None and easy["mAP"]["value"] == medium["mAP"]["value"] == 100
 
 
 # ---- Pictures ----
 
 
-class Pictures:
-    """Picture i has (rows, columns) sizes[i]; a pixel's value is its column."""
+class Columns:
+    """Image i has (rows, columns) sizes[i]; a pixel's value is its column."""
 
     def __init__(self, *sizes):
         self.sizes = sizes
@@ -213,19 +216,19 @@ class Pictures:
         return torch.arange(columns).expand(3, rows, columns).to(torch.uint8)
 
 
-def test_crops_are_boxes_of_the_picture():
-    cropped = eval_image_retrieval.Cropped(Pictures((20, 30), (20, 30)), [None, (2.4, 5.6, 9.5, 100.0)])
+def test_crops_are_boxes_of_the_image():
+    cropped = Cropped(Columns((20, 30), (20, 30)), [None, (2.4, 5.6, 9.5, 100.0)])
     assert cropped.load(0).shape == (3, 20, 30)
     assert cropped.load(1).shape == (3, 14, 8) and cropped.load(1)[0, 0].tolist() == list(range(2, 10))
-    with pytest.raises(ValueError, match="outside the picture"):
-        eval_image_retrieval.Cropped(Pictures((20, 30)), [(30, 0, 40, 10)]).load(0)
+    with pytest.raises(Undecodable, match="outside the image"):
+        Cropped(Columns((20, 30)), [(30, 0, 40, 10)]).load(0)
 
 
 @pytest.mark.parametrize("size, expected", [
     ((100, 200), (32, 64)), ((200, 100), (64, 32)), ((40, 24), (40, 24)), ((45, 27), (48, 24)), ((3, 300), (8, 64)),
 ])
-def test_pictures_keep_their_proportions_and_are_never_enlarged(size, expected):
-    dataset = eval_image_retrieval.WholePictures(Pictures(size), 64, 8, (0.5,) * 3, (0.25,) * 3)
+def test_images_keep_their_proportions_and_are_never_enlarged(size, expected):
+    dataset = landmarks.WholeImages(Columns(size), 64, 8, (0.5,) * 3, (0.25,) * 3)
     image, index = dataset[0]
     assert image.shape == (3, *expected) and index == 0
     # from the first to the last column: nothing is cut off
@@ -243,7 +246,7 @@ def test_multiscale():
 
     x = torch.randn(1, 3, 48, 80)
     with torch.no_grad():
-        found = eval_image_retrieval.multiscale(forward, 8)(x)
+        found = landmarks.multiscale(forward, 8)(x)
         first = torch.nn.functional.normalize(model(x), dim=1)
     assert seen == [(48, 80), (32, 56), (24, 40)]
     expected = sum(torch.nn.functional.normalize(model(torch.nn.functional.interpolate(
@@ -296,8 +299,17 @@ def test_bad_input_is_refused_in_one_line(dataset, tmp_path, capsys):
         error = capsys.readouterr().err
         assert error.count("\n") == 1 and error.startswith("eval_image_retrieval.py: error: ") and message in error
     assert not (tmp_path / "out").exists()
-    (folder / "toy" / "jpg" / "db_7.jpg").write_bytes(b"no picture")
+    (folder / "toy" / "jpg" / "db_7.jpg").write_bytes(b"no image")
     assert run(*cases[2][0]) == 2 and "db_7.jpg" in capsys.readouterr().err
+
+
+def test_a_bug_keeps_its_traceback(dataset, tmp_path, monkeypatch):
+    def broken(*args):
+        raise ValueError("operands could not be broadcast")
+
+    monkeypatch.setattr(retrieval, "similarities", broken)
+    with pytest.raises(ValueError, match="could not be broadcast"):
+        run("--data_path", dataset[0], "--dataset", "toy", "--output_dir", tmp_path / "out", *NETWORK)
 
 
 def test_published_command_line():

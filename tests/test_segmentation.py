@@ -16,7 +16,8 @@ from processes import ENV, free_port
 import eval_segmentation as script
 import parallel
 from imagesets import masks, shapes, sources
-from protocols import sheets
+from protocols import dense, segmentation, segmentation_scores, sheets
+from protocols.features import Network
 from vision_transformer import VisionTransformer
 
 # ---- Masks of patches and of pixels ----
@@ -24,14 +25,14 @@ from vision_transformer import VisionTransformer
 
 @pytest.mark.parametrize("height, width, image_size, patch", [
     (30, 40, [48], 8), (40, 27, [32], 8), (31, 57, [50], 16), (96, 96, [96], 8), (9, 70, [16], 16)])
-def test_enlarge_gives_each_pixel_its_nearest_patch(height, width, image_size, patch):
-    """Patch centres are laid back onto the picture; its pixels look for the nearest one."""
+def test_each_pixel_gets_its_nearest_patch(height, width, image_size, patch):
+    """Patch centres are mapped back to the image; its pixels look for the nearest one."""
     shorter = image_size[0] // patch * patch
     scale = shorter / min(height, width)  # of both sides, to rounding
     scaled = [max(shorter, round(side * scale)) for side in (height, width)]
     h, w = (side // patch for side in scaled)
     mask = np.random.default_rng(0).random((2, h, w)) < 0.5
-    found = script.enlarge(mask, height, width, image_size, patch)
+    found = dense.patches_to_pixels(mask, height, width, image_size, patch)
     assert found.shape == (2, height, width)
     for y, x in itertools.product(range(height), range(width)):
         def gap(i, n, side, count):
@@ -47,25 +48,26 @@ def test_kmeans_takes_what_touches_less_of_the_border():
     rng = np.random.default_rng(0)
     for object_of in (inside, ~inside):  # whichever cluster is numbered first
         tokens = np.where(object_of[..., None], [4.0, 0, 1], [0, 3.0, 1]) + 0.1 * rng.standard_normal((7, 9, 3))
-        assert (script.kmeans_mask(tokens) == inside).all()
+        assert (segmentation.kmeans_mask(tokens) == inside).all()
     cut = np.zeros((7, 9), bool)
     cut[:4, 1:5] = True  # 4 of the 28 patches of the border
-    assert (script.kmeans_mask(np.where(cut[..., None], [4.0, 0], [0, 3.0])) == cut).all()
-    assert not script.kmeans_mask(np.ones((3, 4, 2))).any() and not script.kmeans_mask(np.ones((1, 1, 2))).any()
+    assert (segmentation.kmeans_mask(np.where(cut[..., None], [4.0, 0], [0, 3.0])) == cut).all()
+    for equal in (np.ones((3, 4, 2)), np.ones((1, 1, 2))):
+        assert not segmentation.kmeans_mask(equal).any()
 
 
 def test_centre_box_by_hand():
-    assert script.centre_box(4, 6, 0.5).astype(int).tolist() == [
+    assert segmentation.centre_box(4, 6, 0.5).astype(int).tolist() == [
         [0] * 6, [0, 0, 1, 1, 0, 0], [0, 0, 1, 1, 0, 0], [0] * 6]
-    assert script.centre_box(5, 7, 1.0).all()
-    assert script.centre_box(100, 200, 0.6).mean() == pytest.approx(0.36)
+    assert segmentation.centre_box(5, 7, 1.0).all()
+    assert segmentation.centre_box(100, 200, 0.6).mean() == pytest.approx(0.36)
 
 
 # ---- Folders ----
 
 
 def write_pair(root, stem, mask, layout=("images", "masks"), mode="L", size=None):
-    """A picture of its mask's size, noise with a bright foreground; the mask in a mode of Pillow."""
+    """A image of its mask's size, noise with a bright foreground; the mask in a mode of Pillow."""
     height, width = size or mask.shape
     rng = np.random.default_rng(len(stem))
     pixels = rng.integers(0, 100, (height, width, 3)) + (0 if size else 120 * (mask > 0)[..., None])
@@ -103,7 +105,7 @@ def test_voc(tmp_path):
         write_pair(tmp_path, stem, labels, layout, "P")
     Image.new("RGB", (5, 5)).save(tmp_path / "JPEGImages" / "d.jpg")
     opened = masks.open_masked(str(tmp_path))
-    assert len(opened.names) == 3 and opened.notes == ["1 of 4 pictures have no mask and are left out"]
+    assert len(opened.names) == 3 and opened.notes == ["1 of 4 images have no mask and are left out"]
     _, truth, ignored = opened.load(1)
     assert (truth == (labels == 15)).all() and (ignored == (labels == 255)).all()
     listed = tmp_path / masks.VOC_LIST
@@ -112,19 +114,19 @@ def test_voc(tmp_path):
     opened = masks.open_masked(str(tmp_path))
     assert [name[-5:] for name in opened.names] == ["c.jpg", "a.jpg"] and not opened.notes
     listed.write_text("a\nd\n")
-    with pytest.raises(FileNotFoundError, match="lists d, but there is no SegmentationClass/d"):
+    with pytest.raises(parallel.Refused, match="lists d, but there is no SegmentationClass/d"):
         masks.open_masked(str(tmp_path))
 
 
-def test_drawn_pictures_are_held_out():
+def test_drawn_images_are_held_out():
     opened = masks.open_masked("shapes:3x32")
-    picture, _, mask = shapes.draw(sources.VAL_START + 2, 32)
+    drawn, _, mask = shapes.draw(sources.VAL_START + 2, 32)
     image, truth, ignored = opened.load(2)
     assert len(opened.names) == 3 and (truth == mask).all() and not ignored.any()
-    assert (image.permute(1, 2, 0).numpy() == picture).all()
+    assert (image.permute(1, 2, 0).numpy() == drawn).all()
 
 
-def test_a_turned_picture_has_the_size_that_is_seen(tmp_path):
+def test_a_turned_image_has_the_size_that_is_seen(tmp_path):
     write_pair(tmp_path, "a", square())
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -145,10 +147,10 @@ def test_palette_is_that_of_voc():
 def test_choices_are_made_on_one_part_and_judged_on_the_other():
     validation = np.array([True, True, False, False, False])
     heads = np.array([[0.2, 0.9], [0.4, 0.3], [0.5, 0.1], [0.6, 0.2], [0.0, 0.3]])  # head 1 by 0.6 to 0.3
-    box = np.zeros((5, len(script.BOX_SIDES)))
+    box = np.zeros((5, len(segmentation.BOX_SIDES)))
     box[:, 3] = 0.5
     measured = {("network", "heads"): heads, ("network", "mean"): heads[:, :1], ("", "box"): box}
-    found = {row["mask"]: row for row in script.summarize(measured, validation)}
+    found = {row["mask"]: row for row in segmentation.summarize(measured, validation)}
     value = lambda mask, column: found[mask][column] and found[mask][column]["value"]  # noqa: E731
     assert value("best head", "jaccard") == pytest.approx(100 * (0.9 + 0.4 + 0.5 + 0.6 + 0.3) / 5)
     assert value("best head", "jaccard_held_out") == pytest.approx(100 * (0.5 + 0.6 + 0.3) / 3)
@@ -156,14 +158,14 @@ def test_choices_are_made_on_one_part_and_judged_on_the_other():
     assert value("one head", "jaccard_held_out") == pytest.approx(100 * (0.1 + 0.2 + 0.3) / 3)
     assert value("mean of heads", "jaccard_held_out") == pytest.approx(100 * 1.1 / 3)
     assert found["centre box"]["chosen"] == "sides x 0.45" and value("centre box", "jaccard_held_out") == 50
-    none = script.summarize(measured, np.zeros(5, bool))
+    none = segmentation.summarize(measured, np.zeros(5, bool))
     assert [row["mask"] for row in none] == ["best head", "mean of heads"] and none[0]["jaccard_held_out"] is None
 
 
 def test_validation_part():
-    assert [script.validation_part(n, 0.2, 0).sum() for n in (1, 2, 10, 300)] == [0, 1, 2, 60]
-    assert script.validation_part(10, 0, 0).sum() == 0 and script.validation_part(3, 0.9, 0).sum() == 2
-    parts = [script.validation_part(50, 0.2, seed).tolist() for seed in (0, 0, 1)]
+    assert [segmentation.validation_part(n, 0.2, 0).sum() for n in (1, 2, 10, 300)] == [0, 1, 2, 60]
+    assert segmentation.validation_part(10, 0, 0).sum() == 0 and segmentation.validation_part(3, 0.9, 0).sum() == 2
+    parts = [segmentation.validation_part(50, 0.2, seed).tolist() for seed in (0, 0, 1)]
     assert parts[0] == parts[1] != parts[2]
 
 
@@ -198,7 +200,7 @@ def test_a_head_that_sees_the_object_is_found(tmp_path, monkeypatch):
     wrong = np.full((4, 5), 0.1 / 19)
     wrong[0, 0] = 0.9
     attention = np.stack([wrong, right, wrong])
-    monkeypatch.setattr(script.visualize_attention, "look", lambda *args: (None, attention, truth[..., None] * 1.0))
+    monkeypatch.setattr(dense, "look", lambda *args: (None, attention, truth[..., None] * 1.0))
     assert run(tmp_path, tmp_path / "out", "--threshold", "0.7", "--pretrained_weights", "") == 0
     found = {row["mask"]: row for row in read(tmp_path / "out")["results"]}
     assert found["best head"]["jaccard"]["value"] == found["one head"]["jaccard_held_out"]["value"] == 100
@@ -207,12 +209,12 @@ def test_a_head_that_sees_the_object_is_found(tmp_path, monkeypatch):
     expected = 100 * (mean & truth).sum() / (mean | truth).sum()
     assert found["mean of heads"]["jaccard"]["value"] == pytest.approx(expected)
     side = float(found["centre box"]["chosen"].split()[-1])
-    fits = [script.segmentation_scores.jaccard(script.centre_box(32, 40, s), np.kron(truth, np.ones((8, 8))) > 0)
-            for s in script.BOX_SIDES]
-    assert side == script.BOX_SIDES[int(np.argmax(fits))]
+    fits = [segmentation_scores.jaccard(segmentation.centre_box(32, 40, s), np.kron(truth, np.ones((8, 8))) > 0)
+            for s in segmentation.BOX_SIDES]
+    assert side == segmentation.BOX_SIDES[int(np.argmax(fits))]
 
 
-def network_that_looks_at_what_is_bright():
+def network_for_bright_patches():
     """A real network with weights by hand: the class token of head 0 attends to bright patches alone, head 1 to dark.
 
     Patches are embedded as (b, -b, 0, 0) with b their mean brightness, of which layer norm leaves the sign.
@@ -225,18 +227,18 @@ def network_that_looks_at_what_is_bright():
     model.blocks[0].norm1.weight.fill_(1), model.norm.weight.fill_(1)
     model.blocks[0].attn.qkv.weight[[0, 2, 4, 6], 0] = torch.tensor([4.0, 4.0, 4.0, -4.0])  # q, q, k, k of two heads
     info = {"arch": "vit_nano", "patch_size": 8, "in_chans": 3, "mean": (0.5,) * 3, "std": (0.5,) * 3}
-    return model, info
+    about = {"arch": "vit_nano", "patch_size": 8, "weights": None, "checkpoint_key": "teacher", "weights_sha256": ""}
+    return Network(model, info, about, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("height, width, image_size, least", [
     (96, 160, 96, 100), (160, 96, 96, 100), (192, 320, 96, 100), (91, 170, 200, 85), (230, 101, 204, 85)])
 def test_attention_that_is_on_the_object_is_scored_as_such(height, width, image_size, least, tmp_path, monkeypatch):
-    """Nothing in between is transposed, turned, shifted or inverted: the picture's pixels go in, its figure comes out.
+    """Nothing in between is transposed, turned, shifted or inverted: the image's pixels go in, its figure comes out.
 
     The object has no symmetry, so every such mistake costs more than what patches cost at its border.
     """
-    monkeypatch.setattr(script.visualize_attention.backbones, "load_backbone",
-                        lambda *args, **options: network_that_looks_at_what_is_bright())
+    monkeypatch.setattr("protocols.features.load_network", lambda *args, **options: network_for_bright_patches())
     for i in range(5):
         mask = np.zeros((12, 20) if width > height else (20, 12), bool)
         mask[1 + i:4 + i, 1:9], mask[1:5 + i, 7:9] = True, True  # an angle, up and left of the middle
@@ -249,8 +251,8 @@ def test_attention_that_is_on_the_object_is_scored_as_such(height, width, image_
     assert found["one head"]["chosen"] == "head 0" and found["one head"]["jaccard_held_out"]["value"] >= least
 
 
-def test_pictures_of_all_sorts(tmp_path, capsys):
-    """Two sizes, a grey picture, an empty mask, a 1-bit mask, and one that has no mask."""
+def test_images_of_all_sorts(tmp_path, capsys):
+    """Two sizes, a grey image, an empty mask, a 1-bit mask, and one that has no mask."""
     write_pair(tmp_path, "a", square())
     write_pair(tmp_path, "bb", square(height=60, width=44), mode="1")
     write_pair(tmp_path, "ccc", square())
@@ -260,12 +262,12 @@ def test_pictures_of_all_sorts(tmp_path, capsys):
     assert run(tmp_path, tmp_path / "out", "--save_masks", "2") == 0
     report, printed = read(tmp_path / "out"), capsys.readouterr().out
     assert report["images"] == 3 and report["held_out"] == 2
-    assert "1 of 4 images have no foreground" in printed and "1 of 5 pictures have no mask" in printed
+    assert "1 of 4 images have no foreground" in printed and "1 of 5 images have no mask" in printed
     assert Image.open(tmp_path / "out" / "masks.png").size == (6 + 6 * 206, 32 + 6 + 2 * 149)
     assert {row["network"] for row in report["results"]} == {"random weights", "-"}
 
 
-def test_one_picture(tmp_path, capsys):
+def test_one_image(tmp_path, capsys):
     write_pair(tmp_path, "a", square())
     assert run(tmp_path, tmp_path / "out", "--save_masks", "9") == 0
     assert "no validation part" in capsys.readouterr().out
@@ -300,13 +302,31 @@ def test_weights_stand_beside_random_ones_and_two_processes_agree(tmp_path):
     (("--layer", "4"), "--layer 4"),
     (("--device", "cuda:99"), "--device cuda:99"),
     (("--output_dir", __file__), "is a file"),
-    (("--output_dir", "/proc/out"), "--output_dir /proc/out: No such file or directory; choose a folder"),
+    (("--output_dir", "/proc/out"), "--output_dir /proc/out: No such file or directory; choose"),
 ])
 def test_bad_input_is_refused_in_one_line(flags, message, tmp_path, capsys):
     assert run("shapes:2x32", tmp_path / "out", *flags) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and error.startswith("eval_segmentation.py: error: ") and message in error
     assert not (tmp_path / "out").exists()
+
+
+def test_a_bug_keeps_its_traceback(tmp_path, monkeypatch):
+    def broken(*args):
+        raise ValueError("operands could not be broadcast")
+
+    monkeypatch.setattr(segmentation, "kmeans_mask", broken)
+    with pytest.raises(ValueError, match="could not be broadcast"):
+        run("shapes:2x32", tmp_path / "out")
+
+
+def test_an_image_that_cannot_be_decoded_is_named(tmp_path, capsys):
+    write_pair(tmp_path / "data", "a", square())
+    path = tmp_path / "data" / "images" / "a.jpg"
+    path.write_bytes(path.read_bytes()[:-300])
+    assert run(tmp_path / "data", tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "--data_path" in error and "a.jpg: " in error and "replace" in error
 
 
 def test_bad_masks_are_named(tmp_path, capsys):
@@ -318,12 +338,12 @@ def test_bad_masks_are_named(tmp_path, capsys):
     write_pair(tmp_path / "data", "a", square(0))
     refused("every mask is empty")
     write_pair(tmp_path / "data", "b", square(), size=(40, 57))
-    refused("masks/b.png is 56 x 40 pixels and its picture 57 x 40")
-    (tmp_path / "data" / "masks" / "b.png").write_bytes(b"no picture")
+    refused("masks/b.png is 56 x 40 pixels and its image 57 x 40")
+    (tmp_path / "data" / "masks" / "b.png").write_bytes(b"no image")
     refused("masks/b.png: not an image")
     for path in (tmp_path / "data" / "masks").iterdir():
         path.unlink()
-    refused("no picture of images/ has a mask of its name in masks/")
+    refused("no image of images/ has a mask of its name in masks/")
 
 
 @pytest.mark.parametrize("flags", [("--threshold", "0"), ("--threshold", "1.1"), ("--val_share", "1"),
@@ -337,5 +357,5 @@ def test_bad_flags(flags, capsys):
 def test_math_of_the_interval_is_over_images(tmp_path):
     """Of two held-out images with Jaccard 0 and 1, the interval reaches from 0 to 100."""
     measured = {("network", "mean"): np.array([[0.0], [1.0]])}
-    row, = script.summarize(measured, np.zeros(2, bool))
+    row, = segmentation.summarize(measured, np.zeros(2, bool))
     assert row["jaccard"] == {"value": 50.0, "interval": [0.0, 100.0]} and math.isfinite(row["jaccard"]["value"])

@@ -15,6 +15,8 @@ from processes import ENV, free_port
 
 import eval_video_segmentation as script
 from imagesets import davis, masks
+from parallel import Refused
+from protocols import features, propagation, video_segmentation
 
 # ---- Propagation ----
 
@@ -44,39 +46,39 @@ def random_frames(n, h, w, width=6, labels=3, seed=0):
 
 @pytest.mark.parametrize("radius, topk, tile", [(2, 3, 12), (1, 1, 2), (2, 4, 3), (0, 5, 2), (1, 1000, 4), (9, 5, 3)])
 def test_propagation_is_that_of_loops(radius, topk, tile, monkeypatch):
-    monkeypatch.setattr(script, "TILE", tile)
-    features, labels = random_frames(4, 5, 7)
-    features = torch.nn.functional.normalize(features, dim=-1)
-    found = script.propagate(features[0], features[1:], labels[1:], radius, topk)
-    torch.testing.assert_close(found, naive_propagate(features[0], features[1:], labels[1:], radius, topk))
+    monkeypatch.setattr(propagation, "TILE", tile)
+    frames, labels = random_frames(4, 5, 7)
+    frames = torch.nn.functional.normalize(frames, dim=-1)
+    found = propagation.propagate(frames[0], frames[1:], labels[1:], radius, topk)
+    torch.testing.assert_close(found, naive_propagate(frames[0], frames[1:], labels[1:], radius, topk))
 
 
 @pytest.mark.parametrize("n_last", [0, 1, 2, 7])
 def test_context_is_the_first_frame_and_the_last_ones(n_last):
-    features, labels = random_frames(6, 4, 3, seed=1)
-    unit = features / features.norm(dim=-1, keepdim=True)
+    frames, labels = random_frames(6, 4, 3, seed=1)
+    unit = frames / frames.norm(dim=-1, keepdim=True)
     expected = [labels[0]]
     for t in range(1, 6):
         used = [0, *range(max(1, t - n_last), t)]
         expected.append(naive_propagate(unit[t], unit[used], torch.stack([expected[i] for i in used]), 2, 5))
-    found = list(script.segment(iter(features), labels[0], n_last, 2, 5))
+    found = list(propagation.propagate_video(iter(frames), labels[0], n_last, 2, 5))
     torch.testing.assert_close(torch.stack(found), torch.stack(expected))
 
 
 def test_frames_are_asked_for_one_by_one():
     """Nothing but the context is held, however long the video."""
-    features, labels = random_frames(6, 3, 3)
+    frames, labels = random_frames(6, 3, 3)
     asked = []
-    soft = script.segment((asked.append(i) or features[i] for i in range(6)), labels[0], 2, 2, 5)
+    soft = propagation.propagate_video((asked.append(i) or frames[i] for i in range(6)), labels[0], 2, 2, 5)
     for i in range(6):
         next(soft)
         assert asked == list(range(i + 1))
 
 
 def test_a_video_that_stands_still_keeps_its_labels():
-    features, _ = random_frames(1, 6, 6, width=30)
+    frames, _ = random_frames(1, 6, 6, width=30)
     first = torch.eye(2, dtype=torch.float64)[(torch.arange(36) % 2).view(6, 6)]
-    *_, last = script.segment(iter(features.expand(5, -1, -1, -1)), first, 7, 12, 1)
+    *_, last = propagation.propagate_video(iter(frames.expand(5, -1, -1, -1)), first, 7, 12, 1)
     assert torch.equal(last, first)
 
 
@@ -87,7 +89,7 @@ def test_one_hot_reads_the_patches_centres():
     labels = np.zeros((8, 12), int)
     labels[:, 6:] = 7
     labels[2, 2] = 3  # the centre of the first patch of 4 x 4
-    found = script.one_hot(labels, [3, 7], 2, 3)
+    found = propagation.one_hot(labels, [3, 7], 2, 3)
     assert found.argmax(-1).tolist() == [[1, 2, 2], [0, 2, 2]] and (found.sum(-1) == 1).all()
 
 
@@ -95,9 +97,10 @@ def test_harden_by_hand():
     """Four patches in a row, to twice the size: labels change where the bilinear maps cross."""
     soft = torch.tensor([[[1.0, 0.0], [0.9, 0.1], [0.8, 0.2], [0.8, 0.2]]])
     # pixels lie at -0.25, 0.25, 0.75 ... patches; scaled to 0..1, both labels cross 1/2 at patch 1 exactly
-    assert script.harden(soft, [5], 1, 8).tolist() == [[0, 0, 0, 5, 5, 5, 5, 5]]
-    assert script.harden(torch.tensor([[[1.0, 0.0]]]).expand(2, 2, 2), [5], 4, 4).max() == 0  # an object that is gone
-    assert script.harden(torch.tensor([[[0.5, 0.5]]]), [5], 2, 2).max() == 0
+    assert propagation.harden(soft, [5], 1, 8).tolist() == [[0, 0, 0, 5, 5, 5, 5, 5]]
+    gone = torch.tensor([[[1.0, 0.0]]]).expand(2, 2, 2)  # an object that left the frame
+    assert propagation.harden(gone, [5], 4, 4).max() == 0
+    assert propagation.harden(torch.tensor([[[0.5, 0.5]]]), [5], 2, 2).max() == 0
 
 
 def test_harden_is_that_of_loops():
@@ -110,19 +113,19 @@ def test_harden_is_that_of_loops():
     for k in range(4):
         maps[..., k] = (maps[..., k] - maps[..., k].min()) / (maps[..., k].max() - maps[..., k].min())
     expected = np.array([0, *objects])[maps.argmax(-1)]
-    assert (script.harden(soft, objects, height, width) == expected).all()
+    assert (propagation.harden(soft, objects, height, width) == expected).all()
 
 
 @pytest.mark.parametrize("height, width, image_size, patch, seen", [
     (480, 854, 480, 8, (480, 856)), (480, 854, 480, 16, (480, 848)), (854, 480, 100, 16, (176, 96)),
     (10, 1000, 8, 8, (8, 800)), (240, 428, 480, 8, (480, 856))])
-def test_network_size(height, width, image_size, patch, seen):
-    assert script.network_size(height, width, image_size, patch) == seen
+def test_frame_size(height, width, image_size, patch, seen):
+    assert video_segmentation.frame_size(height, width, image_size, patch) == seen
 
 
 def test_features_of_the_pixels_are_the_patches():
-    args = script.get_args_parser().parse_args(["--data_path", ".", "--arch", "pixels", "--patch_size", "4"])
-    forward, _ = script.load_forward(args, torch.device("cpu"))
+    forward, info = video_segmentation.patch_network(features.load_network("", "pixels"), 4)
+    assert info["patch_size"] == 4
     x = torch.rand(2, 3, 8, 12)
     found = forward(x)
     assert found.shape == (2, 2, 3, 48)
@@ -138,13 +141,13 @@ def draw_video(root, name, objects=(1,), frames=6, size=(32, 48), resolution="48
     background = rng.integers(0, 120, (*size, 3)).astype(np.uint8)
     textures = [rng.integers(100, 256, (12, 12, 3)).astype(np.uint8) for _ in objects]
     for t in range(frames):
-        picture, labels = background.copy(), np.zeros(size, np.uint8)
+        image, labels = background.copy(), np.zeros(size, np.uint8)
         for k, (label, texture) in enumerate(zip(objects, textures, strict=True)):
             spot = slice(2 + 15 * k, 14 + 15 * k), slice(4 + 2 * t, 16 + 2 * t)
-            picture[spot], labels[spot] = texture, label
+            image[spot], labels[spot] = texture, label
         path = root / "JPEGImages" / resolution / name / f"{t:05d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(picture).save(path)
+        Image.fromarray(image).save(path)
         if annotated is None or t in annotated:
             masks.write_labels(labels, root / "Annotations" / resolution / name / f"{t:05d}.png")
 
@@ -167,7 +170,7 @@ def test_lists_and_resolutions(tmp_path):
     assert len(davis.find_videos(str(tmp_path))[0].frames) == 2
     for wrong, message in ((("720p",), "--resolution 720p"), (("", "2018"), "--image_set 2018"),
                            (("", "", ["dog"]), "--sequences dog")):
-        with pytest.raises((ValueError, OSError), match=message):
+        with pytest.raises(Refused, match=message):
             names(*wrong)
 
 
@@ -203,11 +206,11 @@ def test_what_cannot_be_used_is_named(tmp_path):
             path.unlink()
         else:
             Image.new("L", (48, 32) if how == "black" else how).save(path)
-        with pytest.raises((ValueError, OSError), match=message):
+        with pytest.raises(Refused, match=message):
             davis.find_videos(str(tmp_path))
         path.write_bytes(kept)
     assert len(davis.find_videos(str(tmp_path))[0].annotations) == 6
-    with pytest.raises(FileNotFoundError, match="no JPEGImages/"):
+    with pytest.raises(Refused, match="no JPEGImages/"):
         davis.find_videos(str(tmp_path / "Annotations"))
 
 
@@ -282,7 +285,7 @@ def test_one_frame_has_nothing_to_measure(tmp_path, capsys):
     (("--data_path", "nowhere"), "nowhere"),
     (("--device", "cuda:99"), "--device cuda:99"),
     (("--output_dir", __file__), "is a file"),
-    (("--output_dir", "/proc/out"), "--output_dir /proc/out: No such file or directory; choose a folder"),
+    (("--output_dir", "/proc/out"), "--output_dir /proc/out: No such file or directory; choose"),
 ])
 def test_bad_input_is_refused_in_one_line(flags, message, tmp_path, capsys):
     draw_video(tmp_path, "ant", frames=2)
@@ -290,6 +293,25 @@ def test_bad_input_is_refused_in_one_line(flags, message, tmp_path, capsys):
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and error.startswith("eval_video_segmentation.py: error: ") and message in error
     assert not (tmp_path / "out").exists()
+
+
+def test_a_bug_keeps_its_traceback(tmp_path, monkeypatch):
+    def broken(*args):
+        raise ValueError("operands could not be broadcast")
+
+    draw_video(tmp_path, "ant", frames=3)
+    monkeypatch.setattr(propagation, "propagate", broken)
+    with pytest.raises(ValueError, match="could not be broadcast"):
+        run(tmp_path, tmp_path / "out", "--arch", "pixels")
+
+
+def test_a_frame_that_cannot_be_decoded_is_named(tmp_path, capsys):
+    draw_video(tmp_path, "ant", frames=3)
+    path = tmp_path / "JPEGImages" / "480p" / "ant" / "00001.png"
+    path.write_bytes(path.read_bytes()[:-300])  # its header is whole
+    assert run(tmp_path, tmp_path / "out", "--arch", "pixels") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "sequence ant" in error and "00001.png: " in error and "replace" in error
 
 
 def test_published_command_line():

@@ -1,4 +1,4 @@
-"""The script end to end on a tiny random network: each source, each picture, each wrong flag."""
+"""The script end to end on a tiny random network: each source, each figure, each wrong flag."""
 
 import argparse
 import subprocess
@@ -11,7 +11,8 @@ from conftest import ROOT
 from PIL import Image
 
 import visualize_attention
-from protocols import sheets
+from protocols import attention_video, dense, sheets
+from protocols.features import Network
 from vision_transformer import VisionTransformer, vit_tiny
 
 PATCH = 8
@@ -19,21 +20,27 @@ INFO = {"arch": "vit_tiny", "patch_size": PATCH, "embed_dim": 24, "in_chans": 3,
         "mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
 
 
+def use(model, info, monkeypatch):
+    """The script evaluates this network."""
+    network = Network(model.eval(), info, {"arch": info["arch"], "weights": None}, torch.device("cpu"))
+    monkeypatch.setattr("protocols.features.load_network", lambda *args, **options: network)
+    return network
+
+
 @pytest.fixture
 def tiny(monkeypatch):
-    """What load_backbone gives is a network of 24 channels, two blocks and three heads."""
+    """A network of 24 channels, two blocks and three heads."""
     torch.manual_seed(0)
     model = VisionTransformer([32], PATCH, embed_dim=24, depth=2, num_heads=3, qkv_bias=True, num_register_tokens=1)
-    monkeypatch.setattr(visualize_attention.backbones, "load_backbone", lambda *args, **options: (model.eval(), INFO))
-    return model
+    return use(model, INFO, monkeypatch)
 
 
 def run(*flags):
     flags = [str(flag) for flag in flags]
-    visualize_attention.main(visualize_attention.get_args_parser().parse_args([*flags, "--device", "cpu"]))
+    return visualize_attention.main(visualize_attention.get_args_parser().parse_args(["--device", "cpu", *flags]))
 
 
-def write_picture(path, height, width, seed=0):
+def write_image(path, height, width, seed=0):
     """A bright square on noise, saved as a PNG."""
     pixels = np.random.default_rng(seed).integers(0, 90, (height, width, 3)).astype(np.uint8)
     pixels[height // 4:height // 2, width // 4:width // 2] = 240
@@ -43,11 +50,11 @@ def write_picture(path, height, width, seed=0):
 
 
 def sizes(folder):
-    """{name: (width, height)} of every picture in a folder."""
+    """{name: (width, height)} of every figure in a folder."""
     return {path.name: Image.open(path).size for path in sorted(folder.iterdir())}
 
 
-# ---------------------------------------------------------------- sizes
+# ---- sizes
 
 
 @pytest.mark.parametrize("height, width, image_size, scaled, seen", [
@@ -58,8 +65,8 @@ def sizes(folder):
     (300, 400, [64, 64], (64, 64), (64, 64)),  # two numbers: exactly these
     (300, 400, [70, 90], (70, 90), (64, 88)),
 ])
-def test_network_size(height, width, image_size, scaled, seen):
-    assert visualize_attention.network_size(height, width, image_size, PATCH) == (scaled, seen)
+def test_input_sizes(height, width, image_size, scaled, seen):
+    assert dense.input_sizes(height, width, image_size, PATCH) == (scaled, seen)
 
 
 @pytest.mark.parametrize("image_size", [[480], [100], [64, 200]])
@@ -68,33 +75,33 @@ def test_patch_of_point_is_where_a_marked_pixel_lands(height, width, image_size)
     for y, x in [(0, 0), (height - 1, 0), (0, width - 1), (height // 2, width // 3), (37, 61)]:
         image = torch.zeros(1, height, width, dtype=torch.uint8)
         image[:, max(0, y - 2):y + 3, max(0, x - 2):x + 3] = 255  # wide enough to survive the scaling
-        seen = visualize_attention.resize(image, image_size, PATCH)[0]
+        seen = dense.resize_to_patches(image, image_size, PATCH)[0]
         patches = seen.float().unflatten(0, (-1, PATCH)).unflatten(2, (-1, PATCH)).mean((1, 3))
-        row, column = visualize_attention.patch_of_point((x, y), height, width, image_size, PATCH)
+        row, column = dense.patch_of_point((x, y), height, width, image_size, PATCH)
         around = patches[max(0, row - 1):row + 2, max(0, column - 1):column + 2]
         assert around.max() == patches.max() > 0
 
 
 def test_patch_of_point_by_hand():
     """300 x 400 becomes 480 x 640: pixel (37, 61) has its centre at (60, 98.4), which is column 7 and row 12."""
-    assert visualize_attention.patch_of_point((37, 61), 300, 400, [480], PATCH) == (12, 7)
-    assert visualize_attention.patch_of_point((399, 299), 300, 400, [480], PATCH) == (59, 79)
-    assert visualize_attention.patch_of_point((99, 149), 150, 100, [30, 30], PATCH) == (2, 2)  # 24 of 30 are seen
+    assert dense.patch_of_point((37, 61), 300, 400, [480], PATCH) == (12, 7)
+    assert dense.patch_of_point((399, 299), 300, 400, [480], PATCH) == (59, 79)
+    assert dense.patch_of_point((99, 149), 150, 100, [30, 30], PATCH) == (2, 2)  # 24 of 30 are seen
 
 
-# ---------------------------------------------------------------- one picture
+# ---- one image
 
 
-def test_default_picture_is_of_the_embedded_set(tiny, tmp_path, capsys):
+def test_default_image_is_of_the_embedded_set(tiny, tmp_path, capsys):
     run("--output_dir", tmp_path / "new" / "folder", "--image_size", 64)
     found = sizes(tmp_path / "new" / "folder")
     assert set(found) == {"img.png", "attn-mean.png", "overlay.png", *(f"attn-head{head}.png" for head in range(3))}
     assert set(found.values()) == {(64, 64)}
-    assert "3 heads on 8 x 8 patches: 6 pictures" in capsys.readouterr().out
+    assert "3 heads on 8 x 8 patches: 6 figures" in capsys.readouterr().out
 
 
-def test_portrait_keeps_its_aspect_ratio_and_every_picture_is_written(tiny, tmp_path):
-    path = write_picture(tmp_path / "portrait.png", 150, 100)
+def test_portrait_keeps_its_aspect_ratio_and_every_figure_is_written(tiny, tmp_path):
+    path = write_image(tmp_path / "portrait.png", 150, 100)
     run("--image_path", path, "--output_dir", tmp_path / "out", "--image_size", 64, "--threshold", 0.6, "--pca",
         "--point", 30, 60)
     found = sizes(tmp_path / "out")
@@ -104,15 +111,15 @@ def test_portrait_keeps_its_aspect_ratio_and_every_picture_is_written(tiny, tmp_
 
 
 def test_two_numbers_are_height_and_width(tiny, tmp_path):
-    run("--image_path", write_picture(tmp_path / "in.png", 150, 100), "--output_dir", tmp_path, "--image_size", 40, 80)
+    run("--image_path", write_image(tmp_path / "in.png", 150, 100), "--output_dir", tmp_path, "--image_size", 40, 80)
     assert sizes(tmp_path)["img.png"] == (80, 40)
 
 
 @pytest.mark.parametrize("layer", [0, 1, -1, -2])
-def test_head_pictures_show_the_networks_own_attention(tiny, tmp_path, layer):
+def test_head_figures_show_the_networks_own_attention(tiny, tmp_path, layer):
     run("--output_dir", tmp_path, "--image_size", 64, "--layer", layer)
     image = torch.from_numpy(np.array(Image.open(tmp_path / "img.png"))).permute(2, 0, 1)
-    attention = tiny.get_attention_maps(((image / 255 - 0.5) / 0.25)[None], [layer])[0][0, :, 0, 2:].detach()
+    attention = tiny.forward.get_attention_maps(((image / 255 - 0.5) / 0.25)[None], [layer])[0][0, :, 0, 2:].detach()
     for head in range(3):
         values = attention[head].view(8, 8)
         expected = sheets.heatmap(((values - values.min()) / (values.max() - values.min())).numpy())
@@ -120,33 +127,33 @@ def test_head_pictures_show_the_networks_own_attention(tiny, tmp_path, layer):
         assert np.abs(drawn - expected.repeat(PATCH, 0).repeat(PATCH, 1)).max() <= 3  # a step of the colours
 
 
-def test_pictures_of_one_channel(tiny, tmp_path, monkeypatch):
+def test_images_of_one_channel(tiny, tmp_path, monkeypatch):
     grey = VisionTransformer([32], PATCH, in_chans=1, embed_dim=24, depth=1, num_heads=3).eval()
     info = INFO | {"in_chans": 1, "mean": (0.5,), "std": (0.25,)}
-    monkeypatch.setattr(visualize_attention.backbones, "load_backbone", lambda *args, **options: (grey, info))
-    for source in ([], ["--image_path", write_picture(tmp_path / "in.png", 60, 40)]):
+    use(grey, info, monkeypatch)
+    for source in ([], ["--image_path", write_image(tmp_path / "in.png", 60, 40)]):
         run("--output_dir", tmp_path / "out", "--image_size", 32, *source)
     pixels = np.array(Image.open(tmp_path / "out" / "img.png"))
     assert pixels.shape == (48, 32, 3) and (pixels[..., 0] == pixels[..., 2]).all()
 
 
-# ---------------------------------------------------------------- many pictures
+# ---- many images
 
 
 def test_folder_becomes_a_sheet_and_what_cannot_be_read_is_named(tiny, tmp_path, capsys):
     for i, (height, width) in enumerate([(60, 40), (40, 60), (50, 50)]):
-        write_picture(tmp_path / "in" / f"{i}.png", height, width)
-    (tmp_path / "in" / "broken.jpg").write_bytes(b"no picture")
+        write_image(tmp_path / "in" / f"{i}.png", height, width)
+    (tmp_path / "in" / "broken.jpg").write_bytes(b"no image")
     run("--images", tmp_path / "in", "--output_dir", tmp_path / "out", "--image_size", 32, "--pca", "--threshold", 0.6)
-    assert sizes(tmp_path / "out") == {  # picture, mask, mean and 3 heads; a row is as high as its picture
+    assert sizes(tmp_path / "out") == {  # image, mask, mean and 3 heads; a row is as high as its image
         "attention_sheet.png": (6 + 6 * 166, 32 + 166 + 113 + 166), "pca_sheet.png": (6 + 6 * 166, 6 + 166)}
     out = capsys.readouterr().out
-    assert "left out" in out and "broken.jpg" in out and "3 of 4 pictures" in out
+    assert "left out" in out and "broken.jpg" in out and "3 of 4 images" in out
 
 
-def test_of_many_pictures_some_are_chosen_evenly(tiny, tmp_path, monkeypatch):
+def test_of_many_images_some_are_chosen_evenly(tiny, tmp_path, monkeypatch):
     chosen = []
-    original = visualize_attention.loaders.open_images
+    original = visualize_attention.sources.open_images
 
     def spying(*args, **options):
         source = original(*args, **options)
@@ -154,12 +161,12 @@ def test_of_many_pictures_some_are_chosen_evenly(tiny, tmp_path, monkeypatch):
         source.load = lambda i: (chosen.append(i), load(i))[1]
         return source
 
-    monkeypatch.setattr(visualize_attention.loaders, "open_images", spying)
+    monkeypatch.setattr(visualize_attention.sources, "open_images", spying)
     run("--images", "shapes:9x32", "--max_images", 3, "--output_dir", tmp_path, "--image_size", 32)
     assert chosen == [0, 4, 8]
 
 
-# ---------------------------------------------------------------- video
+# ---- video
 
 
 @pytest.fixture
@@ -192,14 +199,14 @@ def test_video_in_and_out(tiny, tmp_path, ffmpeg, capsys):
     assert fps == 10 and frames.shape == (7, 32, 2 * 40, 3)  # 48 x 64 -> 32 x 43, cut to 32 x 40, twice
     left = frames[:, 8:18, :40, 0].mean(1)  # the square goes to the right in the frames on the left
     assert (np.diff([(row > 120).nonzero()[0].mean() for row in left]) > 0).all()
-    assert "7 frames, 10 a second" in capsys.readouterr().out
+    assert "7 frames, 10 per second" in capsys.readouterr().out
 
 
 def test_frames_are_taken_in_the_order_of_their_numbers(tiny, tmp_path, ffmpeg):
     for i, number in enumerate([1, 2, 10]):
-        picture = np.full((32, 32, 3), 60 + 60 * i, dtype=np.uint8)
+        image = np.full((32, 32, 3), 60 + 60 * i, dtype=np.uint8)
         (tmp_path / "in").mkdir(exist_ok=True)
-        Image.fromarray(picture).save(tmp_path / "in" / f"frame{number}.png")
+        Image.fromarray(image).save(tmp_path / "in" / f"frame{number}.png")
     run("--video", tmp_path / "in", "--output_dir", tmp_path, "--image_size", 32, "--fps", 5, "--pca", "--point", 3, 4,
         "--threshold", 0.5)
     fps, frames = read_video(ffmpeg, tmp_path / "attention.mp4")
@@ -208,7 +215,7 @@ def test_frames_are_taken_in_the_order_of_their_numbers(tiny, tmp_path, ffmpeg):
 
 
 def test_video_is_streamed(tiny, tmp_path):
-    """A frame is decoded when its row of pictures is asked for, and not before."""
+    """A frame is decoded when its row of figures is asked for, and not before."""
     taken = []
 
     def frames():
@@ -216,31 +223,36 @@ def test_video_is_streamed(tiny, tmp_path):
             taken.append(i)
             yield torch.zeros(3, 32, 32, dtype=torch.uint8)
 
-    args = visualize_attention.get_args_parser().parse_args(["--image_size", "32"])
-    rows = visualize_attention.video_rows(frames(), args, tiny, INFO)
+    rows = attention_video.video_rows(tiny, frames(), [32])
     assert taken == []
     for count in (1, 2, 3):
         assert next(rows).shape == (32, 64, 3) and len(taken) == count
 
 
 def test_colours_and_token_of_a_video_are_the_first_frames(tiny):
-    args = visualize_attention.get_args_parser().parse_args(["--image_size", "32", "--pca", "--point", "9", "20"])
     rng = torch.Generator().manual_seed(0)
     first, second = (torch.randint(0, 256, (3, 32, 32), generator=rng, dtype=torch.uint8) for _ in range(2))
-    after_first = list(visualize_attention.video_rows([first, second], args, tiny, INFO))
-    after_itself = list(visualize_attention.video_rows([second, second], args, tiny, INFO))
-    assert (after_first[1][:, :64] == after_itself[1][:, :64]).all()  # picture and attention: of the frame alone
+    after_first = list(attention_video.video_rows(tiny, [first, second], [32], pca=True, point=(9, 20)))
+    after_itself = list(attention_video.video_rows(tiny, [second, second], [32], pca=True, point=(9, 20)))
+    assert (after_first[1][:, :64] == after_itself[1][:, :64]).all()  # image and attention: of the frame alone
     assert (after_first[1][:, 64:] != after_itself[1][:, 64:]).any()
 
 
 def test_missing_ffmpeg_names_the_command(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
-    with pytest.raises(SystemExit) as stopped:
-        run("--video", write_picture(tmp_path / "in.png", 9, 9), "--output_dir", tmp_path / "out")
-    assert stopped.value.code == 2 and "pip install imageio-ffmpeg" in capsys.readouterr().err
+    assert run("--video", write_image(tmp_path / "in.png", 9, 9), "--output_dir", tmp_path / "out") == 2
+    assert "pip install imageio-ffmpeg" in capsys.readouterr().err
 
 
-# ---------------------------------------------------------------- wrong flags
+# ---- wrong flags
+
+
+def exit_code(*flags):
+    """The script's, or that of its parser."""
+    try:
+        return run(*flags)
+    except SystemExit as stopped:
+        return stopped.code
 
 
 @pytest.mark.parametrize("flags, named", [
@@ -276,16 +288,15 @@ def test_a_wrong_flag_is_named_before_anything_is_written(tiny, tmp_path, monkey
     if "--video" in flags:
         pytest.importorskip("imageio_ffmpeg", reason="needs imageio-ffmpeg: pip install imageio-ffmpeg")
     monkeypatch.chdir(tmp_path)
-    write_picture(tmp_path / "good.png", 60, 40)
-    (tmp_path / "text.jpg").write_text("no picture")
+    write_image(tmp_path / "good.png", 60, 40)
+    (tmp_path / "text.jpg").write_text("no image")
     (tmp_path / "folder").mkdir()
     (tmp_path / "broken").mkdir()
-    (tmp_path / "broken" / "text.jpg").write_text("no picture")
+    (tmp_path / "broken" / "text.jpg").write_text("no image")
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(SystemExit) as stopped:
-        visualize_attention.main(visualize_attention.get_args_parser().parse_args(flags))
+    assert exit_code(*flags) == 2
     error = capsys.readouterr().err
-    assert stopped.value.code == 2 and named in error and error.count("\n") == 1
+    assert named in error and error.count("\n") == 1
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -296,14 +307,23 @@ def test_a_wrong_flag_is_named_before_anything_is_written(tiny, tmp_path, monkey
 ])
 def test_a_network_without_attention_or_weights_is_named(tmp_path, monkeypatch, capsys, flags, named):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as stopped:
-        run(*flags)
+    assert run(*flags) == 2
     error = capsys.readouterr().err
-    assert stopped.value.code == 2 and named in error and error.count("\n") == 1
+    assert named in error and error.count("\n") == 1
     assert not list(tmp_path.iterdir())
 
 
-# ---------------------------------------------------------------- as a command
+def test_a_bug_keeps_its_traceback(tiny, tmp_path, monkeypatch):
+    def broken(*args):
+        raise ValueError("operands could not be broadcast")
+
+    monkeypatch.setattr(dense, "look", broken)
+    for source in ([], ["--images", "shapes:2x32"]):
+        with pytest.raises(ValueError, match="could not be broadcast"):
+            run("--output_dir", tmp_path, "--image_size", 32, *source)
+
+
+# ---- as a command
 
 
 def test_command_without_weights_says_so(tmp_path):
@@ -322,9 +342,9 @@ def test_masks_are_those_of_the_checkpoints_network(tmp_path, capsys):
     run("--pretrained_weights", tmp_path / "checkpoint.pth", "--output_dir", tmp_path / "out", "--image_size", 64,
         "--threshold", 0.6)
     assert "random weights" not in capsys.readouterr().out
-    picture = np.array(Image.open(tmp_path / "out" / "img.png"))
-    image = torch.from_numpy(picture).permute(2, 0, 1)
+    figure = np.array(Image.open(tmp_path / "out" / "img.png"))
+    image = torch.from_numpy(figure).permute(2, 0, 1)
     attention = model.get_last_selfattention(((image / 255 - 0.4) / 0.3)[None])[0, :, 0, 1:].detach().view(3, 4, 4)
     for head, mask in enumerate(sheets.threshold_mask(attention.numpy(), 0.6)):
         drawn = np.array(Image.open(tmp_path / "out" / f"mask_th0.6_head{head}.png"))
-        assert (drawn == sheets.mask_overlay(picture, mask)).all()
+        assert (drawn == sheets.mask_overlay(figure, mask)).all()

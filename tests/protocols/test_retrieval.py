@@ -205,5 +205,5 @@ def test_whitening_of_few_or_equal_features():
     assert whitening.transform.shape == (16, 4)  # five points have four directions
     assert retrieval.whiten(correlated(3, 16), whitening).isfinite().all()
     for features in (torch.ones(1, 4), torch.ones(7, 4)):
-        with pytest.raises(ValueError, match="give more pictures"):
+        with pytest.raises(ValueError, match="give more images"):
             retrieval.fit_whitening(features)

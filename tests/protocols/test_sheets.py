@@ -1,4 +1,4 @@
-"""Pictures of pictures: the maps against naive loops, the sheets by their sizes and pixels."""
+"""Figures of images: the maps against naive loops, the sheets by their sizes and pixels."""
 
 from fractions import Fraction
 
@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from protocols import sheets
+from protocols import attention, dense, sheets
 from vision_transformer import VisionTransformer
 
 
-def random_picture(height, width, seed=0):
+def random_image(height, width, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3)).astype(np.uint8)
 
 
-# ---------------------------------------------------------------- masks
+# ---- masks
 
 
 def naive_mask(attention, mass):
@@ -63,7 +63,7 @@ def test_threshold_mask_refuses_what_is_no_attention(value):
         sheets.threshold_mask(np.array([[1.0, value]]), 0.6)
 
 
-# ---------------------------------------------------------------- similarity and PCA
+# ---- similarity and PCA
 
 
 def test_similarity_map_equals_the_loop():
@@ -79,7 +79,7 @@ def test_similarity_map_equals_the_loop():
 
 
 def skewed_tokens(*shape, seed=0):
-    """Tokens with a few strong directions whose scores are lopsided, as those of pictures are."""
+    """Tokens with a few strong directions whose scores are lopsided, as those of images are."""
     rng = np.random.default_rng(seed)
     strong = rng.exponential(size=(*shape[:-1], 3)) * (5, 3, 2)
     return strong @ rng.normal(size=(3, shape[-1])) + 0.01 * rng.normal(size=shape)
@@ -94,7 +94,7 @@ def test_pca_picture_does_not_change_when_tokens_are_rotated_shifted_or_scaled()
         assert np.abs(sheets.pca_picture(changed).astype(int) - colors).max() <= 1
 
 
-def test_pca_picture_shares_its_basis_between_pictures():
+def test_pca_picture_shares_its_basis_between_images():
     tokens = skewed_tokens(3, 4, 4, 8)
     together = sheets.pca_picture(tokens)
     assert (sheets.pca_picture(tokens[::-1])[::-1] == together).all()
@@ -118,14 +118,14 @@ def test_pca_picture_of_too_few_directions_is_grey_in_the_others():
     assert sheets.pca_picture(np.random.default_rng(0).normal(size=(4, 4, 2))).shape == (4, 4, 3)
 
 
-# ---------------------------------------------------------------- pictures and sheets
+# ---- images and sheets
 
 
 def test_scale_and_overlay():
     values = np.arange(12.0).reshape(3, 4)
     assert sheets.scale(values).min() == 0 and sheets.scale(values).max() == 1
     assert (sheets.scale(np.full((2, 2), 3.0)) == 0).all()
-    image = random_picture(30, 40)
+    image = random_image(30, 40)
     overlay = sheets.attention_overlay(image, values)
     assert overlay.shape == image.shape and overlay.dtype == np.uint8
     assert (overlay == sheets.attention_overlay(image, 7 * values)).all()  # any scale
@@ -143,13 +143,13 @@ def test_mask_overlay_tints_inside_and_dims_outside():
 
 def test_as_picture_takes_any_number_of_channels():
     for channels in (1, 2, 3, 4):
-        picture = sheets.as_picture(torch.arange(channels * 6, dtype=torch.uint8).view(channels, 2, 3))
-        assert picture.shape == (2, 3, 3) and picture[0, 0, 0] == 0 and picture[1, 2, 0] == 5
+        image = sheets.as_picture(torch.arange(channels * 6, dtype=torch.uint8).view(channels, 2, 3))
+        assert image.shape == (2, 3, 3) and image[0, 0, 0] == 0 and image[1, 2, 0] == 5
 
 
 @pytest.mark.parametrize("heads", [1, 6])
-def test_attention_sheet_has_a_row_a_picture_and_a_column_a_head(heads):
-    images = [random_picture(48, 48, i) for i in range(3)]
+def test_attention_sheet_has_a_row_per_image_and_a_column_per_head(heads):
+    images = [random_image(48, 48, i) for i in range(3)]
     attentions = np.random.default_rng(0).random((3, heads, 6, 6))
     sheet = sheets.attention_sheet(images, attentions, cell=50)
     title, gap = 14, 6
@@ -164,7 +164,7 @@ def test_contact_sheet_keeps_the_aspect_ratio():
     assert sheet.shape == (4 + 2 * (40 + 4), 4 + 2 * (80 + 4), 3)
     assert (sheet[4:44, 4:84] == 0).all() and (sheet[48:88, 88:] == 255).all()
     assert sheets.contact_sheet([[black.transpose(1, 0, 2), white]], cell=80, gap=4).shape == (88, 172, 3)
-    with pytest.raises(ValueError, match="no pictures"):
+    with pytest.raises(ValueError, match="no figures"):
         sheets.contact_sheet([])
 
 
@@ -179,7 +179,7 @@ def test_neighbours_are_framed_by_whether_they_are_right():
     assert colours == [[[0] * 3, right, wrong, right], [[0] * 3, wrong, wrong, wrong]]
 
 
-# ---------------------------------------------------------------- from a network
+# ---- from a network
 
 
 def tiny_vit(**options):
@@ -194,21 +194,21 @@ def test_attention_is_the_class_tokens_row_of_the_networks_own(layer, registers)
     for block in model.blocks:  # sharp enough that a wrong row would show
         block.attn.qkv.weight.data *= 20
     x = torch.randn(2, 3, 40, 51)
-    attention, tokens = sheets.attention_and_tokens(model, x, layer)
+    heads, tokens = dense.attention_and_tokens(model, x, layer)
     expected = model.get_attention_maps(x, [layer])[0][:, :, 0, 1 + registers:].unflatten(-1, (5, 6))
-    torch.testing.assert_close(attention, expected, atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(heads, expected, atol=1e-6, rtol=1e-4)
     torch.testing.assert_close(tokens, model.forward_features(x).patch_tokens)
     assert not model.blocks[layer].attn.qkv._forward_hooks
 
 
-def test_network_sheets_have_a_row_a_picture_and_leave_the_model_as_it_was():
+def test_network_sheets_have_a_row_per_image_and_leave_the_model_as_it_was():
     model = tiny_vit().train()
     model.patch_embed.eval()
     modes = [module.training for module in model.modules()]
     images = [torch.randint(0, 256, (3, height, 40), dtype=torch.uint8) for height in (40, 64)]
-    drawn = sheets.network_sheets(model, images, (0.5,) * 3, (0.2,) * 3, cell=50)
+    drawn = attention.network_sheets(model, images, (0.5,) * 3, (0.2,) * 3, cell=50)
     assert drawn["attention"].shape == (14 + 2 * 56, 6 + 5 * 56, 3)
     assert drawn["pca"].shape == (6 + 2 * 56, 6 + 2 * 56, 3)
-    assert sheets.network_sheets(model, [], (0.5,) * 3, (0.2,) * 3) == {}
+    assert attention.network_sheets(model, [], (0.5,) * 3, (0.2,) * 3) == {}
     assert [module.training for module in model.modules()] == modes
     assert all(parameter.grad is None for parameter in model.parameters())

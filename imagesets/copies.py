@@ -1,0 +1,101 @@
+"""Sets of images and edited copies of them, with the ground truth of which copy belongs to which image.
+
+    database/, queries/, ground_truth.csv      header query,match,attack; a line per match, paths in the two folders. A
+                                               query with several matches has several lines; an empty match: none
+    original/, strong/, jpeg/*/, crop/*/       INRIA Copydays: files with the same first four digits belong together
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+from imagesets.sources import open_images
+from parallel import Refused
+
+HEADER = ("query", "match", "attack")
+
+
+class Copies(NamedTuple):
+    """Names of files below a folder; for each query the rows of its matches in the database, and its attack."""
+
+    database: list[str]
+    queries: list[str]
+    matches: list[list[int]]
+    attacks: list[str]
+
+
+def read_copies(data_path: str) -> Copies:
+    """The ground truth of `data_path`, in either layout.
+
+    Raises:
+        Refused: neither layout, or a file that is missing or contradicts another.
+    """
+    folder, where = Path(data_path).expanduser(), f"--data_path {data_path}"
+    if (folder / "ground_truth.csv").is_file():
+        return read_csv(folder, where)
+    if (folder / "original").is_dir():
+        return read_copydays(folder, where)
+    raise Refused(f"{where}: neither ground_truth.csv nor original/ in it; give a folder with database/, queries/ and "
+                  "ground_truth.csv, or Copydays")
+
+
+def read_csv(folder: Path, where: str) -> Copies:
+    try:
+        with open(folder / "ground_truth.csv", newline="", encoding="utf-8-sig") as file:
+            lines = [tuple(cell.strip() for cell in line) for line in csv.reader(file) if any(line)]
+    except (OSError, UnicodeError, csv.Error) as error:
+        raise Refused(f"{where}: ground_truth.csv can't be read ({error}); give a text file in UTF-8") from error
+    if not lines or lines[0] != HEADER:
+        raise Refused(f"{where}: ground_truth.csv has to begin with the line {','.join(HEADER)}")
+    wrong = [",".join(line) for line in lines if len(line) != 3 or not line[0]]
+    if wrong:
+        raise Refused(f"{where}: ground_truth.csv: the line {wrong[0]!r} is not query,match,attack")
+    if len(lines) == 1:
+        raise Refused(f"{where}: ground_truth.csv is empty; write a line per query below its header")
+    database = images_in(folder / "database", where)
+    row = {name: i for i, name in enumerate(database)}
+    matches, attacks = {}, {}
+    for query, match, attack in lines[1:]:
+        if match and match not in row:
+            raise Refused(f"{where}: ground_truth.csv: {match!r}, the match of {query!r}, is not in database/")
+        if attacks.setdefault(query, attack) != attack:
+            raise Refused(f"{where}: ground_truth.csv: {query!r} has two attacks, {attacks[query]!r} and {attack!r}")
+        matches.setdefault(query, []).extend([row[match]] if match else [])
+    absent = [query for query in matches if not (folder / "queries" / query).is_file()]
+    if absent:
+        raise Refused(f"{where}: {len(absent)} image(s) of ground_truth.csv are not in queries/, the first is "
+                      f"{absent[0]!r}; put them there or take their lines out")
+    return checked(where, Copies([f"database/{name}" for name in database], [f"queries/{name}" for name in matches],
+                                 list(matches.values()), list(attacks.values())))
+
+
+def read_copydays(folder: Path, where: str) -> Copies:
+    database = images_in(folder / "original", where)
+    row = {}
+    for i, name in enumerate(database):
+        if row.setdefault(name[:4], i) != i:
+            raise Refused(f"{where}: original/ has two images whose names begin with {name[:4]}; rename one")
+    queries, matches, attacks = [], [], []
+    for kind in (folder / "strong", *sorted(folder.glob("jpeg/*/")), *sorted(folder.glob("crop/*/"))):
+        for name in images_in(kind, where) if kind.is_dir() else ():
+            queries.append(f"{kind.relative_to(folder)}/{name}")
+            matches.append([row[name[:4]]] if name[:4] in row else [])
+            attacks.append("".join(kind.relative_to(folder).parts))
+    return checked(where, Copies([f"original/{name}" for name in database], queries, matches, attacks))
+
+
+def images_in(folder: Path, where: str) -> list[str]:
+    """Paths of the images in a folder, relative to it, in the order of their names."""
+    if not folder.is_dir():
+        raise Refused(f"{where}: there is no folder {folder.name}/ in it; give a folder that has one")
+    images = open_images(folder)
+    return [os.path.relpath(images.name(i), folder) for i in range(len(images))]
+
+
+def checked(where: str, copies: Copies) -> Copies:
+    if not any(copies.matches):
+        raise Refused(f"{where}: none of its {len(copies.queries)} queries has a match; give a ground truth with some")
+    return copies

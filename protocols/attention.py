@@ -1,0 +1,191 @@
+"""Figures of what a Vision Transformer attends to: of one image, of a set of images, of a network in training.
+
+Figures are uint8 arrays (height, width, 3). Shapes: C channels, H heads, h x w patches, D width.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import flags
+from imagesets import decode, shapes
+from imagesets.sources import Images
+from parallel import Refused
+from protocols import dense, sheets
+from protocols.features import Network
+
+PCA_PAIRS = 4  # pairs of image and colours in a row of the PCA sheet
+
+
+# ---- One image ----
+
+
+def load_image(path: str | None, in_chans: int) -> Tensor:
+    """An image file as uint8 (C, height, width); without a path, the first image of the drawn set.
+
+    Raises:
+        Refused: no such file, or one that can't be decoded.
+    """
+    if path is None:
+        return decode.from_array(shapes.draw(0, 480)[0], in_chans)
+    if not Path(path).is_file():
+        raise Refused(f"--image_path {path}: no such file; give a folder of images to --images")
+    try:
+        return decode.decode(path, in_chans)
+    except decode.Undecodable as error:
+        raise Refused(f"--image_path {error}; give another image") from error
+
+
+def draw_image(
+    network: Network, image: Tensor, image_size: Sequence[int], output_dir: str | os.PathLike, layer: int = -1,
+    threshold: float | None = None, pca: bool = False, point: Sequence[float] | None = None,
+) -> list[str]:
+    """Write img.png, attn-mean.png, overlay.png, attn-head*.png and what else is asked for.
+
+    Args:
+        image: uint8 (C, height, width).
+        image_size: see `dense.input_sizes`.
+        threshold: also mask_th*_head*.png, the patches that hold this share of a head's attention.
+        pca: also pca.png, the first three principal components of the patch tokens.
+        point: pixel (x, y) of the image; also similarity.png, the cosine similarity of all patches to its patch.
+
+    Returns:
+        The names of the files, without .png.
+
+    Raises:
+        Refused: the point lies outside the image, or nothing can be written to `output_dir`.
+    """
+    patch = network.info["patch_size"]
+    position = dense.patch_of_point(point, *image.shape[-2:], image_size, patch) if point else None
+    image, attention, tokens = dense.look(network.forward, network.info, image, image_size, layer)
+    figure, mean = sheets.as_picture(image), attention.mean(axis=0)
+    figures = {"img": figure, "attn-mean": heat_figure(mean, figure), "overlay": sheets.attention_overlay(figure, mean)}
+    figures |= {f"attn-head{i}": heat_figure(head, figure) for i, head in enumerate(attention)}
+    if threshold:
+        masks = sheets.threshold_mask(attention, threshold)
+        figures |= {f"mask_th{threshold}_head{i}": sheets.mask_overlay(figure, m) for i, m in enumerate(masks)}
+    if pca:
+        figures["pca"] = enlarge(sheets.pca_picture(tokens), figure)
+    if position:
+        drawn = similarity_figure(figure, tokens, tokens[position])
+        figures["similarity"] = sheets.outline_patch(drawn, position, patch)
+    save(figures, output_dir)
+    print(f"{len(attention)} heads on {attention.shape[1]} x {attention.shape[2]} patches: {len(figures)} figures "
+          f"written to {output_dir} ({', '.join(f'{name}.png' for name in figures)})")
+    return list(figures)
+
+
+def save(figures: Mapping[str, np.ndarray], output_dir: str | os.PathLike) -> None:
+    flags.prepare_output(Path(output_dir))
+    for name, figure in figures.items():
+        sheets.save_picture(figure, Path(output_dir, f"{name}.png"))
+
+
+def heat_figure(values: np.ndarray, figure: np.ndarray) -> np.ndarray:
+    """A map (h, w) as colours from its smallest to its largest value, each patch a square, at the figure's size."""
+    return enlarge(sheets.heatmap(sheets.scale(values, values.min(), values.max())), figure)
+
+
+def enlarge(colors: np.ndarray, figure: np.ndarray) -> np.ndarray:
+    """Colours of patches (h, w, 3) as squares, at the figure's size."""
+    return sheets.resize(colors, *figure.shape[:2], smooth=False)
+
+
+def similarity_figure(figure: np.ndarray, tokens: np.ndarray, token: np.ndarray) -> np.ndarray:
+    """The figure overlaid with the cosine similarity of every patch token (h, w, D) to a token (D,)."""
+    return sheets.attention_overlay(figure, sheets.similarity_map(tokens, token))
+
+
+# ---- A set of images ----
+
+
+def draw_sheets(
+    network: Network, images: Images, image_size: Sequence[int], output_dir: str | os.PathLike, layer: int = -1,
+    max_images: int = 16, threshold: float | None = None, pca: bool = False, flag: str = "--images",
+) -> list[str]:
+    """Write attention_sheet.png, a row per image, and with `pca` also pca_sheet.png, with one basis for all images.
+
+    Args:
+        images: of a larger set, `max_images` evenly spaced ones are drawn.
+        image_size: see `dense.input_sizes`.
+        threshold: also a column of masks, the patches that hold this share of the mean attention.
+        flag: how errors name the images.
+
+    Returns:
+        The names of the files, without .png.
+
+    Raises:
+        Refused: no image can be decoded, or nothing can be written to `output_dir`.
+    """
+    outputs = []
+    for i in np.linspace(0, len(images) - 1, min(len(images), max_images)).astype(int).tolist():
+        try:
+            image = images.load(i)
+        except decode.Undecodable as error:
+            print(f"left out: {error}")
+            continue
+        outputs.append(dense.look(network.forward, network.info, image, image_size, layer))
+    if not outputs:
+        raise Refused(f"{flag}: no image can be decoded; give others")
+    figures = [sheets.as_picture(image) for image, _, _ in outputs]
+    attentions = [attention for _, attention, _ in outputs]
+    masks = [sheets.threshold_mask(a.mean(axis=0), threshold) for a in attentions] if threshold else None
+    drawn = {"attention_sheet": sheets.attention_sheet(figures, attentions, masks)}
+    if pca:
+        colors = pca_figures([tokens for _, _, tokens in outputs], figures)
+        cells = [cell for pair in zip(figures, colors, strict=True) for cell in pair]
+        columns = 2 * min(PCA_PAIRS, len(figures))
+        drawn["pca_sheet"] = sheets.contact_sheet([cells[i:i + columns] for i in range(0, len(cells), columns)])
+    save(drawn, output_dir)
+    print(f"{len(outputs)} of {len(images)} images: {' and '.join(f'{name}.png' for name in drawn)} written to "
+          f"{output_dir}")
+    return list(drawn)
+
+
+def pca_figures(tokens: Sequence[np.ndarray], figures: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Patch tokens (h, w, D) of n images as colours of one basis, each at the size of its figure."""
+    basis = sheets.pca_basis(np.concatenate([t.reshape(-1, t.shape[-1]) for t in tokens]))
+    return [enlarge(sheets.pca_picture(t, basis), figure) for t, figure in zip(tokens, figures, strict=True)]
+
+
+# ---- A network in training ----
+
+
+def network_sheets(
+    model: nn.Module, images: Sequence[Tensor], mean: Sequence[float], std: Sequence[float], layer: int = -1,
+    cell: int = 160,
+) -> dict[str, np.ndarray]:
+    """Attention and PCA sheets of a few images. The modules' training modes are restored.
+
+    Args:
+        model: a VisionTransformer, on any device.
+        images: uint8 tensors (C, height, width), of any sizes, none smaller than a patch.
+        mean, std: one value per channel, of intensities in [0, 1], as in training.
+        layer: index of the block whose attention is drawn.
+
+    Returns:
+        {"attention": the attention sheet, "pca": the images above their patch tokens as colours, of one basis}, both
+        uint8 (height, width, 3); empty without images.
+    """
+    if not images:
+        return {}
+    device = next(model.parameters()).device
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            outputs = [dense.attention_and_tokens(
+                model, dense.normalize(image, {"mean": mean, "std": std}, device)[None], layer) for image in images]
+    finally:
+        for module, training in modes:
+            module.training = training
+    figures = [sheets.as_picture(image) for image in images]
+    attention = sheets.attention_sheet(figures, [a[0].numpy() for a, _ in outputs], cell=cell)
+    colors = pca_figures([t[0].numpy() for _, t in outputs], figures)
+    return {"attention": attention, "pca": sheets.contact_sheet([figures, colors], cell=cell)}

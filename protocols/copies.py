@@ -1,0 +1,208 @@
+"""Copy detection as on INRIA Copydays (Douze et al. 2009; DINO, arXiv 2104.14294, section 4.2.1, table 4).
+
+Queries are edited copies; the image that each was made from is searched in a database by the cosine similarity of
+features: the class token concatenated with the generalized mean (GeM) of the patch tokens, whitened if there are other
+images to learn that from. mAP averages over the queries that have a match; uAP (micro-AP) ranks all pairs of query and
+database image together, those of queries without a match included.
+
+Shapes: Q queries, M database images (with distractors), D width, B images per batch, C channels.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import Dataset
+
+import flags
+import parallel
+from imagesets.copies import read_copies
+from imagesets.sources import Images, open_files, open_images
+from parallel import Refused
+from protocols import features, retrieval, scores
+from protocols.features import PIXELS, Network
+from protocols.transforms import PIXELS_SIDE, SmallPictures
+from vision_transformer import VITS, VisionTransformer
+
+POOLED = "the network's output"  # features of networks without patch tokens, and of raw pixels
+DISTRACTORS_FOR = {"both": ("whitening", "database"), "whitening": ("whitening",), "database": ("database",)}
+
+
+# ---- Features ----
+
+
+class Squares(Dataset):
+    """index -> (float32 (C, side, side), index): the whole image, resized without keeping its proportions, normalized.
+
+    Args:
+        mean, std: one value per channel, of intensities in [0, 1].
+    """
+
+    def __init__(self, images: Images, side: int, mean: Sequence[float], std: Sequence[float]) -> None:
+        self.images, self.side = images, side
+        self.mean, self.std = (255 * torch.tensor(v, dtype=torch.float32).view(-1, 1, 1) for v in (mean, std))
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image = self.images.load(index)[None]
+        image = F.interpolate(image, size=(self.side, self.side), mode="bicubic", antialias=True)[0]
+        return (image.float() - self.mean) / self.std, index
+
+
+def descriptor(model: VisionTransformer, gem_p: float) -> Callable[[Tensor], Tensor]:
+    """(B, C, side, side) -> (B, 2 D): the class token and the generalized mean of the patch tokens, concatenated."""
+
+    def describe(images: Tensor) -> Tensor:
+        tokens = model.forward_features(images)
+        return torch.cat([tokens.cls_token.float(), retrieval.gem(tokens.patch_tokens, gem_p)], dim=1)
+
+    return describe
+
+
+def input_side(network: Network, image_size: int) -> int:
+    """Pixels per side of the network's input; `image_size` 0 is the size of the weights' global crops.
+
+    Raises:
+        Refused: smaller than a patch.
+    """
+    if network.about["arch"] == PIXELS:
+        return PIXELS_SIDE
+    side, patch = image_size or network.info["global_crops_size"], network.info["patch_size"]
+    if network.info["arch"] in VITS and side < patch:
+        raise Refused(f"--image_size {side}: smaller than a patch of {patch}; raise it")
+    return side
+
+
+def copy_features(
+    network: Network, images: Images, side: int, gem_p: float, batch_size: int, num_workers: int,
+    cache: str | os.PathLike | None,
+) -> Tensor:
+    """(N, D) features of the images, from `cache` where it has them."""
+    about, mean, std = network.about, network.info["mean"], network.info["std"]
+    dataset = SmallPictures(images) if about["arch"] == PIXELS else Squares(images, side, mean, std)
+    has_tokens = isinstance(network.forward, VisionTransformer)
+    forward = descriptor(network.forward, gem_p) if has_tokens else network.forward
+    fingerprint = {
+        "weights": str(about["weights_sha256"]), "images": features.images_hash(images),
+        "transform": f"square {side} {mean} {std}",
+        "network": f"{about['arch']} {about['precision']} {features_name(network, gem_p)}",
+    }
+    return features.cached_features(cache, fingerprint, lambda: features.extract_features(
+        forward, dataset, batch_size, num_workers, network.device, network.autocast()))
+
+
+def features_name(network: Network, gem_p: float) -> str:
+    return f"class token and GeM, p = {gem_p:g}" if isinstance(network.forward, VisionTransformer) else POOLED
+
+
+# ---- Figures ----
+
+
+def measure(similarity: np.ndarray, matches: Sequence[Sequence[int]], attacks: Sequence[str]) -> list[dict]:
+    """mAP and uAP in %, of all queries and by attack, in the order in which the attacks first occur.
+
+    Args:
+        similarity: (Q, M).
+        matches: for each query the rows of the database that it should find, or none.
+        attacks: (Q,) names.
+    """
+    relevant = np.zeros(similarity.shape, bool)
+    for q, rows in enumerate(matches):
+        relevant[q, list(rows)] = True
+    names = list(dict.fromkeys(attacks))
+    groups = {"all": np.arange(len(similarity))}
+    if len(names) > 1:
+        groups |= {name: np.flatnonzero(np.array(attacks) == name) for name in names}
+    return [{"attack": name, "queries": len(rows)} | figures(similarity[rows], relevant[rows])
+            for name, rows in groups.items()]
+
+
+def figures(similarity: np.ndarray, relevant: np.ndarray) -> dict:
+    """mAP and uAP in % with their intervals, from (Q, M) similarities and bool (Q, M)."""
+    if not relevant.any():
+        return {"mAP": None, "uAP": None}
+    precisions = [retrieval.average_precision(np.flatnonzero(right[retrieval.ranking(score)]))
+                  for score, right in zip(similarity, relevant, strict=True) if right.any()]
+    low, high = retrieval.micro_interval(similarity, relevant)
+    micro = 100 * retrieval.micro_average_precision(similarity, relevant)
+    return {"mAP": scores.percent(np.array(precisions)), "uAP": {"value": micro, "interval": [100 * low, 100 * high]}}
+
+
+# ---- The evaluation ----
+
+
+def open_distractors(distractors: str, uses: Sequence[str], in_chans: int) -> Images:
+    images = open_images(distractors, None, in_chans, flag="--distractors")
+    if "whitening" in uses and len(images) < 2:
+        raise Refused(f"--distractors {distractors}: one image gives no whitening; give more, or --distractors_for "
+                      "database")
+    return images
+
+
+def evaluate_copies(
+    network: Network, data_path: str, distractors: str = "", distractors_for: str = "both", gem_p: float = 4.0,
+    image_size: int = 0, batch_size: int = 64, num_workers: int = 10, output_dir: str | os.PathLike = ".",
+) -> dict:
+    """Copy detection, measured. Writes eval_copy_detection.json and the cache of features, features/.
+
+    Every process calls it; the first one measures and writes.
+
+    Args:
+        network: any; computes in its precision.
+        data_path: see `imagesets.copies`.
+        distractors: folder or list of other images, without copies of the database's; "" for none.
+        distractors_for: key of `DISTRACTORS_FOR`: the whitening is learned from them, they join the database, or both.
+        gem_p: power of the mean over patch tokens.
+        image_size: pixels per side of the network's input; 0 is the size of the weights' global crops.
+        batch_size: images per process and batch.
+
+    Returns:
+        What eval_copy_detection.json holds, without the command: settings and {"results": a line per attack}, which
+        is empty in all processes but the first.
+
+    Raises:
+        Refused: no such images, no whitening, a file that can't be read or written.
+    """
+    side = input_side(network, image_size)
+    copies, in_chans = read_copies(data_path), network.info["in_chans"]
+    folder = os.path.expanduser(data_path)
+    sets = [open_files(folder, names, in_chans) for names in (copies.queries, copies.database)]
+    uses = DISTRACTORS_FOR[distractors_for] if distractors else ()
+    if distractors:
+        sets.append(open_distractors(distractors, uses, in_chans))
+    output_dir = Path(output_dir)
+    flags.prepare_output(output_dir)
+    queries, database, *others = (
+        copy_features(network, images, side, gem_p, batch_size, num_workers, output_dir / "features")
+        for images in sets)
+    if "database" in uses:
+        database = torch.cat([database, *others])
+    if "whitening" in uses:
+        whitening = retrieval.fit_whitening(others[0])
+        queries, database = (retrieval.whiten(part, whitening) for part in (queries, database))
+    about = {k: v for k, v in network.about.items() if k not in ("resize_size", "crop_size")} | {
+        "image_size": side, "features": features_name(network, gem_p), "data_path": data_path,
+        "distractors": distractors or None, "whitening": "whitening" in uses, "images": [len(queries), len(database)],
+    }
+    results = []
+    if parallel.is_main():
+        results = measure(retrieval.similarities(queries, database), copies.matches, copies.attacks)
+        scores.write_results(output_dir / "eval_copy_detection.json", results, **about)
+    return about | {"results": results}
+
+
+def show_copies(report: Mapping) -> None:
+    """Print the table of `evaluate_copies`' report."""
+    queries, database = report["images"]
+    print(f"{queries} queries, {database} database images; features: {report['features']}"
+          + (", whitened" if report["whitening"] else ""))
+    print("in %, with 95 % bootstrap intervals over queries")
+    print(scores.table(report["results"]), flush=True)

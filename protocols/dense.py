@@ -1,0 +1,142 @@
+"""Dense outputs of a Vision Transformer: the class token's attention to every patch, and the patch tokens.
+
+Shapes: B images, C channels, H heads, N tokens, h x w patches, D width. Sizes are (height, width) in pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from parallel import Refused
+from protocols.features import Network
+from vision_transformer import VITS, VisionTransformer
+
+# ---- Sizes ----
+
+
+def input_sizes(
+    height: int, width: int, image_size: Sequence[int], patch: int
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Size to which an image is resized, and size of the crop of it that the network gets.
+
+    One number in `image_size` is the shorter side, rounded down to whole patches; the aspect ratio is kept. Two numbers
+    are the exact height and width. The crop drops the incomplete patches at the right and bottom edge, so that no
+    image is distorted.
+
+    Raises:
+        Refused: more than two numbers, or one below the patch size.
+    """
+    if len(image_size) > 2:
+        raise Refused(f"--image_size {' '.join(map(str, image_size))}: give the shorter side, or height and width")
+    if min(image_size) < patch:
+        raise Refused(f"--image_size {min(image_size)}: smaller than a patch of {patch}; give {patch} or more")
+    resized = tuple(image_size)
+    if len(image_size) == 1:
+        shorter = image_size[0] // patch * patch
+        resized = tuple(max(shorter, round(side * shorter / min(height, width))) for side in (height, width))
+    return resized, tuple(side // patch * patch for side in resized)
+
+
+def resize_to_patches(image: Tensor, image_size: Sequence[int], patch: int) -> Tensor:
+    """uint8 (C, height, width) -> uint8 (C, h * patch, w * patch), bicubic with antialiasing; see `input_sizes`."""
+    resized, cropped = input_sizes(*image.shape[-2:], image_size, patch)
+    return F.interpolate(image[None], resized, mode="bicubic", antialias=True)[0, :, : cropped[0], : cropped[1]]
+
+
+def patches_to_pixels(maps: np.ndarray, height: int, width: int, image_size: Sequence[int], patch: int) -> np.ndarray:
+    """Maps of patches (..., h, w) at the image's own size (..., height, width); each pixel takes its nearest patch.
+
+    The inverse of `resize_to_patches`: pixels of the strip that was cropped take the last patch.
+    """
+    resized, _ = input_sizes(height, width, image_size, patch)
+    rows, columns = (
+        np.minimum(((np.arange(pixels) + 0.5) * side / pixels).astype(int) // patch, count - 1)
+        for pixels, side, count in zip((height, width), resized, maps.shape[-2:], strict=True))
+    return maps[..., rows[:, None], columns]
+
+
+def patch_of_point(
+    point: Sequence[float], height: int, width: int, image_size: Sequence[int], patch: int
+) -> tuple[int, int]:
+    """Row and column of the patch that contains pixel (x, y) of an image of height x width before resizing.
+
+    Raises:
+        Refused: the point lies outside the image.
+    """
+    x, y = point
+    if x >= width or y >= height:
+        raise Refused(f"--point {x:g} {y:g}: outside the image of {width} x {height} pixels (width x height); give "
+                      "coordinates inside it")
+    resized, cropped = input_sizes(height, width, image_size, patch)
+    row, column = int((y + 0.5) * resized[0] / height) // patch, int((x + 0.5) * resized[1] / width) // patch
+    return min(row, cropped[0] // patch - 1), min(column, cropped[1] // patch - 1)
+
+
+# ---- The network ----
+
+
+def check_attention(network: Network, image_size: Sequence[int], layer: int) -> None:
+    """Fail before any image is read.
+
+    Raises:
+        Refused: the network has no class token, no such layer, or patches larger than the image.
+    """
+    arch, model = network.about["arch"], network.forward
+    if not isinstance(model, VisionTransformer):
+        raise Refused(f"--arch {arch}: has no class token whose attention could be read; use one of {', '.join(VITS)}")
+    if not -len(model.blocks) <= layer < len(model.blocks):
+        raise Refused(f"--layer {layer}: the network has layers 0 to {len(model.blocks) - 1}; -1 is the last")
+    input_sizes(64, 64, image_size, network.info["patch_size"])
+
+
+def normalize(images: Tensor, info: Mapping, device: torch.device) -> Tensor:
+    """uint8 (..., C, height, width) -> float32 on `device`, with the mean and std of the weights."""
+    mean, std = (torch.tensor(info[name], device=device).view(-1, 1, 1) for name in ("mean", "std"))
+    return (images.to(device) / 255 - mean) / std
+
+
+def attention_and_tokens(model: nn.Module, x: Tensor, layer: int = -1) -> tuple[Tensor, Tensor]:
+    """Attention of the class token, softmax(q k^T / sqrt(D / H)), and the patch tokens, in one forward pass.
+
+    Computes only the class token's row of the N x N weights, from the queries and keys of the block, so that thousands
+    of patches per image need little memory.
+
+    Args:
+        model: a VisionTransformer.
+        x: (B, C, height, width), normalized, on the model's device.
+        layer: index of the block whose attention is read; negative ones count from the last.
+
+    Returns:
+        float32 on the CPU: attention to every patch (B, H, h, w), without the shares of the class token itself and of
+        registers; the network's normalized output patch tokens (B, h, w, D).
+    """
+    attn, outputs = model.blocks[layer].attn, []
+    hook = attn.qkv.register_forward_hook(lambda module, inputs, output: outputs.append(output.float()))
+    try:
+        tokens = model.forward_features(x).patch_tokens
+    finally:
+        hook.remove()
+    q, k, _ = outputs[0].unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, H, N, D / H)
+    rows = (q[:, :, :1] @ k.transpose(-2, -1) * attn.scale).softmax(dim=-1)[:, :, 0]  # (B, H, N)
+    h, w = tokens.shape[1:3]
+    return rows[..., -h * w:].unflatten(-1, (h, w)).cpu(), tokens.float().cpu()
+
+
+@torch.no_grad()
+def look(
+    model: nn.Module, info: Mapping, image: Tensor, image_size: Sequence[int], layer: int = -1
+) -> tuple[Tensor, np.ndarray, np.ndarray]:
+    """Show the network one image, uint8 (C, height, width).
+
+    Returns:
+        The resized and cropped image uint8 (C, h * patch, w * patch); attention (H, h, w); patch tokens (h, w, D).
+    """
+    image = resize_to_patches(image, image_size, info["patch_size"])
+    device = next(model.parameters()).device
+    attention, tokens = attention_and_tokens(model, normalize(image, info, device)[None], layer)
+    return image, attention[0].numpy(), tokens[0].numpy()

@@ -1,0 +1,189 @@
+"""Image retrieval on revisited Oxford and Paris (Radenovic et al. 2018; DINO, arXiv 2104.14294, table 3).
+
+Each query, cropped to its box, ranks the database by the cosine similarity of features. An image of the query's
+landmark is easy, hard or junk for it:
+
+    setting    relevant      removed from the ranking
+    easy       easy          hard, junk
+    medium     easy, hard    junk
+    hard       hard          easy, junk
+
+Shapes: Q queries, M database images, N images, D width, B images per batch, C channels.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+import flags
+import parallel
+from imagesets.ground_truth import Query
+from imagesets.landmarks import Cropped, open_landmarks
+from imagesets.sources import Images
+from parallel import Refused
+from protocols import features, retrieval, scores
+from protocols.features import PIXELS, Network
+from protocols.transforms import SmallPictures
+from vision_transformer import VITS
+
+SETTINGS = {  # relevant images, and images removed from the ranking
+    "easy": (("easy",), ("hard", "junk")),
+    "medium": (("easy", "hard"), ("junk",)),
+    "hard": (("hard",), ("easy", "junk")),
+}
+KAPPAS = (1, 5, 10)
+SCALES = (1.0, 2**-0.5, 0.5)
+
+
+# ---- Features ----
+
+
+class WholeImages(Dataset):
+    """index -> (float32 (C, h, w), index): resized so that the longer side is at most `imsize` pixels, normalized.
+
+    Both sides are rounded to multiples of `patch`, so that the network sees all of the image.
+
+    Args:
+        mean, std: one value per channel, of intensities in [0, 1].
+    """
+
+    def __init__(
+        self, images: Images, imsize: int, patch: int, mean: Sequence[float], std: Sequence[float]
+    ) -> None:
+        self.images, self.imsize, self.patch = images, imsize, patch
+        self.mean, self.std = (255 * torch.tensor(v, dtype=torch.float32).view(-1, 1, 1) for v in (mean, std))
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image = self.images.load(index)
+        factor = min(1.0, self.imsize / max(image.shape[1:]))
+        size = [whole_patches(factor * side, self.patch) for side in image.shape[1:]]
+        image = F.interpolate(image[None], size=size, mode="bicubic", antialias=True)[0]
+        return (image.float() - self.mean) / self.std, index
+
+
+def whole_patches(pixels: float, patch: int) -> int:
+    """The nearest positive multiple of `patch`."""
+    return max(1, round(pixels / patch)) * patch
+
+
+def patch_multiple(model: nn.Module) -> int:
+    """Pixels of which the sides of the network's input must be a multiple: its patch size, or 1."""
+    patch = getattr(getattr(model, "patch_embed", None), "patch_size", 1)
+    return patch if isinstance(patch, int) else max(patch)
+
+
+def multiscale(forward: Callable[[Tensor], Tensor], patch: int) -> Callable[[Tensor], Tensor]:
+    """(B, C, h, w) -> (B, D): the mean over three scales of the features on the unit sphere."""
+
+    def at_all_scales(images: Tensor) -> Tensor:
+        parts = []
+        for scale in SCALES:
+            size = [whole_patches(scale * side, patch) for side in images.shape[-2:]]
+            smaller = images if scale == 1 else F.interpolate(images, size=size, mode="bilinear", antialias=True)
+            parts.append(F.normalize(forward(smaller).float(), dim=1))
+        return torch.stack(parts).mean(0)
+
+    return at_all_scales
+
+
+def landmark_features(
+    network: Network, images: Cropped, imsize: int, use_multiscale: bool, num_workers: int,
+    cache: str | os.PathLike | None,
+) -> Tensor:
+    """(N, D) features of whole images, from `cache` where it has them. Sizes differ, so batches hold one image."""
+    about, pixels = network.about, network.about["arch"] == PIXELS
+    patch, mean, std = patch_multiple(network.forward), network.info["mean"], network.info["std"]
+    dataset = SmallPictures(images) if pixels else WholeImages(images, imsize, patch, mean, std)
+    forward = multiscale(network.forward, patch) if use_multiscale and not pixels else network.forward
+    fingerprint = {
+        "weights": str(about["weights_sha256"]), "images": features.images_hash(images),
+        "transform": f"imsize {imsize} multiscale {use_multiscale} {mean} {std} {images.boxes}",
+        "network": f"{about['arch']} {about['precision']}",
+    }
+    return features.cached_features(cache, fingerprint, lambda: features.extract_features(
+        forward, dataset, 1, num_workers, network.device, network.autocast()))
+
+
+# ---- Figures ----
+
+
+def measure(ranked: np.ndarray, queries: Sequence[Query]) -> list[dict]:
+    """mAP and mP@k in % for each setting, from (Q, M) rows of the database, best first.
+
+    Queries without a relevant image in a setting are left out of it; a setting without queries has no figures.
+    """
+    results = []
+    names = ("mAP", *(f"mP@{k}" for k in KAPPAS))
+    for setting, (wanted, removed) in SETTINGS.items():
+        per_query = []  # average precision, and precision at each k
+        for order, query in zip(ranked, queries, strict=True):
+            relevant, junk = ([row for part in parts for row in getattr(query, part)] for parts in (wanted, removed))
+            if relevant:
+                ranks = retrieval.relevant_ranks(order, relevant, junk)
+                precisions = [retrieval.precision_at(ranks, k) for k in KAPPAS]
+                per_query.append([retrieval.average_precision_trapezoid(ranks), *precisions])
+        columns = np.array(per_query).T if per_query else [None] * len(names)
+        figures = {n: None if c is None else scores.percent(c) for n, c in zip(names, columns, strict=True)}
+        results.append({"setting": setting, "queries": len(per_query)} | figures)
+    return results
+
+
+# ---- The evaluation ----
+
+
+def evaluate_retrieval(
+    network: Network, data_path: str, dataset: str, imsize: int = 224, use_multiscale: bool = False,
+    num_workers: int = 10, output_dir: str | os.PathLike = ".",
+) -> dict:
+    """Landmark retrieval, measured. Writes eval_image_retrieval.json and the cache of features, features/.
+
+    Every process calls it; the first one writes.
+
+    Args:
+        network: any; computes in its precision.
+        data_path, dataset: see `imagesets.landmarks`.
+        imsize: pixels of the longer side; smaller images keep their size.
+        use_multiscale: average the features over three scales.
+
+    Returns:
+        What eval_image_retrieval.json holds, without the command: settings and {"results": a line per setting}.
+
+    Raises:
+        Refused: no such data set, images smaller than a patch, a file that can't be read or written.
+    """
+    arch, patch = network.about["arch"], network.info.get("patch_size", 1)
+    if arch in VITS and imsize < patch:
+        raise Refused(f"--imsize {imsize}: smaller than a patch of {patch}; raise it")
+    truth, database, queries = open_landmarks(data_path, dataset, network.info["in_chans"])
+    output_dir = Path(output_dir)
+    flags.prepare_output(output_dir)
+    query_features, database_features = (
+        landmark_features(network, images, imsize, use_multiscale, num_workers, output_dir / "features")
+        for images in (queries, database))
+    ranked = retrieval.ranking(retrieval.similarities(query_features, database_features))
+    results = measure(ranked, truth.queries)
+    about = {k: v for k, v in network.about.items() if k not in ("resize_size", "crop_size")} | {
+        "data_path": data_path, "dataset": dataset, "imsize": imsize, "multiscale": use_multiscale,
+        "images": len(database), "queries": len(queries),
+    }
+    if parallel.is_main():
+        scores.write_results(output_dir / "eval_image_retrieval.json", results, **about)
+    return about | {"results": results}
+
+
+def show_retrieval(report: Mapping) -> None:
+    """Print the table of `evaluate_retrieval`'s report."""
+    print(f"{report['dataset']}: {report['queries']} queries, {report['images']} images; in %, with 95 % bootstrap "
+          "intervals")
+    print(scores.table(report["results"]), flush=True)

@@ -1,0 +1,235 @@
+"""Video object segmentation: the labels of a video's first frame, propagated and measured on the other frames.
+
+Shapes: B frames per batch, C channels, h x w patches, D width. Sizes are (height, width) in pixels.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import flags
+import parallel
+from imagesets import davis, masks
+from parallel import Refused
+from protocols import dense, scores, segmentation_scores
+from protocols.features import PIXELS, Network
+from protocols.propagation import harden, one_hot, propagate_video
+from utils import IMAGENET_MEAN, IMAGENET_STD
+from vision_transformer import VITS, VisionTransformer
+
+STATISTICS = ("mean", "recall", "decay")
+PROPAGATED, COPIED = "propagated", "first mask copied"  # methods in the table
+
+
+class Settings(NamedTuple):
+    """How labels are propagated."""
+
+    image_size: int  # shorter side of the network's input
+    n_last_frames: int
+    radius: int  # rows and columns of patches; 0: no limit
+    topk: int
+    batch_size: int  # frames
+
+
+# ---- Features ----
+
+
+def patch_network(network: Network, patch_size: int) -> tuple[Callable[[Tensor], Tensor], dict]:
+    """(B, C, height, width), normalized -> patch features (B, h, w, D); and how frames are made, as `Network.info`.
+
+    Args:
+        patch_size: of raw pixels, whose features are the pixels of a patch. A network has its own.
+
+    Raises:
+        Refused: the network has no patch tokens.
+    """
+    if network.about["arch"] == PIXELS:
+        info = {"patch_size": patch_size, "in_chans": 3, "mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+        return lambda x: F.pixel_unshuffle(x, patch_size).movedim(1, -1), info
+    if not isinstance(network.forward, VisionTransformer):
+        raise Refused(f"--arch {network.about['arch']}: has no patch tokens; use one of {', '.join(VITS)}, or {PIXELS}")
+    return lambda x: network.forward.forward_features(x).patch_tokens, network.info
+
+
+def frame_size(height: int, width: int, image_size: int, patch: int) -> tuple[int, int]:
+    """Size of the network's input: shorter side `image_size` rounded down to whole patches, the other to the nearest.
+
+    The frame is distorted by less than half a patch instead of cropped: labels must cover it to its edges.
+
+    Raises:
+        Refused: `image_size` is below the patch size.
+    """
+    if image_size < patch:
+        raise Refused(f"--image_size {image_size}: smaller than a patch of {patch}; give {patch} or more")
+    shorter = image_size // patch * patch
+    return tuple(max(1, round(side * shorter / min(height, width) / patch)) * patch for side in (height, width))
+
+
+@torch.inference_mode()
+def frame_features(
+    video: davis.Video, forward: Callable[[Tensor], Tensor], info: Mapping, size: tuple[int, int], batch_size: int,
+    device: torch.device,
+) -> Iterator[Tensor]:
+    """Patch features float32 (h, w, D) of each frame; `batch_size` frames are in memory."""
+    for start in range(0, len(video.frames), batch_size):
+        batch = [davis.read_frame(video, i, info["in_chans"])
+                 for i in range(start, min(start + batch_size, len(video.frames)))]
+        batch = torch.stack([dense.resize_to_patches(frame, size, info["patch_size"]) for frame in batch])
+        yield from forward(dense.normalize(batch, info, device)).float()
+
+
+# ---- One video ----
+
+
+def segment_video(
+    video: davis.Video, forward: Callable[[Tensor], Tensor], info: Mapping, settings: Settings, device: torch.device
+) -> Iterator[np.ndarray]:
+    """Labels (height, width) of each frame; those of the first are its annotation."""
+    first, _ = davis.read_annotation(video, 0)
+    size = frame_size(*first.shape, settings.image_size, info["patch_size"])
+    h, w = (side // info["patch_size"] for side in size)
+    features = frame_features(video, forward, info, size, settings.batch_size, device)
+    soft = propagate_video(features, one_hot(first, video.objects, h, w).to(device), settings.n_last_frames,
+                           settings.radius, settings.topk)
+    for i, labels in enumerate(soft):
+        yield harden(labels, video.objects, *first.shape) if i else first
+
+
+def frame_scores(
+    labels: np.ndarray, truth: np.ndarray, void: np.ndarray, objects: Sequence[int]
+) -> list[list[float]]:
+    """J and F of each object: objects x 2."""
+    return [[measure(labels == o, truth == o, void)
+             for measure in (segmentation_scores.jaccard, segmentation_scores.contour_accuracy)] for o in objects]
+
+
+def evaluate_video(
+    video: davis.Video, forward: Callable[[Tensor], Tensor], info: Mapping, settings: Settings, device: torch.device,
+    output_dir: Path,
+) -> dict[str, list]:
+    """Write a video's segmentations and measure them on its annotated frames: {method: (frames, objects, 2)}.
+
+    The first frame is given, and the last one is left out as in DAVIS 2017.
+    """
+    started, measured = time.perf_counter(), {PROPAGATED: [], COPIED: []}
+    first, _ = davis.read_annotation(video, 0)
+    for i, labels in enumerate(segment_video(video, forward, info, settings, device)):
+        masks.write_labels(labels, output_dir / video.name / f"{video.frames[i].stem}.png")
+        if i in video.annotations and 0 < i < len(video.frames) - 1:
+            truth, void = davis.read_annotation(video, i)
+            for method, prediction in ((PROPAGATED, labels), (COPIED, first)):
+                measured[method].append(frame_scores(prediction, truth, void, video.objects))
+    print(f"{video.name}: {len(video.frames)} frames, {len(video.objects)} object(s), "
+          f"{(time.perf_counter() - started) / len(video.frames):.2f} s per frame", flush=True)
+    return measured
+
+
+# ---- Figures ----
+
+
+def object_figures(measured: Sequence) -> dict[str, np.ndarray]:
+    """Figures of a video's objects from J and F (frames, objects, 2): {"J&F", "J mean", ... "F decay"}: (objects,)."""
+    measured = np.asarray(measured, np.float64)
+    figures = {}
+    for k, name in enumerate("JF"):
+        each = np.array([segmentation_scores.statistics(series) for series in measured[..., k].T])  # (objects, 3)
+        figures |= {f"{name} {statistic}": each[:, i] for i, statistic in enumerate(STATISTICS)}
+    return {"J&F": (figures["J mean"] + figures["F mean"]) / 2} | figures
+
+
+def summarize(videos: Sequence[davis.Video], measured: Sequence[dict]) -> tuple[list[dict], list[dict]]:
+    """A line per method, averaged over objects, and a line per video that has a judged frame."""
+    judged = [(video, one) for video, one in zip(videos, measured, strict=True) if one[PROPAGATED]]
+    results = []
+    for method in judged[0][1] if judged else ():
+        each = [object_figures(one[method]) for _, one in judged]
+        results.append({"method": method} | {key: scores.percent(np.concatenate([e[key] for e in each]))
+                                             for key in each[0]})
+    per_video = [{"sequence": video.name, "objects": len(one[PROPAGATED][0]), "frames": len(one[PROPAGATED])}
+                 | {key: 100 * float(value.mean()) for key, value in object_figures(one[PROPAGATED]).items()}
+                 | {"copied J&F": 100 * float(object_figures(one[COPIED])["J&F"].mean())}
+                 for video, one in judged]
+    return results, per_video
+
+
+def notes_on(videos: Sequence[davis.Video], measured: Sequence[dict]) -> list[str]:
+    def first_names(names: Sequence[str]) -> str:
+        return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+
+    notes = []
+    if bare := [video.name for video, one in zip(videos, measured, strict=True) if not one[PROPAGATED]]:
+        notes.append(f"{len(bare)} sequence(s) without an annotated frame between the first and the last are segmented "
+                     f"but not judged: {first_names(bare)}")
+    if partly := [v.name for v in videos if v.name not in bare and len(v.annotations) < len(v.frames)]:
+        notes.append(f"{len(partly)} sequence(s) are annotated in some frames only, and judged in those: "
+                     f"{first_names(partly)}")
+    return notes
+
+
+# ---- The evaluation ----
+
+
+def evaluate_video_segmentation(
+    network: Network, data_path: str, resolution: str = "", image_set: str = "", sequences: Sequence[str] = (),
+    merge_objects: bool = False, image_size: int = 480, patch_size: int = 16, n_last_frames: int = 7,
+    size_mask_neighborhood: int = 12, topk: int = 5, batch_size: int = 6, output_dir: str | os.PathLike = ".",
+) -> dict:
+    """Propagate labels through videos and measure them. Writes <sequence>/<frame>.png, eval_video_segmentation.json.
+
+    Every process calls it; they share the sequences, and the first one writes the JSON file.
+
+    Args:
+        network: a VisionTransformer, or raw pixels; computes in float32.
+        data_path, resolution, image_set, sequences, merge_objects: see `davis.find_videos`.
+        image_size: shorter side of the network's input in pixels, rounded down to whole patches.
+        patch_size: of raw pixels; a network has its own.
+        n_last_frames: frames before the current one that labels come from, beside the first.
+        size_mask_neighborhood: rows and columns of patches within which labels are taken; 0: no limit.
+        topk: most similar patches, of all these frames, that count.
+        batch_size: frames shown to the network at once.
+
+    Returns:
+        What eval_video_segmentation.json holds, without the command: settings, notes, "per_sequence" and {"results": a
+        line per method}, which is empty where no frame can be judged.
+
+    Raises:
+        Refused: a network without patch tokens, no such sequences, a file that can't be read or written.
+    """
+    forward, info = patch_network(network, patch_size)
+    frame_size(64, 64, image_size, info["patch_size"])  # fail before any frame is read
+    videos = davis.find_videos(data_path, resolution, image_set, sequences, merge_objects, info["in_chans"])
+    output_dir = Path(output_dir)
+    flags.prepare_output(output_dir)
+    settings = Settings(image_size, n_last_frames, size_mask_neighborhood, topk, batch_size)
+    measured = parallel.map_shared(
+        lambda i: evaluate_video(videos[i], forward, info, settings, network.device, output_dir), len(videos))
+    results, per_video = summarize(videos, measured)
+    names = ("arch", "weights", "checkpoint_key", "weights_sha256")
+    about = {name: network.about[name] for name in names if name in network.about} | info | {
+        "data_path": data_path, "image_size": image_size, "n_last_frames": n_last_frames,
+        "size_mask_neighborhood": size_mask_neighborhood, "topk": topk, "merge_objects": merge_objects,
+        "sequences": len(videos), "notes": notes_on(videos, measured), "per_sequence": per_video,
+    }
+    if parallel.is_main():
+        scores.write_results(output_dir / "eval_video_segmentation.json", results, **about)
+    return about | {"results": results}
+
+
+def show_video_segmentation(report: Mapping) -> None:
+    """Print the notes and tables of `evaluate_video_segmentation`'s report."""
+    for note in report["notes"]:
+        print(note)
+    if not report["results"]:
+        print("no frame is annotated but the first ones: there is nothing to measure")
+        return
+    print("region similarity J and contour accuracy F in %, mean over objects with its 95 % bootstrap interval")
+    print(scores.table(report["per_sequence"]) + "\n\n" + scores.table(report["results"]), flush=True)
