@@ -98,10 +98,10 @@ def segmentation_figures(found: dict) -> dict:
 
 
 PROTOCOLS = (
-    Protocol("k-NN", eval_knn, eval_knn.evaluate_knn, "data_path",
+    Protocol("k-NN", eval_knn, eval_knn.evaluate, "data_path",
              lambda a: ["--data_path", a.data_path, "--val_data_path", a.val_data_path, "--nb_knn", *map(str, KS)],
              knn_figures),
-    Protocol("linear", eval_linear, eval_linear.evaluate_linear, "data_path",
+    Protocol("linear", eval_linear, eval_linear.evaluate, "data_path",
              lambda a: ["--data_path", a.data_path, "--val_data_path", a.val_data_path, "--epochs",
                         str(a.linear_epochs), "--views", str(a.linear_views), *SWEEP],
              lambda found: {"top-1": found["test"]["top1"]}),
