@@ -107,7 +107,8 @@ def check_args(args: argparse.Namespace) -> None:
     if args.finetune and args.warmup_epochs > args.epochs:
         raise Refused(f"--warmup_epochs {args.warmup_epochs:g} is longer than --epochs {args.epochs}; lower it")
     if args.linear_weights and not args.evaluate:
-        raise Refused(f"--linear_weights {args.linear_weights}: only used with --evaluate; add it, or leave both out")
+        raise Refused(f"--linear_weights {args.linear_weights}: training does not start from it; add --evaluate, or "
+                      "leave it out")
 
 
 def training_of(args: argparse.Namespace) -> linear.Training:

@@ -119,7 +119,7 @@ def readable(loader: DataLoader) -> Iterator[Tensor]:
 
 def refused_image(error: Undecodable) -> Refused:
     # From a worker, torch raises the exception with the worker's traceback as its message, which ends in this name.
-    reason = str(error).rpartition(f"{Undecodable.__module__}.{Undecodable.__qualname__}: ")[2]
+    reason = str(error).rpartition(f"{Undecodable.__module__}.{Undecodable.__qualname__}: ")[2].strip()
     return Refused(f"{reason}; repair or remove that file, then start again")
 
 

@@ -8,6 +8,8 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from imagesets import loaders
+from imagesets.decode import Undecodable
+from parallel import Refused
 from protocols import features
 from protocols.features import cached_features, extract_features, images_hash, weights_hash
 
@@ -56,22 +58,33 @@ def test_autocast_is_used():
 
 
 def test_no_images():
-    with pytest.raises(ValueError, match="no images"):
+    with pytest.raises(Refused, match="no images"):
         extract_features(corners, Numbers(0))
 
 
 class Broken(Numbers):
+    def __init__(self, n, error):
+        super().__init__(n)
+        self.error = error
+
     def __getitem__(self, i):
         if i == 3:
-            raise ValueError("three.png: not a picture")
+            raise self.error
         return super().__getitem__(i)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_an_image_that_cannot_be_read_is_named_in_one_line(num_workers):
-    with pytest.raises(ValueError) as raised:
-        extract_features(corners, Broken(5), 2, num_workers)
-    assert str(raised.value) == "three.png: not a picture"
+def test_an_image_that_cannot_be_decoded_is_named_in_one_line(num_workers):
+    with pytest.raises(Refused) as raised:
+        extract_features(corners, Broken(5, Undecodable("three.png: not an image")), 2, num_workers)
+    assert str(raised.value) == "three.png: not an image; repair or remove that file, then start again"
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_bug_of_a_data_set_keeps_its_type(num_workers):
+    with pytest.raises(ValueError, match="could not be broadcast") as raised:
+        extract_features(corners, Broken(5, ValueError("operands could not be broadcast")), 2, num_workers)
+    assert raised.type is ValueError
 
 
 def extract_in_a_group(rank, world_size, folder):
