@@ -113,7 +113,7 @@ def read(path: str | os.PathLike) -> tuple[np.ndarray, list[str], dict]:
         return values.reshape(about["shape"]), table["name"].to_pylist(), about
     try:
         names = json.loads(sidecar(path).read_text())["names"]
-        array = np.load(path, mmap_mode="r") if path.suffix == ".npy" else load_safetensors(path)
+        array = np.load(path, mmap_mode="c") if path.suffix == ".npy" else load_safetensors(path)
     except (OSError, ValueError, EOFError, KeyError, TypeError) as error:
         raise Refused(f"--features {path}: damaged ({error}); write it again with extract_features.py") from error
     if not list(array.shape) == about["shape"] == [len(names), *about["shape"][1:]]:

@@ -95,8 +95,8 @@ def check_features(queries: Tensor, bank: Tensor) -> None:
             raise ValueError(f"{name} features have shape {tuple(x.shape)}: (images, width) expected, images > 0")
         bad = sum(int((~torch.isfinite(part).all(1)).sum()) for part in x.split(COLUMNS))
         if bad:
-            raise Refused(f"{bad} of {len(x)} {name} features are not finite; give other --pretrained_weights or "
-                          "--load_features")
+            raise Refused(f"{bad} of {len(x)} {name} features are not finite; give other --pretrained_weights, "
+                          "--load_features or --features")
     if queries.shape[1] != bank.shape[1]:
         raise ValueError(f"test features have width {queries.shape[1]}, training features {bank.shape[1]}")
 
