@@ -58,8 +58,8 @@ def search(
     embedded = iter(embed(files, about, weights, device, batch_size) if files else ())
     vectors = torch.stack([next(embedded) if row is None else tensor(array[row]).float() for row in rows])
     cosines, candidates = nearest(vectors, tensor(array), k + 1)  # one more, in case the query itself is among them
-    found = [without(row, c.tolist(), i.tolist(), k) for row, c, i in zip(rows, cosines, candidates, strict=True)]
-    return Neighbours(queries, rows, found, names, images, about["in_chans"])
+    neighbours = [without(row, c.tolist(), i.tolist(), k) for row, c, i in zip(rows, cosines, candidates, strict=True)]
+    return Neighbours(queries, rows, neighbours, names, images, about["in_chans"])
 
 
 def tensor(array: np.ndarray) -> Tensor:

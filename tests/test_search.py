@@ -43,7 +43,7 @@ def test_the_query_is_left_out_by_its_row():
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    """Fifteen drawn pictures, of which 5 and 12 are the same, and their class tokens."""
+    """Fifteen drawn images, of which 5 and 12 are the same, and their class tokens."""
     folder = tmp_path_factory.mktemp("search")
     (folder / "photos").mkdir()
     for i in range(15):
@@ -66,7 +66,7 @@ def parse(*args):
 @pytest.mark.parametrize("suffix, more", [
     (".npy", ()), (".parquet", ("--half",)), (".safetensors", ("--tokens", "both")),
 ])
-def test_rows_and_pictures(photos, tmp_path, capsys, suffix, more):
+def test_rows_and_image_files(photos, tmp_path, capsys, suffix, more):
     if suffix != ".npy":
         extract(photos, f"f{suffix}", *more)
     query = photos / "photos" / "12.png"
@@ -101,7 +101,7 @@ def test_sheet(tmp_path):
     assert len(image_search.short("x" * 40)) == image_search.LONGEST_TITLE
 
 
-def test_moved_pictures(photos, tmp_path):
+def test_moved_images(photos, tmp_path):
     where = ("--features", photos / "f.npy", "--query", 1, "--output", tmp_path / "s.png")
     (tmp_path / "moved").symlink_to(photos / "photos")
     assert search.main(parse(*where, "--data_path", tmp_path / "moved")) == 0
@@ -114,7 +114,7 @@ def test_moved_pictures(photos, tmp_path):
     (("--query", "nothing.png"), "--query nothing.png"),
     (("--output", "sheet.gif"), "--output sheet.gif"),
     (("--output", "{photos}/../f.npy/s.png"), "f.npy is a file; give a folder"),
-    (("--data_path", "shapes:15x40"), "not the images of the features"),
+    (("--data_path", "shapes:15x40"), "not the images that the features"),
     (("--query", "{photos}/00.png", "--pretrained_weights", "no.pth"), "no.pth: no such file"),
 ])
 def test_bad_input_is_refused_in_one_line(photos, args, message, tmp_path, capsys):
