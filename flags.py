@@ -52,14 +52,13 @@ def output_dir(args: argparse.Namespace) -> Path:
 
 
 def prepare_output(folder: Path, flag: str = "--output_dir") -> None:
-    """Make the folder. Raises Refused where that can't be done, or where nothing can be written."""
+    """Make the folder. Refused where that can't be done, or where nothing can be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
             raise PermissionError("not writable")
     except OSError as error:
-        reason = error.strerror or error
-        raise Refused(f"{flag} {folder}: {reason}; choose a folder you can write to") from error
+        raise Refused(f"{flag} {folder}: {error.strerror or error}; choose a folder you can write to") from error
 
 
 class Parser(argparse.ArgumentParser):
@@ -138,7 +137,7 @@ seed = number(int, 0, 2**32 - 1)  # NumPy's range; torch's is wider
 
 
 def check_folder(path: str | os.PathLike, flag: str = "--output_dir") -> Path:
-    """A folder that is there or can be made: Refused when it, or one that it would lie in, is a file."""
+    """A folder that exists or can be made: Refused when it, or one that it would lie in, is a file."""
     for folder in (Path(path), *Path(path).parents):
         if folder.exists() and not folder.is_dir():
             raise Refused(f"{flag} {path}: {folder} is a file; give a folder")
