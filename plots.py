@@ -1,4 +1,4 @@
-"""Draw the curves of one or several runs.
+"""Draw the curves of one or several training runs.
 
     python plots.py run1/log.txt run2/log.txt --out curves.png
 """
@@ -13,7 +13,7 @@ from protocols.charts import training_curves
 def get_args_parser() -> flags.Parser:
     parser = flags.Parser("Draw the curves of one or several runs of main_dino.py.")
     parser.add_argument("logs", nargs="+", metavar="LOG", help="log.txt of a run, or the folder that holds it")
-    parser.add_argument("--out", default="curves.png", help="picture to write: png, svg or pdf")
+    parser.add_argument("--out", default="curves.png", help="figure to write: .png, or .svg or .pdf for print")
     return parser
 
 
@@ -23,6 +23,7 @@ def draw(args: argparse.Namespace) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
+    """Returns the exit code: 0 done, 2 refused."""
     return flags.exit_code("plots.py", draw, args)
 
 

@@ -1,9 +1,8 @@
-"""Seconds of an epoch of linear classification: one setting, a sweep of twelve in one pass, and twelve plain runs.
+"""Time of an epoch of linear classification: one setting, a sweep of twelve in one pass, and twelve plain runs.
 
     python benchmarks/linear.py
 
-The plain run is the protocol written down directly: a backbone
-pass, one linear layer, its gradient, for one setting after the other.
+A plain run is a direct implementation of one setting: a backbone pass, one linear layer, its gradient.
 """
 
 import sys
@@ -18,17 +17,17 @@ from vision_transformer import build_backbone
 LRS, BLOCKS, POOLS = (0.001, 0.01, 0.1), (1, 4), (False, True)
 
 
-def ours(model, batches, found) -> None:
-    heads = linear.Heads(found, model.embed_dim, max(s.n_last_blocks for s in found), 1000)
+def ours(model, batches, settings) -> None:
+    heads = linear.Heads(settings, model.embed_dim, max(s.n_last_blocks for s in settings), 1000)
     forward, optimizer = linear.probe_features(model, heads.blocks), linear.build_optimizer(heads, len(batches[0][0]))
 
-    def features():
+    def feature_batches():
         for x, y in batches:
             with torch.no_grad():
-                seen = forward(x)
-            yield seen, y
+                features = forward(x)
+            yield features, y
 
-    linear.train_epoch(heads, optimizer, 0, 1, features())
+    linear.train_epoch(heads, optimizer, 0, 1, feature_batches())
 
 
 def plain(model, batches, setting) -> None:
@@ -38,10 +37,10 @@ def plain(model, batches, setting) -> None:
     for x, y in batches:
         with torch.no_grad():
             tokens = model.get_intermediate_layers(x, n)
-            seen = torch.cat([t[:, 0] for t in tokens], 1)
+            features = torch.cat([t[:, 0] for t in tokens], 1)
             if setting.avgpool_patchtokens:
-                seen = torch.cat([seen, tokens[-1][:, 1:].mean(1)], 1)
-        loss = F.cross_entropy(head(seen), y)
+                features = torch.cat([features, tokens[-1][:, 1:].mean(1)], 1)
+        loss = F.cross_entropy(head(features), y)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -51,7 +50,7 @@ def main(args) -> int:
     if args.quick:
         args.arch, args.size, args.batches, args.rounds = "vit_nano", 32, 2, 1
     torch.manual_seed(0)
-    bench.header(f"linear classifiers, {args.arch} at {args.size} pixels, {64 * args.batches} pictures, 1000 classes")
+    bench.header(f"linear classifiers, {args.arch} at {args.size} pixels, {64 * args.batches} images, 1000 classes")
     model = build_backbone(args.arch, 16, img_size=args.size)[0].eval()
     batches = [(torch.randn(64, 3, args.size, args.size), torch.randint(1000, (64,))) for _ in range(args.batches)]
     sweep, one = linear.settings_of(LRS, BLOCKS, POOLS), linear.Setting(0.01, 4, False)
@@ -61,19 +60,19 @@ def main(args) -> int:
         f"{len(sweep)} settings, one pass": lambda: ours(model, batches, sweep),
         "one setting": lambda: ours(model, batches, [one]),
     }, args.rounds)
-    found = bench.summary(times, plain_runs)
+    variants = bench.summary(times, plain_runs)
     bench.table([*bench.TIMES, "times one setting"],
-                [[*cells, row["ms"] / found["one setting"]["ms"]]
-                 for cells, row in zip(bench.time_rows(found), found.values(), strict=True)])
-    bench.record(args, "linear", variants=found)
+                [[*cells, row["ms"] / variants["one setting"]["ms"]]
+                 for cells, row in zip(bench.time_rows(variants), variants.values(), strict=True)])
+    bench.record(args, "linear", variants=variants)
     return 0
 
 
 def get_args_parser():
     parser = bench.parser(__doc__)
     parser.add_argument("--arch", default="vit_tiny", help="a ViT")
-    parser.add_argument("--size", type=int, default=96, help="pixels of the pictures")
-    parser.add_argument("--batches", type=int, default=8, help="of 64 pictures, an epoch")
+    parser.add_argument("--size", type=int, default=96, help="side of the images in pixels")
+    parser.add_argument("--batches", type=int, default=8, help="batches of 64 images per epoch")
     return parser
 
 

@@ -1,4 +1,4 @@
-"""Figures with axes: the curves of a run, accuracy against k, a map of features. Pictures of pictures: sheets.py.
+"""Figures by matplotlib: curves of a run, accuracy against k, a map of features, results of a search.
 
 Shapes: N images, D width.
 """
@@ -13,22 +13,26 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from parallel import Refused
+from protocols import sheets
 
-if TYPE_CHECKING:  # matplotlib stays out of the import: it takes a tenth of a second
+if TYPE_CHECKING:  # imported where it is used: it takes a tenth of a second
+    import torch
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a5195", "#4d4d4d")
 INK, GREY, GRID = "#333333", "#888888", "#dddddd"
-MOST_COLORS = 20  # classes told apart by colour on a map; further ones are grey
+MOST_COLORS = 20  # classes with a colour of their own on a map; others are grey
+CELL = 224  # pixels of an image's longer side on a sheet
 
 # ---------------------------------------------------------------- curves of training
 
-# title, unit, {key of log.txt: (label, line style)}; a panel without any of its keys is left out
+# title, unit, {key of log.txt: (label, line style)}; a panel none of whose keys is logged is left out
 LARGE_PANELS = (
     ("Loss", "nats", {
         "train_loss": ("loss", "-"), "train_entropy": ("teacher entropy", "--"), "train_ln_k": ("ln K", ":")}),
-    ("k-NN on held-out pictures", "top-1 %", {
+    ("k-NN on held-out images", "top-1 %", {
         "knn_top1": ("teacher", "-"), "knn_untrained": ("untrained network", "--"), "knn_pixels": ("raw pixels", ":")}),
 )
 SMALL_PANELS = (
@@ -41,16 +45,19 @@ SMALL_PANELS = (
     ("KL teacher to student", "", {"train_kl": ("", "-")}),
     ("Norm of the centre", "", {"train_center_norm": ("", "-")}),
 )
-LEVELS = {"knn_untrained", "knn_pixels", "train_ln_k"}  # one value a run, drawn across the whole panel
+LEVELS = {"knn_untrained", "knn_pixels", "train_ln_k"}  # one value per run, a horizontal line
 FORMATS = (".png", ".svg", ".pdf")
-COLUMNS = 4  # small panels a row; the large ones share the same width
+COLUMNS = 4  # small panels per row; the large ones share the same width
 
 
 def read_log(path: str | Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Read the JSON lines of a `log.txt`: {key: (epochs, values)}, each in the order of epochs.
+    """Read the JSON lines of a `log.txt`: {key: (epochs, values)}, by ascending epoch.
 
-    An epoch that stands twice (a run that was resumed) counts as it was written last. A line cut short by a crash is
-    passed over, and so is what is no number. Refused when there is no such file, or nothing is left.
+    Where an epoch occurs twice, in a resumed run, the last line counts. Lines cut short by a crash and values that
+    are not numbers are skipped.
+
+    Raises:
+        Refused: no such file, or no line with an epoch.
     """
     path = Path(path)
     path = path / "log.txt" if path.is_dir() else path
@@ -79,7 +86,7 @@ def _is_number(value: object) -> bool:
 
 
 def run_names(paths: Sequence[str | Path]) -> list[str]:
-    """A short name for each log: the fewest last folders of its path that tell it from the others."""
+    """A short name for each log: the last folders of its path, as many as are needed to tell the logs apart."""
     parts = [Path(os.path.abspath(path)) for path in paths]
     parts = [(path if path.is_dir() else path.parent).parts for path in parts]
     for length in range(1, max(len(p) for p in parts) + 1):
@@ -90,29 +97,26 @@ def run_names(paths: Sequence[str | Path]) -> list[str]:
 
 
 def training_curves(logs: Sequence[str | Path], out: str | Path) -> None:
-    """Draw the curves of one or several runs, one colour a run, into one picture file.
+    """Draw the curves of one or several runs in one figure, one colour per run.
 
     Args:
-        logs: paths of log.txt files, or of folders that hold one. Only `epoch` must be in them: what else is there
-            is drawn, what isn't is left out.
-        out: the picture to write; its ending chooses the format, one of FORMATS.
+        logs: log.txt files, or folders that hold one. Keys that are not logged are left out.
+        out: file to write; its suffix chooses the format, one of FORMATS.
+
     Raises:
-        Refused: a log that is missing, or empty, or nothing to draw in any of them.
+        Refused: a log is missing or empty, there is nothing to draw, or `out` can't be written.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    if Path(out).suffix.lower() not in FORMATS:
-        raise Refused(f"--out {out}: a picture's name ends in {', '.join(FORMATS)}")
+    check_format("--out", out)
     runs = [read_log(path) for path in logs]
     large, small = ([p for p in panels if any(key in run for run in runs for key in p[2])]
                     for panels in (LARGE_PANELS, SMALL_PANELS))
     if not large and not small:
-        raise Refused(f"log {logs[0]}: nothing to draw beside the epochs; give the log.txt that main_dino.py writes")
+        raise Refused(f"log {logs[0]}: nothing to draw but epochs; give the log.txt that main_dino.py writes")
     heights = [3.6] * bool(large) + [1.9] * -(-len(small) // COLUMNS)
     figure = Figure(figsize=(11, sum(heights) + 0.3 + 0.3 * (len(runs) > 1)), dpi=130)
     figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.08, wspace=0.02, hspace=0.03)
-    FigureCanvasAgg(figure)  # a canvas of its own: no global backend, no pyplot state
     cells = figure.add_gridspec(len(heights), COLUMNS, height_ratios=heights)
     for i, panel in enumerate(large):
         span = COLUMNS // len(large)
@@ -123,11 +127,23 @@ def training_curves(logs: Sequence[str | Path], out: str | Path) -> None:
         names = run_names(logs)
         handles = [_line(COLORS[i % len(COLORS)], "-") for i in range(len(runs))]
         figure.legend(handles, names, loc="outside upper left", ncols=min(len(names), 4), frameon=False, fontsize=10)
+    save(figure, out, "--out")
+
+
+def check_format(flag: str, path: str | Path) -> None:
+    if Path(path).suffix.lower() not in FORMATS:
+        raise Refused(f"{flag} {path}: the name of a figure has to end in {', '.join(FORMATS)}")
+
+
+def save(figure: "Figure", path: str | Path, flag: str) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    FigureCanvasAgg(figure)  # a canvas of its own: no global backend, no pyplot state
     try:
-        Path(out).parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(out)
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path)
     except OSError as error:
-        raise Refused(f"--out {out}: {error.strerror or error}; give a file that can be written") from error
+        raise Refused(f"{flag} {path}: {error.strerror or error}; give a file that can be written") from error
 
 
 def _draw_panel(axes: "Axes", panel: tuple, runs: list[dict], font: int) -> None:
@@ -151,7 +167,7 @@ def _draw_panel(axes: "Axes", panel: tuple, runs: list[dict], font: int) -> None
     axes.grid(color=GRID, linewidth=0.6)
     axes.spines[:].set_visible(False)
     drawn = [(key, *entry) for key, entry in keys.items() if any(key in run for run in runs)]
-    if len(keys) > 1:  # of several runs the colour is the run's, the line's style the key's
+    if len(keys) > 1:  # with several runs, colours stand for runs and line styles for keys
         plain = COLORS[0] if len(runs) == 1 else INK
         handles = [_line(GREY if key in LEVELS else plain, style) for key, _, style in drawn]
         axes.legend(handles, [label for _, label, _ in drawn], fontsize=font - 1, framealpha=0.8, edgecolor="none",
@@ -168,7 +184,7 @@ def _line(color: str, style: str) -> "Line2D":
 
 
 def sweep_chart(rows: Sequence[Mapping], path: str | Path) -> None:
-    """Top-1 accuracy in % against k, with its interval; `rows` of eval_knn.json."""
+    """Top-1 accuracy in % against k, with its interval, from the results in eval_knn.json."""
     from matplotlib.figure import Figure
 
     ks = [row["k"] for row in rows]
@@ -185,7 +201,7 @@ def sweep_chart(rows: Sequence[Mapping], path: str | Path) -> None:
 
 def feature_map(features: np.ndarray, labels: np.ndarray, classes: Sequence[str], path: str | Path, seed: int = 0
                 ) -> None:
-    """t-SNE of (N, D) features in the plane, coloured by class (van der Maaten and Hinton 2008; scikit-learn).
+    """scikit-learn's t-SNE of (N, D) features in two dimensions (van der Maaten and Hinton 2008), coloured by class.
 
     The 20 largest classes have colours, the others are grey.
     """
@@ -208,3 +224,30 @@ def feature_map(features: np.ndarray, labels: np.ndarray, classes: Sequence[str]
     axes.set_axis_off()
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), markerscale=2, frameon=False, fontsize=8)
     figure.savefig(path, dpi=120)
+
+
+# ---------------------------------------------------------------- results of a search
+
+
+def draw_sheet(rows: "Sequence[Sequence[tuple[torch.Tensor, str]]]", path: str | Path, flag: str) -> None:
+    """Draw rows of (uint8 (C, H, W) image, title) in one figure; the first image of a row, the query, is framed.
+
+    Args:
+        flag: the flag that errors about `path` name.
+    """
+    from matplotlib.figure import Figure
+
+    columns = max(map(len, rows))
+    figure = Figure(figsize=(1.7 * columns, 2.1 * len(rows)), dpi=130, layout="constrained")
+    for row, cells in zip(figure.subplots(len(rows), columns, squeeze=False), rows, strict=True):
+        for axes in row:
+            axes.axis("off")
+        for i, (axes, (image, title)) in enumerate(zip(row, cells, strict=False)):
+            axes.imshow(sheets.fit(sheets.as_picture(image), CELL))
+            axes.set_title(title, fontsize=7, color=INK)
+            if i == 0:
+                axes.axis("on")
+                axes.set(xticks=[], yticks=[])
+                for spine in axes.spines.values():
+                    spine.set(color=COLORS[1], linewidth=2.5)
+    save(figure, path, flag)

@@ -1,9 +1,9 @@
 """Files of embeddings: an array and the images' names, as NumPy, safetensors or Parquet; row i belongs to name i.
 
-    photos.npy           the array, to be mapped: numpy.load("photos.npy", mmap_mode="r")
+    photos.npy           the array, which can be memory-mapped: numpy.load("photos.npy", mmap_mode="r")
     photos.safetensors   the tensor "features"
-    photos.parquet       columns name and features, a list of numbers a row
-    photos.npy.json      beside the first two: {"names": [...], "about": {...}}; Parquet has the latter in its metadata
+    photos.parquet       columns "name" and "features", the latter a list of numbers per row
+    photos.npy.json      beside the first two: {"names": [...], "about": {...}}; in Parquet, "about" is in the metadata
 
 Shapes: N images; an array is (N, D), or (N, tokens, D).
 """
@@ -12,29 +12,35 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
+import atomic
 import flags
+from parallel import Refused
 
 FORMATS = {".npy": "numpy", ".safetensors": "safetensors", ".parquet": "pyarrow"}  # suffix: package
 
 
 def write(path: Path, parts: list[np.ndarray], names: list[str], about: Mapping) -> None:
-    """Write arrays, one after the other, as one file; it appears under its name when it is whole.
+    """Write arrays, concatenated, as one file, atomically.
 
-    `about`, of plain values, is what `about_of` reads; it gets the array's shape.
+    Args:
+        about: plain values, which `about_of` returns; the array's shape is added.
+
+    Raises:
+        Refused: the file can't be written.
     """
     about = dict(about, shape=[sum(map(len, parts)), *parts[0].shape[1:]])
-    temporary = path.with_name(f".{path.name}.tmp")
-    WRITERS[path.suffix](temporary, parts, names, about)
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    if path.suffix != ".parquet":
-        write_text(sidecar(path), json.dumps({"names": names, "about": about}, indent=1))
-    os.replace(temporary, path)
+    try:
+        with atomic.replacing(path) as temporary:
+            WRITERS[path.suffix](temporary, parts, names, about)
+            if path.suffix != ".parquet":  # first the file beside it: without that, the array could not be read
+                atomic.write_text(sidecar(path), json.dumps({"names": names, "about": about}, indent=1))
+    except OSError as error:
+        raise Refused(f"--output {path}: {error.strerror or error}; give a file that can be written") from error
 
 
 def write_npy(path: Path, parts: list[np.ndarray], names: list[str], about: Mapping) -> None:
@@ -75,7 +81,7 @@ def sidecar(path: Path) -> Path:
 
 
 def about_of(path: Path) -> dict:
-    """What a file of features says of itself; {} where it says nothing."""
+    """`about` of a file of embeddings; {} where there is none."""
     try:
         if path.suffix == ".parquet":
             from pyarrow import parquet
@@ -87,71 +93,58 @@ def about_of(path: Path) -> dict:
 
 
 def read(path: str | os.PathLike) -> tuple[np.ndarray, list[str], dict]:
-    """What extract_features.py wrote: features (N, ...), names, and {arch, weights, data_path, tokens, shape ...}.
+    """A file of extract_features.py: features (N, ...), names, and {arch, weights, data_path, tokens, shape ...}.
 
     Raises:
-        ValueError, OSError: no such file, or not written by it.
+        Refused: no such file, a damaged one, or one of another program.
     """
     path = Path(path)
     check_package("--features", path)
     if not path.is_file():
-        raise FileNotFoundError(f"--features {path}: no such file; write one with extract_features.py")
+        raise Refused(f"--features {path}: no such file; write one with extract_features.py")
     about = about_of(path)
     if "shape" not in about:
-        raise ValueError(f"--features {path}: it does not say what it holds; write it with extract_features.py")
+        raise Refused(f"--features {path}: does not describe what it holds; write it with extract_features.py")
     if path.suffix == ".parquet":
         from pyarrow import parquet
 
         table = parquet.read_table(path)
         values = table["features"].combine_chunks().values.to_numpy(zero_copy_only=False)
         return values.reshape(about["shape"]), table["name"].to_pylist(), about
-    names = json.loads(sidecar(path).read_text())["names"]
     try:
-        array = np.load(path, mmap_mode="r") if path.suffix == ".npy" else load_safetensors(path)
-    except Exception as error:  # of NumPy or safetensors, on a damaged file
-        raise ValueError(f"--features {path}: damaged ({error}); write it again with extract_features.py") from error
+        names = json.loads(sidecar(path).read_text())["names"]
+        array = np.load(path, mmap_mode="c") if path.suffix == ".npy" else load_safetensors(path)
+    except (OSError, ValueError, EOFError, KeyError, TypeError) as error:
+        raise Refused(f"--features {path}: damaged ({error}); write it again with extract_features.py") from error
     if not list(array.shape) == about["shape"] == [len(names), *about["shape"][1:]]:
-        raise ValueError(f"--features {path}: not what {sidecar(path).name} beside it describes; write both again with "
-                         "extract_features.py")
+        raise Refused(f"--features {path}: not what {sidecar(path).name} beside it describes; write both again with "
+                      "extract_features.py")
     return array, names, about
 
 
 def load_safetensors(path: Path) -> np.ndarray:
+    from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
-    return load_file(path)["features"]
+    try:
+        return load_file(path)["features"]
+    except SafetensorError as error:
+        raise ValueError(error) from error
 
 
 def check_output(path: Path) -> None:
-    """ValueError where --output can't be a file, before any work."""
+    """Refuse an --output that can't be a file, before any work."""
     if path.is_dir():
-        raise ValueError(f"--output {path}: a folder; give a file")
+        raise Refused(f"--output {path}: a folder; give a file")
     if not path.exists():
         flags.check_folder(path, "--output")
 
 
 def check_package(flag: str, path: Path) -> None:
     if path.suffix not in FORMATS:
-        raise ValueError(f"{flag} {path}: the file's name has to end in {', '.join(FORMATS)}")
+        raise Refused(f"{flag} {path}: the file's name has to end in {', '.join(FORMATS)}")
     package = FORMATS[path.suffix]
     try:
         __import__(package)
     except ImportError as error:
-        raise ValueError(f"{flag} {path}: {path.suffix} files need {package}: pip install {package}") from error
-
-
-# ---- Small files ----
-
-
-def replace(path: Path, write: Callable) -> None:
-    """`write` a file under a temporary name, then give it its own: it is whole, or not there."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def write_text(path: Path, text: str) -> None:
-    replace(path, lambda file: file.write(text.encode()))
+        raise Refused(f"{flag} {path}: {path.suffix} files need {package}: pip install {package}") from error

@@ -1,6 +1,6 @@
-"""Frozen features of a set of images: in order, on any number of processes, computed once; and what gives them.
+"""Frozen features: loading a network, extracting features on any number of processes, and caching them.
 
-Shapes: N images, D width, B images a batch, W processes, C channels.
+Shapes: N images, D width, b images per process and batch, W processes, C channels.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 import parallel
+from imagesets.decode import Undecodable
 from imagesets.loaders import worker_options
 from imagesets.sources import Images
 from parallel import Refused
@@ -24,8 +25,9 @@ from protocols.transforms import PIXELS_SIDE, EvalImages, RandomViews, SmallPict
 from vision_transformer import VITS
 from weights import checkpoints, load_backbone
 
-PIXELS = "pixels"  # the arch that is no network: raw pictures of 32 x 32
-TRAINING_SCALE = (0.08, 1.0)  # share of the area of the crops that classifiers are trained on
+PIXELS = "pixels"  # --arch of the baseline without a network: images of 32 x 32 pixels, flattened
+VIEW_SCALE = (0.25, 1.0)  # share of the image's area in a random view
+TRAINING_SCALE = (0.08, 1.0)  # the same for the crops that classifiers are trained on
 PRECISIONS = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -37,28 +39,28 @@ def extract_features(
     device: torch.device | str = "cpu",
     autocast: AbstractContextManager | None = None,
 ) -> Tensor:
-    """Features of every image, each computed by one of the processes; all of them get all features.
+    """Features of every image. The processes share the work, and each of them returns all features.
 
-    Process r takes images r, r + W, r + 2 W, ...; every process works through the same number of batches of the same
-    size, so that the batches can be gathered one by one: beside the result, no more than W batches are held. Where W
-    does not divide N, some processes compute the last image again, which is cut off.
+    Process r computes images r, r + W, r + 2 W, ... All processes go through the same number of batches of the same
+    size, so that batches can be gathered one by one: besides the result, only W batches are in memory. Where W does
+    not divide N, some processes compute the last image a second time, and the copy is dropped.
 
     Args:
         forward: (b, C, h, w) on `device` -> (b, D), any floating type; a module should be in eval mode.
         dataset: item i is (float32 (C, h, w), i).
-        batch_size: images a process and batch.
-        num_workers: processes a process that load images; no more are started than there are cores or batches.
-        autocast: context to compute in; none by default.
+        batch_size: images per process and batch.
+        num_workers: data-loading workers per process, capped at the number of cores and of batches.
+        autocast: context for the forward pass; none by default.
 
     Returns:
-        (N, D) float32 on the CPU, row i that of item i.
+        (N, D) float32 on the CPU; row i belongs to item i.
 
     Raises:
-        ValueError: no images, or one that can't be read, with its name.
+        Refused: there are no images, or one can't be decoded.
     """
     n = len(dataset)
     if n == 0:
-        raise ValueError("there are no images to compute features of")
+        raise Refused("no images to extract features from; give a --data_path that holds some")
     features, first = None, 0
     for part in feature_batches(forward, dataset, range(n), batch_size, num_workers, device, autocast):
         if features is None:
@@ -77,9 +79,9 @@ def feature_batches(
     device: torch.device | str,
     autocast: AbstractContextManager | None = None,
 ) -> Iterator[Tensor]:
-    """Features (W batch_size, ...) float32 of the images `order` names, in that order; the last batch may be smaller.
+    """Features of the items `order` lists, in that order: (W batch_size, ...) float32, the last batch may be smaller.
 
-    Arguments as in `extract_features`; every process gets all rows, on `device`.
+    Arguments as in `extract_features`. Every process gets all rows, on `device`.
     """
     n, rank, world_size = len(order), parallel.rank(), parallel.world_size()
     device, share = torch.device(device), -(-n // world_size)
@@ -93,48 +95,58 @@ def feature_batches(
         with torch.no_grad(), autocast or nullcontext():
             part = forward(images.to(device, non_blocking=True)).float()  # (b, ...)
             part = parallel.gather(part).unflatten(0, (world_size, -1))  # (W, b, ...)
-        yield part.transpose(0, 1).flatten(0, 1)[: n - first]  # outside: contexts would reach into the caller
+        # Outside of the contexts, which would otherwise stay active in the caller.
+        yield part.transpose(0, 1).flatten(0, 1)[: n - first]
         first += world_size * len(images)
 
 
-def readable(loader: DataLoader):
-    """The loader's images. A worker's ValueError comes as its traceback: only its last line is for the user."""
+def readable(loader: DataLoader) -> Iterator[Tensor]:
+    """The images of a loader of (images, indices).
+
+    Raises:
+        Refused: an image can't be decoded; the line names it.
+    """
     batches = iter(loader)
     while True:
         try:
             images, _ = next(batches)
         except StopIteration:
             return
-        except ValueError as error:
-            line = str(error).strip().splitlines()[-1]
-            raise ValueError(line.removeprefix("ValueError: ")) from error
+        except Undecodable as error:
+            raise refused_image(error) from error
         yield images
+
+
+def refused_image(error: Undecodable) -> Refused:
+    # From a worker, torch raises the exception with the worker's traceback as its message, which ends in this name.
+    reason = str(error).rpartition(f"{Undecodable.__module__}.{Undecodable.__qualname__}: ")[2].strip()
+    return Refused(f"{reason}; repair or remove that file, then start again")
 
 
 def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-# ---- Raw pixels: the baseline that features must beat ----
+# ---- Raw pixels, the baseline ----
 
 
 def pixel_features(images: Images, num_workers: int = 0) -> Tensor:
-    """(N, C 32 32) float32: pictures resized to 32 x 32 (bilinear, antialiased) and flattened."""
+    """(N, C 32 32) float32 in [0, 1]: images resized to 32 x 32 (bilinear, antialiased) and flattened."""
     return extract_features(lambda x: x.flatten(1), SmallPictures(images), num_workers=num_workers)
 
 
-# ---- Computed once ----
+# ---- Cache ----
 
 
 def weights_hash(module: nn.Module) -> str:
     """SHA-256 over the names, types, shapes and bytes of a network's tensors.
 
-    It tells student from teacher in one file, is the same for one backbone in two files, and exists for random
-    weights, which are in no file.
+    Unlike a hash of the file, it differs between student and teacher of one checkpoint, is the same for one backbone
+    stored in two files, and is defined for random weights.
     """
     digest = hashlib.sha256()
     for name, tensor in module.state_dict().items():
-        if not isinstance(tensor, Tensor):  # a module's own extra state
+        if not isinstance(tensor, Tensor):  # extra state that a module adds to its state dict
             continue
         tensor = tensor.detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -143,9 +155,12 @@ def weights_hash(module: nn.Module) -> str:
 
 
 def images_hash(images: Images) -> str:
-    """SHA-256 over the names of the images, the files' sizes and times where they are files, and the first picture.
+    """SHA-256 over the names of the images, sizes and times of their files where they are files, and the first image.
 
-    The picture stands for what names do not say: channels, the size of drawn ones, a decoder that changed.
+    The first image's pixels cover what names do not tell: channels, the size of drawn images, a changed decoder.
+
+    Raises:
+        Refused: the first image can't be decoded.
     """
     digest = hashlib.sha256()
     for i in range(len(images)):
@@ -154,11 +169,14 @@ def images_hash(images: Images) -> str:
         try:
             status = os.stat(name)
             digest.update(f" {status.st_size} {status.st_mtime_ns}\n".encode())
-        except OSError:  # drawn, or packed in one file
+        except OSError:  # no file of its own: drawn, or packed with others in one file
             digest.update(b"\n")
-    digest.update(getattr(images, "fingerprint", "").encode())  # of what is packed in shards
+    digest.update(getattr(images, "fingerprint", "").encode())  # of shards
     if len(images):
-        first = images.load(0)
+        try:
+            first = images.load(0)
+        except Undecodable as error:
+            raise refused_image(error) from error
         digest.update(f"{tuple(first.shape)}".encode() + first.numpy().tobytes())
     return digest.hexdigest()
 
@@ -166,14 +184,15 @@ def images_hash(images: Images) -> str:
 def cached_features(
     folder: str | os.PathLike | None, fingerprint: Mapping[str, str], extract: Callable[[], Tensor]
 ) -> Tensor:
-    """`extract()`, or what it gave before: read from `folder` when the fingerprint is the same, and else left there.
+    """`extract()`, or its earlier result where `folder` holds one with the same fingerprint.
 
-    The fingerprint says all that the features depend on, under names such as weights (`weights_hash`), images
-    (`images_hash`), transform. The file is named after all but the weights: the next weights replace it, so a folder
-    does not fill up while a network trains. All processes must call it, and all read or all compute.
+    The fingerprint holds everything the features depend on: weights (`weights_hash`), images (`images_hash`),
+    transform, ... The file name is a hash of everything but the weights, so that features of new weights replace those
+    of the old, and the folder does not fill up during training. All processes must call this; either all of them read
+    the file or all compute.
 
     Args:
-        folder: None or "" keeps nothing.
+        folder: None or "" disables the cache.
     """
     if not folder:
         return extract()
@@ -189,31 +208,31 @@ def cached_features(
             checkpoints.save({"fingerprint": dict(fingerprint), "features": features}, path)
         except OSError as error:
             print(f"the features are not kept: {error}", flush=True)
-    parallel.barrier()  # else another process could ask for the file before it is there
+    parallel.barrier()  # the next call must find the file, in every process
     return features
 
 
 def read_features(path: Path, fingerprint: Mapping[str, str]) -> Tensor | None:
     try:
         stored = checkpoints.read(path)
-    except (OSError, ValueError):  # none yet, or a broken one: computed anew
+    except (OSError, ValueError):  # missing or damaged: computed again
         return None
     return stored["features"] if stored.get("fingerprint") == dict(fingerprint) else None
 
 
-# ---- A network and how it sees images ----
+# ---- Networks ----
 
 
 class Network(NamedTuple):
-    """A frozen network on its device, how its images are made, and what a report says about it."""
+    """A frozen network on its device, with the properties that transforms and reports need."""
 
     forward: Callable[[Tensor], Tensor]  # nn.Module, or a function on top of one
-    info: dict  # of weights.load_backbone
-    about: dict  # plain values: arch, weights, weights_sha256, crop_size, precision ...
+    info: dict  # as weights.load_backbone returns it
+    about: dict  # for reports, plain values: arch, weights, weights_sha256, crop_size, precision ...
     device: torch.device
 
     def autocast(self) -> AbstractContextManager:
-        """The precision that the network computes in."""
+        """A context that computes in the network's precision."""
         dtype = PRECISIONS[self.about["precision"]]
         return torch.autocast(self.device.type, dtype) if dtype else nullcontext()
 
@@ -230,18 +249,18 @@ def load_network(
     seed: int = 0,
     size_flag: str = "--crop_size",
 ) -> Network:
-    """The frozen network of a file of weights.
+    """Load a frozen network.
 
     Args:
-        weights: a file; "" makes an untrained network from `seed`.
-        arch, patch_size: where the weights don't say. `pixels` is the baseline of raw 32 x 32 pixels.
-        crop_size: 0 is the size of the weights' global crops, or 224.
-        resize_size: shorter side before the crop; 0 is crop_size x 256 / 224.
+        weights: path; "" builds an untrained network from `seed`.
+        arch, patch_size: used where the weights don't tell. `pixels` is the baseline of raw 32 x 32 pixels.
+        crop_size: pixels; 0 means the size of the global crops in training, or 224.
+        resize_size: pixels of the shorter side before the crop; 0 means crop_size x 256 / 224.
         precision: fp32, fp16 or bf16.
-        size_flag: what the calling script names `crop_size` in its errors.
+        size_flag: the flag that errors about `crop_size` name.
 
     Raises:
-        Refused: no such weights, weights of another architecture, or sizes that don't fit each other.
+        Refused: missing weights, weights of another architecture, or sizes that contradict each other.
     """
     device = torch.device(device)
     if arch == PIXELS:
@@ -276,14 +295,14 @@ def network_features(
     num_workers: int = 10,
     cache: str | os.PathLike | None = None,
     view: int | None = None,
-    scale: tuple[float, float] = (0.25, 1.0),
+    scale: tuple[float, float] = VIEW_SCALE,
 ) -> Tensor:
-    """(N, D) features of the images' centre crops, or of random view number `view`; from `cache` where it has them."""
+    """(N, D) features of the images' centre crops, or of random view number `view`; see `cached_features`."""
     about, mean, std = network.about, network.info["mean"], network.info["std"]
-    shown = "" if view is None or scale == (0.25, 1.0) else f" scale {scale}"
+    scaled = "" if view is None or scale == VIEW_SCALE else f" scale {scale}"
     fingerprint = {
         "weights": str(about["weights_sha256"]), "images": images_hash(images),
-        "transform": f"{about.get('resize_size')} {about['crop_size']} {mean} {std} view {view}{shown}",
+        "transform": f"{about.get('resize_size')} {about['crop_size']} {mean} {std} view {view}{scaled}",
         "network": f"{about['arch']} {about['precision']}" + about.get("output", ""),
     }
     return cached_features(cache, fingerprint, lambda: extract_features(
@@ -292,7 +311,7 @@ def network_features(
 
 
 def input_dataset(
-    network: Network, images: Images, view: int | None = None, scale: tuple[float, float] = (0.25, 1.0)
+    network: Network, images: Images, view: int | None = None, scale: tuple[float, float] = VIEW_SCALE
 ) -> Dataset:
     """The images as the network sees them: centre crops, or random view number `view`."""
     about, mean, std = network.about, network.info["mean"], network.info["std"]

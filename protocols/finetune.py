@@ -1,17 +1,18 @@
-"""Fine-tuning of a whole backbone with labels (DINO, arXiv 2104.14294, section 4.4; the recipe of DeiT, Touvron et al.
-2021): layer-wise learning rates, mixup and cutmix, stochastic depth, label smoothing, averaged weights.
+"""Fine-tuning of a backbone on labels (DINO, arXiv 2104.14294, section 4.4; recipe of DeiT, Touvron et al. 2021).
 
-Shapes: B images a process, C classes, L blocks.
+Layer-wise learning rates, mixup and cutmix, stochastic depth, label smoothing, and a moving average of the weights.
+
+Shapes: B images per process and batch, C classes, L blocks, M test images.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,12 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Subset
-from torchvision.transforms import v2
 
 import parallel
 import utils
 from imagesets import loaders
 from method.photometric import to_device
+from parallel import Refused
 from protocols.features import (
     TRAINING_SCALE,
     Network,
@@ -33,18 +34,28 @@ from protocols.features import (
     input_dataset,
     readable,
 )
-from protocols.linear import unfinished
+from protocols.linear import Training, unfinished
 from protocols.splits import Task, run_of
 from vision_transformer import DropPath, VisionTransformer, build_backbone
 from weights import checkpoints
 
 UNFINISHED, TUNED = "checkpoint_finetune.pth", "finetuned.pth"
-RECIPE = ("lr", "layer_decay", "warmup_epochs", "weight_decay", "mixup", "cutmix", "smoothing", "drop_path_rate",
-          "ema_decay")
+
+
+class Recipe(NamedTuple):
+    lr: float = 5e-4  # peak, for a batch of 256
+    layer_decay: float = 0.75  # factor of the learning rate from a layer to the one before it
+    warmup_epochs: float = 5
+    weight_decay: float = 0.05
+    mixup: float = 0.8  # parameter of the Beta distribution; 0: no mixup
+    cutmix: float = 1.0  # the same for cutmix
+    smoothing: float = 0.1  # of the labels
+    drop_path_rate: float = 0.1
+    ema_decay: float = 0.999  # of the averaged weights, which are evaluated; 0: no averaging
 
 
 class Classifier(nn.Module):
-    """A backbone and a linear layer on its features."""
+    """A backbone and a linear layer: images -> (B, C) logits."""
 
     def __init__(self, backbone: nn.Module, width: int, n_classes: int) -> None:
         super().__init__()
@@ -57,10 +68,10 @@ class Classifier(nn.Module):
 
 
 def trainable(network: Network, drop_path_rate: float) -> nn.Module:
-    """The network's backbone with stochastic depth, which a frozen one has no use for."""
+    """A trainable copy of the network's backbone, with stochastic depth."""
     model, info = copy.deepcopy(network.forward), network.info
     if isinstance(model, VisionTransformer):
-        for i, block in enumerate(model.blocks):  # rising with the depth (Huang et al. 2016)
+        for i, block in enumerate(model.blocks):  # increasing with the depth (Huang et al. 2016)
             block.drop_path = DropPath(drop_path_rate * i / max(len(model.blocks) - 1, 1))
     elif drop_path_rate:
         model, _ = build_backbone(info["arch"], info["patch_size"], drop_path_rate, in_chans=info["in_chans"])
@@ -72,26 +83,27 @@ def trainable(network: Network, drop_path_rate: float) -> nn.Module:
 
 
 def depths(names: list[str]) -> dict[str, int]:
-    """Each backbone parameter's layer: 0 before the first block, 1 ... L in the blocks, L + 1 behind them.
+    """Layer of each backbone parameter: 0 before the first block, 1 ... L in the blocks, L + 1 after them.
 
-    A block is what a number in a parameter's name counts: blocks.3, layer2.1.
+    Blocks are recognized by the number in a parameter's name: blocks.3, layer2.1.
     """
-    of_block = {name: match[1] for name in names if (match := re.match(r"([a-z_]+\d*\.\d+)\.", name))}
-    order = {block: i + 1 for i, block in enumerate(dict.fromkeys(of_block.values()))}
-    seen, found = False, {}
+    block_of = {name: match[1] for name in names if (match := re.match(r"([a-z_]+\d*\.\d+)\.", name))}
+    order = {block: i + 1 for i, block in enumerate(dict.fromkeys(block_of.values()))}
+    depth, outside = {}, 0
     for name in names:
-        seen = seen or name in of_block
-        found[name] = order[of_block[name]] if name in of_block else (len(order) + 1 if seen else 0)
-    return found
+        if name in block_of:
+            outside = len(order) + 1  # of parameters after the first block that belong to none
+        depth[name] = order[block_of[name]] if name in block_of else outside
+    return depth
 
 
 def param_groups(model: Classifier, lr: float, weight_decay: float, layer_decay: float) -> list[dict]:
-    """Groups with the learning rate lr x layer_decay^(layers above); biases and norms are not decayed."""
-    of = depths([name for name, _ in model.backbone.named_parameters()])
-    top = max(of.values())
+    """Groups of the optimizer with learning rate lr x layer_decay^(layers above); no weight decay of vectors."""
+    depth_of = depths([name for name, _ in model.backbone.named_parameters()])
+    top = max(depth_of.values())
     groups: dict[tuple, dict] = {}
     for name, parameter in model.named_parameters():
-        depth = of.get(name.removeprefix("backbone."), top)
+        depth = depth_of.get(name.removeprefix("backbone."), top)
         decayed = parameter.ndim > 1 and not name.endswith(("pos_embed", "cls_token"))
         group = groups.setdefault((depth, decayed), {
             "params": [], "peak": lr * layer_decay ** (top - depth), "weight_decay": weight_decay if decayed else 0.0})
@@ -102,86 +114,98 @@ def param_groups(model: Classifier, lr: float, weight_decay: float, layer_decay:
 # ---- Training ----
 
 
-def mixing(mixup: float, cutmix: float, n_classes: int):
-    """(pictures, labels (B,)) -> (mixed pictures, soft labels (B, C)), each batch by one of the two."""
+def mixing(mixup: float, cutmix: float, n_classes: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """(images, labels (B,)) -> (mixed images, soft labels (B, C)); each batch by one of the two, drawn at random."""
+    from torchvision.transforms import v2  # takes a second to import
+
     chosen = [v2.MixUp(alpha=mixup, num_classes=n_classes)] if mixup else []
     chosen += [v2.CutMix(alpha=cutmix, num_classes=n_classes)] if cutmix else []
     return v2.RandomChoice(chosen) if chosen else lambda x, y: (x, F.one_hot(y, n_classes).float())
 
 
-def batches(
-    args: argparse.Namespace, network: Network, task: Task, epoch: int, device: torch.device
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """This process's share of an epoch's global batches; what fills no batch is left out."""
-    order = np.random.default_rng((args.seed, epoch)).permutation(len(task.train.labels))
-    whole = steps_per_epoch(args, task) * args.batch_size_per_gpu * parallel.world_size()
-    mine = order[:whole][parallel.rank() :: parallel.world_size()].tolist()
+def batches(network: Network, task: Task, training: Training, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """(images, labels) of an epoch, this process's share of each global batch; an incomplete last batch is dropped."""
+    order = np.random.default_rng((training.seed, epoch)).permutation(len(task.train.labels))
+    used = steps_per_epoch(task, training.batch_size) * training.batch_size * parallel.world_size()
+    mine = order[:used][parallel.rank() :: parallel.world_size()].tolist()
     loader = DataLoader(
-        Subset(input_dataset(network, task.train.images, epoch, TRAINING_SCALE), mine), args.batch_size_per_gpu,
-        pin_memory=device.type == "cuda", **loaders.worker_options(min(args.num_workers, available_cores())),
+        Subset(input_dataset(network, task.train.images, epoch, TRAINING_SCALE), mine), training.batch_size,
+        pin_memory=network.device.type == "cuda",
+        **loaders.worker_options(min(training.num_workers, available_cores())),
     )
     first = 0
     for x in readable(loader):
         y = task.train.labels[mine[first : first + len(x)]]
         first += len(x)
-        yield x.to(device, non_blocking=True), to_device(y, device)
+        yield x.to(network.device, non_blocking=True), to_device(y, network.device)
 
 
-def steps_per_epoch(args: argparse.Namespace, task: Task) -> int:
-    steps = len(task.train.labels) // (args.batch_size_per_gpu * parallel.world_size())
+def steps_per_epoch(task: Task, batch_size: int) -> int:
+    steps = len(task.train.labels) // (batch_size * parallel.world_size())
     if not steps:
-        raise ValueError(f"--batch_size_per_gpu {args.batch_size_per_gpu}: {len(task.train.labels)} training images "
-                         "are less than one batch; lower it")
+        raise Refused(f"--batch_size_per_gpu {batch_size}: {len(task.train.labels)} training images are less than one "
+                      "batch; lower it")
     return steps
 
 
 def tune_epoch(
-    args: argparse.Namespace, network: Network, wrapped: nn.Module, averaged: Classifier,
-    optimizer: torch.optim.Optimizer, batches: Iterator[tuple[Tensor, Tensor]], epoch: int, schedule: np.ndarray,
-    device: torch.device,
+    network: Network, wrapped: nn.Module, averaged: Classifier, optimizer: torch.optim.Optimizer,
+    batches: Iterator[tuple[Tensor, Tensor]], schedule: np.ndarray, recipe: Recipe, epoch: int, seed: int,
 ) -> float:
-    """One epoch over (pictures, labels), whose mean loss it returns; `schedule` are its steps' factors of the rates.
+    """One epoch over (images, labels); returns the mean loss over processes.
 
-    Mixing and stochastic depth are a function of the seed, the epoch and the process: a resumed run draws the same.
+    Mixing and stochastic depth draw from (seed, epoch, process): a resumed run draws the same.
+
+    Args:
+        wrapped: the classifier, in DistributedDataParallel if there are several processes.
+        averaged: its moving average, updated here.
+        schedule: factor of the peak learning rates for each step of the epoch.
     """
-    torch.manual_seed(int(np.random.SeedSequence((args.seed, epoch, parallel.rank())).generate_state(1)[0]))
-    mix, half = mixing(args.mixup, args.cutmix, averaged.linear.out_features), network.autocast()
+    torch.manual_seed(int(np.random.SeedSequence((seed, epoch, parallel.rank())).generate_state(1)[0]))
+    mix = mixing(recipe.mixup, recipe.cutmix, averaged.linear.out_features)
+    autocast = network.autocast()
     model = wrapped.module if isinstance(wrapped, DistributedDataParallel) else wrapped
     wrapped.train()
-    total = torch.zeros((), device=device)
+    total = torch.zeros((), device=network.device)
     for i, ((x, y), factor) in enumerate(zip(batches, schedule, strict=True)):
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * float(factor)
         x, y = mix(x, y)
-        with half:
+        with autocast:
             logits = wrapped(x)
-        loss = F.cross_entropy(logits.float(), y, label_smoothing=args.smoothing)
+        loss = F.cross_entropy(logits.float(), y, label_smoothing=recipe.smoothing)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
         step = epoch * len(schedule) + i
-        # Young averages follow the weights faster: else a short run would end with its start.
-        utils.ema_update(model, averaged, min(args.ema_decay, (1 + step) / (10 + step)) if args.ema_decay else 0.0)
+        # Early averages follow the weights faster; otherwise a short run would return its initial weights.
+        decay = min(recipe.ema_decay, (1 + step) / (10 + step)) if recipe.ema_decay else 0.0
+        utils.ema_update(model, averaged, decay)
         total += loss.detach()
     return float(parallel.mean_over_processes(total)) / len(schedule)
 
 
-def tune(
-    args: argparse.Namespace, network: Network, task: Task, device: torch.device, folder: Path
-) -> tuple[list[dict], Tensor]:
-    """Fine-tune, or go on where a run was stopped; write finetuned.pth; the test set is used once.
+def tune(network: Network, task: Task, training: Training, recipe: Recipe, folder: Path) -> tuple[list[dict], Tensor]:
+    """Fine-tune, or resume a stopped run; write finetuned.pth; classify the test images once.
+
+    Args:
+        training: only epochs, num_labels, val_freq, seed, batch_size and num_workers are used.
 
     Returns:
-        A row for the table, and (M, min(5, C)) classes of the test images, the best first.
+        A row for the table, and (M, min(5, C)) classes of the test images, best first.
+
+    Raises:
+        Refused: fewer images than a batch, a stopped run of other settings, or a loss that is not finite.
     """
-    steps, n_classes = steps_per_epoch(args, task), max(args.num_labels, len(task.classes))
-    torch.manual_seed(args.seed)
-    model = Classifier(trainable(network, args.drop_path_rate), network.info["embed_dim"], n_classes).to(device)
+    device, epochs, batch_size = network.device, training.epochs, training.batch_size
+    steps, n_classes = steps_per_epoch(task, batch_size), max(training.num_labels, len(task.classes))
+    torch.manual_seed(training.seed)
+    model = Classifier(trainable(network, recipe.drop_path_rate), network.info["embed_dim"], n_classes).to(device)
     averaged = copy.deepcopy(model).requires_grad_(False)
-    lr = args.lr[0] * args.batch_size_per_gpu * parallel.world_size() / 256
-    optimizer = torch.optim.AdamW(param_groups(model, lr, args.weight_decay, args.layer_decay), lr=lr)
-    schedule = utils.cosine_scheduler(1.0, 0.0, args.epochs, steps, warmup_epochs=args.warmup_epochs)
-    run = run_of(args, network, task) | {name: getattr(args, name) for name in RECIPE}
+    lr = recipe.lr * batch_size * parallel.world_size() / 256
+    optimizer = torch.optim.AdamW(param_groups(model, lr, recipe.weight_decay, recipe.layer_decay), lr=lr)
+    schedule = utils.cosine_scheduler(1.0, 0.0, epochs, steps, warmup_epochs=recipe.warmup_epochs)
+    run = run_of(network.about, task, epochs, batch_size, training.seed) | recipe._asdict() | {"lr": [recipe.lr]}
     state, first = unfinished(folder / UNFINISHED, run), 0
     if state:
         model.load_state_dict(state["model"])
@@ -190,36 +214,34 @@ def tune(
         first = state["epoch"]
     wrapped = model if parallel.world_size() == 1 else DistributedDataParallel(
         model, device_ids=[device.index] if device.type == "cuda" else None)
-    for epoch in range(first, args.epochs):
-        shown = batches(args, network, task, epoch, device)
-        mean = tune_epoch(args, network, wrapped, averaged, optimizer, shown, epoch,
-                          schedule[epoch * steps : (epoch + 1) * steps], device)
-        if not math.isfinite(mean):
-            raise ValueError(f"--lr {args.lr[0]:g}: the loss is no longer finite; lower it")
-        if (epoch + 1) % args.val_freq == 0 or epoch + 1 == args.epochs:
-            parallel.say(f"epoch {epoch + 1}/{args.epochs}: training loss {mean:.4f}")
+    for epoch in range(first, epochs):
+        loss = tune_epoch(network, wrapped, averaged, optimizer, batches(network, task, training, epoch),
+                          schedule[epoch * steps : (epoch + 1) * steps], recipe, epoch, training.seed)
+        done = epoch + 1
+        if not math.isfinite(loss):
+            raise Refused(f"--lr {recipe.lr:g}: the loss is no longer finite; lower it")
+        if done % training.val_freq == 0 or done == epochs:
+            parallel.say(f"epoch {done}/{epochs}: training loss {loss:.4f}")
         if parallel.is_main():
-            checkpoints.save({"run": run, "epoch": epoch + 1, "model": model.state_dict(),
-                             "averaged": averaged.state_dict(), "optimizer": optimizer.state_dict()},
-                            folder / UNFINISHED)
+            checkpoints.save({"run": run, "epoch": done, "model": model.state_dict(),
+                              "averaged": averaged.state_dict(), "optimizer": optimizer.state_dict()},
+                             folder / UNFINISHED)
     averaged.eval()
-    keep(folder, averaged, network, task.classes)
-    dataset = input_dataset(network, task.test.images)
-    logits = extract_features(averaged, dataset, args.batch_size_per_gpu, args.num_workers, device,
-                              network.autocast())
-    ranked = logits.topk(min(5, n_classes)).indices
-    return [{"lr": args.lr[0], "epochs": args.epochs, "layer_decay": args.layer_decay}], ranked
+    if parallel.is_main():
+        save(averaged, network, task.classes, folder)
+    logits = extract_features(averaged, input_dataset(network, task.test.images), batch_size, training.num_workers,
+                              device, network.autocast())
+    row = {"lr": recipe.lr, "epochs": epochs, "layer_decay": recipe.layer_decay}
+    return [row], logits.topk(min(5, n_classes)).indices
 
 
-def keep(folder: Path, model: Classifier, network: Network, classes: list[str]) -> None:
-    """finetuned.pth: the backbone under `teacher`, as evaluation scripts read it, and the classifier."""
-    if not parallel.is_main():
-        return
+def save(model: Classifier, network: Network, classes: Sequence[str], folder: Path) -> None:
+    """finetuned.pth: the backbone under `teacher`, where evaluation scripts look for it, and the classifier."""
     info = network.info
     args = {k: list(info[k]) if isinstance(info[k], tuple) else info[k]
             for k in ("arch", "patch_size", "in_chans", "mean", "std")} | {
         "global_crops_size": network.about["crop_size"]}
     linear = {f"linear.{k}": v.cpu() for k, v in model.linear.state_dict().items()}
     checkpoints.save({"teacher": model.backbone.state_dict(), "state_dict": linear, "classes": list(classes),
-                     "args": args}, folder / TUNED)
+                      "args": args}, folder / TUNED)
     (folder / UNFINISHED).unlink(missing_ok=True)

@@ -1,7 +1,9 @@
-"""Linear classifiers on frozen features, many settings in one pass (DINO, arXiv 2104.14294, section 4.1, appendix F).
+"""Linear classifiers on frozen features, all settings in one pass (DINO, arXiv 2104.14294, section 4.1, appendix F).
 
-A sweep of learning rates x blocks x pooling costs one backbone pass: every setting is a choice of columns of what the
-pass gave. Shapes: B images, D width, n last blocks, C classes, S settings.
+A sweep over learning rates, blocks and pooling costs one backbone pass, because the input of every setting is a subset
+of the columns of the same features.
+
+Shapes: B images, D width, n last blocks, C classes, S settings.
 """
 
 from __future__ import annotations
@@ -18,36 +20,56 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import parallel
+from parallel import Refused
 from vision_transformer import VisionTransformer
-from weights import checkpoints
+from weights import checkpoints, layouts
 
 
 class Setting(NamedTuple):
     """One classifier of a sweep."""
 
-    lr: float  # for a batch of 256
-    n_last_blocks: int  # whose class tokens it sees
-    avgpool_patchtokens: bool  # and the mean of the last block's patch tokens
+    lr: float  # peak, for a batch of 256
+    n_last_blocks: int  # blocks whose class tokens are its input; 0 for a network without blocks
+    avgpool_patchtokens: bool  # add the mean of the last block's patch tokens
 
 
-def is_setting(found: object) -> bool:
-    """Whether what a file holds is a Setting's fields and values."""
-    return (isinstance(found, Mapping) and found.keys() == set(Setting._fields)
-            and all(isinstance(value, int | float) for value in found.values())
-            and isinstance(found["n_last_blocks"], int) and found["n_last_blocks"] >= 0)
+class Training(NamedTuple):
+    """How classifiers are trained. Every lr x n_last_blocks x avgpool_patchtokens is a setting."""
+
+    lrs: Sequence[float] = (1e-3,)  # peak, for a batch of 256
+    n_last_blocks: Sequence[int] = (4,)
+    avgpool_patchtokens: Sequence[bool] = (False,)
+    epochs: int = 100
+    views: int = 0  # random crops per image whose features are cached and trained on in turn; 0: new crops every epoch
+    num_labels: int = 0  # outputs of the classifier; 0: as many as classes
+    val_freq: int = 1  # epochs between progress lines
+    seed: int = 0
+    batch_size: int = 128  # per process
+    num_workers: int = 10  # per process
+
+
+PUBLISHED = Training()
+
+
+def is_setting(value: object) -> bool:
+    """Whether a value from a file has the fields and types of a Setting."""
+    return (isinstance(value, Mapping) and value.keys() == set(Setting._fields)
+            and all(isinstance(field, int | float) for field in value.values())
+            and isinstance(value["n_last_blocks"], int) and value["n_last_blocks"] >= 0)
 
 
 def settings_of(lrs: Sequence[float], blocks: Sequence[int], pools: Sequence[bool]) -> list[Setting]:
+    """All combinations."""
     return [Setting(lr, n, pool) for n, pool, lr in itertools.product(blocks, pools, lrs)]
 
 
-# ---- What the classifiers see ----
+# ---- The classifiers and their input ----
 
 
 def probe_features(model: nn.Module, n: int) -> Callable[[Tensor], Tensor]:
-    """Pictures -> (B, (n + 1) D): the class tokens of a ViT's last n blocks, then the mean of its last patch tokens.
+    """A function images -> (B, (n + 1) D): class tokens of a ViT's last n blocks, and the mean of its patch tokens.
 
-    Other networks have no blocks to choose from: (B, D), their features.
+    For networks without such blocks, the network itself: images -> (B, D).
     """
     if not isinstance(model, VisionTransformer):
         return model
@@ -60,22 +82,23 @@ def probe_features(model: nn.Module, n: int) -> Callable[[Tensor], Tensor]:
 
 
 def columns(features: Tensor, most_blocks: int, n: int, avgpool: bool) -> Tensor:
-    """What a setting sees of `probe_features(model, most_blocks)`: (B, n D), or (B, (n + 1) D) with the mean."""
+    """A setting's input, out of `probe_features(model, most_blocks)`: (B, n D), or (B, (n + 1) D) with the mean."""
     width = features.shape[1] // (most_blocks + 1)
     cls = features[:, (most_blocks - n) * width : most_blocks * width]
     if not avgpool:
         return cls
     mean = features[:, most_blocks * width :]
-    if n == 1:  # interleaved: the published classifiers of one block and the mean were trained so
+    if n == 1:  # interleaved, as the published classifiers of one block and the mean expect
         return torch.stack([cls, mean], 2).flatten(1)
     return torch.cat([cls, mean], 1)
 
 
 class Heads(nn.Module):
-    """One linear classifier a setting: weights from N(0, 0.01^2), biases 0.
+    """One linear classifier per setting, with weights from N(0, 0.01^2) and biases 0.
 
     Args:
-        width: of the features of one block, D; blocks: most blocks of the settings, or 0 for a network without.
+        width: of the features of one block, D.
+        blocks: maximum of n_last_blocks over the settings; 0 for a network without blocks.
     """
 
     def __init__(self, settings: Sequence[Setting], width: int, blocks: int, n_classes: int) -> None:
@@ -88,13 +111,13 @@ class Heads(nn.Module):
             nn.init.zeros_(head.bias)
 
     def forward(self, features: Tensor) -> list[Tensor]:
-        """(B, (blocks + 1) D) -> S logits (B, C). Heads that see the same columns share one matrix product."""
+        """(B, (blocks + 1) D) -> S logits (B, C). Heads with the same input share one matrix product."""
         groups: dict[tuple, list[int]] = {}
         for i, s in enumerate(self.settings):
             groups.setdefault((s.n_last_blocks, s.avgpool_patchtokens) if self.blocks else (), []).append(i)
         logits: list[Tensor] = [features] * len(self.settings)
-        for seen, members in groups.items():
-            x = columns(features, self.blocks, *seen) if seen else features
+        for chosen, members in groups.items():
+            x = columns(features, self.blocks, *chosen) if chosen else features
             weight = torch.cat([self.heads[i].weight for i in members])
             bias = torch.cat([self.heads[i].bias for i in members])
             for i, rows in zip(members, F.linear(x, weight, bias).chunk(len(members), 1), strict=True):
@@ -106,7 +129,11 @@ class Heads(nn.Module):
 
 
 def build_optimizer(heads: Heads, batch_size: int) -> torch.optim.SGD:
-    """SGD, momentum 0.9, no weight decay; each head with its learning rate x batch / 256 (the linear rule)."""
+    """SGD with momentum 0.9 and no weight decay; each head's learning rate is lr x batch_size / 256.
+
+    Args:
+        batch_size: of all processes.
+    """
     groups = [{"params": head.parameters(), "lr": s.lr * batch_size / 256}
               for s, head in zip(heads.settings, heads.heads, strict=True)]
     for group in groups:
@@ -117,9 +144,9 @@ def build_optimizer(heads: Heads, batch_size: int) -> torch.optim.SGD:
 def train_epoch(
     heads: Heads, optimizer: torch.optim.Optimizer, epoch: int, epochs: int, batches: Iterable[tuple[Tensor, Tensor]]
 ) -> Tensor:
-    """One epoch over (features, labels) of whole global batches; the learning rates follow a half cosine by epoch.
+    """One epoch over (features, labels) of global batches; the learning rates follow half a cosine over the epochs.
 
-    The heads' losses are summed: no head's gradient depends on another's.
+    The heads' losses are summed, which leaves the gradient of each head as if it were trained alone.
 
     Returns:
         (S,) mean training loss of each head.
@@ -137,46 +164,57 @@ def train_epoch(
 
 
 def unfinished(path: Path, run: Mapping) -> dict | None:
-    """What a run that was stopped left in `path`, under "run" what it is; None where there is no file.
+    """The state that a stopped run left in `path`, or None if there is no file.
+
+    Args:
+        run: what the two runs must have in common; compared with the state's "run".
 
     Raises:
-        ValueError: it is of another run than `run`, in one line that says what differs.
+        Refused: the file is unreadable or belongs to a run with other values; the line names them.
     """
     if not path.is_file():
         return None
-    state = checkpoints.read(path, object)
+    try:
+        state = checkpoints.read(path, object)
+    except (ValueError, OSError) as error:
+        raise Refused(f"--output_dir {path.parent}: {error}; remove it, or choose another folder") from error
     before = state.get("run") if isinstance(state, Mapping) else None
     if before != run:
         changed = ", ".join(k for k in run if isinstance(before, Mapping) and before.get(k) != run[k])
-        raise ValueError(f"--output_dir {path.parent}: {path.name} there is of another run"
-                         + (f" (other {changed})" if changed else "") + "; remove it, or choose another folder")
-    parallel.say(f"going on after epoch {state['epoch']} of {path}")
+        raise Refused(f"--output_dir {path.parent}: {path.name} belongs to another run"
+                      + (f" (different {changed})" if changed else "") + "; remove it, or choose another folder")
+    parallel.say(f"resuming after epoch {state['epoch']} of {path}")
     return state
 
 
 def read_classifier(path: str | os.PathLike) -> dict:
-    """A file of this project or a published one: {"weight", "bias"} and, where it says them, "classes" and "setting".
+    """A classifier of this project or a published one.
+
+    Returns:
+        {"weight": (C, D), "bias": (C,)} and, where the file has them, "classes" (names) and "setting" (a Setting's
+        fields).
 
     Raises:
-        FileNotFoundError, ValueError: no such file, or no classifier in it, in one line.
+        Refused: no such file, or no classifier in it.
     """
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"--linear_weights {path}: no such file; train one first")
-    loaded = checkpoints.read(path, object)
-    loaded = loaded if isinstance(loaded, Mapping) else {}
-    state = {k.removeprefix("module.").removeprefix("linear."): v for k, v in loaded.get("state_dict", loaded).items()}
-    if not all(isinstance(state.get(name), Tensor) for name in ("weight", "bias")):
-        raise ValueError(f"--linear_weights {path}: holds no linear.weight and linear.bias; give a linear.pth")
-    about = {k: loaded[k] for k in ("classes", "setting") if loaded.get(k) is not None}
+        raise Refused(f"--linear_weights {path}: no such file; train one first")
+    try:
+        content = checkpoints.read(path, object)
+        content = content if isinstance(content, Mapping) else {}
+        classifier = layouts.linear_classifier(content, str(path))
+    except (ValueError, OSError) as error:
+        raise Refused(f"--linear_weights {error}; give a linear.pth") from error
+    about = {k: content[k] for k in ("classes", "setting") if content.get(k) is not None}
     if "setting" in about and not is_setting(about["setting"]):
-        raise ValueError(f"--linear_weights {path}: its setting does not hold {', '.join(Setting._fields)}; give a "
-                         "linear.pth as it was written")
-    return {"weight": state["weight"], "bias": state["bias"]} | about
+        raise Refused(f"--linear_weights {path}: its setting does not hold {', '.join(Setting._fields)}; give a "
+                      "linear.pth as it was written")
+    return {"weight": classifier.weight.detach(), "bias": classifier.bias.detach()} | about
 
 
 @torch.no_grad()
 def predict(heads: Heads, features: Tensor, batch_size: int = 1024) -> Tensor:
-    """(N, ...) features on the CPU -> (S, N, min(5, C)) classes, the best first."""
+    """(N, ...) features on the CPU -> (S, N, min(5, C)) classes, best first."""
     device = heads.heads[0].weight.device
     ranks = min(5, heads.heads[0].out_features)
     parts = [torch.stack([logits.topk(ranks).indices for logits in heads(rows.to(device))])
@@ -187,27 +225,32 @@ def predict(heads: Heads, features: Tensor, batch_size: int = 1024) -> Tensor:
 def logistic_regression(
     train: tuple[Tensor, Tensor], held: tuple[Tensor, Tensor], test: Tensor, strengths: Sequence[float]
 ) -> tuple[Tensor, float, list[float]]:
-    """scikit-learn's L2-regularized logistic regression on standardized features, its C chosen by validation.
+    """scikit-learn's L2-regularized logistic regression on standardized features, with C chosen on held-out images.
 
     Args:
-        train, held: (N, D) features and (N,) labels; the first fits, the second chooses, both together fit again.
-        test: (M, D) features. strengths: the values of C, inverse strengths of the regularization.
+        train, held: (N, D) features and (N,) labels. Models are fitted to `train` and compared on `held`; the best
+            one is fitted again to both.
+        test: (M, D) features.
+        strengths: the values of C, the inverse strength of the regularization.
 
     Returns:
-        (M, min(5, C)) classes of the test images, the best first; the chosen C; accuracy of each C on `held` in %.
+        (M, min(5, C)) classes of the test images, best first; the chosen C; accuracy of each C on `held` in %.
+
+    Raises:
+        Refused: scikit-learn is not installed.
     """
     try:
         from sklearn.linear_model import LogisticRegression
         from sklearn.pipeline import make_pipeline
         from sklearn.preprocessing import StandardScaler
     except ImportError as error:
-        raise ValueError("--logreg needs scikit-learn: pip install scikit-learn") from error
+        raise Refused("--logreg needs scikit-learn: pip install scikit-learn") from error
 
     def fit(c: float, x: Tensor, y: Tensor):
         return make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=1000)).fit(x.numpy(), y.numpy())
 
     accuracies = [100 * float(fit(c, *train).score(held[0].numpy(), held[1].numpy())) for c in strengths]
-    best = strengths[max(range(len(strengths)), key=lambda i: accuracies[i])]  # the strongest of equal ones
+    best = strengths[max(range(len(strengths)), key=lambda i: accuracies[i])]  # the strongest regularization among ties
     model = fit(best, torch.cat([train[0], held[0]]), torch.cat([train[1], held[1]]))
     scores = torch.from_numpy(model.predict_log_proba(test.numpy()))
     ranked = scores.topk(min(5, scores.shape[1])).indices

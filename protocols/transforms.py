@@ -1,6 +1,6 @@
-"""How protocols see an image: resized, cropped and normalized, or as raw pixels.
+"""Evaluation transforms: how a network sees an image, resized, cropped and normalized.
 
-Shapes: C channels; images are uint8 (C, height, width).
+Shapes: C channels; an image is uint8 (C, height, width).
 """
 
 from __future__ import annotations
@@ -19,44 +19,69 @@ from utils import random_resized_crop_box
 PIXELS_SIDE = 32
 
 
-class EvalImages(Dataset):
-    """index -> (float32 (C, crop, crop), index): the shorter side resized to `size`, centre crop, normalized.
+class Transformed(Dataset):
+    """index -> (float32 (C, h, w), index): `transform(image, index)`, normalized as (x / 255 - mean) / std.
 
-    Resized as uint8, bicubic with antialiasing, which is within two levels of Pillow's.
+    A subclass defines `transform`. Images of different sizes need crops of one size, or a batch size of 1.
 
     Args:
-        size, crop: pixels, size >= crop.
-        mean, std: one value a channel, of intensities in [0, 1].
+        mean, std: per channel, of intensities in [0, 1].
 
     Raises:
-        ValueError: for an image that can't be decoded, with its name: features of another one would be wrong.
+        Undecodable: an image can't be decoded. It is not replaced by another one: its features would be wrong.
     """
 
-    def __init__(self, images: Images, size: int, crop: int, mean: Sequence[float], std: Sequence[float]) -> None:
-        if not 1 <= crop <= size:
-            raise ValueError(f"images resized to {size} pixels can't be cropped to {crop}: make the crop smaller")
-        self.images, self.size, self.crop = images, size, crop
+    def __init__(self, images: Images, mean: Sequence[float], std: Sequence[float]) -> None:
+        self.images = images
         self.mean, self.std = (255 * torch.tensor(v, dtype=torch.float32).view(-1, 1, 1) for v in (mean, std))
+
+    def transform(self, image: Tensor, index: int) -> Tensor:
+        """uint8 (C, H, W) -> (C, h, w), intensities still in [0, 255]."""
+        raise NotImplementedError
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        image = center_crop(resized(self.images.load(index), self.size), self.crop, self.crop)
+        image = self.transform(self.images.load(index), index)
         return (image.float() - self.mean) / self.std, index
+
+
+class EvalImages(Transformed):
+    """The shorter side resized to `size` pixels, then the central `crop` x `crop` pixels.
+
+    Resized as uint8, bicubic with antialiasing, which differs from Pillow by at most two levels.
+
+    Args:
+        size, crop: pixels, size >= crop.
+    """
+
+    def __init__(self, images: Images, size: int, crop: int, mean: Sequence[float], std: Sequence[float]) -> None:
+        if not 1 <= crop <= size:
+            raise ValueError(f"images resized to {size} pixels can't be cropped to {crop}: make the crop smaller")
+        super().__init__(images, mean, std)
+        self.size, self.crop = size, crop
+
+    def transform(self, image: Tensor, index: int) -> Tensor:
+        return center_crop(resized(image, self.size), self.crop, self.crop)
 
 
 LONGEST = 16  # times the shorter side
 
 
 def resized(image: Tensor, size: int) -> Tensor:
-    """uint8 (C, H, W) with its shorter side brought to `size` pixels; of a longer strip, its middle.
+    """uint8 (C, H, W) with its shorter side resized to `size` pixels; only the middle of a very long strip is kept.
 
-    All of a strip could fill the memory, and a centre crop drops its ends.
+    A whole strip could exhaust the memory, and a centre crop drops its ends anyway.
     """
     image = center_crop(image, *(min(n, LONGEST * min(image.shape[1:])) for n in image.shape[1:]))
     sides = [size * n // min(image.shape[1:]) for n in image.shape[1:]]
-    return F.interpolate(image[None], size=sides, mode="bicubic", antialias=True)[0]
+    return resize(image, sides)
+
+
+def resize(image: Tensor, size: Sequence[int]) -> Tensor:
+    """uint8 (C, H, W) -> uint8 (C, *size): bicubic with antialiasing, without regard to the aspect ratio."""
+    return F.interpolate(image[None], size=tuple(size), mode="bicubic", antialias=True)[0]
 
 
 def center_crop(image: Tensor, height: int, width: int) -> Tensor:
@@ -64,42 +89,35 @@ def center_crop(image: Tensor, height: int, width: int) -> Tensor:
     return image[:, top : top + height, left : left + width]
 
 
-class SmallPictures(Dataset):
-    """index -> (float32 (C, side, side) in [0, 1], index): the whole picture, whatever its proportions."""
+class SmallPictures(Transformed):
+    """The whole image at `side` x `side` pixels in [0, 1], whatever its aspect ratio: the raw-pixel baseline."""
 
     def __init__(self, images: Images, side: int = PIXELS_SIDE) -> None:
-        self.images, self.side = images, side
+        super().__init__(images, mean=(0.0,), std=(1.0,))
+        self.side = side
 
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        image = self.images.load(index)[None].float() / 255
+    def transform(self, image: Tensor, index: int) -> Tensor:
         size = (self.side, self.side)
-        return F.interpolate(image, size=size, mode="bilinear", antialias=True)[0], index
+        return F.interpolate(image[None].float(), size=size, mode="bilinear", antialias=True)[0]
 
 
-class RandomViews(Dataset):
-    """index -> (float32 (C, crop, crop), index): a random resized crop, flipped half the time, normalized.
+class RandomViews(Transformed):
+    """A random resized crop of `crop` x `crop` pixels, flipped with probability 0.5.
 
-    The crop covers a share in `scale` of the area. A view is a function of (index, view) alone.
+    Args:
+        view: number of the view; the crop is a function of (index, view) alone.
+        scale: bounds of the crop's share of the image's area.
     """
 
     def __init__(
         self, images: Images, crop: int, mean: Sequence[float], std: Sequence[float], view: int,
         scale: tuple[float, float] = (0.25, 1.0),
     ) -> None:
-        self.images, self.crop, self.view, self.scale = images, crop, view, scale
-        self.mean, self.std = (255 * torch.tensor(v, dtype=torch.float32).view(-1, 1, 1) for v in (mean, std))
+        super().__init__(images, mean, std)
+        self.crop, self.view, self.scale = crop, view, scale
 
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+    def transform(self, image: Tensor, index: int) -> Tensor:
         rng = np.random.default_rng((index, self.view))
-        image = self.images.load(index)
         top, left, height, width = random_resized_crop_box(*image.shape[1:], self.scale, rng)
-        image = image[None, :, top : top + height, left : left + width]
-        image = F.interpolate(image, size=(self.crop, self.crop), mode="bicubic", antialias=True)[0]
-        image = image.flip(-1) if rng.random() < 0.5 else image
-        return (image.float() - self.mean) / self.std, index
+        image = resize(image[:, top : top + height, left : left + width], (self.crop, self.crop))
+        return image.flip(-1) if rng.random() < 0.5 else image

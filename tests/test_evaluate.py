@@ -13,7 +13,7 @@ from PIL import Image
 
 import evaluate
 from imagesets import sources
-from protocols import report
+from protocols import overview, report
 from protocols.splits import Part
 
 
@@ -77,18 +77,30 @@ def test_pairs_of_classes_taken_for_each_other():
     at = torch.eye(3)
     train = Part(at.repeat_interleave(25, 0), torch.arange(3).repeat_interleave(25), ["a", "b", "c"])
     test = Part(at[[0, 0, 0, 0, 2]], torch.tensor([0, 1, 1, 2, 2]), ["a", "b", "c"])
-    rows = evaluate.confusions([train, test])
+    rows = overview.confusions([train, test])
     assert [(r["class"], r["taken for"], r["images"], r["of the class, %"]) for r in rows] == [
         ("b", "a", 2, 100.0), ("c", "a", 1, 50.0)]
 
 
-def test_the_sheets_show_test_pictures(tmp_path, monkeypatch):
+def test_the_sheets_show_test_images(page, tmp_path, monkeypatch):
     """Drawn ones too, which have no val/ folder: the network has seen the others."""
     shown = []
-    monkeypatch.setattr(evaluate.visualize_attention, "draw_sheets", lambda *args: shown.append(args[-1].name(0)))
-    args = evaluate.get_args_parser().parse_args(["--data_path", "shapes:8x32", "--arch", "vit_nano"])
-    evaluate.draw_sheets(args, [], tmp_path)
+    monkeypatch.setattr(overview.attention, "draw_sheets",
+                        lambda network, images, *args, **options: shown.append(images.name(0)))
+    args = evaluate.get_args_parser().parse_args(["--data_path", "shapes:8x32", "--arch", "vit_nano", "--device", "cpu",
+                                                  "--image_size", "32"])
+    network = evaluate.load_networks(args)[evaluate.NETWORK]
+    overview.draw(page, network, evaluate.check_data(args, 3), [], {}, 32, 0, {})
     assert shown == [sources.open_images("shapes:8x32", "val").name(0)] != [sources.open_images("shapes:8x32").name(0)]
+
+
+def test_a_bug_keeps_its_traceback(tmp_path, monkeypatch):
+    def bug(*args, **options):
+        raise ValueError("operands could not be broadcast together")
+
+    monkeypatch.setattr("protocols.knn_evaluation.knn_predict", bug)
+    with pytest.raises(ValueError, match="operands could not be broadcast"):
+        run("--data_path", "shapes:16x32", "--output_dir", tmp_path)
 
 
 def test_text_is_escaped():

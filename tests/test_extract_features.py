@@ -1,7 +1,8 @@
-"""Embeddings in files: each format read back by its own package, runs that were killed, and what is refused."""
+"""Embeddings in files: each format read back by its own package, stopped runs, and bad input."""
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,8 +14,9 @@ from PIL import Image
 from processes import ENV
 
 import extract_features
-from imagesets import loaders, shapes
-from protocols import embeddings, features, transforms
+from imagesets import shapes
+from imagesets.sources import open_images
+from protocols import embeddings, extraction, features, transforms
 from weights import backbones
 
 
@@ -38,7 +40,7 @@ def expected_tokens(folder, tokens):
     """Picture by picture, from the network itself."""
     torch.manual_seed(0)
     model, info = backbones.load_backbone("", "vit_nano", 8)
-    images = transforms.EvalImages(loaders.open_images(folder), 37, 32, info["mean"], info["std"])
+    images = transforms.EvalImages(open_images(folder), 37, 32, info["mean"], info["std"])
     with torch.no_grad():
         found = [model.get_intermediate_layers(images[i][0][None], 1)[0][0] for i in range(len(images))]
     return torch.stack(found)[:, {"cls": slice(0, 1), "patch": slice(1, None), "both": slice(None)}[tokens]].numpy()
@@ -83,18 +85,18 @@ def test_formats(photos, tmp_path, suffix, tokens, half):
 
 KILLED = """
 import os, signal, sys
+import numpy as np
 import extract_features
-from protocols import embeddings
 saved = []
-replace = embeddings.replace
-def replace_and_die(path, write):
-    if path.suffix == ".npy" and len(saved) == 2:
-        with open(path.with_name("." + path.name + ".tmp"), "wb") as file:
-            file.write(b"half a part")
+save = np.save
+def save_or_die(file, array):
+    if len(saved) == 2:
+        file.write(b"half a part")
+        file.flush()
         os.kill(os.getpid(), signal.SIGKILL)
-    saved.append(path) if path.suffix == ".npy" else None
-    replace(path, write)
-embeddings.replace = replace_and_die
+    saved.append(file)
+    save(file, array)
+np.save = save_or_die
 extract_features.main(extract_features.get_args_parser().parse_args(sys.argv[1:]))
 """
 
@@ -105,8 +107,9 @@ def test_a_killed_run_goes_on(photos, tmp_path, capsys, monkeypatch):
     killed = subprocess.run([sys.executable, "-c", KILLED, *command], env=ENV, capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     parts = tmp_path / "photos.npy.parts"
-    left = [".000002.npy.tmp", "000000.npy", "000001.npy", "fingerprint.json"]
-    assert sorted(p.name for p in parts.iterdir()) == left
+    left = sorted(p.name for p in parts.iterdir())
+    assert re.fullmatch(r"\.000002\.npy\.\d+\.tmp", left[0])
+    assert left[1:] == ["000000.npy", "000001.npy", "fingerprint.json"]
     assert not output.exists()
     kept = [os.stat(parts / name).st_mtime_ns for name in ("000000.npy", "000001.npy")]
 
@@ -117,11 +120,11 @@ def test_a_killed_run_goes_on(photos, tmp_path, capsys, monkeypatch):
     assert kept == [os.stat(parts / name).st_mtime_ns for name in ("000000.npy", "000001.npy")]
 
     asked = []
-    compute = extract_features.compute_part
+    compute = extraction.compute_part
     with monkeypatch.context() as patch:
-        patch.setattr(extract_features, "compute_part", lambda job, n, *a: asked.append(n) or compute(job, n, *a))
+        patch.setattr(extraction, "compute_part", lambda job, n, *a: asked.append(n) or compute(job, n, *a))
         assert run(*command) == 0
-    assert asked == [2] and "1 of 3 parts" in capsys.readouterr().out
+    assert asked == [2] and "resuming: 1 of 3 parts" in capsys.readouterr().out
     assert sorted(p.name for p in tmp_path.iterdir()) == ["photos.npy", "photos.npy.json"]
     assert run(*command[:2], "--output", tmp_path / "whole.npy", *NETWORK) == 0
     np.testing.assert_array_equal(np.load(output), np.load(tmp_path / "whole.npy"))
@@ -138,7 +141,7 @@ def test_a_finished_file(photos, tmp_path, capsys, monkeypatch):
     before = output.read_bytes()
     for other in (("--half",), ("--seed", 3), ("--data_path", "shapes:11x40")):
         assert run(*where, *NETWORK, *other) == 2
-        assert "the file there holds something else" in capsys.readouterr().err
+        assert "the existing file holds something else" in capsys.readouterr().err
     (tmp_path / "mine.npy").write_bytes(b"something of the user's")
     assert run("--data_path", photos, "--output", tmp_path / "mine.npy", *NETWORK) == 2
     assert output.read_bytes() == before and (tmp_path / "mine.npy").read_bytes() == b"something of the user's"
@@ -150,13 +153,13 @@ def test_images_that_change_between_runs_are_noticed(tmp_path, capsys):
     where = ("--data_path", tmp_path, "--output", tmp_path / "o.npy", *NETWORK)
     assert run(*where) == 0
     Image.fromarray(shapes.draw(9, 40)[0]).save(tmp_path / "3.png")
-    assert run(*where) == 2 and "another images" in capsys.readouterr().err
+    assert run(*where) == 2 and "different images" in capsys.readouterr().err
 
 
 def test_pixels_and_other_networks(photos, tmp_path):
     more = ("--num_workers", 0, "--device", "cpu", "--crop_size", 32)
     assert run("--data_path", photos, "--output", tmp_path / "p.npy", "--arch", "pixels", *more) == 0
-    expected = features.pixel_features(loaders.open_images(photos)).numpy()
+    expected = features.pixel_features(open_images(photos)).numpy()
     np.testing.assert_allclose(np.load(tmp_path / "p.npy"), expected, atol=1e-6)
     assert run("--data_path", photos, "--output", tmp_path / "r.npy", "--arch", "resnet18", *more) == 0
     assert np.load(tmp_path / "r.npy").shape == (11, 512)
@@ -187,8 +190,10 @@ def test_what_stands_in_the_way_is_named(tmp_path, capsys):
     (tmp_path / "b.npy.parts").touch()
     (tmp_path / "c.npy.parts").mkdir()
     (tmp_path / "c.npy.parts/fingerprint.json").write_text("not JSON")
-    for name, message in (("a.npy", "a.npy: a folder; give a file"), ("b.npy", "not what a killed run left; remove it"),
-                          ("c.npy", "not what a killed run left; remove it")):
+    (tmp_path / "d.npy.parts").mkdir()
+    (tmp_path / "d.npy.parts/fingerprint.json").write_text("[1]")
+    for name, message in (("a.npy", "a.npy: a folder; give a file"), *(
+            (f"{name}.npy", "not what a stopped run leaves; remove it") for name in "bcd")):
         assert run("--data_path", "shapes:4x40", "--output", tmp_path / name, *NETWORK) == 2
         error = capsys.readouterr().err
         assert f"--output {tmp_path / name}: " in error and message in error and error.count("\n") == 1
@@ -203,8 +208,18 @@ def test_a_broken_picture_is_named_and_the_parts_before_it_stay(photos, tmp_path
     where = ("--data_path", tmp_path / "photos", "--output", tmp_path / "p.npy", *NETWORK)
     assert run(*where) == 2
     error = capsys.readouterr().err
-    assert f"--data_path {tmp_path / 'photos'}: {broken}: " in error and "mend or remove that file" in error
+    assert error.count("\n") == 1 and f"{broken}: " in error and "repair or remove that file" in error
     assert (tmp_path / "p.npy.parts/000000.npy").exists() and not (tmp_path / "p.npy").exists()
+
+
+def test_a_bug_is_not_mistaken_for_bad_input(photos, tmp_path, monkeypatch):
+    def broken(*args, **kwargs):
+        raise ValueError("operands could not be broadcast")
+
+    monkeypatch.setattr(extraction, "extract_features", broken)
+    with pytest.raises(ValueError, match="could not be broadcast") as raised:
+        run("--data_path", photos, "--output", tmp_path / "x.npy", *NETWORK)
+    assert raised.type is ValueError
 
 
 def test_a_missing_package_is_named_before_any_work(tmp_path, capsys, monkeypatch):
@@ -230,6 +245,6 @@ def test_two_processes_write_what_one_writes_and_refuse_together(photos, tmp_pat
     started = [subprocess.Popen(command, env=environment | {"RANK": str(r)}, stderr=subprocess.PIPE, text=True)
                for r in (0, 1)]
     errors = [p.communicate(timeout=120)[1] for p in started]
-    assert [p.returncode for p in started] == [0, 0] and all("another half" in error for error in errors), errors
+    assert [p.returncode for p in started] == [0, 0] and all("different half" in error for error in errors), errors
     assert run(*flags, tmp_path / "one.npy") == 0
     np.testing.assert_allclose(np.load(tmp_path / "two.npy"), np.load(tmp_path / "one.npy"), rtol=1e-4, atol=1e-5)

@@ -92,11 +92,21 @@ def test_script_names_what_is_wrong_in_one_line(tmp_path, capsys, log, out, mess
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "epochs.txt").write_text('{"epoch": 0}\n')
     before = sorted(tmp_path.iterdir())
-    with pytest.raises(SystemExit) as stopped:
-        plots.main(plots.get_args_parser().parse_args([str(tmp_path / log), "--out", str(tmp_path / out)]))
+    code = plots.main(plots.get_args_parser().parse_args([str(tmp_path / log), "--out", str(tmp_path / out)]))
     error = capsys.readouterr().err
-    assert stopped.value.code == 2 and message in error and error.count("\n") == 1
+    assert code == 2 and message in error and error.count("\n") == 1
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_bug_is_not_mistaken_for_bad_input(tmp_path, monkeypatch):
+    def broken(*args, **kwargs):
+        raise ValueError("operands could not be broadcast")
+
+    monkeypatch.setattr(charts, "run_names", broken)
+    logs = [str(write_log(tmp_path / name / "log.txt")) for name in "ab"]
+    with pytest.raises(ValueError, match="could not be broadcast") as raised:
+        plots.main(plots.get_args_parser().parse_args([*logs, "--out", str(tmp_path / "c.png")]))
+    assert raised.type is ValueError
 
 
 # ---------------------------------------------------------------- charts of an evaluation
@@ -115,6 +125,5 @@ def test_a_picture_that_cannot_be_written_is_named_by_its_flag(tmp_path, capsys,
     (tmp_path / "file").write_text("")
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "log.txt").write_text('{"epoch": 0, "train_loss": 1.0}\n{"epoch": 1, "train_loss": 0.5}\n')
-    with pytest.raises(SystemExit) as ended:
-        plots.main(plots.get_args_parser().parse_args([str(tmp_path / "log.txt"), "--out", str(tmp_path / out)]))
-    assert ended.value.code == 2 and f"--out {tmp_path / out}: " in capsys.readouterr().err
+    code = plots.main(plots.get_args_parser().parse_args([str(tmp_path / "log.txt"), "--out", str(tmp_path / out)]))
+    assert code == 2 and f"--out {tmp_path / out}: " in capsys.readouterr().err

@@ -1,16 +1,17 @@
-"""Search among embeddings: faiss against a product in NumPy, queries by row and by picture, the sheet."""
+"""Search among embeddings: neighbours against a product in NumPy, queries by row and by image file, the sheet."""
 
 import json
-import sys
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import extract_features
 import search
 from imagesets import shapes
-from protocols import embeddings
+from protocols import charts, embeddings, image_search
+from protocols.knn import nearest
 
 
 def brute_force(array, query, k, leave_out=None):
@@ -23,28 +24,26 @@ def brute_force(array, query, k, leave_out=None):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
-def test_nearest_is_exact(dtype, monkeypatch):
-    monkeypatch.setattr(search, "ROWS_AT_A_TIME", 64)  # 200 rows in four goes
+def test_nearest_is_exact(dtype):
     rng = np.random.default_rng(0)
     array, queries = (rng.standard_normal((n, 24)).astype(dtype) * 3 for n in (200, 5))
-    cosines, rows = search.nearest(array, queries, 10)
+    found = nearest(torch.from_numpy(queries), torch.from_numpy(array), 10, columns=64)  # 200 rows in four blocks
+    cosines, rows = (x.numpy() for x in found)
     for q in range(5):
         expected = brute_force(array, queries[q].astype(np.float64), 10)
         assert rows[q].tolist() == [i for i, _ in expected]
         np.testing.assert_allclose(cosines[q], [c for _, c in expected], atol=2e-6)
-    assert search.nearest(array[:3], queries, 10)[1].shape == (5, 3)
 
 
 def test_the_query_is_left_out_by_its_row():
-    found = search.without(4, np.array([1.0, 1.0, 0.5, 0.2]), np.array([2, 4, 0, 1]), 2)
-    assert found == [(2, 1.0), (0, 0.5)]
-    assert search.without(None, np.array([1.0, 0.5]), np.array([2, 4]), 1) == [(2, 1.0)]
-    assert search.without(9, np.array([1.0, 1.0]), np.array([2, 4]), 1) == [(2, 1.0)]  # behind its own copies
+    assert image_search.without(4, [1.0, 1.0, 0.5, 0.2], [2, 4, 0, 1], 2) == [(2, 1.0), (0, 0.5)]
+    assert image_search.without(None, [1.0, 0.5], [2, 4], 1) == [(2, 1.0)]
+    assert image_search.without(9, [1.0, 1.0], [2, 4], 1) == [(2, 1.0)]  # behind its own copies
 
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    """Fifteen drawn pictures, of which 5 and 12 are the same, and their class tokens."""
+    """Fifteen drawn images, of which 5 and 12 are the same, and their class tokens."""
     folder = tmp_path_factory.mktemp("search")
     (folder / "photos").mkdir()
     for i in range(15):
@@ -67,7 +66,7 @@ def parse(*args):
 @pytest.mark.parametrize("suffix, more", [
     (".npy", ()), (".parquet", ("--half",)), (".safetensors", ("--tokens", "both")),
 ])
-def test_rows_and_pictures(photos, tmp_path, capsys, suffix, more):
+def test_rows_and_image_files(photos, tmp_path, capsys, suffix, more):
     if suffix != ".npy":
         extract(photos, f"f{suffix}", *more)
     query = photos / "photos" / "12.png"
@@ -89,20 +88,20 @@ def test_rows_and_pictures(photos, tmp_path, capsys, suffix, more):
 
 
 def test_sheet(tmp_path):
-    picture = np.full((60, 90, 3), (200, 30, 30), np.uint8)
-    rows = [[(picture, "query\na"), (picture, "0.9\nb")], [(picture[:, :20], "query\nc")]]
-    search.draw_sheet(rows, tmp_path / "s.png")
+    image = torch.tensor([200, 30, 30], dtype=torch.uint8)[:, None, None].expand(3, 60, 90)
+    rows = [[(image, "query\na"), (image, "0.9\nb")], [(image[:, :, :20], "query\nc")]]
+    charts.draw_sheet(rows, tmp_path / "s.png", "--output")
     with Image.open(tmp_path / "s.png") as sheet:
         red = (np.asarray(sheet.convert("RGB")) == (200, 30, 30)).all(-1)
     height, width = red.shape
     quarters = [red[: height // 2, : width // 2], red[: height // 2, width // 2 :],
                 red[height // 2 :, : width // 2], red[height // 2 :, width // 2 :]]
     assert [bool(q.any()) for q in quarters] == [True, True, True, False]
-    assert search.short("a/b.png") == "b.png" and search.short("x" * 40 + "end.png").endswith("end.png")
-    assert len(search.short("x" * 40)) == search.LONGEST_TITLE
+    assert image_search.short("a/b.png") == "b.png" and image_search.short("x" * 40 + "end.png").endswith("end.png")
+    assert len(image_search.short("x" * 40)) == image_search.LONGEST_TITLE
 
 
-def test_moved_pictures(photos, tmp_path):
+def test_moved_images(photos, tmp_path):
     where = ("--features", photos / "f.npy", "--query", 1, "--output", tmp_path / "s.png")
     (tmp_path / "moved").symlink_to(photos / "photos")
     assert search.main(parse(*where, "--data_path", tmp_path / "moved")) == 0
@@ -115,7 +114,7 @@ def test_moved_pictures(photos, tmp_path):
     (("--query", "nothing.png"), "--query nothing.png"),
     (("--output", "sheet.gif"), "--output sheet.gif"),
     (("--output", "{photos}/../f.npy/s.png"), "f.npy is a file; give a folder"),
-    (("--data_path", "shapes:15x40"), "not the images of the features"),
+    (("--data_path", "shapes:15x40"), "not the images that the features"),
     (("--query", "{photos}/00.png", "--pretrained_weights", "no.pth"), "no.pth: no such file"),
 ])
 def test_bad_input_is_refused_in_one_line(photos, args, message, tmp_path, capsys):
@@ -134,14 +133,26 @@ def test_patch_tokens_and_strange_files_are_refused(photos, tmp_path, capsys):
                                  ("fewer", (photos / "f.npy").read_bytes(), beside["names"][:5])):
         (tmp_path / f"{name}.npy").write_bytes(content)
         (tmp_path / f"{name}.npy.json").write_text(json.dumps(beside | {"names": names}))
-    for path, message in ((photos / "patch.npy", "patch tokens only"), (tmp_path / "strange.npy", "does not say"),
+    for path, message in ((photos / "patch.npy", "patch tokens only"), (tmp_path / "strange.npy", "does not describe"),
                           (tmp_path / "short.npy", "short.npy: damaged"),
                           (tmp_path / "fewer.npy", "fewer.npy: not what fewer.npy.json beside it describes")):
         assert search.main(parse("--features", path, "--query", 0, "--output", tmp_path / "s.png")) == 2
         assert message in capsys.readouterr().err
 
 
-def test_without_faiss(photos, tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "faiss", None)
-    assert search.main(parse("--features", photos / "f.npy", "--query", 0, "--output", tmp_path / "s.png")) == 2
-    assert "pip install faiss-cpu" in capsys.readouterr().err
+def test_an_image_that_cannot_be_decoded_is_named(photos, tmp_path, capsys):
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    where = ("--features", photos / "f.npy", "--output", tmp_path / "s.png")
+    assert search.main(parse(*where, "--query", tmp_path / "broken.png")) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and f"{tmp_path / 'broken.png'}: " in error and "repair or remove" in error
+
+
+def test_a_bug_is_not_mistaken_for_bad_input(photos, tmp_path, monkeypatch):
+    def broken(*args, **kwargs):
+        raise ValueError("operands could not be broadcast")
+
+    monkeypatch.setattr(image_search, "nearest", broken)
+    with pytest.raises(ValueError, match="could not be broadcast") as raised:
+        search.main(parse("--features", photos / "f.npy", "--query", 0, "--output", tmp_path / "s.png"))
+    assert raised.type is ValueError

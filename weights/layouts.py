@@ -314,11 +314,12 @@ def linear_classifier(loaded: Mapping, path: str = "") -> nn.Linear:
         BadFile: there is no such pair, or there are several.
     """
     state = loaded["state_dict"] if isinstance(loaded.get("state_dict"), Mapping) else loaded
-    weights = [k for k in state if re.fullmatch(r"(.*\.)?linear\.weight|weight", k)]
-    if len(weights) != 1 or f"{weights[0].removesuffix('weight')}bias" not in state:
+    weights = [k for k in state if isinstance(k, str) and re.fullmatch(r"(.*\.)?linear\.weight|weight", k)]
+    weight, bias = (state.get(weights[0].removesuffix("weight") + kind) if len(weights) == 1 else None
+                    for kind in ("weight", "bias"))
+    if not isinstance(weight, Tensor) or not isinstance(bias, Tensor) or weight.shape[:-1] != bias.shape:
         raise BadFile(f"{path}: no linear classifier, which has `linear.weight` (classes, width) and `linear.bias`; "
-                         f"it has {', '.join(list(state)[:5])}")
-    weight, bias = (state[weights[0].removesuffix("weight") + kind] for kind in ("weight", "bias"))
+                         f"it has {', '.join(map(str, list(state)[:5]))}")
     linear = nn.Linear(weight.shape[1], weight.shape[0])
     linear.load_state_dict({"weight": weight, "bias": bias})
     return linear

@@ -7,7 +7,9 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from imagesets import loaders
+from imagesets.decode import Undecodable
+from imagesets.sources import open_images
+from parallel import Refused
 from protocols import features
 from protocols.features import cached_features, extract_features, images_hash, weights_hash
 
@@ -56,22 +58,33 @@ def test_autocast_is_used():
 
 
 def test_no_images():
-    with pytest.raises(ValueError, match="no images"):
+    with pytest.raises(Refused, match="no images"):
         extract_features(corners, Numbers(0))
 
 
 class Broken(Numbers):
+    def __init__(self, n, error):
+        super().__init__(n)
+        self.error = error
+
     def __getitem__(self, i):
         if i == 3:
-            raise ValueError("three.png: not a picture")
+            raise self.error
         return super().__getitem__(i)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_an_image_that_cannot_be_read_is_named_in_one_line(num_workers):
-    with pytest.raises(ValueError) as raised:
-        extract_features(corners, Broken(5), 2, num_workers)
-    assert str(raised.value) == "three.png: not a picture"
+def test_an_image_that_cannot_be_decoded_is_named_in_one_line(num_workers):
+    with pytest.raises(Refused) as raised:
+        extract_features(corners, Broken(5, Undecodable("three.png: not an image")), 2, num_workers)
+    assert str(raised.value) == "three.png: not an image; repair or remove that file, then start again"
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_bug_of_a_data_set_keeps_its_type(num_workers):
+    with pytest.raises(ValueError, match="could not be broadcast") as raised:
+        extract_features(corners, Broken(5, ValueError("operands could not be broadcast")), 2, num_workers)
+    assert raised.type is ValueError
 
 
 def extract_in_a_group(rank, world_size, folder):
@@ -147,27 +160,27 @@ def test_weights_hash_is_of_names_and_values():
 
 def test_images_hash_follows_the_files(tmp_path):
     def drawn(pixels):
-        return loaders.open_images(f"shapes:4x{pixels}")
+        return open_images(f"shapes:4x{pixels}")
 
     assert images_hash(drawn(16)) == images_hash(drawn(16)) != images_hash(drawn(24))
     from PIL import Image
 
     for name in "ab":
         Image.new("RGB", (8, 8)).save(tmp_path / f"{name}.png")
-    before = images_hash(loaders.open_images(tmp_path))
-    assert before == images_hash(loaders.open_images(tmp_path))
-    assert before != images_hash(loaders.open_images(tmp_path, in_chans=1))
+    before = images_hash(open_images(tmp_path))
+    assert before == images_hash(open_images(tmp_path))
+    assert before != images_hash(open_images(tmp_path, in_chans=1))
     os.utime(tmp_path / "b.png", ns=(0, 0))
-    touched = images_hash(loaders.open_images(tmp_path))
+    touched = images_hash(open_images(tmp_path))
     (tmp_path / "b.png").rename(tmp_path / "c.png")
-    assert len({before, touched, images_hash(loaders.open_images(tmp_path))}) == 3
+    assert len({before, touched, images_hash(open_images(tmp_path))}) == 3
 
 
 # ---- Pixels and views ----
 
 
 def test_pixel_features_are_small_pictures():
-    images = loaders.open_images("shapes:3x64")
+    images = open_images("shapes:3x64")
     found = features.pixel_features(images)
     assert found.shape == (3, 3 * 32 * 32) and 0 <= found.min() and found.max() <= 1
     means = images.load(1).float().div(255).mean((1, 2))
@@ -175,7 +188,7 @@ def test_pixel_features_are_small_pictures():
 
 
 def test_views_are_functions_of_image_and_view():
-    images = loaders.open_images("shapes:3x48")
+    images = open_images("shapes:3x48")
     views = [features.RandomViews(images, 24, (0.5,) * 3, (0.25,) * 3, view) for view in (0, 0, 1)]
     for i in range(3):
         same, again, other = (v[i][0] for v in views)

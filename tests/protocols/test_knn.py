@@ -14,7 +14,10 @@ from PIL import Image
 from processes import ENV, free_port
 
 import eval_knn
-from protocols import knn, scores, splits
+from parallel import Refused
+from protocols import knn, knn_evaluation, scores, splits
+from protocols.features import load_network
+from protocols.knn_evaluation import Settings
 from protocols.splits import Part
 
 HERE = ROOT / "tests"
@@ -164,7 +167,7 @@ def test_small_temperatures_do_not_overflow():
 
 
 @pytest.mark.parametrize("features, message", [
-    (torch.zeros(0, 3), "an image or more"), (torch.zeros(3), "images, width"), (torch.zeros(4, 2), "width"),
+    (torch.zeros(0, 3), "images > 0"), (torch.zeros(3), "images, width"), (torch.zeros(4, 2), "width"),
     (torch.tensor([[0.0, 1.0, float("nan")]]), "not finite")])
 def test_features_that_cannot_be_searched_are_refused(features, message):
     with pytest.raises(ValueError, match=message):
@@ -172,7 +175,7 @@ def test_features_that_cannot_be_searched_are_refused(features, message):
 
 
 def test_an_image_alone_has_no_neighbours():
-    with pytest.raises(ValueError, match="at least two"):
+    with pytest.raises(Refused, match="at least two"):
         knn.nearest(torch.ones(1, 3), torch.ones(1, 3), 2, exclude=torch.zeros(1, dtype=torch.int64))
 
 
@@ -193,20 +196,15 @@ def test_classes_are_matched_by_name():
 def test_a_name_that_stands_for_two_classes():
     same = Part(torch.eye(3), torch.tensor([0, 1, 2]), ["crane", "crane", "cat"])
     assert splits.match_classes(same, same)[1].labels.tolist() == [0, 1, 2]  # by position where the lists are one
-    with pytest.raises(ValueError, match="stands for two"):
+    with pytest.raises(Refused, match="'crane' stands for two"):
         splits.match_classes(same, same._replace(classes=["cat", "crane", "crane"]))
-
-
-def arguments(*flags):
-    return eval_knn.get_args_parser().parse_args([str(f) for f in flags])
 
 
 def test_accuracies_are_means_over_images_and_over_classes():
     train, y, test, z = clusters(classes=7)
     z[z == 2] = 1  # no test image of class 2
     parts = [Part(f, labels, list("abcdefg")) for f, labels in ((train, y), (test, z))]
-    args = arguments("--nb_knn", 5, 1000, "--temperature", 0.07, 0.5)
-    results, notes = eval_knn.classify(parts, args, torch.device("cpu"))
+    results, notes = knn_evaluation.classify(parts, Settings([5, 1000], [0.07, 0.5]), "cpu")
     assert [(r["k"], r["temperature"]) for r in results] == [(5, 0.07), (120, 0.07), (5, 0.5), (120, 0.5)]
     assert any("1000: k is at most the number of training images, 120" in note for note in notes)
     for row in results:
@@ -227,8 +225,7 @@ def test_accuracies_are_means_over_images_and_over_classes():
 def test_few_shot():
     train, y, test, z = clusters(n=90)
     parts = [Part(f, labels, list("abcdef")) for f, labels in ((train, y), (test, z))]
-    args = arguments("--n_per_class", 2, 1000, "--draws", 3, "--nb_knn", 5)
-    results, notes = eval_knn.classify(parts, args, torch.device("cpu"))
+    results, notes = knn_evaluation.classify(parts, Settings([5], n_per_class=[2, 1000], draws=3), "cpu")
     assert [r["n_per_class"] for r in results] == [2, 1000]
     expected = []
     for draw in range(3):
@@ -247,10 +244,10 @@ def test_few_shot():
 def test_few_shot_with_each_image_left_out():
     train, y, _, _ = clusters(n=40)
     support = splits.draw_support(y, 2, seed=0)
-    some, hidden = eval_knn.restrict(Part(train, y, list("abcdef")), support, torch.arange(40))
-    assert [support[h].item() if h >= 0 else -1 for h in hidden] == [i if i in support else -1 for i in range(40)]
-    expected = oracle(some.features, some.labels.tolist(), train, [3], [0.07], 6, exclude=hidden.tolist())
-    found = knn.knn_predict(some.features, some.labels, train, [3], [0.07], 6, exclude=hidden)
+    bank, excluded = knn_evaluation.restrict(Part(train, y, list("abcdef")), support, torch.arange(40))
+    assert [support[h].item() if h >= 0 else -1 for h in excluded] == [i if i in support else -1 for i in range(40)]
+    expected = oracle(bank.features, bank.labels.tolist(), train, [3], [0.07], 6, exclude=excluded.tolist())
+    found = knn.knn_predict(bank.features, bank.labels, train, [3], [0.07], 6, exclude=excluded)
     assert found[0, 0].tolist() == expected[0.07, 3]
 
 
@@ -314,6 +311,10 @@ def pictures(tmp_path):
     return tmp_path / "data"
 
 
+def arguments(*flags):
+    return eval_knn.get_args_parser().parse_args([str(f) for f in flags])
+
+
 def run(*flags):
     return eval_knn.main(arguments(*flags))
 
@@ -358,12 +359,12 @@ X, Y = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)), torch.tens
 
 
 @pytest.mark.parametrize("changed, message", [
-    ({"trainlabels": Y - 1}, "labels are whole numbers from 0"),
-    ({"trainlabels": Y.double()}, "labels are whole numbers from 0"),
+    ({"trainlabels": Y - 1}, "labels are not whole numbers from 0; write"),
+    ({"trainlabels": Y.double()}, "labels are not whole numbers from 0; write"),
     ({"trainlabels": Y[:5]}, "6 features with labels for another number of images"),
     ({"trainlabels": None}, "one of its parts has labels and the other has none"),
-    ({"trainfeat": X[:0], "trainlabels": Y[:0]}, "no (images, width) tensor"),
-    ({"trainfeat": X[0]}, "no (images, width) tensor"),
+    ({"trainfeat": X[:0], "trainlabels": Y[:0]}, "features are not an (images, width) tensor; write"),
+    ({"trainfeat": X[0]}, "features are not an (images, width) tensor; write"),
     ({"testfeat": X[:, :3]}, "training features have width 4, test features 3"),
     ({"trainfeat": X / 0}, "training features are not finite; give other"),
     ({"features.json": "{broken"}, "features.json is damaged; remove it"),
@@ -438,10 +439,32 @@ def test_bad_flags(flags, capsys):
     assert stopped.value.code == 2 and capsys.readouterr().err.count("\n") == 1
 
 
-def test_a_picture_that_cannot_be_read_is_named(pictures, tmp_path, capsys):
-    (pictures / "train" / "ant" / "0.png").write_bytes(b"no picture")
-    assert run("--data_path", pictures, "--output_dir", tmp_path / "out", *NETWORK) == 2
-    assert "0.png" in capsys.readouterr().err
+@pytest.mark.parametrize("name", ["ant/0.png", "fox/3.png"])  # the first one, and one that workers read
+def test_an_image_that_cannot_be_decoded_is_named(name, pictures, tmp_path, capsys):
+    (pictures / "train" / name).write_bytes(b"no image")
+    assert run("--data_path", pictures, "--output_dir", tmp_path / "out", *NETWORK, "--num_workers", 1) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and f"train/{name}: " in error and "repair or remove that file" in error
+
+
+def test_a_bug_is_not_mistaken_for_bad_input(pictures, tmp_path, monkeypatch):
+    def broken(*args, **kwargs):
+        raise ValueError("operands could not be broadcast")
+
+    monkeypatch.setattr(knn_evaluation, "knn_predict", broken)
+    with pytest.raises(ValueError, match="could not be broadcast") as raised:
+        run("--data_path", pictures, "--output_dir", tmp_path / "out", *NETWORK)
+    assert raised.type is ValueError
+
+
+def test_the_evaluation_takes_values(pictures, tmp_path):
+    """What the script reports, from a network that another file has loaded."""
+    assert run("--data_path", pictures, "--output_dir", tmp_path / "one", "--label_free", *NETWORK) == 0
+    network = load_network("", "vit_tiny", 8, crop_size=32)
+    found = knn_evaluation.evaluate_knn(network, str(pictures), "", tmp_path / "two", Settings([1, 3]), True, 5, 0)
+    expected = json.loads((tmp_path / "one" / "eval_knn.json").read_text())
+    del expected["command"]
+    assert json.loads(json.dumps(found)) == expected and list(found) == list(expected)
 
 
 def test_published_command_line():

@@ -13,8 +13,8 @@ from PIL import Image
 from processes import ENV, free_port
 
 import eval_linear
-from protocols import finetune, linear, splits
-from protocols.features import Network
+from protocols import finetune, linear, probes, splits
+from protocols.features import Network, load_network
 from vision_transformer import build_backbone, vit_nano
 from weights import backbones
 
@@ -241,9 +241,10 @@ def test_a_stopped_run_goes_on(flags, pictures, tmp_path, monkeypatch, capsys):
     for changed in ([f if f != 3 else 4 for f in flags], [f if f != 0.3 else 0.2 for f in flags],
                     [*flags, "--seed", 1], [*flags, "--crop_size", 40], [*flags, "--low_shot", "80%"]):
         assert run(pictures, tmp_path / "parts", *changed) == 2  # another run
-        assert "is of another run (other " in capsys.readouterr().err
+        error = capsys.readouterr().err
+        assert f"--output_dir {tmp_path / 'parts'}" in error and "belongs to another run (different " in error
     parts = run(pictures, tmp_path / "parts", *flags)
-    assert "going on after epoch 2" in capsys.readouterr().out
+    assert "resuming after epoch 2" in capsys.readouterr().out
     assert parts["results"] == whole["results"] and parts["test"] == whole["test"]
     assert not list((tmp_path / "parts").glob("checkpoint_*"))
 
@@ -254,16 +255,19 @@ def test_a_file_that_is_no_stopped_run_is_named(flags, name, pictures, tmp_path,
     torch.save([1], tmp_path / name)
     assert run(pictures, tmp_path, *flags) == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and f"{name} there is of another run; remove it" in error
+    assert error.count("\n") == 1 and f"{name} belongs to another run; remove it" in error
 
 
-@pytest.mark.parametrize("content", [torch.ones(3), [1, 2], {"teacher": {"norm.weight": torch.ones(3)}},
-                                     {"linear.weight": 1, "linear.bias": 2}])
+@pytest.mark.parametrize("content", [
+    torch.ones(3), [1, 2], {"teacher": {"norm.weight": torch.ones(3)}}, {"linear.weight": 1, "linear.bias": 2},
+    {"linear.weight": torch.ones(3), "linear.bias": torch.ones(3)}, {0: torch.ones(3)},
+    {"linear.weight": torch.ones(3, 4), "linear.bias": torch.ones(4)}])
 def test_a_file_without_a_classifier_is_named_before_any_work(content, pictures, tmp_path, capsys):
     torch.save(content, tmp_path / "file.pth")
     assert run(pictures, tmp_path / "out", "--evaluate", "--linear_weights", tmp_path / "file.pth") == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and f"--linear_weights {tmp_path}/file.pth: holds no linear.weight" in error
+    assert error.count("\n") == 1 and f"--linear_weights {tmp_path}/file.pth: no linear classifier" in error
+    assert "linear.weight" in error and "give a linear.pth" in error
     assert not (tmp_path / "out").exists()
 
 
@@ -348,7 +352,34 @@ def test_published_command_line():
         "--epochs 100 --lr 0.001 --batch_size_per_gpu 128 --dist_url env:// --local_rank 0 --num_workers 10 "
         "--val_freq 1 --output_dir . --num_labels 1000 --evaluate".split())
     eval_linear.check_args(args)
-    assert args.n_last_blocks == [4] and args.lr == [0.001] and args.avgpool_patchtokens == [False]
+    training = eval_linear.training_of(args)
+    assert training._replace(num_labels=0) == linear.PUBLISHED._replace(
+        lrs=[0.001], n_last_blocks=[4], avgpool_patchtokens=[False])
+    default = eval_linear.get_args_parser().parse_args([])
+    assert eval_linear.training_of(default).lrs == [0.001] and eval_linear.tuning_of(default) == finetune.Recipe()
+
+
+@pytest.mark.parametrize("flags, module, name", [
+    ((), linear, "train_epoch"), (("--finetune", "--warmup_epochs", 0), finetune, "tune_epoch"),
+    (("--logreg", "--val_share", 0.3), linear, "logistic_regression")])
+def test_a_bug_is_not_mistaken_for_bad_input(flags, module, name, pictures, tmp_path, monkeypatch):
+    def broken(*args, **kwargs):
+        raise ValueError("operands could not be broadcast")
+
+    monkeypatch.setattr(module, name, broken)
+    with pytest.raises(ValueError, match="could not be broadcast") as raised:
+        run(pictures, tmp_path, "--epochs", 1, *flags)
+    assert raised.type is ValueError
+
+
+def test_the_evaluation_takes_values(pictures, swept, tmp_path):
+    """What the script reports, from a network that another file has loaded."""
+    torch.manual_seed(0)
+    network = load_network("", "vit_nano", 8, crop_size=32)
+    training = linear.Training([0.01, 0.3], [1, 4], [True, False], epochs=3, batch_size=8, num_workers=0)
+    found = probes.evaluate_linear(network, str(pictures), "", tmp_path, training)
+    expected = {k: v for k, v in swept[1].items() if k != "command"}
+    assert json.loads(json.dumps(found)) == expected and list(found) == list(expected)
 
 
 def test_two_processes_report_what_one_reports(pictures, tmp_path):
@@ -369,13 +400,13 @@ def test_two_processes_report_what_one_reports(pictures, tmp_path):
 
 def test_layers_of_a_vit_and_a_resnet():
     names = [name for name, _ in vit_nano(8).named_parameters()]
-    of = finetune.depths(names)
-    assert of["cls_token"] == of["pos_embed"] == of["patch_embed.proj.weight"] == 0
-    assert of["blocks.0.norm1.weight"] == 1 and of["blocks.3.mlp.fc2.bias"] == 4 and of["norm.weight"] == 5
+    depth = finetune.depths(names)
+    assert depth["cls_token"] == depth["pos_embed"] == depth["patch_embed.proj.weight"] == 0
+    assert depth["blocks.0.norm1.weight"] == 1 and depth["blocks.3.mlp.fc2.bias"] == 4 and depth["norm.weight"] == 5
     resnet, _ = build_backbone("resnet18")
-    of = finetune.depths([name for name, _ in resnet.named_parameters()])
-    assert of["conv1.weight"] == of["bn1.bias"] == 0 and of["layer1.0.conv1.weight"] == 1
-    assert of["layer4.1.bn2.weight"] == 8 and max(of.values()) == 8
+    depth = finetune.depths([name for name, _ in resnet.named_parameters()])
+    assert depth["conv1.weight"] == depth["bn1.bias"] == 0 and depth["layer1.0.conv1.weight"] == 1
+    assert depth["layer4.1.bn2.weight"] == 8 and max(depth.values()) == 8
 
 
 def test_learning_rates_and_decay_of_the_layers():

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from parallel import Refused
 from protocols import scores
 
 
@@ -90,3 +91,6 @@ def test_results_are_json_with_the_command(tmp_path, monkeypatch):
     with pytest.raises(ValueError):
         scores.write_results(tmp_path / "nan.json", [{"k": float("nan")}])
     assert [p.name for p in tmp_path.iterdir()] == ["new"]
+    (tmp_path / "file").touch()
+    with pytest.raises(Refused, match="--output_dir .*file: .*; choose a folder"):
+        scores.write_results(tmp_path / "file" / "results.json", [])

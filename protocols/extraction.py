@@ -1,0 +1,194 @@
+"""Extraction of embeddings into one file, in parts, so that a run that was stopped can be resumed.
+
+Shapes: B images per batch, D width, P patches.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset, Subset
+
+import atomic
+import parallel
+from imagesets.sources import Images
+from parallel import Refused
+from protocols import embeddings
+from protocols.features import Network, extract_features, images_hash, input_dataset
+from vision_transformer import VisionTransformer
+
+
+def token_forward(model: nn.Module, tokens: str) -> Callable[[Tensor], Tensor]:
+    """A function images -> (B, D) for "cls", (B, P, D) for "patch", (B, 1 + P, D) for "both".
+
+    Raises:
+        Refused: patch tokens of a network that has none.
+    """
+    if tokens == "cls":
+        return model
+    if not isinstance(model, VisionTransformer):
+        raise Refused(f"--tokens {tokens}: this network has no patch tokens; give --tokens cls, or a Vision "
+                      "Transformer of this project")
+
+    def forward(images: Tensor) -> Tensor:
+        output = model.forward_features(images)
+        patches = output.patch_tokens.flatten(1, 2)  # (B, P, D)
+        return patches if tokens == "patch" else torch.cat([output.cls_token[:, None], patches], dim=1)
+
+    return forward
+
+
+# ---- Parts ----
+
+
+class Job(NamedTuple):
+    """A file to write, in parts of `per_part` images."""
+
+    output: Path
+    images: int
+    per_part: int
+    fingerprint: dict  # everything the content depends on
+
+    @property
+    def parts(self) -> Path:
+        return self.output.with_name(self.output.name + ".parts")
+
+    def part(self, number: int) -> Path:
+        return self.parts / f"{number:06d}.npy"
+
+    def numbers(self) -> range:
+        return range(-(-self.images // self.per_part))
+
+
+def missing_parts(job: Job) -> list[int] | None:
+    """Numbers of the parts that are still to be computed; None where the whole file exists.
+
+    Raises:
+        Refused: the file or its parts come from other weights, images or settings, or can't be written.
+    """
+    remedy = "remove it, or give another --output"
+    if job.output.exists():
+        if differing := differences(embeddings.about_of(job.output).get("fingerprint", {}), job.fingerprint):
+            raise Refused(f"--output {job.output}: the existing file holds something else ({differing}); {remedy}")
+        remove_parts(job)
+        return None
+    record, own = job.parts / "fingerprint.json", job.fingerprint | {"images_per_part": job.per_part}
+    try:
+        if not record.exists():
+            job.parts.mkdir(parents=True, exist_ok=True)
+            atomic.write_text(record, json.dumps(own))
+        before = dict(json.loads(record.read_text()))
+    except (ValueError, TypeError, FileExistsError) as error:
+        raise Refused(f"--output {job.output}: {job.parts} is not what a stopped run leaves; {remedy}") from error
+    except OSError as error:
+        raise Refused(f"--output {job.output}: {error.strerror or error}; give a file that can be written") from error
+    if differing := differences(before, own):
+        raise Refused(f"--output {job.output}: {job.parts} was begun with something else ({differing}); {remedy}")
+    return [number for number in job.numbers() if not job.part(number).exists()]
+
+
+def differences(one: Mapping, other: Mapping) -> str:
+    names = [name for name in sorted({*one, *other}) if one.get(name) != other.get(name)]
+    return "different " + ", ".join(names) if names else ""
+
+
+def compute_part(
+    job: Job, number: int, forward: Callable[[Tensor], Tensor], dataset: Dataset, network: Network,
+    dtype: type[np.floating], batch_size: int, num_workers: int,
+) -> int:
+    """Compute and write one part. Returns its number of images."""
+    shape = []
+
+    def flat(images: Tensor) -> Tensor:
+        output = forward(images)
+        shape[:] = output.shape[1:]
+        return output.flatten(1)
+
+    start = number * job.per_part
+    part = Subset(dataset, range(start, min(start + job.per_part, job.images)))
+    features = extract_features(flat, part, batch_size, num_workers, network.device, network.autocast())
+    parallel.on_main(lambda: save_part(job, number, features.unflatten(1, shape).numpy().astype(dtype)))
+    return len(part)
+
+
+def save_part(job: Job, number: int, array: np.ndarray) -> None:
+    try:
+        with atomic.replacing(job.part(number)) as temporary, open(temporary, "wb") as file:
+            np.save(file, array)
+    except OSError as error:
+        raise Refused(f"--output {job.output}: {error.strerror or error}; the parts in {job.parts} are kept: make room "
+                      "and start again") from error
+
+
+def finish(job: Job, names: list[str], about: Mapping) -> None:
+    """Join the parts in one file, then remove them."""
+    parts = [np.load(job.part(number), mmap_mode="r") for number in job.numbers()]
+    embeddings.write(job.output, parts, names, dict(about, fingerprint=job.fingerprint))
+    remove_parts(job)
+
+
+def remove_parts(job: Job) -> None:
+    for path in (*job.parts.glob("*.npy"), *job.parts.glob(".*.tmp"), job.parts / "fingerprint.json"):
+        path.unlink(missing_ok=True)
+    if job.parts.exists():
+        job.parts.rmdir()
+
+
+# ---- The run ----
+
+
+def extract(
+    network: Network, images: Images, output: Path, about: Mapping, half: bool = False, per_part: int = 1024,
+    batch_size: int = 128, num_workers: int = 10,
+) -> None:
+    """Write the embeddings of all images to `output`, or resume a stopped run. All processes call this.
+
+    Args:
+        about: what the file says about itself, see `describe`.
+        half: float16 instead of float32.
+        per_part: images per part; a run that is stopped loses at most one part.
+
+    Raises:
+        Refused: `output` exists with other content or can't be written, or an image can't be decoded.
+    """
+    forward = token_forward(network.forward, about["tokens"])
+    job = Job(output, len(images), per_part, fingerprint(network, images, about, half))
+    missing = parallel.on_main(lambda: missing_parts(job))
+    if missing is None:
+        parallel.say(f"{output} exists, with the same weights, images and settings: nothing to do")
+        return
+    if len(missing) < len(job.numbers()):
+        parallel.say(f"resuming: {len(missing)} of {len(job.numbers())} parts are missing in {job.parts}")
+    dataset, dtype = input_dataset(network, images), np.float16 if half else np.float32
+    for i, number in enumerate(missing):
+        began = time.perf_counter()
+        count = compute_part(job, number, forward, dataset, network, dtype, batch_size, num_workers)
+        parallel.say(f"part {i + 1} of {len(missing)}: {count / (time.perf_counter() - began):.0f} images/s")
+    parallel.on_main(lambda: finish(job, [images.name(i) for i in range(len(images))], about))
+    parallel.say(f"wrote {output}: {len(images)} images")
+
+
+def describe(network: Network, data_path: str, tokens: str, seed: int, precision: str) -> dict:
+    """The network's `about`, and what search.py needs to read the images and the network again."""
+    path, weights = os.path.expanduser(data_path), network.about["weights"]
+    return network.about | {  # absolute paths, so that search.py may run in another folder
+        "data_path": os.path.abspath(path) if os.path.exists(path) else data_path, "tokens": tokens,
+        "weights": weights and os.path.abspath(weights), "seed": seed, "precision": precision,
+        "in_chans": network.info["in_chans"],
+    }
+
+
+def fingerprint(network: Network, images: Images, about: Mapping, half: bool) -> dict:
+    return {
+        "weights": str(about["weights_sha256"]), "images": images_hash(images),
+        "transform": f"{about.get('resize_size')} {about['crop_size']} {network.info['mean']} {network.info['std']}",
+        "network": f"{about['arch']} {about['precision']}", "tokens": about["tokens"], "half": half,
+    }
