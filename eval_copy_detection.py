@@ -48,7 +48,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def evaluate(args: argparse.Namespace) -> None:
     """Evaluate what the flags name and print the table. Raises Refused for bad input."""
-    output_dir = flags.output_dir(args)
+    output_dir = flags.output_dir(args.output_dir, args.pretrained_weights)
     device = parallel.start(args.device if args.use_cuda else "cpu", args.dist_url, args.dist_timeout)
     network = features.load_network(
         args.pretrained_weights, args.arch, args.patch_size, args.checkpoint_key, device, args.image_size,

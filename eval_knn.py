@@ -10,9 +10,7 @@ folder: each image is classified by all others (leave-one-out). A folder without
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-from pathlib import Path
 
 import flags
 import parallel
@@ -64,18 +62,13 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def output_dir(args: argparse.Namespace) -> Path:
-    beside = os.path.dirname(args.pretrained_weights) if os.path.isfile(args.pretrained_weights) else args.load_features
-    return Path(args.output_dir or beside or ".")
-
-
 def evaluate(args: argparse.Namespace) -> dict:
     """Evaluate, print the tables, write eval_knn.json and return its content.
 
     Raises:
         Refused: bad input.
     """
-    folder = output_dir(args)
+    folder = flags.output_dir(args.output_dir or args.load_features, args.pretrained_weights)
     flags.check_folder(args.dump_features, "--dump_features")
     device = parallel.start(args.device, args.dist_url, args.dist_timeout)
     if args.load_features:

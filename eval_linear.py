@@ -130,7 +130,7 @@ def evaluate(args: argparse.Namespace) -> dict:
         Refused: bad input.
     """
     check_args(args)
-    folder = flags.output_dir(args)
+    folder = flags.output_dir(args.output_dir, args.pretrained_weights)
     linear_weights = args.linear_weights or str(folder / CLASSIFIER)
     if args.evaluate:
         linear.read_classifier(linear_weights)  # fail before any work

@@ -170,7 +170,8 @@ def run_all(
 
 def evaluate(args: argparse.Namespace) -> None:
     """Evaluate everything and write report.html and report.json. Raises Refused for bad input."""
-    folder = flags.output_dir(args) if args.output_dir else flags.output_dir(args) / "report"
+    folder = flags.output_dir(args.output_dir, args.pretrained_weights)
+    folder = folder if args.output_dir else folder / "report"
     networks = load_networks(args)
     network = networks[NETWORK]
     images = check_data(args, network.info["in_chans"])

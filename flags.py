@@ -61,10 +61,9 @@ def say_stopped(script: str, stopped: Stopped) -> int:
     return 1
 
 
-def output_dir(args: argparse.Namespace) -> Path:
-    """--output_dir; where it is empty, the folder of --pretrained_weights, or this one."""
-    beside = os.path.dirname(args.pretrained_weights) if os.path.isfile(args.pretrained_weights) else ""
-    return Path(args.output_dir or beside or ".")
+def output_dir(given: str, weights: str) -> Path:
+    """--output_dir; if it is empty the folder of the file of weights, or the current one."""
+    return Path(given or (os.path.dirname(weights) if os.path.isfile(weights) else "") or ".")
 
 
 def prepare_output(folder: Path, flag: str = "--output_dir") -> None:

@@ -25,6 +25,7 @@ import flags
 import parallel
 import utils
 from imagesets import loaders
+from imagesets.bad_images import BadImages
 from imagesets.decode import MAX_PIXELS
 from imagesets.sources import Images, open_images
 from parallel import Refused
@@ -348,7 +349,7 @@ def train(
     student, load = distributed(run), make_loader(args, images, plan, run.device)
     run.watch = watch(args, run, plan, load)
     batches, augmentation = load(run.step, plan.steps), make_augmentation(args)
-    bad_images = loaders.BadImages(len(images), args.max_bad_images)
+    bad_images = BadImages(len(images), args.max_bad_images)
     window, clock, requests = Meters(), Clock(), Requests(run.device, args.saveckp_every_minutes)
     if run.step == 0:
         draw(args, run, images, log, "start")
@@ -395,7 +396,7 @@ def train(
 
 def add_gradients(
     run: Run, student: nn.Module, augmentation: utils.DataAugmentationDINO, batches: Iterator[dict],
-    bad_images: loaders.BadImages, clock: Clock, grad_accum_steps: int,
+    bad_images: BadImages, clock: Clock, grad_accum_steps: int,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
     """Add the gradients of a step's micro-batches to the student's parameters.
 

@@ -12,11 +12,11 @@ from parallel import Refused
 Bad = tuple[str, str]  # name of an image that can't be decoded, and the reason
 
 
-class TooManyBadImages(RuntimeError):
+class TooManyBadImages(parallel.Stopped):
     """More images than --max_bad_images allows can't be decoded; all processes agree on it."""
 
 
-class Unreadable(RuntimeError):
+class Unreadable(parallel.Stopped):
     """A process can't go on because an image can't be read."""
 
     def __init__(self, message: str) -> None:  # DataLoader raises it again with the worker's traceback as the message
@@ -71,5 +71,6 @@ class BadImages:
             name, reason = list(self.reasons.items())[-1]
             raise TooManyBadImages(
                 f"{len(self.reasons)} of {self.images} images can't be decoded, more than --max_bad_images "
-                f"{self.max_bad_images:g} allows; remove them or raise it. The last: {name}: {reason}"
+                f"{self.max_bad_images:g} allows; remove them or raise it. The last: {name}: {reason}",
+                say=parallel.is_main(),
             )

@@ -22,13 +22,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from imagesets.bad_images import Bad, BadImages, TooManyBadImages, Unreadable
-from imagesets.decode import MAX_PIXELS, Undecodable, jpeg_decoder
-from imagesets.sources import Images, open_images
+from imagesets.bad_images import Bad, Unreadable
+from imagesets.decode import Undecodable, jpeg_decoder
+from imagesets.sources import Images
 from parallel import Refused
-
-# until everybody imports these from their own files
-__all__ = ["MAX_PIXELS", "BadImages", "Images", "TooManyBadImages", "Unreadable", "open_images"]
 
 # ---- Batches ----
 

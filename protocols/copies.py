@@ -16,9 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import Dataset
 
 import flags
 import parallel
@@ -27,7 +25,7 @@ from imagesets.sources import Images, open_files, open_images
 from parallel import Refused
 from protocols import features, retrieval, scores
 from protocols.features import PIXELS, Network
-from protocols.transforms import PIXELS_SIDE, SmallPictures
+from protocols.transforms import PIXELS_SIDE, SmallPictures, Transformed, resize
 from vision_transformer import VITS, VisionTransformer
 
 POOLED = "the network's output"  # features of networks without patch tokens, and of raw pixels
@@ -37,24 +35,15 @@ DISTRACTORS_FOR = {"both": ("whitening", "database"), "whitening": ("whitening",
 # ---- Features ----
 
 
-class Squares(Dataset):
-    """index -> (float32 (C, side, side), index): the whole image, resized without keeping its proportions, normalized.
-
-    Args:
-        mean, std: one value per channel, of intensities in [0, 1].
-    """
+class Squares(Transformed):
+    """The whole image, resized to side x side pixels without keeping its proportions."""
 
     def __init__(self, images: Images, side: int, mean: Sequence[float], std: Sequence[float]) -> None:
-        self.images, self.side = images, side
-        self.mean, self.std = (255 * torch.tensor(v, dtype=torch.float32).view(-1, 1, 1) for v in (mean, std))
+        super().__init__(images, mean, std)
+        self.side = side
 
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        image = self.images.load(index)[None]
-        image = F.interpolate(image, size=(self.side, self.side), mode="bicubic", antialias=True)[0]
-        return (image.float() - self.mean) / self.std, index
+    def transform(self, image: Tensor, index: int) -> Tensor:
+        return resize(image, (self.side, self.side))
 
 
 def descriptor(model: VisionTransformer, gem_p: float) -> Callable[[Tensor], Tensor]:

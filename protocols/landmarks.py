@@ -21,7 +21,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 import flags
 import parallel
@@ -31,7 +30,7 @@ from imagesets.sources import Images
 from parallel import Refused
 from protocols import features, retrieval, scores
 from protocols.features import PIXELS, Network
-from protocols.transforms import SmallPictures
+from protocols.transforms import SmallPictures, Transformed, resize
 from vision_transformer import VITS
 
 SETTINGS = {  # relevant images, and images removed from the ranking
@@ -46,30 +45,21 @@ SCALES = (1.0, 2**-0.5, 0.5)
 # ---- Features ----
 
 
-class WholeImages(Dataset):
-    """index -> (float32 (C, h, w), index): resized so that the longer side is at most `imsize` pixels, normalized.
+class WholeImages(Transformed):
+    """The image resized so that the longer side is at most `imsize` pixels.
 
     Both sides are rounded to multiples of `patch`, so that the network sees all of the image.
-
-    Args:
-        mean, std: one value per channel, of intensities in [0, 1].
     """
 
     def __init__(
         self, images: Images, imsize: int, patch: int, mean: Sequence[float], std: Sequence[float]
     ) -> None:
-        self.images, self.imsize, self.patch = images, imsize, patch
-        self.mean, self.std = (255 * torch.tensor(v, dtype=torch.float32).view(-1, 1, 1) for v in (mean, std))
+        super().__init__(images, mean, std)
+        self.imsize, self.patch = imsize, patch
 
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        image = self.images.load(index)
+    def transform(self, image: Tensor, index: int) -> Tensor:
         factor = min(1.0, self.imsize / max(image.shape[1:]))
-        size = [whole_patches(factor * side, self.patch) for side in image.shape[1:]]
-        image = F.interpolate(image[None], size=size, mode="bicubic", antialias=True)[0]
-        return (image.float() - self.mean) / self.std, index
+        return resize(image, [whole_patches(factor * side, self.patch) for side in image.shape[1:]])
 
 
 def whole_patches(pixels: float, patch: int) -> int:
