@@ -1,7 +1,7 @@
 """Code as people have written it against the published hub models.
 
-tests/test_hub.py runs it in a process and folder of its own, without the project on its path, without a network, and
-beside modules that are called as this project's are.
+tests/test_hub.py runs it in its own process and folder: without the project on the path, without a network, and beside
+modules with the names of this project's modules.
 """
 
 import copy
@@ -55,24 +55,24 @@ def test_without_a_network(tmp_path, monkeypatch):
         torch.hub.load(HUB, "dino_vits16", source="local")
 
 
-def picture(height=48, width=64, n=2):
+def images(height=48, width=64, n=2):
     return torch.randn(n, 3, height, width, generator=torch.Generator().manual_seed(3))
 
 
 def test_hook_on_qkv_gives_the_last_attention(model):
-    seen = {}
+    captured = {}
     model._modules["blocks"][-1]._modules["attn"]._modules["qkv"].register_forward_hook(
-        lambda module, inputs, output: seen.update(qkv=output))
-    attentions = model.get_last_selfattention(picture())
+        lambda module, inputs, output: captured.update(qkv=output))
+    attentions = model.get_last_selfattention(images())
     B, H, N = attentions.shape[:3]
     assert (B, H, N) == (2, 6, 13)
-    q, k, _ = seen["qkv"].reshape(B, N, 3, H, -1).permute(2, 0, 3, 1, 4)
+    q, k, _ = captured["qkv"].reshape(B, N, 3, H, -1).permute(2, 0, 3, 1, 4)
     weights = (q @ k.transpose(-2, -1) * model.blocks[-1].attn.scale).softmax(-1)
     torch.testing.assert_close(weights, attentions)
 
 
 def test_hooks_on_attn_drop_and_blocks(model):
-    x, attentions, tokens = picture(), [], []
+    x, attentions, tokens = images(), [], []
     expected = model.get_last_selfattention(x), model.get_intermediate_layers(x, n=1)[0]
     for block in model.blocks:
         block.attn.attn_drop.register_forward_hook(lambda m, i, o: attentions.append(o.detach()))
@@ -85,45 +85,45 @@ def test_hooks_on_attn_drop_and_blocks(model):
 
 
 def test_hooks_on_inputs_and_gradients_of_attn_drop(model):
-    seen = {}
+    captured = {}
     drop = model.blocks[-1].attn.attn_drop
-    drop.register_forward_pre_hook(lambda m, i: seen.update(input=i[0]))
-    model(picture())
-    assert seen["input"].shape == (2, 6, 13, 13)
+    drop.register_forward_pre_hook(lambda m, i: captured.update(input=i[0]))
+    model(images())
+    assert captured["input"].shape == (2, 6, 13, 13)
     drop._forward_pre_hooks.clear()
-    drop.register_full_backward_hook(lambda m, gi, go: seen.update(gradient=go[0]))
-    model(picture())[:, 0].sum().backward()
-    assert seen["gradient"].shape == (2, 6, 13, 13)
+    drop.register_full_backward_hook(lambda m, gi, go: captured.update(gradient=go[0]))
+    model(images())[:, 0].sum().backward()
+    assert captured["gradient"].shape == (2, 6, 13, 13)
 
 
-def test_a_module_in_the_place_of_attn_drop_is_called(model):
+def test_a_module_that_replaces_attn_drop_is_called(model):
     class Recorder(torch.nn.Module):
         def forward(self, attention):
-            self.seen = attention
+            self.received = attention
             return torch.zeros_like(attention)
 
     block = model.blocks[-1]
     block.attn.attn_drop = Recorder()
-    before = model.get_intermediate_layers(picture(), 2)[0]
-    model(picture())
-    assert block.attn.attn_drop.seen.shape == (2, 6, 13, 13)
+    before = model.get_intermediate_layers(images(), 2)[0]
+    model(images())
+    assert block.attn.attn_drop.received.shape == (2, 6, 13, 13)
     torch.testing.assert_close(block.attn(before)[0], block.attn.proj.bias.expand_as(before))
 
 
 def test_intermediate_layers_and_sizes(model):
-    layers = model.get_intermediate_layers(picture(), n=4)
+    layers = model.get_intermediate_layers(images(), n=4)
     assert len(layers) == 4 and {t.shape for t in layers} == {(2, 13, 384)}
-    torch.testing.assert_close(torch.cat([t[:, 0] for t in layers], -1)[:, -384:], model(picture()))
+    torch.testing.assert_close(torch.cat([t[:, 0] for t in layers], -1)[:, -384:], model(images()))
     assert (model.patch_embed.patch_size, model.num_features, model.embed_dim) == (16, 384, 384)
     assert model.patch_embed.num_patches == 196 and model.pos_embed.shape == (1, 197, 384)
-    tokens = model.prepare_tokens(picture())
+    tokens = model.prepare_tokens(images())
     for block in model.blocks:
         tokens = block(tokens)
-    torch.testing.assert_close(model.norm(tokens)[:, 0], model(picture()))
+    torch.testing.assert_close(model.norm(tokens)[:, 0], model(images()))
     torch.testing.assert_close(model.blocks[-1](tokens, return_attention=True).sum(-1), torch.ones(2, 6, 13))
 
 
-def test_dense_features_with_a_stride_and_positions_of_ones_own(model):
+def test_dense_features_with_a_stride_and_own_positions(model):
     """Overlapping patches, positions from a method that replaces the network's."""
     calls = []
 
@@ -136,15 +136,15 @@ def test_dense_features_with_a_stride_and_positions_of_ones_own(model):
 
     model.patch_embed.proj.stride = (8, 8)
     model.interpolate_pos_encoding = types.MethodType(positions, model)
-    x = picture()
-    found = model.get_intermediate_layers(x, n=1)[0]
-    assert calls == [((2, 1 + 5 * 7, 384), 48, 64)] and found.shape == (2, 36, 384)
+    x = images()
+    features = model.get_intermediate_layers(x, n=1)[0]
+    assert calls == [((2, 1 + 5 * 7, 384), 48, 64)] and features.shape == (2, 36, 384)
     patches = F.unfold(x, 16, stride=8).transpose(1, 2) @ model.patch_embed.proj.weight.flatten(1).T
     tokens = torch.cat([model.cls_token.expand(2, -1, -1), patches + model.patch_embed.proj.bias], 1)
     tokens = tokens + positions(model, tokens, 48, 64)
     for block in model.blocks:
         tokens = block(tokens)
-    torch.testing.assert_close(found, model.norm(tokens))
+    torch.testing.assert_close(features, model.norm(tokens))
     keys = []
     model.blocks[9].attn.register_forward_hook(
         lambda m, i, o: keys.append(m.qkv(i[0]).reshape(2, 36, 3, m.num_heads, -1).permute(2, 0, 3, 1, 4)[1]))
@@ -154,20 +154,20 @@ def test_dense_features_with_a_stride_and_positions_of_ones_own(model):
 
 def test_positions_with_a_changed_stride_and_the_networks_own_method(model):
     model.patch_embed.proj.stride = (8, 8)
-    assert model.get_intermediate_layers(picture(), n=1)[0].shape == (2, 36, 384)
+    assert model.get_intermediate_layers(images(), n=1)[0].shape == (2, 36, 384)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(model, dtype):
-    expected = model(picture())
-    found = model.to(dtype)(picture().to(dtype))
-    assert found.dtype == dtype
-    torch.testing.assert_close(found.float(), expected, rtol=0, atol=0.1)
+    expected = model(images())
+    half = model.to(dtype)(images().to(dtype))
+    assert half.dtype == dtype
+    torch.testing.assert_close(half.float(), expected, rtol=0, atol=0.1)
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_trace_copy_and_pickle(model):
-    x = picture(32, 32)
+    x = images(32, 32)
     expected = model(x)
     torch.testing.assert_close(torch.jit.trace(model, x)(x), expected, rtol=1e-4, atol=1e-5)
     buffer = io.BytesIO()

@@ -1,6 +1,7 @@
 """torch.hub entries, and code as it is written against the published hub models."""
 
 import argparse
+import ast
 import copy
 import importlib
 import io
@@ -41,7 +42,7 @@ def model(random_model):
 
 @pytest.fixture
 def site(tmp_path, monkeypatch):
-    """A folder in the place of the published address, and an empty cache of downloads."""
+    """A folder in place of the published address, and an empty cache of downloads."""
     monkeypatch.setattr(published, "BASE", (tmp_path / "site").as_uri())
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
 
@@ -130,7 +131,7 @@ def test_only_whole_files_are_accepted(site, model, tmp_path):
         load("dino_vits16", weights=str(tmp_path / "absent.pth"))
 
 
-def test_weights_of_ones_own(tmp_path):
+def test_own_weights(tmp_path):
     trained, _ = build_backbone("vit_small", 16, img_size=32)
     teacher = {f"backbone.{k}": v for k, v in trained.state_dict().items()} | {"head.mlp.0.weight": torch.zeros(2, 2)}
     torch.save({"teacher": teacher, "student": {}, "args": argparse.Namespace(arch="vit_small")}, tmp_path / "w.pth")
@@ -139,7 +140,7 @@ def test_weights_of_ones_own(tmp_path):
         assert all(torch.equal(v, trained.state_dict()[k]) for k, v in loaded.state_dict().items())
 
 
-def test_downloads_do_not_pass_for_each_other(tmp_path, monkeypatch):
+def test_downloads_of_equal_names_stay_apart(tmp_path, monkeypatch):
     urls = []
     for part in "ab":
         (tmp_path / part).mkdir()
@@ -155,46 +156,111 @@ def test_downloads_do_not_pass_for_each_other(tmp_path, monkeypatch):
 
 # ---- A process with modules of its own ----
 
+
+def project_names() -> set[str]:
+    """Names of the project's modules and rooms, as `import` takes them."""
+    return {p.stem for p in ROOT.glob("*.py")} | {p.parent.name for p in ROOT.glob("*/__init__.py")}
+
+
+def closure() -> tuple[set[str], set[str]]:
+    """What a hub entry executes: the modules that it loads by path, and the project's names that these import."""
+    by_path, imported, todo = {"hubconf"}, set(), ["hubconf"]
+    while todo:
+        for node in ast.walk(ast.parse((ROOT / f"{todo.pop()}.py").read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                assert not node.level
+                imported.add(node.module.split(".")[0])
+            elif isinstance(node, ast.Call) and ast.unparse(node.func) == "_load_module":
+                name = ast.literal_eval(node.args[0])
+                todo += {name} - by_path
+                by_path.add(name)
+    return by_path, imported & project_names()
+
+
+def test_what_the_hub_loads_imports_nothing_of_the_project():
+    by_path, imported = closure()
+    assert by_path == {"hubconf", "vision_transformer", "weights/layouts", "weights/published"} and not imported
+
+
+# One import of torch, then a child process for each order of imports.
 PROGRAM = """
-import copy, os, pickle, sys
-import utils, data, metrics, checkpoint          # the user's own
+import copy, importlib, os, pickle, sys
 import torch
-model = torch.hub.load(sys.argv[1], "dino_vits16", source="local", pretrained=False).eval()
-saved = torch.hub.load(sys.argv[1], "dino_vits16", source="local", weights=sys.argv[2])
-assert {m.MINE for m in (utils, data, metrics, checkpoint)} == {1} and sys.modules["utils"] is utils
-import layouts, published                         # the user's own, imported later
-assert layouts.MINE and published.MINE
-if os.path.exists("vision_transformer.py"):
-    import vision_transformer
-    assert vision_transformer.MINE and type(model).__module__ != "vision_transformer"
-x = torch.zeros(1, 3, 32, 32)
-assert torch.equal(pickle.loads(pickle.dumps(model))(x), model(x)) and torch.equal(copy.deepcopy(model)(x), model(x))
-torch.save(saved, "model.pt")
-print(type(model).__module__)
+hub, *names = sys.argv[1:]
+torch.set_num_threads(1)
+
+def theirs():
+    return {name: importlib.import_module(name) for name in names}
+
+def check(first):
+    before = theirs() if first else {}
+    model = torch.hub.load(hub, "dino_vits16", source="local", pretrained=False).eval()
+    torch.hub.load(hub, "dino_vits16", source="local", weights="weights.pth")
+    modules = theirs()
+    for name, module in modules.items():
+        assert module.__name__ == name and not any(p.startswith(hub) for p in module.__path__ or [module.__file__])
+        assert not first or before[name] is module is sys.modules[name]
+    assert hub not in sys.path and type(model).__module__.startswith("_dino_")
+    x = torch.zeros(1, 3, 32, 32)
+    again = pickle.loads(pickle.dumps(model)), copy.deepcopy(model)
+    assert all(torch.equal(other(x), model(x)) for other in again)
+
+for first in (True, False):
+    child = os.fork()
+    if child == 0:
+        check(first)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0, "theirs first" if first else "theirs later"
 """
 
 
-@pytest.mark.parametrize("theirs_is_called_so_too", [False, True])
-def test_modules_of_the_users_own(tmp_path, model, theirs_is_called_so_too):
-    names = ["utils", "data", "metrics", "checkpoint", "layouts", "published", "flags"]
-    for name in names + ["vision_transformer"] * theirs_is_called_so_too:
-        (tmp_path / f"{name}.py").write_text("MINE = 1\n")
-    (tmp_path / "program.py").write_text(PROGRAM)
-    torch.save(model.state_dict(), tmp_path / "weights.pth")
+def program(folder, source, *args):
+    """Run a program in a folder, with nothing of this project on its path."""
+    (folder / "program_of_the_user.py").write_text(source)
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "program.py", str(ROOT), "weights.pth"]
-    run = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    name = run.stdout.split()[-1]
-    assert (name == "vision_transformer") != theirs_is_called_so_too
-    if not theirs_is_called_so_too:  # a process that has this folder on its path, as this one, unpickles the model
-        again = torch.load(tmp_path / "model.pt", weights_only=False)
-        assert type(again) is VisionTransformer
-        torch.testing.assert_close(again.eval()(torch.zeros(1, 3, 32, 32)), model(torch.zeros(1, 3, 32, 32)))
+    done = subprocess.run([sys.executable, "program_of_the_user.py", *map(str, args)], cwd=folder, env=env,
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("kind", ["module", "package", "namespace"])
+def test_modules_of_the_users_own(tmp_path, model, kind):
+    names = {part for name in closure()[0] for part in name.split("/")} | project_names()
+    for name in names:
+        if kind == "module":
+            (tmp_path / f"{name}.py").write_text("__path__ = None\n")
+        else:
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "part.py").touch()
+        if kind == "package":
+            (tmp_path / name / "__init__.py").touch()
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    program(tmp_path, PROGRAM, ROOT, *names)
+
+
+def test_nothing_of_the_project_becomes_importable(tmp_path, model):
+    """vision_transformer is registered under its plain name, so that this process, which has it, unpickles the model"""
+    output = program(tmp_path, """
+import importlib.util, sys, torch
+hub, *names = sys.argv[1:]
+model = torch.hub.load(hub, "dino_vits16", source="local", pretrained=False).eval()
+print([name for name in names if name in sys.modules or importlib.util.find_spec(name)])
+torch.save(model, "model.pt")
+torch.save(model.state_dict(), "state.pth")
+""", ROOT, *project_names())
+    assert output.strip() == "['vision_transformer']"
+    again = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert type(again) is VisionTransformer
+    model.load_state_dict(torch.load(tmp_path / "state.pth", weights_only=True))
+    x = torch.randn(1, 3, 32, 32)
+    torch.testing.assert_close(again(x), model(x))
 
 
 def test_code_written_against_the_published_models(tmp_path):
-    """published_code.py in a process that knows nothing of this folder but its path, and has modules of these names."""
+    """published_code.py in a process that knows only this folder's path, and has modules of the same names."""
     for name in ("utils", "data", "metrics", "vision_transformer"):
         (tmp_path / f"{name}.py").write_text("MINE = 1\n")
     (tmp_path / "test_published_code.py").write_text((ROOT / "tests" / "published_code.py").read_text())
