@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written beside their place, flushed to the disk, renamed."""
+"""Atomic writes: a file is written under a temporary name, flushed to disk and renamed."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
-    """Yields a temporary name in the folder of `path`; the file written there becomes `path` when the block ends.
+    """Yields a temporary path in the folder of `path`; the file written there replaces `path` when the block ends.
 
-    An exception in the block leaves `path` as it was and nothing beside it. A kill leaves `path` as it was, and
-    perhaps `.<name>.<process>.tmp`.
+    If the block raises an exception, `path` is unchanged and the temporary file is removed. If the process is killed,
+    `path` is unchanged, and the temporary file `.<name>.<process>.tmp` may remain.
 
     Raises:
-        OSError: the disk is full, or the folder can't be written to.
+        OSError: the disk is full or the folder is not writable.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -27,7 +27,7 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    if os.name == "posix":  # elsewhere a folder can't be opened
+    if os.name == "posix":  # makes the rename durable; other systems can't open a folder
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
@@ -36,6 +36,6 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-    """Write a small file; see `replacing`."""
+    """Write `text` to `path` in UTF-8, atomically (see `replacing`)."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")

@@ -146,7 +146,7 @@ TRAINING = [
     ("stray", ("stray", "--help")),
     ("@presets/none.txt", ("@presets/none.txt", "No such file", "presets/shapes.txt")),
     ("@{here}", ("@{here}", "not a file of flags .Is a directory", "presets/shapes.txt")),
-    ("@{here}/itself.txt", ("@", "names itself", "take that line out")),
+    ("@{here}/itself.txt", ("@", "includes itself", "remove that line")),
     ("@{here}/nested.txt", ("@none.txt", "No such file", "presets/shapes.txt")),
     ("@{here}/binary.txt", ("@{here}/binary.txt", "not text", "there are")),
     # Values that contradict each other
