@@ -172,7 +172,7 @@ TRAINING = [
     ("--compile reduce-overhead --grad_accum_steps 2",
      ("--compile reduce-overhead", "--grad_accum_steps 2", "--compile default")),
     ("--compile fast", ("--compile", "'fast'", "reduce-overhead")),
-    ("--arch vit_b_32 --global_crops_size 32", ("--global_crops_size 32", "vit_b_32 cannot take it", "another")),
+    ("--arch vit_b_32 --global_crops_size 32", ("--global_crops_size 32", "--arch vit_b_32 ", "another")),
     ("--local_crops_number 1000000000", ("--local_crops_number", "at most 1000")),
     ("--arch resnet18 --grad_checkpointing", ("--grad_checkpointing blocks", "resnet18", "leave it out")),
     ("--arch resnet18 --grad_checkpointing layers", ("--grad_checkpointing layers", "resnet18", "leave it out")),
