@@ -102,4 +102,4 @@ DISK = {getattr(errno, name, None) for name in ("ENOSPC", "EDQUOT", "EROFS", "EI
 
 def full_disk(error: Exception) -> str | None:
     """A line if a disk is full, read-only or not available, else None."""
-    return f"{error}; free space or repair the disk, then start again" if getattr(error, "errno", None) in DISK else None
+    return f"{error}; free space or repair the disk and start again" if getattr(error, "errno", None) in DISK else None

@@ -33,7 +33,7 @@ class Log:
         self, folder: Path, first_epoch: int, first_step: int, steps: int, tensorboard: bool = False,
         wandb_config: dict | None = None,
     ) -> None:
-        """`first_epoch` and `first_step`: where the run starts or resumes. `wandb_config`: None: no W&B."""
+        """`first_epoch` and `first_step`: where the run starts or resumes. `wandb_config`: sent to W&B; None: off."""
         self.folder = folder
         self.writer = self.wandb = None
         if not parallel.is_main():

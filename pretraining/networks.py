@@ -97,7 +97,7 @@ def on_device(network: nn.Module, device: torch.device) -> nn.Module:
 def checkpoint_gradients(backbone: nn.Module, mode: str, arch: str) -> None:
     """Recompute whole `blocks`, or only cheap `layers`, in the backward pass to save memory."""
     if not hasattr(backbone, "set_grad_checkpointing"):  # timm's networks have it too
-        raise Refused(f"--grad_checkpointing {mode}: not available for --arch {arch}; remove the flag or choose a ViT")
+        raise Refused(f"--grad_checkpointing {mode}: not available for --arch {arch}; leave it out or choose a ViT")
     if mode == "blocks":
         backbone.set_grad_checkpointing()
     elif isinstance(backbone, VisionTransformer):
