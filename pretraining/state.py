@@ -112,7 +112,7 @@ class Run:
     def check_resumable(self, state: Mapping, path: Path) -> None:
         """Raise Refused if this run can't continue from the checkpoint `state`, read from `path`."""
         if not NEEDED <= state.keys():
-            raise Refused(f"--output_dir {path.parent}: {path.name} is not complete enough to resume from; to start "
+            raise Refused(f"--output_dir {path.parent}: {path.name} lacks state that a resume needs; to start "
                           f"from its weights, give --init_from {path} and another folder")
         changed = [f"{k} {state['args'].get(k)} -> {v}" for k, v in self.settings.items()
                    if k not in FREE_FLAGS and state["args"].get(k) != v]
