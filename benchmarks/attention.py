@@ -27,10 +27,10 @@ def main(args) -> int:
             times = bench.in_turns(
                 {n: (lambda f=f, x=qkv: torch.autograd.grad(f(*x.unbind(0)).float().sum(), x))
                  for n, f in functions.items()}, args.rounds, args.device)
-            found = bench.summary(times, "fused")
-            results[f"{B} x {N} {dtype}"] = found
-            row = found["plain"]
-            rows.append([f"{B} x {N}", str(dtype).removeprefix("torch."), row["ms"], found["fused"]["ms"],
+            summary = bench.summary(times, "fused")
+            results[f"{B} x {N} {dtype}"] = summary
+            row = summary["plain"]
+            rows.append([f"{B} x {N}", str(dtype).removeprefix("torch."), row["ms"], summary["fused"]["ms"],
                          f"{row['ratio']:.2f} ({row['ratio_low']:.2f} .. {row['ratio_high']:.2f})"])
     bench.table(["crops x tokens", "type", "plain, median ms", "fused", "plain is times as fast (range)"], rows)
     bench.record(args, "attention", shapes=results)

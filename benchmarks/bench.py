@@ -28,35 +28,35 @@ sys.path.insert(0, str(ROOT))  # before this folder: some modules there have the
 
 def parser(doc: str, rounds: int = 5) -> argparse.ArgumentParser:
     """The flags of every benchmark; `doc` is the script's docstring."""
-    found = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    found.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs")
-    found.add_argument("--rounds", type=int, default=rounds, help="turns of each variant")
-    found.add_argument("--device", default="cpu", help="cpu or cuda")
-    found.add_argument("--json", default="", metavar="FILE", help="append a line of JSON to this file")
-    return found
+    flags = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs")
+    flags.add_argument("--rounds", type=int, default=rounds, help="turns of each variant")
+    flags.add_argument("--device", default="cpu", help="cpu or cuda")
+    flags.add_argument("--json", default="", metavar="FILE", help="append a line of JSON to this file")
+    return flags
 
 
 def step_parser(doc: str, archs: Sequence[str], arch: str, sizes: tuple[int, int]) -> argparse.ArgumentParser:
     """`parser` and the flags of a training step's network and crops."""
-    found = parser(doc)
-    found.add_argument("--arch", default=arch, choices=sorted(archs))
-    found.add_argument("--patch", type=int, default=16)
-    found.add_argument("--sizes", type=int, nargs=2, default=sizes, help="pixels of global and local crops")
-    found.add_argument("--local", type=int, default=8, help="local crops")
-    found.add_argument("--out_dim", type=int, default=65536, help="K")
-    return found
+    flags = parser(doc)
+    flags.add_argument("--arch", default=arch, choices=sorted(archs))
+    flags.add_argument("--patch", type=int, default=16)
+    flags.add_argument("--sizes", type=int, nargs=2, default=sizes, help="pixels of global and local crops")
+    flags.add_argument("--local", type=int, default=8, help="local crops")
+    flags.add_argument("--out_dim", type=int, default=65536, help="K")
+    return flags
 
 
 def machine(device: str = "cpu") -> dict:
     """Versions and hardware, as every line of JSON has them."""
-    found = {
+    info = {
         "cpu": cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
         "capability": torch.backends.cpu.get_cpu_capability(), "load": round(os.getloadavg()[0], 1),
         "python": platform.python_version(), "torch": torch.__version__, "platform": platform.platform(),
     }
     if device.startswith("cuda"):
-        found |= {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
-    return found
+        info |= {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
+    return info
 
 
 def cpu_name() -> str:
@@ -68,9 +68,9 @@ def cpu_name() -> str:
 
 
 def header(title: str, device: str = "cpu") -> None:
-    seen = machine(device)
-    where = seen.get("gpu") or f"{seen['cpu']}, {seen['cores']} cores, {seen['threads']} threads, {seen['capability']}"
-    print(f"{title}\n{where}; torch {seen['torch']}; load {seen['load']} before the run", flush=True)
+    info = machine(device)
+    where = info.get("gpu") or f"{info['cpu']}, {info['cores']} cores, {info['threads']} threads, {info['capability']}"
+    print(f"{title}\n{where}; torch {info['torch']}; load {info['load']} before the run", flush=True)
 
 
 def start_anew(device: str) -> None:
@@ -116,14 +116,14 @@ def summary(times: Mapping[str, Sequence[float]], baseline: str | None = None, p
     Args:
         times: seconds of each round, of `per` items each.
     """
-    found = {}
+    rows = {}
     for name, seconds in times.items():
         ms = [1000 * t / per for t in seconds]
-        found[name] = {"ms": statistics.median(ms), "low": min(ms), "high": max(ms)}
+        rows[name] = {"ms": statistics.median(ms), "low": min(ms), "high": max(ms)}
         if baseline is not None:
             ratios = [b / t for b, t in zip(times[baseline], seconds, strict=True)]
-            found[name] |= {"ratio": statistics.median(ratios), "ratio_low": min(ratios), "ratio_high": max(ratios)}
-    return found
+            rows[name] |= {"ratio": statistics.median(ratios), "ratio_low": min(ratios), "ratio_high": max(ratios)}
+    return rows
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
@@ -147,12 +147,12 @@ def shown(cell: object) -> str:
     return f"{cell:,.0f}" if abs(cell) >= 1000 else f"{cell:.3g}"
 
 
-def time_rows(found: Mapping[str, dict]) -> list[list]:
+def time_rows(summaries: Mapping[str, dict]) -> list[list]:
     """Rows of `summary` under the columns TIMES."""
     return [
         [name, row["ms"], f"{shown(row['low'])} .. {shown(row['high'])}",
          f"{row['ratio']:.2f} ({row['ratio_low']:.2f} .. {row['ratio_high']:.2f})" if "ratio" in row else None]
-        for name, row in found.items()
+        for name, row in summaries.items()
     ]
 
 

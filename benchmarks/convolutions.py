@@ -20,7 +20,7 @@ def main(args) -> int:
     torch.manual_seed(0)
     bench.header(f"{args.arch}, {args.precision}", args.device)
     network = build_backbone(args.arch, 16, 0.0, img_size=args.sizes[0])[0].to(args.device)
-    dtype, found = PRECISIONS[args.precision], {}
+    dtype, summaries = PRECISIONS[args.precision], {}
 
     def train(crops: torch.Tensor) -> None:
         with torch.autocast(args.device.split(":")[0], dtype, enabled=dtype is not None):
@@ -34,10 +34,10 @@ def main(args) -> int:
             "channels first": lambda x=crops: train(x),
             "channels last": lambda x=crops: train(x.contiguous(memory_format=torch.channels_last)),
         }, args.rounds, args.device, bench.cpu_seconds if args.device == "cpu" else time.perf_counter)
-        found[size] = bench.summary(times, "channels first")
+        summaries[size] = bench.summary(times, "channels first")
         print(f"\n{images} crops of {size} pixels")
-        bench.table(bench.TIMES, bench.time_rows(found[size]))
-    bench.record(args, "convolutions", variants=found)
+        bench.table(bench.TIMES, bench.time_rows(summaries[size]))
+    bench.record(args, "convolutions", variants=summaries)
     return 0
 
 

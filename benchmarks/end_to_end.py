@@ -63,21 +63,21 @@ def measure(paths: list[Path], args) -> dict:
     trainers = {"naive": naive.Trainer(**shared), "ours": ours.Trainer(**shared, local=args.local)}
     if args.compile:
         trainers["ours, compiled"] = ours.Trainer(**shared, local=args.local, compiled=args.compile)
-    seen = {name: [] for name in trainers}
+    runs = {name: [] for name in trainers}
     for _ in range(args.rounds):
         for name, trainer in trainers.items():
-            seen[name].append(run(name, trainer, paths, args))
-    rows, found = [], {}
-    for name, rounds in seen.items():
+            runs[name].append(run(name, trainer, paths, args))
+    rows, results = [], {}
+    for name, rounds in runs.items():
         rates, waits = ([r[key] for r in rounds] for key in ("images_per_s", "data_wait"))
-        ratios = [a["images_per_s"] / b["images_per_s"] for a, b in zip(rounds, seen["naive"], strict=True)]
-        found[name] = {"images_per_s": statistics.median(rates), "rates": rates, "ratios": ratios,
+        ratios = [a["images_per_s"] / b["images_per_s"] for a, b in zip(rounds, runs["naive"], strict=True)]
+        results[name] = {"images_per_s": statistics.median(rates), "rates": rates, "ratios": ratios,
                        "data_wait": statistics.median(waits)}
         rows.append([name, statistics.median(rates), f"{bench.shown(min(rates))} .. {bench.shown(max(rates))}",
                      f"{statistics.median(ratios):.2f} ({min(ratios):.2f} .. {max(ratios):.2f})",
                      f"{statistics.median(waits):.0%}"])
     bench.table(["variant", "images/s", "range", "times as fast (range)", "waits for data"], rows)
-    return found
+    return results
 
 
 def get_args_parser():
@@ -105,8 +105,8 @@ def main(args) -> int:
     bench.header(f"end to end, {args.arch}/{args.patch}, {args.precision}, {args.batch} images a step, "
                  f"{args.workers} workers", args.device)
     with tempfile.TemporaryDirectory() as folder:
-        found = measure(photos.write(Path(folder), args.images), args)
-    bench.record(args, "end_to_end", variants=found)
+        results = measure(photos.write(Path(folder), args.images), args)
+    bench.record(args, "end_to_end", variants=results)
     return 0
 
 

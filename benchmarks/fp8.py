@@ -43,17 +43,17 @@ def run(trainer: ours.Trainer, crops: list, args) -> dict:
 
 
 def measure(args) -> dict:
-    crops, found = crops_of(args.batch, args)[1], {}
+    crops, results = crops_of(args.batch, args)[1], {}
     for name, dtype in (("fp32", None), ("bf16", torch.bfloat16), ("fp8", torch.bfloat16)):
         torch.manual_seed(0)  # the same weights
         trainer = ours.Trainer(args.arch, args.patch, args.sizes[0], args.out_dim, args.device, dtype, args.local, 0.0)
         if name == "fp8":
             to_fp8(trainer)
-        found[name] = run(trainer, crops, args)
-    exact = found["fp32"]["gradient"]
-    for row in found.values():
+        results[name] = run(trainer, crops, args)
+    exact = results["fp32"]["gradient"]
+    for row in results.values():
         row["off"] = ((row.pop("gradient") - exact).norm() / exact.norm()).item()
-    return found
+    return results
 
 
 def main(args) -> int:
@@ -61,10 +61,10 @@ def main(args) -> int:
         args.arch, args.sizes, args.local, args.out_dim, args.batch, args.steps = "vit_nano", (32, 16), 2, 64, 8, 1
     torch.manual_seed(0)
     bench.header(f"fp8, {args.arch}/{args.patch}, {args.batch} images a step", args.device)
-    found = measure(args)
+    results = measure(args)
     bench.table(["precision", "gradient off by", f"loss after {args.steps} steps", "median ms"],
-                [[name, row["off"], row["loss"], row["ms"]] for name, row in found.items()])
-    bench.record(args, "fp8", variants=found)
+                [[name, row["off"], row["loss"], row["ms"]] for name, row in results.items()])
+    bench.record(args, "fp8", variants=results)
     return 0
 
 

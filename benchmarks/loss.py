@@ -38,8 +38,8 @@ def variants(crops: int, k: int, device: str) -> dict:
     }
 
 
-def agree(found: dict, precision: str) -> None:
-    (loss, grad), *others = found.values()
+def agree(results: dict, precision: str) -> None:
+    (loss, grad), *others = results.values()
     for other, other_grad in others:
         worst = ((grad - other_grad).abs().max() / grad.abs().max()).item()
         if abs(loss - other) > 1e-3 * abs(loss) or worst > WORST[precision]:
@@ -69,13 +69,13 @@ def measure(args) -> dict:
         functions[name](student, teacher).backward()
 
     times = bench.in_turns({n: (lambda n=n: run(n)) for n in functions}, args.rounds, args.device)
-    found = {n: row | counted[n] for n, row in bench.summary(times, "naive").items()}
+    rows = {n: row | counted[n] for n, row in bench.summary(times, "naive").items()}
     logits = student.numel() * student.element_size()
     print(f"{args.batch} images, {crops} crops, K {args.out_dim}: the student's logits are {logits / 1e6:.0f} MB")
     bench.table([*bench.TIMES, "kept MB", "peak MB"],
                 [[*cells, row["kept"] / 1e6, row["peak"] and row["peak"] / 1e6]
-                 for cells, row in zip(bench.time_rows(found), found.values(), strict=True)])
-    return found
+                 for cells, row in zip(bench.time_rows(rows), rows.values(), strict=True)])
+    return rows
 
 
 def get_args_parser():

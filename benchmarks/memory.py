@@ -41,17 +41,17 @@ def measure(batch: int, args) -> dict[str, dict]:
         "ours, layers checkpointed": lambda: ours.Trainer(**shared, local=args.local, checkpointed="layers"),
         "ours, blocks checkpointed": lambda: ours.Trainer(**shared, local=args.local, checkpointed="blocks"),
     }
-    found = {}
+    counts = {}
     for who, make in trainers.items():
         trainer, crops = make(), views if who == "naive" else joined
-        found[who] = count(trainer, crops, lambda net=trainer.student.backbone: [net(c) for c in joined])
+        counts[who] = count(trainer, crops, lambda net=trainer.student.backbone: [net(c) for c in joined])
     shape = model.Shape.of(args.arch, args.patch, args.sizes, args.local, args.out_dim)
     precision = "fp32" if args.precision == "fp32" else "bf16"
     size = 4 * shape.parameters()
-    found["the model of cost"] = {
+    counts["the model of cost"] = {
         "weights": 2 * size, "gradients": size, "moments": 2 * size,
         "activations": batch * shape.kept_bytes(precision), "logits and loss": None}
-    return found
+    return counts
 
 
 def get_args_parser():
@@ -66,16 +66,16 @@ def main(args) -> int:
         args.arch, args.sizes, args.local, args.out_dim = "vit_nano", (32, 16), 2, 64
     torch.manual_seed(0)
     bench.header(f"memory of a step, {args.arch}/{args.patch}, {args.precision}, {args.batch} images", args.device)
-    found, twice = measure(args.batch, args), measure(2 * args.batch, args)
-    names = list(found["ours"])
-    bench.table(["MB", *names], [[who, *(row[n] and row[n] / 1e6 for n in names)] for who, row in found.items()])
+    counts, twice = measure(args.batch, args), measure(2 * args.batch, args)
+    names = list(counts["ours"])
+    bench.table(["MB", *names], [[who, *(row[n] and row[n] / 1e6 for n in names)] for who, row in counts.items()])
     more = {who: [(twice[who][n] - row[n]) / args.batch for n in GROWING]
-            for who, row in found.items() if None not in row.values()}
+            for who, row in counts.items() if None not in row.values()}
     print("\nAn image more takes")
     bench.table(["MB", *GROWING, "both", "share of naive"],
                 [[who, *(b / 1e6 for b in row), sum(row) / 1e6, sum(row) / sum(more["naive"])]
                  for who, row in more.items()])
-    bench.record(args, "memory", bytes=found, bytes_an_image=more)
+    bench.record(args, "memory", bytes=counts, bytes_an_image=more)
     return 0
 
 

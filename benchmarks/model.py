@@ -191,7 +191,7 @@ def tables(args: argparse.Namespace) -> list[dict]:
                      args.batch / max(part["arithmetic"], part["memory"] + colours)])
     bench.table(["step", "ms of arithmetic", "of memory traffic", "of colours", "images/s, one after the other",
                  "overlapped"], rows)
-    found = []
+    predictions = []
     for name, shape in shapes.items():
         batch = min(args.batch, largest_batch(shape, 141e9))
         print(f"\n{name}, {batch} images a GPU")
@@ -201,8 +201,8 @@ def tables(args: argparse.Namespace) -> list[dict]:
                     [[r["gpus"], r["images_per_s"], r["arithmetic_only"], f"{r['waiting']:.1%}", r["cores_per_gpu"],
                       r["storage_gb_s"], 128.1167e6 / r["images_per_s"] / 3600, 1e9 / r["images_per_s"] / 3600]
                      for r in rows])
-        found += rows
-    return found
+        predictions += rows
+    return predictions
 
 
 def get_args_parser() -> argparse.ArgumentParser:

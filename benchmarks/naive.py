@@ -207,41 +207,41 @@ class Trainer:
 # ---- Augmentation, picture by picture ----
 
 
-def jitter(picture):
+def jitter(image):
     from torchvision.transforms import functional as T
 
     factors = [(T.adjust_brightness, random.uniform(0.6, 1.4)), (T.adjust_contrast, random.uniform(0.6, 1.4)),
                (T.adjust_saturation, random.uniform(0.8, 1.2)), (T.adjust_hue, random.uniform(-0.1, 0.1))]
     random.shuffle(factors)
     for function, factor in factors:
-        picture = function(picture, factor)
-    return picture
+        image = function(image, factor)
+    return image
 
 
-def view(picture, scale, size, blur, solarize):
-    """One crop of a Pillow picture, float32 (3, size, size), normalized."""
+def view(image, scale, size, blur, solarize):
+    """One crop of a Pillow image, float32 (3, size, size), normalized."""
     from torchvision import transforms
     from torchvision.transforms import InterpolationMode
     from torchvision.transforms import functional as T
 
-    box = transforms.RandomResizedCrop.get_params(picture, scale, (3 / 4, 4 / 3))
-    picture = T.resized_crop(picture, *box, [size, size], InterpolationMode.BICUBIC)
+    box = transforms.RandomResizedCrop.get_params(image, scale, (3 / 4, 4 / 3))
+    image = T.resized_crop(image, *box, [size, size], InterpolationMode.BICUBIC)
     if random.random() < 0.5:
-        picture = T.hflip(picture)
+        image = T.hflip(image)
     if random.random() < 0.8:
-        picture = jitter(picture)
+        image = jitter(image)
     if random.random() < 0.2:
-        picture = T.to_grayscale(picture, 3)
+        image = T.to_grayscale(image, 3)
     if random.random() < blur:
-        picture = picture.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2.0)))
+        image = image.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2.0)))
     if random.random() < solarize:
-        picture = ImageOps.solarize(picture)
-    return T.normalize(T.to_tensor(picture), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+        image = ImageOps.solarize(image)
+    return T.normalize(T.to_tensor(image), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
-def augment(picture, local=8, sizes=(224, 96), global_scale=(0.4, 1.0), local_scale=(0.05, 0.4)):
-    views = [view(picture, global_scale, sizes[0], 1.0, 0.0), view(picture, global_scale, sizes[0], 0.1, 0.2)]
-    return views + [view(picture, local_scale, sizes[1], 0.5, 0.0) for _ in range(local)]
+def augment(image, local=8, sizes=(224, 96), global_scale=(0.4, 1.0), local_scale=(0.05, 0.4)):
+    views = [view(image, global_scale, sizes[0], 1.0, 0.0), view(image, global_scale, sizes[0], 0.1, 0.2)]
+    return views + [view(image, local_scale, sizes[1], 0.5, 0.0) for _ in range(local)]
 
 
 class Pictures(torch.utils.data.Dataset):

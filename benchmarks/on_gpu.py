@@ -70,8 +70,8 @@ def compare(args) -> list[list]:
             network.load_state_dict(weights)
         if pack:
             packed.pack(trainer.student)
-        found = gradient(trainer, [c.to(args.device) for c in crops])
-        off = ((found - expected).norm() / expected.norm()).item()
+        actual = gradient(trainer, [c.to(args.device) for c in crops])
+        off = ((actual - expected).norm() / expected.norm()).item()
         rows.append([name, off])
         if not off < worst:
             raise SystemExit(f"{name}: the gradient is off by {off:.2g} of its norm, more than {worst:g}")

@@ -21,9 +21,9 @@ def main(args) -> int:
     torch.testing.assert_close(*grads)
     times = bench.in_turns({n: (lambda f=f: torch.autograd.grad(f(), v, grad)) for n, f in functions.items()},
                            args.rounds, args.device)
-    found = bench.summary(times, "written out")
-    bench.table(bench.TIMES, bench.time_rows(found))
-    bench.record(args, "prototypes", variants=found)
+    summary = bench.summary(times, "written out")
+    bench.table(bench.TIMES, bench.time_rows(summary))
+    bench.record(args, "prototypes", variants=summary)
     return 0
 
 

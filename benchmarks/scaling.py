@@ -81,9 +81,9 @@ def measure(processes: int, args) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         store = os.path.join(folder, "store")
         mp.spawn(worker, (processes, args, store), nprocs=processes)
-        seen = json.loads(Path(store + ".json").read_text())
-    rate = processes * args.batch / statistics.median(seen["seconds"])
-    return {"processes": processes, "images_per_s": rate, **seen}
+        result = json.loads(Path(store + ".json").read_text())
+    rate = processes * args.batch / statistics.median(result["seconds"])
+    return {"processes": processes, "images_per_s": rate, **result}
 
 
 def get_args_parser():
@@ -100,12 +100,12 @@ def main(args) -> int:
         args.processes = [2]
     bench.header(f"scaling, {args.arch}/{args.patch}, {args.batch} images a process", args.device)
     shape = model.Shape.of(args.arch, args.patch, args.sizes, args.local, args.out_dim)
-    found = [measure(n, args) for n in args.processes]
+    runs = [measure(n, args) for n in args.processes]
     bench.table(["processes", "images/s", "ratio", "MB of gradients a step", "MB in the model", "MB of the centre"],
-                [[r["processes"], r["images_per_s"], r["images_per_s"] / found[0]["images_per_s"],
+                [[r["processes"], r["images_per_s"], r["images_per_s"] / runs[0]["images_per_s"],
                   r["gradients"] / 1e6, 4 * shape.parameters() / 1e6 * (r["processes"] > 1), r["centre"] / 1e6]
-                 for r in found])
-    bench.record(args, "scaling", runs=found)
+                 for r in runs])
+    bench.record(args, "scaling", runs=runs)
     return 0
 
 

@@ -40,9 +40,9 @@ def main(args) -> int:
     }
     if args.quick:
         variants, args.rounds = {name: variants[name] for name in ("main_dino.py --help",)}, 1
-    found = bench.summary(bench.in_turns(variants, args.rounds))
-    bench.table(bench.TIMES[:3], [row[:3] for row in bench.time_rows(found)])
-    bench.record(args, "startup", variants=found)
+    summary = bench.summary(bench.in_turns(variants, args.rounds))
+    bench.table(bench.TIMES[:3], [row[:3] for row in bench.time_rows(summary)])
+    bench.record(args, "startup", variants=summary)
     return 0
 
 

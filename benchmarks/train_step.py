@@ -32,22 +32,22 @@ def trainers(args) -> dict:
     bench.start_anew(args.device)
     shared = {"arch": args.arch, "patch": args.patch, "size": args.sizes[0], "k": args.out_dim,
               "device": args.device, "dtype": PRECISIONS[args.precision]}
-    found = {"naive, a pass a crop": naive.Trainer(**shared),
+    variants = {"naive, a pass a crop": naive.Trainer(**shared),
              "naive, a pass a resolution": naive.Trainer(**shared, grouped=True),
              "ours": ours.Trainer(**shared, local=args.local)}
     if args.all_tokens:
-        found["ours, all tokens"] = ours.Trainer(**shared, local=args.local)
-        for network in (found["ours, all tokens"].student, found["ours, all tokens"].teacher):
+        variants["ours, all tokens"] = ours.Trainer(**shared, local=args.local)
+        for network in (variants["ours, all tokens"].student, variants["ours, all tokens"].teacher):
             network.class_token_only = False
     if args.grad_checkpointing:
         for what in ("layers", "blocks"):
-            found[f"ours, {what} checkpointed"] = ours.Trainer(**shared, local=args.local, checkpointed=what)
+            variants[f"ours, {what} checkpointed"] = ours.Trainer(**shared, local=args.local, checkpointed=what)
     if args.packed:
-        found["ours, packed"] = ours.Trainer(**shared, local=args.local)
-        packed.pack(found["ours, packed"].student)
+        variants["ours, packed"] = ours.Trainer(**shared, local=args.local)
+        packed.pack(variants["ours, packed"].student)
     if args.compile:
-        found["ours, compiled"] = ours.Trainer(**shared, local=args.local, compiled=args.compile)
-    return found
+        variants["ours, compiled"] = ours.Trainer(**shared, local=args.local, compiled=args.compile)
+    return variants
 
 
 def measure(batch: int, args, rate: float, bandwidth: float) -> dict:
@@ -66,19 +66,19 @@ def measure(batch: int, args, rate: float, bandwidth: float) -> dict:
 
     clock = bench.cpu_seconds if args.cpu_time else time.perf_counter
     times = bench.in_turns({n: (lambda n=n: run(n)) for n in variants}, args.rounds, args.device, clock)
-    found = bench.summary(times, "naive, a pass a resolution")  # the stronger of the two
-    for name, row in found.items():
+    summary = bench.summary(times, "naive, a pass a resolution")  # the stronger of the two
+    for name, row in summary.items():
         seconds = row["ms"] / 1000
         row |= {"images_per_s": batch / seconds, "tflops": flop / seconds / 1e12, "share": flop / seconds / rate,
                 "peak_gb": peaks[name] / 1e9 if peaks else None}
     rows = [[*cells, row["images_per_s"], row["tflops"], f"{row['share']:.0%}", row["peak_gb"]]
-            for cells, row in zip(bench.time_rows(found), found.values(), strict=True)]
+            for cells, row in zip(bench.time_rows(summary), summary.values(), strict=True)]
     predicted = batch / sum(causes.values())
     print(f"\n{batch} images a step, {flop / batch / 1e9:.1f} GFLOP an image; the model of cost predicts "
           f"{predicted:.3g} images/s: {1000 * causes['arithmetic']:.3g} ms of arithmetic, "
           f"{1000 * causes['memory']:.3g} ms of memory traffic")
     bench.table([*bench.TIMES, "images/s", "TFLOP/s", "of matmul", "peak GB"], rows)
-    return {"batch": batch, "predicted": predicted, "variants": found}
+    return {"batch": batch, "predicted": predicted, "variants": summary}
 
 
 def profile(args) -> None:
@@ -89,16 +89,16 @@ def profile(args) -> None:
     trainer, crops = trainers(args)["ours, compiled" if args.compile else "ours"], crops_of(args.batch[0], args)[1]
     trainer.step(crops)
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda
-    with torch.profiler.profile(activities=activities) as found:
+    with torch.profiler.profile(activities=activities) as profiler:
         for _ in range(1 if args.quick else 3):
             trainer.step(crops)
         bench.wait(args.device)
-    found.export_chrome_trace(args.profile)
+    profiler.export_chrome_trace(args.profile)
 
     def time_of(event) -> float:
         return event.self_device_time_total if cuda else event.self_cpu_time_total
 
-    events = sorted(found.key_averages(), key=time_of, reverse=True)
+    events = sorted(profiler.key_averages(), key=time_of, reverse=True)
     events = [e for e in events if not cuda or e.device_type != torch.autograd.DeviceType.CPU]  # kernels alone
     total = sum(map(time_of, events))
     print(f"\nwrote {args.profile}; the ten largest {'kernels' if cuda else 'operations'}:")
@@ -132,8 +132,8 @@ def main(args) -> int:
     rate = bench.matmul_rate(args.device, PRECISIONS[args.precision] or torch.float32, 64 if args.quick else 0)
     bandwidth = bench.copy_rate(args.device, size=2**20 if args.quick else 2**28)
     print(f"measured: matrix products {rate / 1e12:.3g} TFLOP/s, copies {bandwidth / 1e9:.3g} GB/s")
-    found = [measure(batch, args, rate, bandwidth) for batch in args.batch]
-    bench.record(args, "train_step", matmul_flops=rate, copy_bytes=bandwidth, batches=found)
+    batches = [measure(batch, args, rate, bandwidth) for batch in args.batch]
+    bench.record(args, "train_step", matmul_flops=rate, copy_bytes=bandwidth, batches=batches)
     return 0
 
 
