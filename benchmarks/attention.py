@@ -1,4 +1,4 @@
-"""Attention on this device, forward and backward: the plain product of matrices against the fused kernel.
+"""Attention, forward and backward: explicit matrix products against PyTorch's fused kernel.
 
     python benchmarks/attention.py
     python benchmarks/attention.py --device cuda
@@ -10,7 +10,7 @@ import bench
 import torch
 import torch.nn.functional as F
 
-SHAPES = ((128, 10), (64, 37), (64, 65), (32, 197))  # crops, tokens; three heads of 64
+SHAPES = ((128, 10), (64, 37), (64, 65), (32, 197))  # (crops, tokens); three heads of width 64
 
 
 def plain(q, k, v):

@@ -1,4 +1,4 @@
-"""A ResNet on crops whose channels come first or last in memory, forward and backward.
+"""A ResNet, forward and backward, with crops in channels-first or channels-last memory format.
 
     python benchmarks/convolutions.py                        # and with --precision bf16
     python benchmarks/convolutions.py --device cuda --precision bf16 --batch 256
@@ -28,7 +28,7 @@ def main(args) -> int:
         features.float().square().mean().backward()
 
     for size in args.sizes:
-        images = max(2, args.batch * args.sizes[0] ** 2 // size**2)  # as many pixels at each size
+        images = max(2, args.batch * args.sizes[0] ** 2 // size**2)  # the same number of pixels at each size
         crops = torch.randn(images, 3, size, size, device=args.device)
         times = bench.in_turns({
             "channels first": lambda x=crops: train(x),
@@ -44,8 +44,8 @@ def main(args) -> int:
 def get_args_parser():
     parser = bench.parser(__doc__)
     parser.add_argument("--arch", default="resnet50")
-    parser.add_argument("--sizes", type=int, nargs="+", default=(224, 96), help="pixels")
-    parser.add_argument("--batch", type=int, default=4, help="crops of the first size")
+    parser.add_argument("--sizes", type=int, nargs="+", default=(224, 96), help="sides of the crops in pixels")
+    parser.add_argument("--batch", type=int, default=4, help="number of crops of the first size")
     parser.add_argument("--precision", choices=sorted(PRECISIONS), default="fp32")
     return parser
 
