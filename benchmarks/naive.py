@@ -1,11 +1,11 @@
-"""The baseline: DINO written down from the paper's pseudo-code (arXiv 2104.14294, algorithm 1), eager and plain.
+"""The baseline: a straightforward implementation of DINO's pseudo-code (arXiv 2104.14294, algorithm 1), in eager mode.
 
-It shares no code with the product; only the parameters' names are the published ones, so that both can start from the
-same weights and must then compute the same (tests/test_benchmarks.py). What makes it naive is what one writes first:
+It shares no code with the project. The names of its parameters are the published ones, so that both implementations
+can start from the same weights, from which they compute the same losses and updates (tests/test_benchmarks.py). It does
 
-    one pass a crop, or one a resolution with `grouped`   attention as softmax(q k^T) v
-    the loss as a double loop over pairs of views          the EMA, clipping and AdamW parameter by parameter
-    a loss read on the host in every step                  augmentation picture by picture with Pillow
+    one pass per crop, or per resolution with `grouped`    attention as softmax(q k^T) v
+    the loss as a double loop over pairs of views          EMA, clipping and AdamW one parameter at a time
+    one read of the loss on the host in every step         augmentation of one image at a time with Pillow
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Block(nn.Module):
         self.drop = drop
 
     def dropped(self, x):
-        """Stochastic depth: the branch is computed, then multiplied by zero for some samples."""
+        """Stochastic depth: compute the branch for all samples, then multiply it by zero for some."""
         if not self.training or self.drop == 0:
             return x
         keep = (torch.rand(len(x), 1, 1, device=x.device) >= self.drop).to(x.dtype)
@@ -137,7 +137,7 @@ class Network(nn.Module):
 
 
 def H(t, s, center, tps, tpt):  # noqa: N802 - the paper's name
-    """The cross-entropy of algorithm 1, of a teacher's view t and a student's view s, (B, K) each."""
+    """Cross-entropy of algorithm 1 between a view t of the teacher and a view s of the student, (B, K) each."""
     t = torch.softmax((t - center) / tpt, dim=1).detach()
     s = torch.log_softmax(s / tps, dim=1)
     return -(t * s).sum(dim=1).mean()
@@ -155,7 +155,7 @@ def dino_loss(student_out, teacher_out, center, tps=0.1, tpt=0.04):
 
 
 def forward(network, crops, grouped):
-    """Outputs of a list of crops (B, 3, s, s), a list of (B, K)."""
+    """List of crops (B, 3, s, s) -> list of head outputs (B, K)."""
     if not grouped:
         return [network(crop) for crop in crops]
     sizes = sorted({crop.shape[-1] for crop in crops}, reverse=True)
@@ -204,7 +204,7 @@ class Trainer:
         return loss.item()
 
 
-# ---- Augmentation, picture by picture ----
+# ---- Augmentation, one image at a time ----
 
 
 def jitter(image):
@@ -219,7 +219,7 @@ def jitter(image):
 
 
 def view(image, scale, size, blur, solarize):
-    """One crop of a Pillow image, float32 (3, size, size), normalized."""
+    """Pillow image -> one normalized crop, float32 (3, size, size)."""
     from torchvision import transforms
     from torchvision.transforms import InterpolationMode
     from torchvision.transforms import functional as T
@@ -245,7 +245,7 @@ def augment(image, local=8, sizes=(224, 96), global_scale=(0.4, 1.0), local_scal
 
 
 class Pictures(torch.utils.data.Dataset):
-    """Files -> lists of crops."""
+    """Image files -> lists of crops."""
 
     def __init__(self, paths, **options):
         self.paths, self.options = paths, options

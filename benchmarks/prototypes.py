@@ -1,4 +1,4 @@
-"""The normalization of the prototypes, forward and backward: written out against torch's kernel of weight norm.
+"""Weight normalization of the prototypes, forward and backward: written out, and with torch's weight-norm kernel.
 
     python benchmarks/prototypes.py
     python benchmarks/prototypes.py --device cuda
@@ -29,7 +29,7 @@ def main(args) -> int:
 
 def get_args_parser():
     parser = bench.parser(__doc__, rounds=7)
-    parser.add_argument("--out_dim", type=int, default=65536, help="K")
+    parser.add_argument("--out_dim", type=int, default=65536, help="number of prototypes K")
     return parser
 
 

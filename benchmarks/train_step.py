@@ -1,11 +1,11 @@
-"""A training step on fixed tensors: networks, loss, backward, clipping, optimizer, EMA; ours against naive.py.
+"""A training step on fixed tensors (forward, loss, backward, clipping, optimizer, EMA): ours against naive.py.
 
-    python benchmarks/train_step.py --batch 4                                     # a CPU; one precision, both sides
+    python benchmarks/train_step.py --batch 4
     python benchmarks/train_step.py --device cuda --precision bf16 --batch 64 128 256 --rounds 20
     python benchmarks/train_step.py --device cuda --precision bf16 --profile trace.json
 
-TFLOP/s counts the method's arithmetic (model.py), the same for every variant. --profile writes a trace of our step
-for chrome://tracing or Perfetto and prints the ten operations that take most time on the device.
+TFLOP/s counts the method's arithmetic (model.py), which is the same for every variant. --profile writes a trace of our
+step for chrome://tracing or Perfetto and prints the ten operations that take the most time on the device.
 """
 
 import sys
@@ -22,7 +22,7 @@ PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def crops_of(batch: int, args) -> tuple[list, list]:
-    """The same pictures as naive.py and ours take them: a list of views, and one tensor a resolution."""
+    """The same random crops in two forms: a list of views (naive.py), and one tensor per resolution (ours)."""
     sizes = [args.sizes[0]] * 2 + [args.sizes[1]] * args.local
     views = [torch.randn(batch, 3, s, s, device=args.device) for s in sizes]
     return views, [torch.cat(group) for group in (views[:2], views[2:]) if group]
@@ -74,7 +74,7 @@ def measure(batch: int, args, rate: float, bandwidth: float) -> dict:
     rows = [[*cells, row["images_per_s"], row["tflops"], f"{row['share']:.0%}", row["peak_gb"]]
             for cells, row in zip(bench.time_rows(summary), summary.values(), strict=True)]
     predicted = batch / sum(causes.values())
-    print(f"\n{batch} images a step, {flop / batch / 1e9:.1f} GFLOP an image; the model of cost predicts "
+    print(f"\n{batch} images per step, {flop / batch / 1e9:.1f} GFLOP per image; model.py predicts "
           f"{predicted:.3g} images/s: {1000 * causes['arithmetic']:.3g} ms of arithmetic, "
           f"{1000 * causes['memory']:.3g} ms of memory traffic")
     bench.table([*bench.TIMES, "images/s", "TFLOP/s", "of matmul", "peak GB"], rows)
@@ -82,7 +82,7 @@ def measure(batch: int, args, rate: float, bandwidth: float) -> dict:
 
 
 def profile(args) -> None:
-    """A trace of three steps and the ten largest operations on the device, with their share."""
+    """Write a trace of three steps, and print the ten longest operations on the device with their share."""
     from torch.profiler import ProfilerActivity
 
     cuda = args.device.startswith("cuda")
@@ -99,7 +99,7 @@ def profile(args) -> None:
         return event.self_device_time_total if cuda else event.self_cpu_time_total
 
     events = sorted(profiler.key_averages(), key=time_of, reverse=True)
-    events = [e for e in events if not cuda or e.device_type != torch.autograd.DeviceType.CPU]  # kernels alone
+    events = [e for e in events if not cuda or e.device_type != torch.autograd.DeviceType.CPU]  # kernels only
     total = sum(map(time_of, events))
     print(f"\nwrote {args.profile}; the ten largest {'kernels' if cuda else 'operations'}:")
     bench.table(["name", "share", "ms", "calls"],
@@ -108,15 +108,18 @@ def profile(args) -> None:
 
 def get_args_parser():
     parser = bench.step_parser(__doc__, naive.SIZES, "vit_small", (224, 96))
-    parser.add_argument("--batch", type=int, nargs="+", default=[4], help="images a step; one table each")
+    parser.add_argument("--batch", type=int, nargs="+", default=[4], help="images per step; one table for each value")
     parser.add_argument("--precision", choices=sorted(PRECISIONS), default="fp32")
     parser.add_argument("--compile", nargs="?", const="default", default="", metavar="MODE",
-                        help="also our step with torch.compile; reduce-overhead is CUDA graphs")
-    parser.add_argument("--all_tokens", action="store_true", help="also our step with a whole last block")
-    parser.add_argument("--grad_checkpointing", action="store_true", help="also our step with less kept for backward")
-    parser.add_argument("--packed", action="store_true", help="also our step with all crops in one pass (packed.py)")
-    parser.add_argument("--cpu_time", action="store_true", help="processor time: one thread on a CPU that others load")
-    parser.add_argument("--profile", default="", metavar="FILE", help="write a trace of our step, instead of timing")
+                        help="also time our step under torch.compile; reduce-overhead uses CUDA graphs")
+    parser.add_argument("--all_tokens", action="store_true",
+                        help="also time our step with all tokens in the last block")
+    parser.add_argument("--grad_checkpointing", action="store_true",
+                        help="also time our step with recomputed layers, and with recomputed blocks")
+    parser.add_argument("--packed", action="store_true", help="also time all crops in one pass (packed.py)")
+    parser.add_argument("--cpu_time", action="store_true",
+                        help="measure CPU time instead of wall time; use it with one thread on a busy machine")
+    parser.add_argument("--profile", default="", metavar="FILE", help="write a trace of our step instead of timing")
     return parser
 
 
