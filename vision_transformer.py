@@ -152,14 +152,12 @@ LONGEST_PLAIN = 1024  # tokens; above, N x N attention weights would need too mu
 class Attention(nn.Module):
     """Multi-head self-attention: (B, N, D) -> ((B, N, D), weights (B, H, N, N) or None).
 
-    The fused kernel, which never forms the weights, runs unless they are needed:
+    A fused kernel that never forms the weights runs, unless something needs them: `return_attention` (True by default,
+    as in the published module; blocks pass False), a hook on this module, or a hook on `attn_drop` or a module in its
+    place, where code written for the published models reads the weights.
 
-    - `return_attention` (the default, as in the published module; blocks pass False),
-    - a hook on this module or on `attn_drop`, or a replaced `attn_drop`: code for the published models reads the
-      weights there.
-
-    In half precision on a CPU the explicit product always runs, because it is three to eleven times as fast there
-    (benchmarks/attention.py).
+    In half precision on a CPU, the explicit product runs for up to LONGEST_PLAIN tokens anyway, because it is three to
+    eleven times as fast there (benchmarks/attention.py).
 
     `class_token_only` computes the first row of both results, (B, 1, D) and (B, H, 1, N). With `norm`, the input is
     norm(x).

@@ -84,7 +84,8 @@ def get_args_parser():
     parser = bench.parser(__doc__, rounds=3)
     parser.add_argument("--arch", default="vit_tiny", choices=sorted(naive.SIZES))
     parser.add_argument("--patch", type=int, default=16)
-    parser.add_argument("--sizes", type=int, nargs=2, default=(224, 96), help="sides in pixels: global crops, local crops")
+    parser.add_argument("--sizes", type=int, nargs=2, default=(224, 96),
+                        help="side in pixels of global and local crops")
     parser.add_argument("--local", type=int, default=8, help="number of local crops")
     parser.add_argument("--out_dim", type=int, default=65536, help="number of prototypes K")
     parser.add_argument("--batch", type=int, default=16, help="images per step")

@@ -146,7 +146,8 @@ class Hardware:
 def step_seconds(shape: Shape, batch: int, gpus: int, at: Hardware, precision: str = "bf16") -> dict[str, float]:
     """Seconds of a step by cause, without data loading; their sum assumes that they do not overlap.
 
-    The gradients' all-reduce overlaps with backward, which takes about 0.6 of the step; only the excess counts.
+    The all-reduce of the gradients overlaps with backward, which takes about 0.6 of arithmetic and memory time; only
+    the excess counts.
     """
     per_image, per_step = shape.traffic(precision)
     arithmetic = batch * shape.flop_per_image(all_tokens=False) / at.flops
