@@ -68,7 +68,8 @@ def evaluate(args: argparse.Namespace) -> dict:
     Raises:
         Refused: bad input.
     """
-    folder = flags.output_dir(args.output_dir or args.load_features, args.pretrained_weights)
+    beside = "" if args.pretrained_weights else args.load_features
+    folder = flags.output_dir(args.output_dir or beside, args.pretrained_weights)
     flags.check_folder(args.dump_features, "--dump_features")
     device = parallel.start(args.device, args.dist_url, args.dist_timeout)
     if args.load_features:

@@ -1,4 +1,4 @@
-"""Command lines: a parser that reads `@presets/file`, the types of flags, and the flags that several scripts share."""
+"""Command lines: a parser that reads flags from `@FILE`, types for argparse, and the flags that scripts share."""
 
 from __future__ import annotations
 
@@ -19,15 +19,18 @@ PRESETS = Path(__file__).parent / "presets"
 def exit_code(
     script: str, work: Callable, args: argparse.Namespace, explain: Callable[[Exception], str | None] = worker_death
 ) -> int:
-    """Run a script's work and leave its process group; the one place that turns an exception into a line.
+    """Run `work(args)`, leave the process group and return the exit code.
+
+    This is the only place where an exception becomes a one-line message. Any exception that is neither `Refused` nor
+    explained from outside the code is a bug and keeps its traceback.
 
     Args:
-        work: args -> anything; an int is the exit code.
-        explain: an exception that comes from outside the code -> one line that says so. A bug, of which it returns
-            None, keeps its traceback.
+        work: does the script's job; an int that it returns is the exit code.
+        explain: maps an exception to a one-line reason if its cause lies outside the code (a lost process, a full
+            disk), else to None.
 
     Returns:
-        0 done, 2 refused, 1 stopped for a reason outside the code.
+        0 if the work is done, 2 for bad input, 1 if the work stopped for a reason outside the code.
     """
     try:
         try:
@@ -42,13 +45,14 @@ def exit_code(
             return say_stopped(script, stopped)
         finally:
             parallel.stop()
-    except RuntimeError as error:  # torch raises a worker's death wherever the process stands, here too
+    except RuntimeError as error:  # torch raises the death of a data-loading worker anywhere, even in the lines above
         if (reason := worker_death(error)) is None:
             raise
         return say_stopped(script, Stopped(reason))
 
 
 def as_stopped(error: Exception, explain: Callable[[Exception], str | None]) -> Stopped | None:
+    """The error as `Stopped`, or None if it is a bug."""
     if isinstance(error, Stopped):
         return error
     reason = explain(error)
@@ -67,7 +71,11 @@ def output_dir(given: str, weights: str) -> Path:
 
 
 def prepare_output(folder: Path, flag: str = "--output_dir") -> None:
-    """Make the folder. Refused where that can't be done, or where nothing can be written."""
+    """Create the folder and its parents.
+
+    Raises:
+        Refused: it can't be created, or it isn't writable.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
@@ -77,33 +85,33 @@ def prepare_output(folder: Path, flag: str = "--output_dir") -> None:
 
 
 class Parser(argparse.ArgumentParser):
-    """Flags from the command line or from `@file`: one or several a line, `#` starts a comment."""
+    """An ArgumentParser that also reads flags from `@FILE`: one or more flags per line, `#` starts a comment."""
 
     def __init__(self, description: str) -> None:
         super().__init__(description=description, fromfile_prefix_chars="@", allow_abbrev=False,
                          formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 
     def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
-        """As argparse's, but a file of flags that can't be read and an unknown flag come with what there is."""
+        """Like argparse's, but errors are one line and suggest existing presets and similar flags."""
         for arg in sys.argv[1:] if args is None else args:
             if arg.startswith("@"):
                 self.check_file(arg)
         try:
-            found, unknown = self.parse_known_args(args, namespace)
+            namespace, unknown = self.parse_known_args(args, namespace)
         except RecursionError:
-            self.error("@: a file of flags that names itself; take that line out of it")
+            self.error("@: the file of flags includes itself; remove that line")
         if unknown:
             near = difflib.get_close_matches(unknown[0], self._option_string_actions, 3)
-            self.error(f"{' '.join(unknown)}: no such flag; " + (f"near ones: {', '.join(near)}; " if near else "")
-                       + "--help shows all")
-        return found
+            self.error(f"{' '.join(unknown)}: no such flag; "
+                       + (f"did you mean {' or '.join(near)}? " if near else "") + "--help lists all flags")
+        return namespace
 
     def check_file(self, arg: str) -> None:
         try:
             Path(arg[1:]).read_text()
         except (OSError, UnicodeError) as error:
             presets = ", ".join(f"@presets/{path.name}" for path in sorted(PRESETS.glob("*.txt")))
-            self.error(f"{arg}: not a file of flags ({getattr(error, 'strerror', 'not text')}); there are {presets}")
+            self.error(f"{arg}: not a file of flags ({getattr(error, 'strerror', 'not text')}); available: {presets}")
 
     def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
         words = arg_line.split("#")[0].split()
@@ -113,19 +121,19 @@ class Parser(argparse.ArgumentParser):
         return words
 
     def error(self, message: str) -> None:
-        """One line, exit code 2: the usage of fifty flags would hide it."""
+        """Print one line and exit with code 2; argparse would print the usage of fifty flags above it."""
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
 
 def boolean(text: str) -> bool:
     words = {"true": True, "1": True, "on": True, "yes": True, "false": False, "0": False, "off": False, "no": False}
     if text.lower() not in words:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false; give one of them")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a boolean; give true or false")
     return words[text.lower()]
 
 
 def number(kind: Callable, low: float = -math.inf, high: float = math.inf, above: bool = False) -> Callable:
-    """A type for argparse: `kind` (int or float) within [low, high], or (low, high] with `above`; never NaN."""
+    """A `type` for argparse: finite numbers of `kind` (int or float) in [low, high], or (low, high] with `above`."""
     bounds = f"{'above' if above else 'at least'} {low}" if low > -math.inf else ""
     bounds += (" and " if bounds else "") + f"at most {high}" if high < math.inf else ""
     remedy = f"give a value {bounds or 'that is finite'}"
@@ -152,56 +160,84 @@ seed = number(int, 0, 2**32 - 1)  # NumPy's range; torch's is wider
 
 
 def check_folder(path: str | os.PathLike, flag: str = "--output_dir") -> Path:
-    """A folder that exists or can be made: Refused when it, or one that it would lie in, is a file."""
+    """The path of a folder that exists or may be created.
+
+    Raises:
+        Refused: the path or one of its parents is a file.
+    """
     for folder in (Path(path), *Path(path).parents):
         if folder.exists() and not folder.is_dir():
             raise Refused(f"{flag} {path}: {folder} is a file; give a folder")
     return Path(path)
 
 
-def add_network_flags(parser: argparse.ArgumentParser) -> None:
-    """What features.load_network and features.network_features read."""
-    group = parser.add_argument_group("network and its pictures")
+# ---- Flags that several scripts share. `parser` may be a group of the caller: argparse can't nest groups. ----
+
+
+def group_of(parser: argparse._ActionsContainer, title: str) -> argparse._ActionsContainer:
+    """A new group of a parser; a group is returned as it is."""
+    return parser.add_argument_group(title) if isinstance(parser, argparse.ArgumentParser) else parser
+
+
+def add_network_flags(parser: argparse._ActionsContainer) -> None:
+    """The network and the size and batch size of its images (see features.load_network)."""
+    group = group_of(parser, "network")
     add_weights_flags(group)
     add = group.add_argument
-    add("--resize_size", type=count, default=0, help="pixels of the shorter side; 0: crop size x 256 / 224")
-    add("--crop_size", type=count, default=0, help="of the centre crop; 0: the weights' global crops, or 224")
-    add("--batch_size_per_gpu", type=positive_int, default=128, help="images a process and batch")
+    add("--resize_size", type=count, default=0,
+        help="shorter side in pixels of the resized image, before the centre crop; 0: crop size x 256 / 224; set it to "
+             "the crop size to keep more of each image")
+    add("--crop_size", type=count, default=0,
+        help="side in pixels of the centre crop; 0: the global crop size of the weights' training, else 224; raise it "
+             "if objects are small in the images")
+    add("--batch_size_per_gpu", type=positive_int, default=128,
+        help="images per process and batch; lower it if memory runs out")
 
 
 def add_weights_flags(parser: argparse._ActionsContainer, precision: bool = True) -> None:
-    """The network alone, for scripts that make its pictures in their own way."""
-    add = parser.add_argument
-    add("--pretrained_weights", default="", help="a checkpoint or weights; empty: an untrained network")
-    add("--checkpoint_key", default="teacher", help="part of the checkpoint: teacher or student")
-    add("--arch", default="vit_small", help="where the weights do not say; `pixels` compares raw 32 x 32 pictures")
-    add("--patch_size", type=positive_int, default=16, help="where the weights do not say")
+    """The network alone, for scripts that resize and crop images in their own way."""
+    add = group_of(parser, "network").add_argument
+    add("--pretrained_weights", default="",
+        help="checkpoint or file of weights; empty: a randomly initialized network, as a baseline")
+    add("--checkpoint_key", default="teacher",
+        help="network to load from the checkpoint: teacher or student; the teacher's features are usually better")
+    add("--arch", default="vit_small",
+        help="architecture, if the weights do not name it; `pixels` compares raw 32 x 32 images, as a baseline")
+    add("--patch_size", type=positive_int, default=16, help="patch size of a ViT, if the weights do not name it")
     if precision:
-        add("--precision", choices=("fp32", "fp16", "bf16"), default="fp32", help="of the network")
+        add("--precision", choices=("fp32", "fp16", "bf16"), default="fp32",
+            help="precision of the network; fp16 and bf16 are faster on a GPU, with slightly different features")
 
 
-def add_dense_flags(parser: argparse.ArgumentParser) -> None:
-    """Network of the scripts that look at whole pictures, patch by patch: nothing is cropped or batched."""
-    group = parser.add_argument_group("network and its pictures")
+def add_dense_flags(parser: argparse._ActionsContainer) -> None:
+    """The network of scripts that use patch features of whole images, one image at a time."""
+    group = group_of(parser, "network")
     add_weights_flags(group, precision=False)
     group.add_argument(
         "--image_size", type=positive_int, default=480, metavar="PIXELS",
-        help="shorter side as the network sees it, rounded down to whole patches; the proportions are kept")
+        help="shorter side of the resized image, rounded down to whole patches; the aspect ratio is kept; raise it for "
+             "finer results, lower it if memory runs out")
 
 
-def add_launch_flags(parser: argparse.ArgumentParser, workers: bool = True) -> None:
-    """Where a script runs; workers=False for one that loads its images itself."""
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+def add_launch_flags(parser: argparse._ActionsContainer, workers: bool = True) -> None:
+    """Device and processes; workers=False for scripts that load images in the main process."""
+    add = group_of(parser, "hardware").add_argument
+    add("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda or cuda:N")
     if workers:
-        parser.add_argument("--num_workers", type=count, default=10, help="processes a process that load images")
-    parser.add_argument("--dist_url", default="env://", help="where the processes of a distributed run meet")
-    parser.add_argument("--dist_timeout", type=number(float, 0, 1e6, above=True), default=parallel.TIMEOUT_MINUTES,
-                        help="minutes that a process waits for the others before it gives up")
+        add("--num_workers", type=count, default=10,
+            help="data-loading workers per process; raise it if the GPU waits for data (in training, if `data` on the "
+                 "progress lines is above a few percent), lower it if memory runs out")
+    add("--dist_url", default="env://",
+        help="where the processes of a distributed run meet; env:// takes what torchrun or Slurm sets; give "
+             "tcp://HOST:PORT or file://PATH for other launchers")
+    add("--dist_timeout", type=number(float, 0, 1e6, above=True), default=parallel.TIMEOUT_MINUTES,
+        help="minutes that a process waits for the others before it gives up; raise it if one is much slower")
     # Launchers of older torch passed it; torchrun's LOCAL_RANK is what counts.
-    parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help="accepted and ignored")
+    add("--local_rank", "--local-rank", type=int, default=0, help="ignored; launchers of older PyTorch pass it")
 
 
-def add_precision_flags(parser: argparse.ArgumentParser) -> None:
-    choices = ("auto", "fp32", "fp16", "bf16")
-    parser.add_argument("--precision", choices=choices, default="auto",
-                        help="auto: bf16 where the device has bf16 arithmetic, else fp16 on a GPU, else fp32")
+def add_precision_flags(parser: argparse._ActionsContainer) -> None:
+    group_of(parser, "hardware").add_argument(
+        "--precision", choices=("auto", "fp32", "fp16", "bf16"), default="auto",
+        help="auto: bf16 on hardware with fast bf16, else fp16 on a GPU, else fp32; choose fp32 to rule out rounding "
+             "if training is unstable")

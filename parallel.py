@@ -1,6 +1,6 @@
-"""Start-up from torchrun, Slurm, submitit or alone; rank, world size, device; the few collectives the scripts need.
+"""Distributed start-up (torchrun, Slurm, submitit or a single process), rank and device, and collectives.
 
-Every function works without a process group, as one process of one.
+Without a process group, every function behaves as in a run of one process.
 """
 
 from __future__ import annotations
@@ -23,19 +23,21 @@ from torch import Tensor
 
 Result = TypeVar("Result")
 
-TIMEOUT_MINUTES = 10  # a rank that died or hangs ends the others after this long
+TIMEOUT_MINUTES = 10  # the other processes end this long after a process dies or hangs
 
 
 class Refused(ValueError):
-    """Bad input, in one line that names the flag, the value and the remedy: exit code 2, nothing written."""
+    """Bad input. The message is one line with the flag, the value and the remedy; the script exits with code 2."""
 
     def __init__(self, reason: object) -> None:
         super().__init__(" ".join(str(reason).split()))
 
 
 class Stopped(RuntimeError):
-    """Work that can't go on for a reason outside its code, in one line: exit code 1. `say`: whether this process
-    prints it, where all of them stop for one reason."""
+    """Work that can't continue for a reason outside its code. The message is one line; the script exits with code 1.
+
+    `say`: whether this process prints the message; all processes may stop for the same reason.
+    """
 
     def __init__(self, reason: object, say: bool = True) -> None:
         self.say = say
@@ -55,7 +57,7 @@ def is_main() -> bool:
 
 
 def say(line: str) -> None:
-    """Print a line once, by rank 0."""
+    """Print a line on rank 0 only."""
     if is_main():
         print(line, flush=True)
 
@@ -66,7 +68,7 @@ def barrier() -> None:
 
 
 def mean_over_processes(x: Tensor) -> Tensor:
-    """Mean of a tensor over the processes, elementwise; every process gets it."""
+    """Elementwise mean of a tensor over all processes (all-reduce)."""
     if world_size() == 1:
         return x
     x = x.clone()
@@ -75,6 +77,7 @@ def mean_over_processes(x: Tensor) -> Tensor:
 
 
 def max_over_processes(x: Tensor) -> Tensor:
+    """Elementwise maximum of a tensor over all processes (all-reduce)."""
     if world_size() == 1:
         return x
     x = x.clone()
@@ -83,14 +86,14 @@ def max_over_processes(x: Tensor) -> Tensor:
 
 
 def group_device(device: torch.device | str) -> torch.device:
-    """Where tensors lie for collectives: on `device`, but with NCCL, which knows nothing else, on the process's GPU."""
+    """The device that tensors must be on for collectives: the process's GPU with NCCL, else `device`."""
     if world_size() > 1 and dist.get_backend() == "nccl":
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device(device)
 
 
 def gather(x: Tensor) -> Tensor:
-    """Rows of all processes, in the order of their ranks; every process gives the same number of rows."""
+    """Concatenates the rows of all processes in rank order; each must pass the same number of rows (all-gather)."""
     if world_size() == 1:
         return x
     here = x.to(group_device(x.device)).contiguous()
@@ -100,7 +103,7 @@ def gather(x: Tensor) -> Tensor:
 
 
 def gather_objects(value) -> list:
-    """A small Python value of every process, in the order of their ranks; every process gets the list."""
+    """A list of every process's value in rank order, for small Python objects (all-gather)."""
     if world_size() == 1:
         return [value]
     values = [None] * world_size()
@@ -109,9 +112,10 @@ def gather_objects(value) -> list:
 
 
 def on_main(make: Callable):
-    """`make()` of rank 0 on every process, and its ValueError or OSError too; all processes call it.
+    """Calls `make()` on rank 0 and returns its result, or raises its ValueError or OSError, on every process.
 
-    It may take longer than collectives may wait: while it runs in a thread, the processes meet again and again.
+    All processes must call it. `make` may run longer than the time-out of collectives: it runs in a thread while the
+    processes synchronize every ten seconds.
     """
     if world_size() == 1:
         return make()
@@ -130,10 +134,10 @@ def on_main(make: Callable):
 
 
 def map_shared(work: Callable[[int], Result], n: int) -> list[Result]:
-    """[work(0), ..., work(n - 1)], each item computed by one of the processes; all of them get the whole list.
+    """[work(0), ..., work(n - 1)] on every process, with the work split: process r of W computes r, r + W, ...
 
-    Process r of W takes items r, r + W, ... An item is a small Python value; a ValueError or OSError that ends the
-    work of one process is raised in all of them, so that none waits for ever.
+    Results must be small Python objects. A ValueError or OSError on one process is raised on all of them; otherwise
+    the others would wait for it.
     """
     mine, error = [], None
     try:
@@ -149,24 +153,24 @@ def map_shared(work: Callable[[int], Result], n: int) -> list[Result]:
 
 
 def launch_environment(dist_url: str = "env://") -> dict[str, str]:
-    """torch.distributed's variables of this process, from torchrun, Slurm or submitit; empty when it is alone.
+    """torch.distributed's environment variables, as torchrun, Slurm or submitit define them; {} for a single process.
 
-    Slurm's count only inside a step that srun started (SLURM_STEP_ID): a batch script's own shell has a task number
-    too, and would wait for ever for the other tasks.
+    Slurm's variables are read only in a step that srun started (SLURM_STEP_ID). The shell of a batch script has a task
+    number too, but its other tasks do not exist, and the process would wait for them forever.
 
     Raises:
-        Refused: a variable that is missing, not a whole number or out of range, in one line.
+        Refused: a variable is missing, not a whole number, or out of range.
     """
     env = os.environ
     if "RANK" in env or "WORLD_SIZE" in env:
         size = whole_number("WORLD_SIZE", "torchrun", 1)
-        found = {"RANK": whole_number("RANK", "torchrun", 0, size - 1), "WORLD_SIZE": size}
-        # Launchers that start one process a host leave LOCAL_RANK out.
-        found["LOCAL_RANK"] = whole_number("LOCAL_RANK", "torchrun", 0, size - 1) if "LOCAL_RANK" in env else 0
+        variables = {"RANK": whole_number("RANK", "torchrun", 0, size - 1), "WORLD_SIZE": size}
+        # Launchers that start one process per host do not set LOCAL_RANK.
+        variables["LOCAL_RANK"] = whole_number("LOCAL_RANK", "torchrun", 0, size - 1) if "LOCAL_RANK" in env else 0
         if dist_url == "env://":
-            found["MASTER_ADDR"] = required("MASTER_ADDR", "torchrun")
-            found["MASTER_PORT"] = whole_number("MASTER_PORT", "torchrun", 1, 65535)
-        return {name: str(value) for name, value in found.items()}
+            variables["MASTER_ADDR"] = required("MASTER_ADDR", "torchrun")
+            variables["MASTER_PORT"] = whole_number("MASTER_PORT", "torchrun", 1, 65535)
+        return {name: str(value) for name, value in variables.items()}
     if "SLURM_STEP_ID" in env:
         return tasks_environment("srun", SLURM, required("SLURM_STEP_NODELIST", "srun"))
     if "SUBMITIT_LOCAL_JOB_ID" in env:
@@ -174,18 +178,18 @@ def launch_environment(dist_url: str = "env://") -> dict[str, str]:
     return {}
 
 
-# Variables of a task's number, how many there are, its number on its host, and the job's number.
+# Names of the variables that hold the rank, the world size, the local rank and the job's number.
 SLURM = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_JOB_ID")
 SUBMITIT_LOCAL = tuple(f"SUBMITIT_LOCAL_{name}" for name in ("GLOBALID", "NTASKS", "LOCALID", "JOB_ID"))
 
 
 def tasks_environment(launcher: str, names: tuple[str, ...], hosts: str) -> dict[str, str]:
-    """torch.distributed's variables from those of a launcher that numbers its tasks but names no place to meet."""
+    """torch.distributed's variables from a launcher that numbers its tasks but sets no master address or port."""
     rank, world_size, local_rank, job = names
     size = whole_number(world_size, launcher, 1)
     if size == 1:
         return {}
-    # A port all tasks of this step agree on and its neighbours on the host do not share; below the outgoing ones.
+    # All tasks of a step must compute the same port, other steps on the host another one. Below the ephemeral ports.
     port = 10000 + (whole_number(job, launcher) + 1009 * int(os.environ.get("SLURM_STEP_ID", "0"))) % 20000
     return {
         "RANK": str(whole_number(rank, launcher, 0, size - 1)),
@@ -197,10 +201,10 @@ def tasks_environment(launcher: str, names: tuple[str, ...], hosts: str) -> dict
 
 
 def required(name: str, launcher: str) -> str:
-    """A variable of the environment that must be there when its kin are."""
+    """The value of an environment variable that must be set because others of its launcher are."""
     if not os.environ.get(name):
-        raise Refused(f"the variable {name} is not set though others of {launcher} are: start with {launcher}, or "
-                         "unset RANK, WORLD_SIZE and SLURM_STEP_ID to run alone")
+        raise Refused(f"the variable {name} is not set, but others of {launcher} are: start with {launcher}, or "
+                      "unset RANK, WORLD_SIZE and SLURM_STEP_ID to run a single process")
     return os.environ[name]
 
 
@@ -213,7 +217,7 @@ def whole_number(name: str, launcher: str, low: int = 0, high: int = sys.maxsize
 
 
 def first_slurm_host(nodelist: str) -> str:
-    """First host of a list such as `node[03-07,12],login`: of every bracket its first item."""
+    """First host of a list such as `node[03-07,12],login` (node03)."""
     return re.sub(r"\[([^],-]+)[^]]*\]", r"\1", nodelist).split(",")[0]
 
 
@@ -231,18 +235,18 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
     if device.type != "cuda":
         return device
     if not torch.cuda.is_available():
-        raise Refused(f"--device {name}: torch sees no CUDA device; use --device cpu")
+        raise Refused(f"--device {name}: torch finds no CUDA device; use --device cpu")
     if device.index is not None and local_rank > 0:
-        raise Refused(f"--device {name}: several processes of this host would share that GPU; use --device cuda")
+        raise Refused(f"--device {name}: several processes on this host would share that GPU; use --device cuda")
     index = device.index if device.index is not None else 0 if sees_own_gpu() else local_rank
     if index >= torch.cuda.device_count():
         raise Refused(f"--device {name}: GPU {index} does not exist, this host has {torch.cuda.device_count()}; "
-                         "start fewer processes a host")
+                      "start fewer processes per host")
     return torch.device("cuda", index)
 
 
 def sees_own_gpu() -> bool:
-    """Whether Slurm shows this task one GPU, its own: number 0 then, whatever the task's number on the host is."""
+    """Whether Slurm bound one GPU to this task; it is number 0 then, whatever the local rank."""
     env = os.environ
     own = ("SLURM_GPUS_PER_TASK" in env or "gpu" in env.get("SLURM_TRES_PER_TASK", "")
            or env.get("SLURM_GPU_BIND", "none") != "none")
@@ -250,13 +254,13 @@ def sees_own_gpu() -> bool:
 
 
 def start(device: str = "auto", dist_url: str = "env://", timeout_minutes: float = TIMEOUT_MINUTES) -> torch.device:
-    """Join the other processes, if there are any, and return this process's device.
+    """Initialize the process group, if a launcher started several processes, and return this process's device.
 
     Args:
-        timeout_minutes: of each collective: a process that died or hangs ends the others after this long.
+        timeout_minutes: time-out of collectives; the other processes end this long after one dies or hangs.
 
     Raises:
-        Refused: a missing variable, a port that is taken or a device that does not exist, in one line.
+        Refused: a variable is missing, the port is taken, or the device does not exist.
     """
     env = launch_environment(dist_url)
     chosen = pick_device(device, int(env.get("LOCAL_RANK", "0")))
@@ -264,33 +268,33 @@ def start(device: str = "auto", dist_url: str = "env://", timeout_minutes: float
         torch.cuda.set_device(chosen)
     if not env or dist.is_initialized():
         return chosen
-    importlib.import_module("torch.distributed.nn")  # later, its default arguments would keep the group for ever
+    importlib.import_module("torch.distributed.nn")  # imported later, its default arguments would keep the group alive
     os.environ.update(env)
     flag = "" if dist_url == "env://" else f"--dist_url {dist_url}"
     where = dist_url if flag else f"{env['MASTER_ADDR']}:{env['MASTER_PORT']}"
-    if found := re.fullmatch(r"(?:tcp://)?([^/]+):([0-9]{1,5})", where):
-        refuse_unusable_address(found[1], int(found[2]), listens=env["RANK"] == "0", flag=flag)
+    if address := re.fullmatch(r"(?:tcp://)?([^/]+):([0-9]{1,5})", where):
+        refuse_unusable_address(address[1], int(address[2]), listens=env["RANK"] == "0", flag=flag)
     if where.startswith("file://") and not os.access(os.path.dirname(where.removeprefix("file://")), os.W_OK):
-        raise Refused(f"{flag}: its folder can't be written to; give a file in one that all processes can")
+        raise Refused(f"{flag}: its folder can't be written to; give a file in a folder that all processes can write")
     try:
         timeout = timedelta(minutes=timeout_minutes)
         store, rank, world_size = next(
             dist.rendezvous(dist_url, int(env["RANK"]), int(env["WORLD_SIZE"]), timeout=timeout))
-        # When torchrun restarts the processes of a node, its store still has the addresses of those that are gone.
-        # On several nodes the counts may differ: there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 gives a new store.
+        # After torchrun restarts the processes of a node, its store still holds the old processes' addresses. With
+        # several nodes the restart counts may differ; there, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 gives a new store.
         if os.environ.get("GROUP_WORLD_SIZE") == "1":
             store = dist.PrefixStore(f"start_{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", store=store, rank=rank,
                                 world_size=world_size, timeout=timeout)
     except (OSError, RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise Refused(f"--dist_url {dist_url}: no process group of {env['WORLD_SIZE']} at {where} ({reason}); "
-                         "do all processes run, and can they reach that place?") from error
+        raise Refused(f"--dist_url {dist_url}: no process group of {env['WORLD_SIZE']} at {where} ({reason}); check "
+                      "that all processes run and can reach this address") from error
     return chosen
 
 
 def refuse_unusable_address(host: str, port: int, listens: bool, flag: str = "") -> None:
-    """What torch would say in a page, or only after its time-out: a host nobody knows, a port that is taken."""
+    """Refuses an unknown host or a port in use, which torch reports in pages of text or only after the time-out."""
     try:
         socket.getaddrinfo(host, port)
     except OSError as error:
@@ -306,10 +310,11 @@ def refuse_unusable_address(host: str, port: int, listens: bool, flag: str = "")
 
 
 def worker_death(error: Exception) -> str | None:
-    """One line when it says that a loader's worker died; torch raises that wherever the main thread stands.
+    """A one-line reason if the error says that a data-loading worker died, else None.
 
-    A batch that the worker had handed over half-way breaks the connection to it before that. From here on torch
-    raises no more: it would while the loader is taken down, with a traceback.
+    torch raises this error from a signal handler, anywhere in the main thread; if the worker died while it sent a
+    batch, a ConnectionError or EOFError comes first. The handler is removed here: it would raise again, with a
+    traceback, while the loader shuts down.
     """
     broken = isinstance(error, (ConnectionError, EOFError))
     if not broken and not str(error).startswith("DataLoader worker"):
@@ -318,24 +323,24 @@ def worker_death(error: Exception) -> str | None:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     what = " ".join(str(error).split()).removesuffix(".")
     what = f"a DataLoader worker died ({what or 'its connection was reset'})" if broken else what
-    return f"{what}; most often memory ran out: lower --num_workers or give the job more, then start again"
+    return f"{what}; usually memory ran out: lower --num_workers or give the job more memory, then start again"
 
 
 def stop() -> None:
-    """Leave the process group. What computes with it (DistributedDataParallel, say) must be out of use.
+    """Leave the process group. Modules that use it (DistributedDataParallel) must not be used any more.
 
-    With the last reference to the group its threads end. One that lived on, and still had a tensor of the last
-    collective to free when Python takes the interpreter down, would abort a process that has done its work.
+    The group's threads end when its last reference is gone. A thread that still has to free a tensor of the last
+    collective while the interpreter shuts down would abort the process after all its work is done.
     """
     if dist.is_available() and dist.is_initialized():
-        gc.collect()  # DistributedDataParallel refers to itself, and to the group
+        gc.collect()  # DistributedDataParallel is in a reference cycle, which also holds the group
         dist.destroy_process_group()
 
 
 def leave(code: int) -> NoReturn:
-    """End this process as sys.exit does, but leave Python up, for a group that can't be given up.
+    """Exit at once, without shutting the interpreter down, if the process group can't be released (see `stop`).
 
-    Such is one of sharded tensors: torch's caches keep their mesh, which keeps the group and its threads (see `stop`).
+    That is the case with sharded tensors: torch caches their mesh, which holds the group and its threads.
     """
     sys.stdout.flush()
     sys.stderr.flush()

@@ -1,9 +1,9 @@
-"""Pretrain as a Slurm job that saves, is requeued and resumes when it is preempted or runs out of time.
+"""Pretrain in a Slurm job that saves and requeues itself before it is preempted or reaches its time limit.
 
     python run_with_submitit.py --nodes 2 --ngpus 8 --partition gpu --arch vit_small \\
         --data_path /path/to/imagenet/train --output_dir output/vits16
 
-Takes every flag of main_dino.py too, and @presets. `--cluster local --ngpus 2` starts the processes on this host.
+Also accepts every flag of main_dino.py, and @presets. `--cluster local --ngpus 2` starts the processes on this host.
 """
 
 from __future__ import annotations
@@ -27,72 +27,74 @@ from weights.backbones import load_weights_into
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = main_dino.get_args_parser()
-    parser.description = "Pretrain a backbone as a Slurm job: the flags of main_dino.py, and those of the job below."
+    parser.description = "Pretrain a backbone in a Slurm job. Flags: those of main_dino.py, and the group `job` below."
     add = parser.add_argument_group("job").add_argument
     add("--cluster", choices=("slurm", "local", "debug"), default="slurm",
-        help="slurm; local: processes of this host; debug: in this process")
+        help="slurm: submit a job; local: start processes on this host; debug: train in this process")
     add("--nodes", type=flags.positive_int, default=2, help="number of hosts")
     add("--ngpus", type=flags.positive_int, default=8,
         help="GPUs per host, each with one process; with --device cpu, processes per host")
     add("--timeout", type=flags.positive_int, default=2800,
-        help="minutes that the job may take; then it saves and is requeued")
-    add("--max_timeouts", type=flags.count, default=30, help="how often the job may be requeued")
+        help="time limit of the job in minutes, at most the partition's; at the limit it saves and is requeued")
+    add("--max_timeouts", type=flags.count, default=30, help="maximum number of times that the job is requeued")
     add("--signal_delay", type=flags.positive_int, default=120,
-        help="seconds before the job's time is over, or before it is preempted, at which Slurm warns it to save")
+        help="seconds before the time limit or a preemption at which Slurm signals the job to save; raise it if a step "
+             "and a checkpoint take longer")
     add("--cpus_per_task", type=flags.positive_int, default=10,
-        help="CPU cores per process, for it and its --num_workers")
-    add("--mem", type=flags.non_negative, help="memory per host in GB, 0: all of it; by default 40 per process")
-    add("--partition", help="as of sbatch, like the next four flags")
-    add("--account", help="the account that is charged")
-    add("--qos", help="quality of service")
+        help="CPU cores per process; give one for each of --num_workers")
+    add("--mem", type=flags.non_negative, help="memory per host in GB; 0: all of it; default: 40 per process")
+    add("--partition", help="Slurm partition")
+    add("--account", help="Slurm account to charge")
+    add("--qos", help="Slurm quality of service")
     add("--constraint", help="features that the hosts must have")
-    add("--comment", help="a comment on the job")
-    add("--use_volta32", action="store_true", help="the same as --constraint volta32gb")
+    add("--comment", help="comment on the job")
+    add("--use_volta32", action="store_true", help="same as --constraint volta32gb")
     add("--slurm", nargs="+", default=[], metavar="KEY=VALUE",
-        help="further options of sbatch: exclude=node7 exclusive. With array=0-4 (or 0-4%%1, one after the other), "
-             "%%a in a flag is the task's number: --seed %%a --output_dir output/seed%%a")
-    add("--job_dir", help="logs of the job, %%j for its number; by default jobs/ in --output_dir")
+        help="other options of sbatch, such as exclude=node7 exclusive. With array=0-4 (or 0-4%%1: one task at a time) "
+             "%%a in a flag stands for the task's number: --seed %%a --output_dir output/seed%%a")
+    add("--job_dir", help="folder for the job's logs; %%j stands for the job's number; default: jobs/ in --output_dir")
     return parser
 
 
-# ---- In the job ----
+# ---- Runs in the job ----
 
 
 class Training:
-    """What every process of the job calls, and what submitit requeues."""
+    """The callable that every process of the job runs, and that submitit requeues."""
 
     def __init__(self, folder: str) -> None:
-        self.folder = folder  # of the scripts: the job starts in the folder it was submitted from
+        self.folder = folder  # folder of the scripts; the job starts in the folder it was submitted from
 
     def __call__(self, args: argparse.Namespace) -> int:
-        """Train to the end, or until the state is saved and the job requeued.
+        """Train to the end, or until the run has saved and the job is requeued.
 
-        Slurm's warning is SIGUSR2, on which submitit would requeue the job at once, in the middle of a step. So the
-        signal is held back: the run is asked to stop after the step (SIGUSR1), and submitit gets the signal once the
-        run has saved. Before there is a run to ask, nothing is lost, and submitit gets it at once.
+        Slurm warns with SIGUSR2, upon which submitit requeues the job immediately, in the middle of a step. Therefore
+        SIGUSR2 is intercepted: the run is asked to save and stop after its current step (SIGUSR1), and submitit's
+        handler is called afterwards. Before training has installed its own SIGUSR1 handler there is nothing to save,
+        and submitit's handler is called immediately.
         """
         sys.path.insert(0, self.folder)
         import main_dino
 
-        queue_again, held = signal.getsignal(signal.SIGUSR2), []
+        requeue, warnings = signal.getsignal(signal.SIGUSR2), []
 
-        def hold(number: int, frame) -> None:
-            held.append(number)
+        def ask_to_save(number: int, frame) -> None:
+            warnings.append(number)
             signal.raise_signal(signal.SIGUSR1)
 
-        if callable(queue_again):
-            signal.signal(signal.SIGUSR1, lambda number, frame: queue_again(signal.SIGUSR2, frame))
-            signal.signal(signal.SIGUSR2, hold)
+        if callable(requeue):
+            signal.signal(signal.SIGUSR1, lambda number, frame: requeue(signal.SIGUSR2, frame))
+            signal.signal(signal.SIGUSR2, ask_to_save)
         code = main_dino.main(with_job_number(args))
-        if code == main_dino.TO_BE_CONTINUED and callable(queue_again) and (held or still_running()):
-            queue_again(signal.SIGUSR2, None)  # does not return in the first process, and does nothing in the others
+        if code == main_dino.TO_BE_CONTINUED and callable(requeue) and (warnings or still_running()):
+            requeue(signal.SIGUSR2, None)  # does not return in the first process, and does nothing in the others
         elif code not in (0, main_dino.TO_BE_CONTINUED):
             raise RuntimeError(f"main_dino.py ended with exit code {code}: the reason is printed above, or by another "
                                "process")
         return code
 
     def checkpoint(self, args: argparse.Namespace):
-        """What is requeued: the same call, as the run finds its own checkpoint."""
+        """Called by submitit: the job to requeue. It is the same call, which resumes from the run's checkpoint."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self, args)
@@ -108,9 +110,9 @@ def with_job_number(args: argparse.Namespace) -> argparse.Namespace:
 
 
 def still_running() -> bool:
-    """Whether Slurm lets the job run, as far as its first process knows.
+    """Whether Slurm reports the job as running; asked by its first process only, False in the others.
 
-    SIGTERM comes before a preemption, after which the job must go on, and with scancel, after which it must not.
+    SIGTERM announces a preemption, after which the job must be requeued, or scancel, after which it must not be.
     """
     if os.environ.get("SUBMITIT_EXECUTOR") != "slurm" or os.environ.get("SLURM_PROCID") != "0":
         return False
@@ -118,11 +120,11 @@ def still_running() -> bool:
     return "JobState=RUNNING" in subprocess.run(command, capture_output=True, text=True, timeout=60).stdout.split()
 
 
-# ---- Before it ----
+# ---- Runs before the job ----
 
 
 def parse(argv: list[str]) -> list[argparse.Namespace]:
-    """The flags of each task of a job array, with its number for %a; of the only one without an array."""
+    """The flags of each task of a job array, with %a replaced by its number; without an array, of the only task."""
     args = get_args_parser().parse_args([word.replace("%a", "0") for word in argv])
     try:
         tasks, _ = array(sbatch_options(args.slurm))
@@ -132,37 +134,37 @@ def parse(argv: list[str]) -> list[argparse.Namespace]:
 
 
 def sbatch_options(words: list[str]) -> dict[str, str | bool]:
-    """`--slurm` KEY=VALUE, or KEY alone for an option without a value."""
-    found = {}
+    """Parse the words of `--slurm`: KEY=VALUE, or KEY alone for an option without a value."""
+    options = {}
     for word in words:
         key, equals, value = word.partition("=")
         if not re.fullmatch(r"[a-z][a-z0-9_-]*", key) or (equals and not value):
             raise Refused(f"--slurm {word}: give options of sbatch as KEY=VALUE, such as exclude=node7")
-        found[key.replace("-", "_")] = value or True
-    return found
+        options[key.replace("-", "_")] = value or True
+    return options
 
 
-MOST_TASKS = 10_000  # of an array; Slurm's own limit is 1001 unless its administrator raised it
+MOST_TASKS = 10_000  # per job array; Slurm's own limit is 1001 unless its administrator raised it
 
 
 def array(options: dict[str, str | bool]) -> tuple[int, int]:
-    """Tasks of the job array, and how many of them run at the same time; (1, 1) where there is none."""
+    """(number of tasks of the job array, number that run at the same time); (1, 1) without an array."""
     if "array" not in options:
         return 1, 1
-    found = re.fullmatch(r"0-(\d+)(?:%(\d+))?", str(options["array"]))
-    if not found or found[2] == "0":
+    match = re.fullmatch(r"0-(\d+)(?:%(\d+))?", str(options["array"]))
+    if not match or match[2] == "0":
         raise Refused(f"--slurm array={options['array']}: give array=0-N, or array=0-N%P for P tasks at a time")
-    tasks = int(found[1]) + 1
+    tasks = int(match[1]) + 1
     if tasks > MOST_TASKS:
         raise Refused(f"--slurm array={options['array']}: more than {MOST_TASKS} tasks; submit several arrays")
-    return tasks, int(found[2] or tasks)
+    return tasks, int(match[2] or tasks)
 
 
 def check(args: argparse.Namespace) -> None:
-    """What would end the job as soon as it starts is refused before it waits in the queue.
+    """Find errors that would end the job at its start before it is queued.
 
     Raises:
-        Refused: in one line, with flag, value and remedy.
+        Refused: a flag is wrong.
     """
     main_dino.check_args(args)
     backbone, _ = make_backbone(args.arch, args.patch_size, args.in_chans, args.global_crops_size)
@@ -171,13 +173,13 @@ def check(args: argparse.Namespace) -> None:
     if args.device != "auto" and parallel.named_device(args.device).index is not None and args.ngpus > 1:
         raise Refused(f"--device {args.device}: --ngpus {args.ngpus} processes would share that GPU; use cuda")
     if args.replay:
-        raise Refused(f"--replay {args.replay}: no job; python main_dino.py --replay does it here")
+        raise Refused(f"--replay {args.replay}: not possible in a job; run python main_dino.py --replay here")
     flags.check_folder(args.output_dir)
     if args.job_dir:
         flags.check_folder(args.job_dir, "--job_dir")
     if args.cluster == "slurm" and args.signal_delay >= 60 * args.timeout:
-        raise Refused(f"--signal_delay {args.signal_delay} s is as long as --timeout {args.timeout} minutes: the "
-                         "job would be stopped as soon as it starts; lower it")
+        raise Refused(f"--signal_delay {args.signal_delay} s is as long as --timeout {args.timeout} minutes: the job "
+                      "would be stopped as soon as it starts; lower it")
     if args.cluster != "slurm":
         if args.cluster == "local" and args.nodes > 1:
             raise Refused(f"--nodes {args.nodes}: --cluster local has one host; give --nodes 1")
@@ -185,19 +187,20 @@ def check(args: argparse.Namespace) -> None:
             raise Refused(f"--slurm array: only Slurm has job arrays, not --cluster {args.cluster}; leave it out")
         for name, value in (("output_dir", args.output_dir), ("job_dir", args.job_dir)):
             if value and "%j" in value:
-                raise Refused(f"--{name} {value}: only Slurm numbers a job before it starts; leave %j out")
+                raise Refused(f"--{name} {value}: the job's number is known in advance only to Slurm; leave %j out")
     if args.use_volta32 and args.constraint:
-        raise Refused(f"--use_volta32 with --constraint {args.constraint}: give --constraint "
-                         f"'volta32gb&{args.constraint}' alone")
+        raise Refused(f"--use_volta32 with --constraint {args.constraint}: give only --constraint "
+                      f"'volta32gb&{args.constraint}'")
     path = args.data_path
     if re.fullmatch("(shapes(:.*)?)?", path):
-        open_images(path, None, args.in_chans)  # refuses what is the same on every host
+        open_images(path, None, args.in_chans)  # drawn images do not depend on the host, so they can be checked here
     elif not path.startswith("torchvision:") and not os.path.exists(path):
-        print(f"--data_path {path} is not on this host: are you sure that the job's hosts have it?", flush=True)
+        print(f"--data_path {path} does not exist on this host; make sure that it exists on the job's hosts",
+              flush=True)
 
 
 def job_parameters(args: argparse.Namespace) -> dict:
-    """Flags of the job -> what submitit's executor takes."""
+    """The parameters of submitit's executor, from the flags of the job."""
     slurm = {name: getattr(args, name) for name in ("partition", "account", "qos", "constraint", "comment")}
     if args.use_volta32:
         slurm["constraint"] = "volta32gb"
@@ -214,27 +217,27 @@ def job_parameters(args: argparse.Namespace) -> dict:
         "timeout_min": args.timeout,
         "slurm_signal_delay_s": args.signal_delay,
         "slurm_array_parallelism": tasks_at_once,
-        "slurm_srun_args": [f"--cpus-per-task={args.cpus_per_task}"],  # since Slurm 22.05 srun asks for one otherwise
+        "slurm_srun_args": [f"--cpus-per-task={args.cpus_per_task}"],  # since Slurm 22.05, srun's default is one
         "slurm_additional_parameters": options,
         **{f"slurm_{name}": value for name, value in slurm.items() if value},
     }
 
 
 def submit(tasks: list[argparse.Namespace]) -> list:
-    """Check, then hand the job to submitit. Returns its jobs, one per task of the array.
+    """Check the flags and submit the job. Returns submitit's jobs, one per task of the array.
 
     Raises:
-        Refused: bad input, no Slurm here, or Slurm's own refusal.
+        Refused: bad input, Slurm is not installed here, or sbatch refuses the job.
     """
-    # Submitit's default, which Training relies on: a user's setting for other jobs must not change it.
+    # Training relies on submitit's default signal; the user may have set another one for other jobs.
     os.environ.pop("SUBMITIT_PREEMPT_SIGNAL", None)
     args, folders = tasks[0], {os.path.abspath(task.output_dir) for task in tasks}
     check(args)
     for task in tasks[1:]:
         main_dino.check_args(task)
     if len(folders) < len(tasks) and "%j" not in args.output_dir and array(sbatch_options(args.slurm))[1] > 1:
-        raise Refused(f"--output_dir {args.output_dir}: the array's tasks would write there at the same time; put %a "
-                      "into its name, or run them one after the other with array=0-N%1")
+        raise Refused(f"--output_dir {args.output_dir}: the tasks of the array would write to it at the same time; "
+                      "put %a into its name, or run one task at a time with array=0-N%1")
     try:
         import submitit
     except ImportError as error:
@@ -252,7 +255,7 @@ def submit(tasks: list[argparse.Namespace]) -> list:
 
 
 def training_flags(args: argparse.Namespace) -> argparse.Namespace:
-    """Those of main_dino.py alone, as a checkpoint stores them."""
+    """The flags of main_dino.py, without those of the job; a checkpoint stores only the former."""
     names = vars(main_dino.get_args_parser().parse_args([]))
     return argparse.Namespace(**{k: v for k, v in vars(args).items() if k in names})
 
@@ -266,7 +269,7 @@ def submit_and_report(tasks: list[argparse.Namespace]) -> int:
 
 
 def main(tasks: list[argparse.Namespace]) -> int:
-    """Returns 0 when the job is submitted (with --cluster debug the run's own exit code), 2 when it is refused."""
+    """Returns 0 once the job is submitted (with --cluster debug, the exit code of the run), 2 for bad input."""
     return flags.exit_code("run_with_submitit.py", submit_and_report, tasks)
 
 

@@ -1,4 +1,4 @@
-"""The method of DINO (arXiv 2104.14294), in the paper's order: crops, networks, loss, schedules, teacher, optimizer.
+"""DINO (arXiv 2104.14294), in the paper's order: crops, networks, loss, schedules, teacher, optimizer.
 
 Shapes: B images, G = 2 global and L local crops, V = G + L views, K prototypes, C channels.
 """
@@ -17,29 +17,29 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from method import fused, photometric
-from method.optimizers import LARS, SGD  # noqa: F401 - published here
+from method.optimizers import LARS, SGD  # noqa: F401 - LARS is part of the published utils.py
 from method.photometric import IMAGENET_MEAN, IMAGENET_STD
 
 # ---- Multi-crop augmentation (section 3.1; appendix "Data augmentations", after BYOL and SwAV) ----
 
 
 class DataAugmentationDINO:
-    """Two global and L local crops of an image, in two stages with one source of randomness.
+    """Two global and L local crops per image, in two stages.
 
-    `cut` runs in a loader's worker: it draws every parameter of the image's views from `rng`, and crops, resizes
-    (bicubic, antialiased) and flips as uint8. `finish` runs batched on the device: colour jitter 0.4/0.4/0.2/0.1
-    with probability 0.8, grey 0.2, blur (1.0 and 0.1 for the global crops, 0.5 for the local ones), solarize 0.2
-    (second global crop), normalization. Called on one PIL image it gives the list of 2 + L normalized crops
-    through the same code.
+    1. `cut` runs in a data-loading worker. It draws all random parameters of the views, then crops, resizes (bicubic,
+       antialiased) and flips, in uint8.
+    2. `finish` runs on the device, on a batch: colour jitter 0.4/0.4/0.2/0.1 with probability 0.8, grey 0.2, blur
+       (1.0 and 0.1 for the global crops, 0.5 for the local ones), solarize 0.2 (second global crop), normalization.
 
-    Images that do not have three channels keep brightness, contrast, blur and solarize; saturation, hue and grey
-    have no meaning for them and are left out.
+    Calling the object on a PIL image runs both stages and returns the list of 2 + L normalized crops.
+
+    For images without three channels, saturation, hue and grey are skipped.
 
     Args:
-        global_crops_scale, local_crops_scale: smallest and largest share of the image's area in a crop.
-        global_crops_size, local_crops_size: crops' side in pixels.
-        mean, std: one value a channel, of intensities in [0, 1].
-        compiled: by torch.compile, `finish` of three channels makes fewer passes over memory.
+        global_crops_scale, local_crops_scale: range of a crop's area, as a fraction of the image's area.
+        global_crops_size, local_crops_size: side of the crops in pixels.
+        mean, std: one value per channel, for intensities in [0, 1].
+        compiled: run `finish` through torch.compile, with fewer passes over memory (three channels only).
     """
 
     BLUR = (1.0, 0.1)  # probability for the first and second global crop
@@ -66,9 +66,9 @@ class DataAugmentationDINO:
         self.mean, self.std, self.compiled = tuple(mean), tuple(std), compiled
 
     def reduction(self, height: int, width: int) -> int:
-        """1, 2, 4 or 8: by what a picture may be reduced as it is decoded, so that no crop has to be enlarged for it.
+        """Factor (1, 2, 4 or 8) by which an image may be downscaled while decoding, such that no crop is upscaled.
 
-        A crop's shorter side is at least sqrt(3/4 of its area), or that of the picture (random_resized_crop_box).
+        A crop's shorter side is at least min(sqrt(3/4 of its area), the image's) (random_resized_crop_box).
         """
         spare = min(min(math.sqrt(scale[0] * height * width * 3 / 4), height, width) / size
                     for scale, size in zip(self.scales, self.sizes, strict=True))
@@ -77,9 +77,8 @@ class DataAugmentationDINO:
     def cut(self, image: Tensor, rng: np.random.Generator) -> tuple[list[Tensor], Tensor]:
         """uint8 image (C, height, width) -> 2 + L uint8 crops (C, size, size), and their parameters (2 + L, 8).
 
-        The parameters' columns are those of `photometric`; `rng` is the only source of randomness. Crops are views
-        of (size, size, C) memory: torch's resizing of uint8 works in that layout, and answers in it when it is asked
-        in it.
+        The columns of the parameters are those of `photometric`. `rng` is the only source of randomness. The crops are
+        channels-last in memory, (size, size, C), which is the layout that torch's uint8 resize works in.
         """
         crops, params = [], np.empty((len(self.sizes), len(photometric.COLUMNS)), np.float32)
         for v, (scale, size) in enumerate(zip(self.scales, self.sizes, strict=True)):
@@ -92,7 +91,7 @@ class DataAugmentationDINO:
         return crops, torch.from_numpy(params)
 
     def draw_photometric(self, view: int, rng: np.random.Generator) -> np.ndarray:
-        """Photometric parameters (8,) of a view, in `photometric`'s columns."""
+        """Random photometric parameters (8,) of one view, in the columns of `photometric`."""
         row = np.zeros(len(photometric.COLUMNS), np.float32)
         row[[photometric.BRIGHTNESS, photometric.CONTRAST, photometric.SATURATION]] = 1.0
         row[photometric.ORDER] = -1
@@ -106,16 +105,16 @@ class DataAugmentationDINO:
         return row
 
     def finish(self, crops: Sequence[Tensor], params: Tensor) -> list[Tensor]:
-        """uint8 crops [(2B, C, g, g), (LB, C, l, l)] crop-major on any device -> the same, float32 and normalized.
+        """uint8 crops [(2B, C, g, g), (LB, C, l, l)], crop-major, on any device -> float32, normalized, same shapes.
 
-        `params` ((2 + L) B, 8) stays on the CPU, so that nothing waits for the device.
+        `params` ((2 + L) B, 8) stays on the CPU, which avoids a synchronization with the device.
         """
         rows = params.split([len(c) for c in crops])
         method = fused if self.compiled and len(self.mean) == 3 else photometric
         return [method.photometric(c, p, self.mean, self.std) for c, p in zip(crops, rows, strict=True)]
 
     def __call__(self, image, rng: np.random.Generator | None = None) -> list[Tensor]:
-        """PIL image -> 2 + L normalized float32 crops (C, size, size); `rng` defaults to one seeded by torch's."""
+        """PIL image -> 2 + L normalized float32 crops (C, size, size); by default torch's generator seeds `rng`."""
         if rng is None:
             rng = np.random.default_rng(torch.randint(2**62, ()).item())
         pixels = np.array(image.convert("L" if len(self.mean) == 1 else "RGB"), ndmin=3)
@@ -125,16 +124,16 @@ class DataAugmentationDINO:
 
 
 def uniform(rng: np.random.Generator, low: float, high: float) -> float:
-    """rng.uniform(low, high), the same number in a third of the time; an image takes sixty."""
+    """Equal to rng.uniform(low, high), three times as fast; an image needs about sixty calls."""
     return low + (high - low) * rng.random()
 
 
 def random_resized_crop_box(
     height: int, width: int, scale: tuple[float, float], rng: np.random.Generator
 ) -> tuple[int, int, int, int]:
-    """Box (top, left, height, width) of a share of the area in `scale`, with an aspect ratio in [3/4, 4/3].
+    """Random box (top, left, height, width) with an area fraction in `scale` and an aspect ratio in [3/4, 4/3].
 
-    Drawn as Szegedy et al. 2015 do it: up to ten tries, then the largest centred box of a permitted ratio.
+    After ten boxes that do not fit, the largest centred box with a permitted ratio (Szegedy et al. 2015).
     """
     for _ in range(10):
         area = height * width * uniform(rng, *scale)
@@ -151,26 +150,26 @@ def random_resized_crop_box(
 
 
 class MultiCropWrapper(nn.Module):
-    """A backbone and a head over a list of crops: one backbone pass per resolution, one head pass.
+    """Applies a backbone and a head to a list of crops: one backbone pass per resolution, one head pass.
 
-    forward: a list of (n_i, C, h_i, w_i), or one such tensor -> (sum n_i, K), rows in the order given.
+    forward: a list of (n_i, C, h_i, w_i), or one such tensor -> (sum n_i, K), rows in input order.
 
-    A Vision Transformer's head reads the class token alone, so its last block computes nothing else.
+    The last block of a Vision Transformer computes only the class token, which is all that the head reads.
     """
 
     def __init__(self, backbone: nn.Module, head: nn.Module) -> None:
         super().__init__()
-        # A classifier left in a published backbone would stand between features and head.
+        # Remove the classifier of a published backbone: the head takes features, not logits.
         for name in ("fc", "head"):
             if isinstance(getattr(backbone, name, None), nn.Linear):
                 setattr(backbone, name, nn.Identity())
         self.class_token_only = "class_token_only" in inspect.signature(backbone.forward).parameters
-        self.channels_last = not self.class_token_only  # in memory: convolutions are faster that way
+        self.channels_last = not self.class_token_only  # memory format in which convolutions are faster
         self.backbone = backbone
         self.head = head
 
     def features(self, crops: Tensor | Sequence[Tensor]) -> Tensor:
-        """list of (n_i, C, h_i, w_i) -> backbone features (sum n_i, D), rows in the order given."""
+        """list of (n_i, C, h_i, w_i) -> backbone features (sum n_i, D), rows in input order."""
         features = self.outputs(crops, **({"class_token_only": True} if self.class_token_only else {}))
         return torch.cat(features) if len(features) > 1 else features[0]
 
@@ -179,7 +178,7 @@ class MultiCropWrapper(nn.Module):
         return self.outputs(crops, all_tokens=True)
 
     def outputs(self, crops: Tensor | Sequence[Tensor], **options: bool) -> list[Tensor]:
-        """What `backbone(crops, **options)` returns for each element of the list, in one pass per resolution."""
+        """[backbone(crop, **options) for crop in crops], computed in one pass per resolution."""
         crops = [crops] if isinstance(crops, Tensor) else list(crops)
         groups: dict[torch.Size, list[int]] = {}
         for i, crop in enumerate(crops):
@@ -205,18 +204,18 @@ class MultiCropWrapper(nn.Module):
 def losses(
     student: nn.Module, teacher: MultiCropWrapper, crops: Sequence[Tensor], dino_loss: DINOLoss, epoch: int
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """What DINO computes for a micro-batch (algorithm 1); the state of networks and loss stays as it is.
+    """The DINO loss of a micro-batch (algorithm 1). Changes neither the networks nor the centre.
 
     Args:
-        student: a MultiCropWrapper, or what makes its gradients those of all processes.
+        student: a MultiCropWrapper, or its DistributedDataParallel.
         crops: [(2B, C, g, g), (LB, C, l, l)], normalized and crop-major.
 
     Returns:
-        The loss to differentiate, and its parts: the scalars to log by their names, and without gradients the
-        teacher's backbone features `teacher_features` (2B, D) and head output `teacher_output` (2B, K).
+        The loss to differentiate, and a dict of detached parts: scalars to log, the teacher's backbone features
+        `teacher_features` (2B, D) and its head output `teacher_output` (2B, K).
     """
     with torch.no_grad():
-        # Cloned: a CUDA graph (--compile reduce-overhead) reuses the memory of its outputs when the next one starts.
+        # Cloned: a CUDA graph (--compile reduce-overhead) overwrites its outputs when the next graph starts.
         teacher_features = teacher.features(crops[:1]).clone()  # (2B, D), global views only
         teacher_output = teacher.head(teacher_features).clone()  # (2B, K)
     loss = cross_entropy(student(crops), dino_loss.targets(teacher_output, epoch), dino_loss.student_temp)
@@ -224,14 +223,13 @@ def losses(
 
 
 class DINOLoss(nn.Module):
-    """Cross-entropy between the teacher's centred, sharpened output and the student's, over pairs of views.
+    """Cross-entropy between the teacher's centred and sharpened output and the student's, over pairs of views.
 
         loss = mean over images and pairs (i, v), v != i, of  - sum_k q_i[k] log p_v[k]
         p_v = softmax(student_v / student_temp),  q_i = softmax((teacher_i - center) / teacher_temp(epoch))
         center <- m center + (1 - m) mean(teacher)            (over all images of all processes)
 
-    i runs over the two global views, v over all `ncrops` views. The arithmetic is float32, or float64 for float64
-    inputs.
+    i runs over the two global views, v over all `ncrops` views. Computed in float32, or in float64 for float64 inputs.
     """
 
     def __init__(
@@ -250,24 +248,25 @@ class DINOLoss(nn.Module):
         self.center_momentum = center_momentum
         self.ncrops = ncrops
         self.register_buffer("center", torch.zeros(1, out_dim))
-        # A high temperature makes the first epochs unstable, so it is warmed up linearly.
+        # A high temperature makes the first epochs unstable, hence the linear warm-up.
         warmup = np.linspace(warmup_teacher_temp, teacher_temp, warmup_teacher_temp_epochs)
         constant = np.full(max(nepochs - warmup_teacher_temp_epochs, 0), teacher_temp)
         self.teacher_temp_schedule = np.concatenate((warmup, constant))
 
     def targets(self, teacher_output: Tensor, epoch: int) -> Tensor:
-        """q (..., K) of the teacher's output (..., K): centred, and sharpened with the epoch's temperature."""
+        """The probabilities q (..., K) of the teacher's output (..., K), with the temperature of the epoch."""
         centred = at_least_float32(teacher_output.detach()) - self.center
         return F.softmax(centred / float(self.teacher_temp_schedule[epoch]), dim=-1)
 
     def forward(
         self, student_output: Tensor, teacher_output: Tensor, epoch: int, update_center: bool = True
     ) -> Tensor:
-        """The loss of a batch, a scalar; then updates the centre, unless the caller does (gradient accumulation).
+        """Returns the scalar loss of a batch, then updates the centre.
 
         Args:
-            student_output: (V B, K), crop-major: all images' first view, then all images' second view, ...
+            student_output: (V B, K), crop-major: the first view of all images, then the second view of all images, ...
             teacher_output: (2 B, K), the global views only, in the same order.
+            update_center: False leaves the update to the caller (gradient accumulation).
         """
         loss = cross_entropy(student_output, self.targets(teacher_output, epoch), self.student_temp)
         if update_center:
@@ -295,14 +294,14 @@ def cross_entropy(student_output: Tensor, targets: Tensor, temp: float) -> Tenso
 
 
 class PairsOfViews(torch.autograd.Function):
-    """`cross_entropy`, some images at a time: nothing is kept for backward but the logits and the targets.
+    """`cross_entropy`, computed on parts of the batch. Saves only the logits and the targets for the backward pass.
 
-    The gradient of the student's logits in view v is (n_v p_v - t_v) / (temp B pairs), where t_v is the sum of the
-    q_i that v learns from and n_v their number; p is computed again for it. A part of the images fits the cache of a
-    CPU, and on a GPU bounds the float32 temporaries (benchmarks/loss.py).
+    The gradient with respect to the student's logits in view v is (n_v p_v - t_v) / (temp B pairs), where t_v is the
+    sum of the q_i that v is compared with and n_v their number; backward recomputes p. The part size is chosen to fit
+    the cache of a CPU, and to bound the float32 temporaries on a GPU (benchmarks/loss.py).
     """
 
-    PART_CPU, PART_GPU = 2**20, 2**26  # values of a part's logits
+    PART_CPU, PART_GPU = 2**20, 2**26  # number of logits per part
 
     @staticmethod
     def forward(ctx, student: Tensor, targets: Tensor, temp: float) -> Tensor:
@@ -311,7 +310,7 @@ class PairsOfViews(torch.autograd.Function):
         loss = torch.zeros((), dtype=at_least_float32(student[:0]).dtype, device=student.device)
         for _, x, q in PairsOfViews.parts(student, targets, temp):
             log_p = F.log_softmax(x, dim=-1)
-            # Global view 0 learns from q_1 and 1 from q_0; each local view from both.
+            # Global view 0 is compared with q_1, global view 1 with q_0, and each local view with both.
             loss -= (q.flip(0) * log_p[:2]).sum() + (q.sum(0) * log_p[2:].sum(0)).sum()
         return loss / PairsOfViews.count(student, targets)
 
@@ -336,7 +335,7 @@ class PairsOfViews(torch.autograd.Function):
 
     @staticmethod
     def parts(student: Tensor, targets: Tensor, temp: float):
-        """Yields (images' rows, the student's logits over the temperature (V, b, K), q (2, b, K))."""
+        """Yields (slice of the images, student logits / temp (V, b, K), q (2, b, K)) for each part."""
         images = len(targets) // 2
         student, targets = student.unflatten(0, (-1, images)), targets.unflatten(0, (2, images))
         most = PairsOfViews.PART_CPU if student.device.type == "cpu" else PairsOfViews.PART_GPU
@@ -361,9 +360,9 @@ def cosine_scheduler(
     warmup_epochs: float = 0,
     start_warmup_value: float = 0,
 ) -> np.ndarray:
-    """Value at every step: a linear warm-up to `base_value`, then a half cosine to `final_value`.
+    """Values (epochs * niter_per_ep,), one per step: linear warm-up to `base_value`, half cosine to `final_value`.
 
-    `epochs` and `warmup_epochs` may be fractions: a run of so many steps is steps / niter_per_ep epochs.
+    `epochs` and `warmup_epochs` may be fractional: a run of `steps` steps has steps / niter_per_ep epochs.
     """
     n_steps, n_warmup = round(epochs * niter_per_ep), round(warmup_epochs * niter_per_ep)
     if n_warmup > n_steps:
@@ -378,9 +377,9 @@ def cosine_scheduler(
 
 @torch.no_grad()
 def ema_update(student: nn.Module, teacher: nn.Module, momentum: float) -> None:
-    """teacher <- momentum * teacher + (1 - momentum) * student, parameters and floating-point buffers alike.
+    """teacher <- momentum * teacher + (1 - momentum) * student, for parameters and floating-point buffers.
 
-    Batch-norm statistics are such buffers: the teacher's follow the student's. Integer buffers are copied.
+    Buffers include the statistics of batch norm. Integer buffers are copied.
     """
     targets, sources = [], []
     for t, s in zip((*teacher.parameters(), *teacher.buffers()), (*student.parameters(), *student.buffers()),
@@ -400,17 +399,17 @@ def ema_update(student: nn.Module, teacher: nn.Module, momentum: float) -> None:
 
 
 def get_params_groups(model: nn.Module) -> list[dict]:
-    """Two groups of the trainable parameters: matrices, and biases and norms, which are not decayed."""
+    """Two groups of trainable parameters: weight matrices; biases and norm parameters, without weight decay."""
     regularized, not_regularized = [], []
     for name, param in model.named_parameters():
         if param.requires_grad:
-            plain = name.endswith(".bias") or param.ndim == 1
-            (not_regularized if plain else regularized).append(param)
+            undecayed = name.endswith(".bias") or param.ndim == 1
+            (not_regularized if undecayed else regularized).append(param)
     return [{"params": regularized}, {"params": not_regularized, "weight_decay": 0.0}]
 
 
 def set_lr_and_wd(optimizer: torch.optim.Optimizer, lr: float, wd: float) -> None:
-    """Set a step's learning rate, and the weight decay of the first group of `get_params_groups`."""
+    """Set the learning rate of all groups, and the weight decay of the first group of `get_params_groups`."""
     for i, group in enumerate(optimizer.param_groups):
         group["lr"] = lr
         if i == 0:
@@ -418,7 +417,7 @@ def set_lr_and_wd(optimizer: torch.optim.Optimizer, lr: float, wd: float) -> Non
 
 
 def build_optimizer(name: str, model: nn.Module) -> torch.optim.Optimizer:
-    """`adamw`, `sgd` or `lars`; learning rate and weight decay are set at every step."""
+    """The optimizer `adamw`, `sgd` or `lars`; the loop sets learning rate and weight decay at every step."""
     groups = get_params_groups(model)
     if name == "adamw":
         return torch.optim.AdamW(groups, fused=True)
@@ -427,9 +426,10 @@ def build_optimizer(name: str, model: nn.Module) -> torch.optim.Optimizer:
 
 @torch.no_grad()
 def clip_gradients(model: nn.Module, clip: float, per_tensor: bool = True) -> Tensor:
-    """Scale each parameter's gradient down to an L2 norm of `clip`, as DINO does, or all of them by one factor.
+    """Clip the L2 norm of each parameter's gradient to `clip`, as DINO does, or with per_tensor=False the total norm.
 
-    Returns the norms before clipping (number of gradients,), on the device: nothing waits for it.
+    Returns:
+        The norms before clipping, (number of gradients,), on the device (no synchronization). clip = 0 only measures.
     """
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     if not grads:
@@ -448,12 +448,12 @@ def clip_gradients(model: nn.Module, clip: float, per_tensor: bool = True) -> Te
 
 
 def local_part(x: Tensor) -> Tensor:
-    """This process's part of a tensor that is sharded over the processes (DTensor), sharing its memory; else x."""
+    """This process's shard of a DTensor, sharing its memory; other tensors are returned as they are."""
     return x.to_local() if hasattr(x, "to_local") else x
 
 
 def cancel_gradients_last_layer(epoch: int, model: nn.Module, freeze_last_layer: int) -> None:
-    """Drop the gradients of the prototypes during the first `freeze_last_layer` epochs."""
+    """Remove the gradients of the last layer (the prototypes) during the first `freeze_last_layer` epochs."""
     if epoch < freeze_last_layer:
         for name, param in model.named_parameters():
             if "last_layer" in name:

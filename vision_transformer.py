@@ -1,4 +1,4 @@
-"""Backbones: the Vision Transformer of DINO, its projection head, and one table of every other network.
+"""Backbones: the Vision Transformer of DINO, its projection head, and `build_backbone`, which knows every network.
 
 Shapes: B images, N tokens (class token, registers, patches), D width, H heads, h x w patch grid, K prototypes.
 """
@@ -18,36 +18,36 @@ from torch.autograd.function import once_differentiable
 from torch.nn.init import trunc_normal_
 from torch.utils.checkpoint import checkpoint
 
-# ---- Layers that keep less for backward (set_grad_checkpointing(layers=True)) ----
+# ---- Layers that save less for the backward pass (set_grad_checkpointing(layers=True)) ----
 #
-# Of the 16 D values per token that a block of width D keeps, 4 D are the MLP's after GELU and 2 D those after the
-# norms. Both are cheap to compute again from the input of the layer before, so one function of the pair (norm and
-# linear, or GELU and linear) keeps only that input. A pair that was changed (another class, a hook) runs layer by
-# layer, and so does everything under torch.compile, which chooses by itself what to recompute.
+# A block of width D saves 16 D values per token: 4 D are the output of GELU and 2 D the outputs of the two norms. Both
+# are cheap to recompute from the input of GELU or norm, so each pair (norm, linear) or (GELU, linear) runs as one
+# autograd function that saves only this input. A modified pair (another class, a hook) runs layer by layer; so does
+# everything under torch.compile, which decides itself what to recompute.
 
 
 def is_observed(module: nn.Module) -> bool:
-    """Whether somebody listens to what goes in or out of a module, forwards or backwards."""
+    """Whether a module has forward or backward hooks."""
     return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
                 or module._backward_pre_hooks)
 
 
 def pairs(first: nn.Module, kind: type[nn.Module], linear: nn.Module, x: Tensor) -> bool:
-    """Whether `linear(first(x))` may run as one function."""
+    """Whether `linear(first(x))` may run as one autograd function."""
     if type(first) is not kind or type(linear) is not nn.Linear or is_observed(first) or is_observed(linear):
         return False
     return x.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 def norm_linear(norm: nn.Module, linear: nn.Module, x: Tensor) -> Tensor:
-    """linear(norm(x)), keeping x: (..., D) -> (..., out)."""
+    """linear(norm(x)), saving only x for backward: (..., D) -> (..., out)."""
     if pairs(norm, nn.LayerNorm, linear, x) and norm.elementwise_affine and x.dtype == norm.weight.dtype:
         return NormLinear.apply(x, norm.weight, norm.bias, norm.eps, linear.weight, linear.bias)
     return linear(norm(x))
 
 
 def gelu_linear(gelu: nn.Module, linear: nn.Module, x: Tensor) -> Tensor:
-    """linear(gelu(x)), keeping x: (..., hidden) -> (..., out)."""
+    """linear(gelu(x)), saving only x for backward: (..., hidden) -> (..., out)."""
     if pairs(gelu, nn.GELU, linear, x) and gelu.approximate == "none":
         return GeluLinear.apply(x, linear.weight, linear.bias)
     return linear(gelu(x))
@@ -87,7 +87,7 @@ class GeluLinear(torch.autograd.Function):
 
 
 def linear_backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
-    """Gradients of F.linear(x, weight, bias) by its arguments; products in grad's type, the half one under autocast."""
+    """Gradients of F.linear(x, weight, bias), multiplied in the dtype of `grad` (half precision under autocast)."""
     rows = grad.flatten(0, -2)
     grad_weight = rows.T @ x.to(grad.dtype).flatten(0, -2)
     grad_bias = rows.sum(0).to(bias.dtype) if bias is not None else None
@@ -98,7 +98,7 @@ def linear_backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None
 
 
 def drop_path(x: Tensor, drop_prob: float = 0.0, training: bool = False) -> Tensor:
-    """Stochastic depth: a sample's residual branch is dropped with `drop_prob`, the others scaled to keep the mean."""
+    """Stochastic depth: zero each sample with probability `drop_prob`, scale the others by 1 / (1 - drop_prob)."""
     if drop_prob == 0.0 or not training:
         return x
     keep = 1.0 - drop_prob
@@ -118,7 +118,7 @@ class DropPath(nn.Module):
 
 
 class LayerScale(nn.Module):
-    """A learned factor a channel on a residual branch (Touvron et al. 2021)."""
+    """Learned scale per channel of a residual branch (Touvron et al. 2021)."""
 
     def __init__(self, dim: int, init_values: float) -> None:
         super().__init__()
@@ -129,7 +129,7 @@ class LayerScale(nn.Module):
 
 
 class Mlp(nn.Module):
-    """fc2(GELU(fc1(x))), or of norm(x) where the `norm` before it is given."""
+    """fc2(GELU(fc1(x))); with `norm`, fc2(GELU(fc1(norm(x))))."""
 
     def __init__(self, in_features: int, hidden_features: int, drop: float = 0.0) -> None:
         super().__init__()
@@ -146,18 +146,21 @@ class Mlp(nn.Module):
 
 
 HALF = (torch.float16, torch.bfloat16)
-LONGEST_PLAIN = 1024  # tokens; for more, the memory of N x N weights counts for more than the speed
+LONGEST_PLAIN = 1024  # tokens; above, N x N attention weights would need too much memory
 
 
 class Attention(nn.Module):
     """Multi-head self-attention: (B, N, D) -> ((B, N, D), weights (B, H, N, N) or None).
 
-    The weights are formed only when somebody asks for them: by `return_attention` (the default, as a call by hand of
-    the published module gives them; blocks pass False), or by a hook on this module or on
-    `attn_drop`, which is where code written for the published models reads them (or by a module that took the place of
-    `attn_drop`). The exception is half precision on a CPU, where forming them is three to eleven times as fast
-    (benchmarks/attention.py). `class_token_only` computes the first row of both: (B, 1, D) and (B, H, 1, N). Where
-    the `norm` before it is given, the attention is that of norm(x).
+    A fused kernel that never forms the weights runs, unless something needs them: `return_attention` (True by default,
+    as in the published module; blocks pass False), a hook on this module, or a hook on `attn_drop` or a module in its
+    place, where code written for the published models reads the weights.
+
+    In half precision on a CPU, the explicit product runs for up to LONGEST_PLAIN tokens anyway, because it is three to
+    eleven times as fast there (benchmarks/attention.py).
+
+    `class_token_only` computes the first row of both results, (B, 1, D) and (B, H, 1, N). With `norm`, the input is
+    norm(x).
     """
 
     def __init__(
@@ -202,11 +205,11 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block; `return_attention=True` returns the attention weights (B, H, N, N) instead.
 
-    `class_token_only=True` returns (B, 1, D): the class token meets all others' keys and values, but what would become
-    of those is not computed, three quarters of the arithmetic.
+    `class_token_only=True` computes only the class token's output, (B, 1, D); it still attends to every token. Saves
+    three quarters of the block's FLOPs.
     """
 
-    recomputes_layers = False  # norms and GELU, in backward: VisionTransformer.set_grad_checkpointing
+    recomputes_layers = False  # recompute norms and GELU in backward: VisionTransformer.set_grad_checkpointing
 
     def __init__(
         self,
@@ -242,9 +245,10 @@ class Block(nn.Module):
         return x + self.drop_path(self.ls2(self.mlp(given, **norm)))
 
     def given(self, module: nn.Module, norm: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, nn.Module]]:
-        """What `module` gets for module(norm(x)): that, or x and the norm, which it pairs with its first layer.
+        """Arguments with which `module` computes module(norm(x)): (norm(x), {}) or (x, {"norm": norm}).
 
-        An observer of the module, and one of another class in its place, expect the former.
+        The second form fuses the norm with the module's first layer (`norm_linear`). A module with hooks, or of
+        another class, gets the first form.
         """
         if self.recomputes_layers and type(module) in (Attention, Mlp) and not is_observed(module):
             return x, {"norm": norm}
@@ -252,7 +256,7 @@ class Block(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """(B, C, height, width) -> (B, h * w, D). A remainder at the right and bottom is not covered."""
+    """(B, C, height, width) -> (B, h * w, D). A remainder at the right and bottom edge is ignored."""
 
     def __init__(self, img_size: int = 224, patch_size: int = 16, in_chans: int = 3, embed_dim: int = 768) -> None:
         super().__init__()
@@ -262,7 +266,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Number of patches (rows, columns); reads the convolution's stride, which dense-feature code changes."""
+        """Number of patches (rows, columns), from the convolution's stride, which dense-feature code may change."""
         kernel, stride = self.proj.kernel_size, self.proj.stride
         return (height - kernel[0]) // stride[0] + 1, (width - kernel[1]) // stride[1] + 1
 
@@ -274,7 +278,7 @@ class PatchEmbed(nn.Module):
 
 
 class Features(NamedTuple):
-    """What a Vision Transformer says of a picture, after its last norm."""
+    """Output tokens of a Vision Transformer, after the last norm."""
 
     cls_token: Tensor  # (B, D)
     patch_tokens: Tensor  # (B, h, w, D)
@@ -285,13 +289,14 @@ class VisionTransformer(nn.Module):
     """Vision Transformer (Dosovitskiy et al. 2020) as DINO trains it (arXiv 2104.14294, section 3.2).
 
     Args:
-        img_size: side in pixels of the pictures the position embeddings are made for; others are interpolated.
+        img_size: side in pixels of the images that `pos_embed` is made for; it is interpolated for other sizes.
         num_classes: > 0 adds a linear classifier `head` and makes `forward` return its logits.
-        qk_scale: factor of the attention scores; None is 1 / sqrt(D / H).
-        num_register_tokens: extra tokens without a position (Darcet et al. 2023).
-        init_values: start of LayerScale; None leaves it out.
-        interpolate_antialias, interpolate_offset: how position embeddings are interpolated, which is part of what the
-            weights were trained with: DINO's and DINOv2's without registers False and 0.1, DINOv2's with True and 0.
+        qk_scale: factor of the attention scores; None: 1 / sqrt(D / H).
+        num_register_tokens: extra tokens without position embedding (Darcet et al. 2023).
+        init_values: initial value of LayerScale; None: no LayerScale.
+        interpolate_antialias, interpolate_offset: how position embeddings are interpolated. Use the values of the
+            weights' training: False and 0.1 for DINO and for DINOv2 without registers, True and 0 for DINOv2 with
+            registers.
 
     Attributes:
         grad_checkpointing: see set_grad_checkpointing.
@@ -347,22 +352,23 @@ class VisionTransformer(nn.Module):
         self.apply(init_linear)
 
     def interpolate_pos_encoding(self, x: Tensor, w: int, h: int) -> Tensor:
-        """Position embeddings for a picture of w x h pixels, bicubically interpolated: (1, 1 + patches, D).
+        """Position embeddings for an image of w x h pixels, bicubically interpolated: (1, 1 + patches, D).
 
         Args:
             x: tokens with the class token in front, (B, 1 + patches, D); only the number of tokens is read.
-            w, h: sizes of the image's dimensions 2 and 3 (the published names).
+            w, h: sizes of dimensions 2 and 3 of the image; the names are the published ones.
         """
         n_stored = self.pos_embed.shape[1] - 1
         if x.shape[1] - 1 == n_stored and w == h:
             return self.pos_embed
         rows, columns = self.patch_embed.grid(w, h)
-        if torch.jit.is_tracing():  # a trace is made for one size, and has tensors in place of numbers
+        if torch.jit.is_tracing():  # tracing fixes the size, and passes sizes as tensors
             rows, columns = int(rows), int(columns)
         side = math.isqrt(n_stored)
         patch_pos = self.pos_embed[:, 1:].reshape(1, side, side, -1).permute(0, 3, 1, 2)
-        # The published weights were trained with scale factors made from the grid size + 0.1, which also keeps
-        # floor(side * scale) from losing a row to rounding. Half-precision bicubic is not available everywhere.
+        # The published weights were trained with scale factors computed from grid size + 0.1, which also prevents
+        # floor(side * scale) from losing a row to rounding. Interpolate in float32: not every device has half-precision
+        # bicubic interpolation.
         offset, half = self.interpolate_offset, patch_pos.dtype in HALF
         to = ({"scale_factor": ((rows + offset) / side, (columns + offset) / side)} if offset
               else {"size": (rows, columns)})
@@ -371,7 +377,7 @@ class VisionTransformer(nn.Module):
         return torch.cat([self.pos_embed[:, :1], patch_pos.flatten(2).transpose(1, 2)], dim=1)
 
     def prepare_tokens(self, x: Tensor) -> Tensor:
-        """Pictures (B, C, height, width) -> tokens (B, N, D): class token, registers, patches."""
+        """Images (B, C, height, width) -> tokens (B, N, D): class token, registers, patches."""
         w, h = x.shape[-2:]
         x = self.patch_embed(x)
         x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
@@ -381,19 +387,19 @@ class VisionTransformer(nn.Module):
         return self.pos_drop(x)
 
     def set_grad_checkpointing(self, enable: bool = True, layers: bool = False) -> None:
-        """Keep for backward what goes into each block alone, and compute the rest of it again (timm's name).
+        """Save only each block's input for backward and recompute the rest (the method has timm's name).
 
-        With `layers`, compute again what costs little: the norms and GELU (`norm_linear`, `gelu_linear`).
+        With `layers`, recompute only what is cheap: norms and GELU (see `norm_linear`, `gelu_linear`).
         """
         self.grad_checkpointing = enable and not layers
         for block in self.blocks:
             block.recomputes_layers = enable and layers
 
     def forward_tokens(self, x: Tensor, class_token_only: bool = False) -> Tensor:
-        """Pictures (B, C, height, width) -> normalized tokens (B, N, D), or (B, 1, D) of the class token."""
+        """Images (B, C, height, width) -> normalized tokens (B, N, D), or the class token alone (B, 1, D)."""
         x = self.prepare_tokens(x)
         for block in self.blocks:
-            # Blocks of other making, put in place of ours, need not know the option.
+            # Passed only where it is needed: a block of another class may not accept it.
             options = {"class_token_only": True} if class_token_only and block is self.blocks[-1] else {}
             if self.grad_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, use_reentrant=False, **options)
@@ -405,22 +411,26 @@ class VisionTransformer(nn.Module):
         """Images (B, C, height, width) -> normalized class token (B, D), or logits (B, num_classes).
 
         Args:
-            class_token_only: leave out of the last block what the output does not need, for training; hooks there
-                then see one token.
+            class_token_only: compute only the class token in the last block, which is faster in training; hooks on
+                that block then see one token.
             all_tokens: return the normalized tokens (B, N, D) instead.
         """
         tokens = self.forward_tokens(x, class_token_only)
         return tokens if all_tokens else self.head(tokens[:, 0])
 
     def forward_features(self, x: Tensor) -> Features:
-        """Pictures (B, C, height, width) -> class token (B, D), patch tokens (B, h, w, D), registers (B, R, D)."""
+        """Images (B, C, height, width) -> class token (B, D), patch tokens (B, h, w, D), registers (B, R, D)."""
         rows, columns = self.patch_embed.grid(*x.shape[-2:])
         first_patch = 1 + self.num_register_tokens
         x = self.forward_tokens(x)
         return Features(x[:, 0], x[:, first_patch:].unflatten(1, (rows, columns)), x[:, 1:first_patch])
 
     def get_attention_maps(self, x: Tensor, layers: Sequence[int]) -> list[Tensor]:
-        """Attention weights (B, H, N, N) of the named layers, in the order asked; -1 is the last layer."""
+        """Attention weights (B, H, N, N) of each of `layers`, in that order; -1 is the last layer.
+
+        Raises:
+            ValueError: a layer does not exist.
+        """
         depth = len(self.blocks)
         wrong = [i for i in layers if not -depth <= i < depth]
         if wrong:
@@ -439,7 +449,7 @@ class VisionTransformer(nn.Module):
         return self.get_attention_maps(x, [-1])[0]
 
     def get_intermediate_layers(self, x: Tensor, n: int = 1) -> list[Tensor]:
-        """Tokens (B, N, D) after each of the last n blocks, through the last norm."""
+        """Tokens (B, N, D) of each of the last n blocks, after the network's final norm."""
         outputs, x = [], self.prepare_tokens(x)
         for i, block in enumerate(self.blocks):
             x = block(x)
@@ -463,7 +473,7 @@ def _vit(embed_dim: int, num_heads: int, patch_size: int, **kwargs) -> VisionTra
 
 
 def vit_nano(patch_size: int = 16, **kwargs) -> VisionTransformer:
-    """Width 192, 4 blocks, 3 heads: 1.9 M parameters; to try things on a CPU, not a published size."""
+    """Width 192, 4 blocks, 3 heads: 1.9 M parameters. Not a published size; for quick experiments on a CPU."""
     return _vit(192, 3, patch_size, **{"depth": 4} | kwargs)
 
 
@@ -497,19 +507,18 @@ class WeightNormLinear(nn.Module):
         super().__init__()
         self.weight_g = nn.Parameter(torch.ones(out_features, 1))
         self.weight_v = nn.Parameter(torch.empty(out_features, in_features))
-        nn.init.kaiming_uniform_(self.weight_v, a=math.sqrt(5))  # nn.Linear's own start
+        nn.init.kaiming_uniform_(self.weight_v, a=math.sqrt(5))  # as nn.Linear
 
     def forward(self, x: Tensor) -> Tensor:
-        # The kernel under torch's own weight norm: of the 65,536 rows, written out, forward and backward take five
-        # times as long on a CPU (benchmarks/prototypes.py).
+        # The kernel of torch's weight norm. For 65,536 rows on a CPU, forward and backward of the written-out formula
+        # take five times as long (benchmarks/prototypes.py).
         return F.linear(x, torch._weight_norm(self.weight_v, self.weight_g, 0))
 
 
 class DINOHead(nn.Module):
     """Projection head (section 3.2, "Network architecture"): MLP, L2 normalization, weight-normalized prototypes.
 
-    (B, in_dim) -> (B, out_dim). `norm_last_layer` freezes the prototypes' norm at 1, which steadies the start of
-    training.
+    (B, in_dim) -> (B, out_dim). `norm_last_layer` fixes the norm of the prototypes at 1, which stabilizes training.
     """
 
     def __init__(
@@ -557,24 +566,24 @@ XCITS = {
 def build_backbone(
     arch: str, patch_size: int = 16, drop_path_rate: float = 0.0, in_chans: int = 3, img_size: int = 224, **kwargs
 ) -> tuple[nn.Module, int]:
-    """Make a backbone without weights: pictures (B, in_chans, height, width) -> features (B, embed_dim).
+    """Build a randomly initialized backbone: images (B, in_chans, height, width) -> features (B, embed_dim).
 
     Args:
         arch: a ViT of `VITS`, a torchvision classification network, an XCiT of `XCITS`, or any other timm name.
-        patch_size: of the ViTs; the other networks' names say theirs.
-        img_size: picture side that the ViTs' position embeddings are made for.
-        kwargs: further options of the ViTs or of timm's models.
+        patch_size: patch size of a ViT of `VITS`; ignored for other networks.
+        img_size: side in pixels of the images that the position embeddings of a ViT of `VITS` are made for.
+        kwargs: further arguments of the network's constructor.
 
     Returns:
-        The network without its classifier, and the width of its features.
+        The network without its classifier, and embed_dim.
 
     Raises:
-        ValueError: the name is unknown (the message lists the near ones), or an option does not fit the network.
+        ValueError: the name is unknown (the message lists similar names), or the network has no such option.
     """
     if arch in VITS:
         vit = VITS[arch](patch_size, drop_path_rate=drop_path_rate, in_chans=in_chans, img_size=img_size, **kwargs)
         return vit, vit.embed_dim
-    import torchvision  # seconds of import that the ViTs do not need
+    import torchvision  # takes seconds to import; ViTs do not need it
 
     if arch in torchvision.models.list_models(module=torchvision.models):
         return _build_torchvision(arch, drop_path_rate, in_chans, **kwargs)
@@ -585,7 +594,7 @@ def _build_torchvision(arch: str, drop_path_rate: float, in_chans: int, **kwargs
     import torchvision
     from torchvision.ops import StochasticDepth
 
-    if arch in ("googlenet", "inception_v3"):  # their auxiliary classifiers have no place in a backbone
+    if arch in ("googlenet", "inception_v3"):  # a backbone has no auxiliary classifiers
         kwargs |= {"aux_logits": False, "init_weights": True}
     model = torchvision.models.get_model(arch, weights=None, **kwargs)
     layers = [(n, m) for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
@@ -593,7 +602,7 @@ def _build_torchvision(arch: str, drop_path_rate: float, in_chans: int, **kwargs
     width = classifier.in_features if isinstance(classifier, nn.Linear) else classifier.in_channels
     model.set_submodule(name, nn.Identity())
     depths = [m for m in model.modules() if isinstance(m, StochasticDepth)]
-    for i, depth in enumerate(depths):  # they come with a rate of their own, in the teacher too
+    for i, depth in enumerate(depths):  # torchvision's default rate is not 0, which would affect the teacher
         depth.p = drop_path_rate * i / max(len(depths) - 1, 1)
     if in_chans != 3:
         name, stem = next((n, m) for n, m in layers if isinstance(m, nn.Conv2d))
@@ -612,7 +621,7 @@ def _build_timm(arch: str, drop_path_rate: float, in_chans: int, **kwargs) -> tu
     options = {"pretrained": False, "num_classes": 0, "in_chans": in_chans, **kwargs}
     if drop_path_rate > 0:
         options["drop_path_rate"] = drop_path_rate
-    try:  # position embeddings for one size only would refuse the small crops
+    try:  # dynamic_img_size: without it, a timm ViT accepts one input size only and fails on local crops
         model = timm.create_model(name, dynamic_img_size=True, **options)
     except TypeError:
         try:
@@ -628,4 +637,4 @@ def near_names(arch: str) -> str:
 
     known = [*VITS, *XCITS, *torchvision.models.list_models(module=torchvision.models), *timm.list_models()]
     near = difflib.get_close_matches(arch, known, n=5, cutoff=0.5) or list(VITS)
-    return "near ones are " + ", ".join(dict.fromkeys(near))
+    return "similar names: " + ", ".join(dict.fromkeys(near))

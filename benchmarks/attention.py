@@ -1,4 +1,4 @@
-"""Attention on this device, forward and backward: the plain product of matrices against the fused kernel.
+"""Attention, forward and backward: explicit matrix products against PyTorch's fused kernel.
 
     python benchmarks/attention.py
     python benchmarks/attention.py --device cuda
@@ -10,7 +10,7 @@ import bench
 import torch
 import torch.nn.functional as F
 
-SHAPES = ((128, 10), (64, 37), (64, 65), (32, 197))  # crops, tokens; three heads of 64
+SHAPES = ((128, 10), (64, 37), (64, 65), (32, 197))  # (crops, tokens); three heads of width 64
 
 
 def plain(q, k, v):
@@ -27,10 +27,10 @@ def main(args) -> int:
             times = bench.in_turns(
                 {n: (lambda f=f, x=qkv: torch.autograd.grad(f(*x.unbind(0)).float().sum(), x))
                  for n, f in functions.items()}, args.rounds, args.device)
-            found = bench.summary(times, "fused")
-            results[f"{B} x {N} {dtype}"] = found
-            row = found["plain"]
-            rows.append([f"{B} x {N}", str(dtype).removeprefix("torch."), row["ms"], found["fused"]["ms"],
+            summary = bench.summary(times, "fused")
+            results[f"{B} x {N} {dtype}"] = summary
+            row = summary["plain"]
+            rows.append([f"{B} x {N}", str(dtype).removeprefix("torch."), row["ms"], summary["fused"]["ms"],
                          f"{row['ratio']:.2f} ({row['ratio_low']:.2f} .. {row['ratio_high']:.2f})"])
     bench.table(["crops x tokens", "type", "plain, median ms", "fused", "plain is times as fast (range)"], rows)
     bench.record(args, "attention", shapes=results)

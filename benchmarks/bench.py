@@ -1,8 +1,8 @@
-"""What every benchmark shares: flags, timing in turns, the table, and the line of JSON.
+"""Shared by all benchmarks: flags, interleaved timing, tables, and JSON output.
 
-Variants take turns within one process, so that a busy or throttled machine slows all of them alike, and ratios are
-taken round by round. A table holds the median, the fastest and the slowest round, and the ratio to the baseline with
-its range.
+Variants are timed in turns within one process, so that a busy or throttled machine slows down all of them alike, and
+ratios are computed per round. A table shows the median, the fastest and the slowest round, and the median ratio to the
+baseline with its range.
 """
 
 from __future__ import annotations
@@ -23,40 +23,40 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # before this folder: some modules there have the names of benchmarks here
+sys.path.insert(0, str(ROOT))  # before this folder, so that a project module wins over a benchmark of the same name
 
 
 def parser(doc: str, rounds: int = 5) -> argparse.ArgumentParser:
-    """The flags of every benchmark; `doc` is the script's docstring."""
-    found = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    found.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs")
-    found.add_argument("--rounds", type=int, default=rounds, help="turns of each variant")
-    found.add_argument("--device", default="cpu", help="cpu or cuda")
-    found.add_argument("--json", default="", metavar="FILE", help="append a line of JSON to this file")
-    return found
+    """A parser with the flags of every benchmark; `doc` is the script's docstring."""
+    flags = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags.add_argument("--quick", action="store_true", help="tiny sizes, to check that the script runs")
+    flags.add_argument("--rounds", type=int, default=rounds, help="timed calls of each variant")
+    flags.add_argument("--device", default="cpu", help="cpu or cuda")
+    flags.add_argument("--json", default="", metavar="FILE", help="append a line of JSON to this file")
+    return flags
 
 
 def step_parser(doc: str, archs: Sequence[str], arch: str, sizes: tuple[int, int]) -> argparse.ArgumentParser:
-    """`parser` and the flags of a training step's network and crops."""
-    found = parser(doc)
-    found.add_argument("--arch", default=arch, choices=sorted(archs))
-    found.add_argument("--patch", type=int, default=16)
-    found.add_argument("--sizes", type=int, nargs=2, default=sizes, help="pixels of global and local crops")
-    found.add_argument("--local", type=int, default=8, help="local crops")
-    found.add_argument("--out_dim", type=int, default=65536, help="K")
-    return found
+    """`parser`, with flags for the network and the crops of a training step."""
+    flags = parser(doc)
+    flags.add_argument("--arch", default=arch, choices=sorted(archs))
+    flags.add_argument("--patch", type=int, default=16)
+    flags.add_argument("--sizes", type=int, nargs=2, default=sizes, help="side in pixels of global and local crops")
+    flags.add_argument("--local", type=int, default=8, help="number of local crops")
+    flags.add_argument("--out_dim", type=int, default=65536, help="number of prototypes K")
+    return flags
 
 
 def machine(device: str = "cpu") -> dict:
-    """Versions and hardware, as every line of JSON has them."""
-    found = {
+    """Hardware and versions, stored in every line of JSON."""
+    info = {
         "cpu": cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
         "capability": torch.backends.cpu.get_cpu_capability(), "load": round(os.getloadavg()[0], 1),
         "python": platform.python_version(), "torch": torch.__version__, "platform": platform.platform(),
     }
     if device.startswith("cuda"):
-        found |= {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
-    return found
+        info |= {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
+    return info
 
 
 def cpu_name() -> str:
@@ -68,13 +68,14 @@ def cpu_name() -> str:
 
 
 def header(title: str, device: str = "cpu") -> None:
-    seen = machine(device)
-    where = seen.get("gpu") or f"{seen['cpu']}, {seen['cores']} cores, {seen['threads']} threads, {seen['capability']}"
-    print(f"{title}\n{where}; torch {seen['torch']}; load {seen['load']} before the run", flush=True)
+    """Print the title, the hardware and the load of the machine."""
+    info = machine(device)
+    where = info.get("gpu") or f"{info['cpu']}, {info['cores']} cores, {info['threads']} threads, {info['capability']}"
+    print(f"{title}\n{where}; torch {info['torch']}; load {info['load']} before the run", flush=True)
 
 
 def start_anew(device: str) -> None:
-    """Before networks are made and compiled: graphs of earlier ones, which torch would use for these too, go."""
+    """Drop compiled graphs and free memory of earlier networks; torch would reuse the graphs for the next ones."""
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
     gc.collect()
@@ -83,12 +84,13 @@ def start_anew(device: str) -> None:
 
 
 def wait(device: str) -> None:
+    """Wait until the device has finished all work."""
     if device.startswith("cuda"):
         torch.cuda.synchronize()
 
 
 def cpu_seconds() -> float:
-    """Processor time of this process: what work costs a core, also where others use it meanwhile."""
+    """CPU time of this process; unlike wall time, it does not depend on the load by other processes."""
     return time.process_time()
 
 
@@ -96,8 +98,7 @@ def in_turns(
     variants: Mapping[str, Callable[[], object]], rounds: int, device: str = "cpu",
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
-    """Seconds of each variant in each round, after one call of each that is not counted; every other round backwards.
-    """
+    """Seconds of each variant in each round. One untimed call of each comes first; every other round is reversed."""
     times: dict[str, list[float]] = {name: [] for name in variants}
     for number in range(-1, rounds):
         for name in list(variants)[:: 1 if number % 2 else -1]:
@@ -111,23 +112,25 @@ def in_turns(
 
 
 def summary(times: Mapping[str, Sequence[float]], baseline: str | None = None, per: float = 1) -> dict[str, dict]:
-    """{variant: median, low and high in ms, ratio to the baseline with its range}; a ratio above 1 is faster.
+    """{variant: {ms, low, high, ratio, ratio_low, ratio_high}}: median and range in ms, and of the speed-up.
 
     Args:
-        times: seconds of each round, of `per` items each.
+        times: {variant: seconds of each round}.
+        baseline: variant that ratios compare with; above 1 is faster than it. None: no ratios.
+        per: number of items that a round processes; times are per item.
     """
-    found = {}
+    rows = {}
     for name, seconds in times.items():
         ms = [1000 * t / per for t in seconds]
-        found[name] = {"ms": statistics.median(ms), "low": min(ms), "high": max(ms)}
+        rows[name] = {"ms": statistics.median(ms), "low": min(ms), "high": max(ms)}
         if baseline is not None:
             ratios = [b / t for b, t in zip(times[baseline], seconds, strict=True)]
-            found[name] |= {"ratio": statistics.median(ratios), "ratio_low": min(ratios), "ratio_high": max(ratios)}
-    return found
+            rows[name] |= {"ratio": statistics.median(ratios), "ratio_low": min(ratios), "ratio_high": max(ratios)}
+    return rows
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Printed in Markdown, to be pasted into docs/performance.md; floats with three digits, None as an empty cell."""
+    """Print a Markdown table, as in docs/performance.md; floats have three digits, None is an empty cell."""
     text = [[shown(cell) for cell in row] for row in [columns, *rows]]
     widths = [max(len(row[i]) for row in text) for i in range(len(columns))]
     for number, row in enumerate(text):
@@ -147,12 +150,12 @@ def shown(cell: object) -> str:
     return f"{cell:,.0f}" if abs(cell) >= 1000 else f"{cell:.3g}"
 
 
-def time_rows(found: Mapping[str, dict]) -> list[list]:
-    """Rows of `summary` under the columns TIMES."""
+def time_rows(summaries: Mapping[str, dict]) -> list[list]:
+    """Rows of a table with the columns TIMES, from `summary`."""
     return [
         [name, row["ms"], f"{shown(row['low'])} .. {shown(row['high'])}",
          f"{row['ratio']:.2f} ({row['ratio_low']:.2f} .. {row['ratio_high']:.2f})" if "ratio" in row else None]
-        for name, row in found.items()
+        for name, row in summaries.items()
     ]
 
 
@@ -160,7 +163,7 @@ TIMES = ("variant", "median ms", "range ms", "times as fast (range)")
 
 
 def record(args: argparse.Namespace, benchmark: str, **results: object) -> None:
-    """Append the line of JSON that --json asks for."""
+    """Append a line of JSON to the file that --json names, if any."""
     if args.json:
         line = {"benchmark": benchmark, "time": time.strftime("%Y-%m-%dT%H:%M:%S"), "machine": machine(args.device),
                 "flags": {k: v for k, v in vars(args).items() if k != "json"}, **results}
@@ -168,11 +171,11 @@ def record(args: argparse.Namespace, benchmark: str, **results: object) -> None:
             file.write(json.dumps(line) + "\n")
 
 
-# ---- What is counted, not timed ----
+# ---- Counting bytes; measuring peak rates ----
 
 
 def kept_bytes(function: Callable[[], object]) -> int:
-    """Bytes that autograd keeps for backward while `function` runs: each storage once, leaves (weights) left out."""
+    """Bytes that autograd saves for backward during `function`: each storage once, without leaves (weights)."""
     kept: dict[int, tuple[int, torch.UntypedStorage]] = {}
 
     def pack(x: torch.Tensor) -> torch.Tensor:
@@ -183,15 +186,15 @@ def kept_bytes(function: Callable[[], object]) -> int:
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        result = function()  # noqa: F841 - the graph must live until everything is counted
+        result = function()  # noqa: F841 - keeps the graph alive until everything is counted
     return sum(size for size, _ in kept.values())
 
 
 class Traffic(TorchDispatchMode):
-    """Counts bytes while it is active: what every operation reads and writes, as if no cache held anything.
+    """Counts the bytes that all operations read and write while it is active, as if there were no cache.
 
-    Views and fresh memory cost nothing. An operation reads its arguments, and writes its results or, in place, the
-    arguments that its schema says it changes.
+    Views and allocations count as zero. An operation reads its arguments and writes its results, or the arguments that
+    it changes in place according to its schema.
     """
 
     FREE = {"empty", "empty_like", "empty_strided", "new_empty", "_unsafe_view"}
@@ -218,7 +221,7 @@ class Traffic(TorchDispatchMode):
 
 
 def matmul_rate(device: str, dtype: torch.dtype, side: int = 0, seconds: float = 1.0) -> float:
-    """Measured FLOP/s of a product of square matrices: what a step's rate is compared with."""
+    """Measured FLOP/s of a product of square matrices, the peak that a step is compared with."""
     side = side or (8192 if device.startswith("cuda") else 1024)
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     best, end = 0.0, time.perf_counter() + seconds
@@ -233,7 +236,7 @@ def matmul_rate(device: str, dtype: torch.dtype, side: int = 0, seconds: float =
 
 
 def copy_rate(device: str, seconds: float = 1.0, size: int = 2**28) -> float:
-    """Measured bytes/s, read and written, of copying memory that no cache holds."""
+    """Measured bytes/s, read plus written, of copying a tensor larger than the caches."""
     source = torch.ones(size // 4, device=device)
     target = torch.empty_like(source)
     best, end = 0.0, time.perf_counter() + seconds

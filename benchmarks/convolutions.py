@@ -1,4 +1,4 @@
-"""A ResNet on crops whose channels come first or last in memory, forward and backward.
+"""A ResNet, forward and backward, with crops in channels-first or channels-last memory format.
 
     python benchmarks/convolutions.py                        # and with --precision bf16
     python benchmarks/convolutions.py --device cuda --precision bf16 --batch 256
@@ -20,7 +20,7 @@ def main(args) -> int:
     torch.manual_seed(0)
     bench.header(f"{args.arch}, {args.precision}", args.device)
     network = build_backbone(args.arch, 16, 0.0, img_size=args.sizes[0])[0].to(args.device)
-    dtype, found = PRECISIONS[args.precision], {}
+    dtype, summaries = PRECISIONS[args.precision], {}
 
     def train(crops: torch.Tensor) -> None:
         with torch.autocast(args.device.split(":")[0], dtype, enabled=dtype is not None):
@@ -28,24 +28,24 @@ def main(args) -> int:
         features.float().square().mean().backward()
 
     for size in args.sizes:
-        images = max(2, args.batch * args.sizes[0] ** 2 // size**2)  # as many pixels at each size
+        images = max(2, args.batch * args.sizes[0] ** 2 // size**2)  # the same number of pixels at each size
         crops = torch.randn(images, 3, size, size, device=args.device)
         times = bench.in_turns({
             "channels first": lambda x=crops: train(x),
             "channels last": lambda x=crops: train(x.contiguous(memory_format=torch.channels_last)),
         }, args.rounds, args.device, bench.cpu_seconds if args.device == "cpu" else time.perf_counter)
-        found[size] = bench.summary(times, "channels first")
+        summaries[size] = bench.summary(times, "channels first")
         print(f"\n{images} crops of {size} pixels")
-        bench.table(bench.TIMES, bench.time_rows(found[size]))
-    bench.record(args, "convolutions", variants=found)
+        bench.table(bench.TIMES, bench.time_rows(summaries[size]))
+    bench.record(args, "convolutions", variants=summaries)
     return 0
 
 
 def get_args_parser():
     parser = bench.parser(__doc__)
     parser.add_argument("--arch", default="resnet50")
-    parser.add_argument("--sizes", type=int, nargs="+", default=(224, 96), help="pixels")
-    parser.add_argument("--batch", type=int, default=4, help="crops of the first size")
+    parser.add_argument("--sizes", type=int, nargs="+", default=(224, 96), help="sides of the crops in pixels")
+    parser.add_argument("--batch", type=int, default=4, help="number of crops of the first size")
     parser.add_argument("--precision", choices=sorted(PRECISIONS), default="fp32")
     return parser
 

@@ -1,11 +1,11 @@
-"""The loss alone, forward and backward, at K = 65,536 and ten crops: ours against the double loop of naive.py, and
-against the same algebra without parts: logsumexp and inner products of all logits at once, differentiated by autograd.
+"""The loss alone, forward and backward, with K = 65,536 and ten crops: `ours`, the double loop of naive.py, and the
+same algebra on all logits at once (logsumexp and inner products), differentiated by autograd.
 
     python benchmarks/loss.py                                            # 8 images, float32 logits
     python benchmarks/loss.py --device cuda --precision bf16 --batch 128
 
-`kept` counts the bytes that autograd holds between forward and backward; `peak` adds the largest temporaries, on
-CUDA only. Losses and gradients of all variants must agree.
+`kept` counts the bytes that autograd saves between forward and backward; `peak` includes temporaries (CUDA only).
+Losses and gradients of all variants must agree.
 """
 
 import sys
@@ -17,11 +17,11 @@ import torch
 import utils
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
-WORST = {"fp32": 1e-4, "bf16": 2e-2}  # largest difference of gradients, as a share of the largest gradient
+WORST = {"fp32": 1e-4, "bf16": 2e-2}  # tolerated difference of gradients, relative to the largest gradient
 
 
 def at_once(s: torch.Tensor, t: torch.Tensor, center: torch.Tensor, crops: int) -> torch.Tensor:
-    """As q sums to one, the cross-entropy of a pair is logsumexp(logits) - <q, logits>."""
+    """DINO's loss. q sums to one, so the cross-entropy of a pair is logsumexp(logits) - <q, logits>."""
     s = s.float().unflatten(0, (crops, -1)) / 0.1
     q = ((t.float() - center) / 0.04).softmax(-1).unflatten(0, (2, -1))
     match = (q.flip(0) * s[:2]).sum() + (q.sum(0) * s[2:].sum(0)).sum()
@@ -38,8 +38,9 @@ def variants(crops: int, k: int, device: str) -> dict:
     }
 
 
-def agree(found: dict, precision: str) -> None:
-    (loss, grad), *others = found.values()
+def agree(results: dict, precision: str) -> None:
+    """Exits if a variant's loss or gradient differs from the first variant's."""
+    (loss, grad), *others = results.values()
     for other, other_grad in others:
         worst = ((grad - other_grad).abs().max() / grad.abs().max()).item()
         if abs(loss - other) > 1e-3 * abs(loss) or worst > WORST[precision]:
@@ -69,21 +70,21 @@ def measure(args) -> dict:
         functions[name](student, teacher).backward()
 
     times = bench.in_turns({n: (lambda n=n: run(n)) for n in functions}, args.rounds, args.device)
-    found = {n: row | counted[n] for n, row in bench.summary(times, "naive").items()}
+    rows = {n: row | counted[n] for n, row in bench.summary(times, "naive").items()}
     logits = student.numel() * student.element_size()
     print(f"{args.batch} images, {crops} crops, K {args.out_dim}: the student's logits are {logits / 1e6:.0f} MB")
     bench.table([*bench.TIMES, "kept MB", "peak MB"],
                 [[*cells, row["kept"] / 1e6, row["peak"] and row["peak"] / 1e6]
-                 for cells, row in zip(bench.time_rows(found), found.values(), strict=True)])
-    return found
+                 for cells, row in zip(bench.time_rows(rows), rows.values(), strict=True)])
+    return rows
 
 
 def get_args_parser():
     parser = bench.parser(__doc__)
-    parser.add_argument("--batch", type=int, default=8, help="images")
-    parser.add_argument("--local", type=int, default=8, help="local crops")
-    parser.add_argument("--out_dim", type=int, default=65536, help="K")
-    parser.add_argument("--precision", choices=sorted(PRECISIONS), default="fp32", help="of the logits")
+    parser.add_argument("--batch", type=int, default=8, help="number of images")
+    parser.add_argument("--local", type=int, default=8, help="number of local crops")
+    parser.add_argument("--out_dim", type=int, default=65536, help="number of prototypes K")
+    parser.add_argument("--precision", choices=sorted(PRECISIONS), default="fp32", help="dtype of the logits")
     return parser
 
 

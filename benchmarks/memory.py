@@ -1,11 +1,11 @@
-"""Bytes of a training step by category, counted: weights, optimizer, activations, logits; ours, naive.py, the model.
+"""Bytes of a training step by category, counted: weights, optimizer, activations, logits; for ours, naive and model.py.
 
     python benchmarks/memory.py
     python benchmarks/memory.py --device cuda --precision bf16 --batch 32
 
-Activations and logits are what autograd keeps between forward and backward, each storage once, and are counted the
-same on any device; weights cast to a half-precision type stand with the activations. On a CPU in bf16 both keep the
-attention weights; on CUDA ours does not. Peaks are the allocator's, on CUDA only: train_step.py prints them.
+Activations and logits are what autograd saves between forward and backward, each storage once. The count is the same
+on any device, with one exception: in bf16 on a CPU, ours saves the attention weights like naive; on CUDA it does not.
+Weights cast to half precision count as activations. For peaks of the CUDA allocator, see train_step.py.
 """
 
 import sys
@@ -17,11 +17,11 @@ import ours
 import torch
 from train_step import PRECISIONS, crops_of
 
-GROWING = ("activations", "logits and loss")  # with the number of images; the rest stays as it is
+GROWING = ("activations", "logits and loss")  # proportional to the number of images; the other categories are constant
 
 
 def count(trainer, crops, features) -> dict[str, int]:
-    """MB: `features` is the student's pass through the backbone alone."""
+    """Bytes per category; `features` runs the student's backbone without the head."""
     weights = sum(p.numel() * p.element_size() for net in (trainer.student, trainer.teacher) for p in net.parameters())
     trained = sum(p.numel() * p.element_size() for p in trainer.student.parameters() if p.requires_grad)
     with torch.autocast(trainer.device.split(":")[0], trainer.dtype, enabled=trainer.dtype is not None):
@@ -41,22 +41,22 @@ def measure(batch: int, args) -> dict[str, dict]:
         "ours, layers checkpointed": lambda: ours.Trainer(**shared, local=args.local, checkpointed="layers"),
         "ours, blocks checkpointed": lambda: ours.Trainer(**shared, local=args.local, checkpointed="blocks"),
     }
-    found = {}
+    counts = {}
     for who, make in trainers.items():
         trainer, crops = make(), views if who == "naive" else joined
-        found[who] = count(trainer, crops, lambda net=trainer.student.backbone: [net(c) for c in joined])
+        counts[who] = count(trainer, crops, lambda net=trainer.student.backbone: [net(c) for c in joined])
     shape = model.Shape.of(args.arch, args.patch, args.sizes, args.local, args.out_dim)
     precision = "fp32" if args.precision == "fp32" else "bf16"
     size = 4 * shape.parameters()
-    found["the model of cost"] = {
+    counts["the model of cost"] = {
         "weights": 2 * size, "gradients": size, "moments": 2 * size,
         "activations": batch * shape.kept_bytes(precision), "logits and loss": None}
-    return found
+    return counts
 
 
 def get_args_parser():
     parser = bench.step_parser(__doc__, naive.SIZES, "vit_small", (224, 96))
-    parser.add_argument("--batch", type=int, default=2, help="images a step")
+    parser.add_argument("--batch", type=int, default=2, help="images per step")
     parser.add_argument("--precision", choices=sorted(PRECISIONS), default="fp32")
     return parser
 
@@ -66,16 +66,16 @@ def main(args) -> int:
         args.arch, args.sizes, args.local, args.out_dim = "vit_nano", (32, 16), 2, 64
     torch.manual_seed(0)
     bench.header(f"memory of a step, {args.arch}/{args.patch}, {args.precision}, {args.batch} images", args.device)
-    found, twice = measure(args.batch, args), measure(2 * args.batch, args)
-    names = list(found["ours"])
-    bench.table(["MB", *names], [[who, *(row[n] and row[n] / 1e6 for n in names)] for who, row in found.items()])
+    counts, twice = measure(args.batch, args), measure(2 * args.batch, args)
+    names = list(counts["ours"])
+    bench.table(["MB", *names], [[who, *(row[n] and row[n] / 1e6 for n in names)] for who, row in counts.items()])
     more = {who: [(twice[who][n] - row[n]) / args.batch for n in GROWING]
-            for who, row in found.items() if None not in row.values()}
-    print("\nAn image more takes")
+            for who, row in counts.items() if None not in row.values()}
+    print("\nEach additional image takes")
     bench.table(["MB", *GROWING, "both", "share of naive"],
                 [[who, *(b / 1e6 for b in row), sum(row) / 1e6, sum(row) / sum(more["naive"])]
                  for who, row in more.items()])
-    bench.record(args, "memory", bytes=found, bytes_an_image=more)
+    bench.record(args, "memory", bytes=counts, bytes_an_image=more)
     return 0
 
 

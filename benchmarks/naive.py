@@ -1,11 +1,11 @@
-"""The baseline: DINO written down from the paper's pseudo-code (arXiv 2104.14294, algorithm 1), eager and plain.
+"""The baseline: a straightforward implementation of DINO's pseudo-code (arXiv 2104.14294, algorithm 1), in eager mode.
 
-It shares no code with the product; only the parameters' names are the published ones, so that both can start from the
-same weights and must then compute the same (tests/test_benchmarks.py). What makes it naive is what one writes first:
+It shares no code with the project. The names of its parameters are the published ones, so that both implementations
+can start from the same weights, from which they compute the same losses and updates (tests/test_benchmarks.py). It does
 
-    one pass a crop, or one a resolution with `grouped`   attention as softmax(q k^T) v
-    the loss as a double loop over pairs of views          the EMA, clipping and AdamW parameter by parameter
-    a loss read on the host in every step                  augmentation picture by picture with Pillow
+    one pass per crop, or per resolution with `grouped`    attention as softmax(q k^T) v
+    the loss as a double loop over pairs of views          EMA, clipping and AdamW one parameter at a time
+    one read of the loss on the host in every step         augmentation of one image at a time with Pillow
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Block(nn.Module):
         self.drop = drop
 
     def dropped(self, x):
-        """Stochastic depth: the branch is computed, then multiplied by zero for some samples."""
+        """Stochastic depth: compute the branch for all samples, then multiply it by zero for some."""
         if not self.training or self.drop == 0:
             return x
         keep = (torch.rand(len(x), 1, 1, device=x.device) >= self.drop).to(x.dtype)
@@ -137,7 +137,7 @@ class Network(nn.Module):
 
 
 def H(t, s, center, tps, tpt):  # noqa: N802 - the paper's name
-    """The cross-entropy of algorithm 1, of a teacher's view t and a student's view s, (B, K) each."""
+    """Cross-entropy of algorithm 1 between a view t of the teacher and a view s of the student, (B, K) each."""
     t = torch.softmax((t - center) / tpt, dim=1).detach()
     s = torch.log_softmax(s / tps, dim=1)
     return -(t * s).sum(dim=1).mean()
@@ -155,7 +155,7 @@ def dino_loss(student_out, teacher_out, center, tps=0.1, tpt=0.04):
 
 
 def forward(network, crops, grouped):
-    """Outputs of a list of crops (B, 3, s, s), a list of (B, K)."""
+    """List of crops (B, 3, s, s) -> list of head outputs (B, K)."""
     if not grouped:
         return [network(crop) for crop in crops]
     sizes = sorted({crop.shape[-1] for crop in crops}, reverse=True)
@@ -204,48 +204,48 @@ class Trainer:
         return loss.item()
 
 
-# ---- Augmentation, picture by picture ----
+# ---- Augmentation, one image at a time ----
 
 
-def jitter(picture):
+def jitter(image):
     from torchvision.transforms import functional as T
 
     factors = [(T.adjust_brightness, random.uniform(0.6, 1.4)), (T.adjust_contrast, random.uniform(0.6, 1.4)),
                (T.adjust_saturation, random.uniform(0.8, 1.2)), (T.adjust_hue, random.uniform(-0.1, 0.1))]
     random.shuffle(factors)
     for function, factor in factors:
-        picture = function(picture, factor)
-    return picture
+        image = function(image, factor)
+    return image
 
 
-def view(picture, scale, size, blur, solarize):
-    """One crop of a Pillow picture, float32 (3, size, size), normalized."""
+def view(image, scale, size, blur, solarize):
+    """Pillow image -> one normalized crop, float32 (3, size, size)."""
     from torchvision import transforms
     from torchvision.transforms import InterpolationMode
     from torchvision.transforms import functional as T
 
-    box = transforms.RandomResizedCrop.get_params(picture, scale, (3 / 4, 4 / 3))
-    picture = T.resized_crop(picture, *box, [size, size], InterpolationMode.BICUBIC)
+    box = transforms.RandomResizedCrop.get_params(image, scale, (3 / 4, 4 / 3))
+    image = T.resized_crop(image, *box, [size, size], InterpolationMode.BICUBIC)
     if random.random() < 0.5:
-        picture = T.hflip(picture)
+        image = T.hflip(image)
     if random.random() < 0.8:
-        picture = jitter(picture)
+        image = jitter(image)
     if random.random() < 0.2:
-        picture = T.to_grayscale(picture, 3)
+        image = T.to_grayscale(image, 3)
     if random.random() < blur:
-        picture = picture.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2.0)))
+        image = image.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2.0)))
     if random.random() < solarize:
-        picture = ImageOps.solarize(picture)
-    return T.normalize(T.to_tensor(picture), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+        image = ImageOps.solarize(image)
+    return T.normalize(T.to_tensor(image), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
-def augment(picture, local=8, sizes=(224, 96), global_scale=(0.4, 1.0), local_scale=(0.05, 0.4)):
-    views = [view(picture, global_scale, sizes[0], 1.0, 0.0), view(picture, global_scale, sizes[0], 0.1, 0.2)]
-    return views + [view(picture, local_scale, sizes[1], 0.5, 0.0) for _ in range(local)]
+def augment(image, local=8, sizes=(224, 96), global_scale=(0.4, 1.0), local_scale=(0.05, 0.4)):
+    views = [view(image, global_scale, sizes[0], 1.0, 0.0), view(image, global_scale, sizes[0], 0.1, 0.2)]
+    return views + [view(image, local_scale, sizes[1], 0.5, 0.0) for _ in range(local)]
 
 
 class Pictures(torch.utils.data.Dataset):
-    """Files -> lists of crops."""
+    """Image files -> lists of crops."""
 
     def __init__(self, paths, **options):
         self.paths, self.options = paths, options

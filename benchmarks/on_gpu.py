@@ -1,11 +1,11 @@
-"""Everything that wants a GPU, in one call: are the fast paths right there, and how fast are they?
+"""Checks and benchmarks for a GPU in one call: are the fast paths correct, and how fast are they?
 
     python benchmarks/on_gpu.py --json gpu.jsonl             # about ten minutes on one GPU
-    python benchmarks/on_gpu.py --quick --device cpu         # tiny sizes, to see that it runs
+    python benchmarks/on_gpu.py --quick --device cpu         # tiny sizes, to check that the script runs
 
-First each way of computing a step is compared with float64 on the same weights and crops, and the colours with those of
-a CPU: a wrong one ends the script. Then the other benchmarks run one after the other, with the sizes of
-docs/performance.md.
+First, the gradient of each variant of the step is compared with float64 for the same weights and crops, and the colour
+augmentation with the CPU's. An error above the tolerance ends the script. Then the other benchmarks run one after the
+other, with the sizes of docs/performance.md.
 """
 
 import importlib
@@ -20,7 +20,7 @@ from train_step import crops_of
 
 import utils
 
-# Each: the script and its flags; the device, --quick and --json are passed on.
+# (script, its flags); --device, --quick and --json are passed on.
 RUNS = (
     ("train_step", "--precision bf16 --batch 64 128 256 --rounds 20 --compile --packed --grad_checkpointing"),
     ("train_step", "--precision bf16 --batch 128 --rounds 20 --compile reduce-overhead"),
@@ -35,7 +35,7 @@ RUNS = (
     ("train_step", "--precision bf16 --batch 128 --compile --profile trace.json"),
 )
 
-WAYS = {  # name: (arguments of ours.Trainer, packed, largest share that the gradient may be off by)
+WAYS = {  # name: (arguments of ours.Trainer, packed, tolerated relative error of the gradient)
     "fp32": ({}, False, 1e-3), "fp32, packed": ({}, True, 1e-3),
     "fp32, blocks checkpointed": ({"checkpointed": "blocks"}, False, 1e-3),
     "fp32, layers checkpointed": ({"checkpointed": "layers"}, False, 1e-3),
@@ -52,7 +52,7 @@ def gradient(trainer: ours.Trainer, crops: list) -> torch.Tensor:
 
 
 def compare(args) -> list[list]:
-    """Rows (way, share of the norm that its gradient is off by) against float64 on the CPU; a wrong one ends it all."""
+    """Rows (variant, relative error of its gradient) against float64 on the CPU; exits if an error is too large."""
     torch.manual_seed(0)
     shared = {"arch": "vit_nano", "size": 64, "k": 512, "local": 2, "drop_path": 0.0}
     exact = ours.Trainer(**shared)
@@ -70,8 +70,8 @@ def compare(args) -> list[list]:
             network.load_state_dict(weights)
         if pack:
             packed.pack(trainer.student)
-        found = gradient(trainer, [c.to(args.device) for c in crops])
-        off = ((found - expected).norm() / expected.norm()).item()
+        actual = gradient(trainer, [c.to(args.device) for c in crops])
+        off = ((actual - expected).norm() / expected.norm()).item()
         rows.append([name, off])
         if not off < worst:
             raise SystemExit(f"{name}: the gradient is off by {off:.2g} of its norm, more than {worst:g}")
@@ -79,7 +79,7 @@ def compare(args) -> list[list]:
 
 
 def compare_colours(args) -> list[list]:
-    """Rows (way, largest difference of a normalized value) against photometric.py on a CPU; a wrong one ends it all."""
+    """Rows (variant, maximum absolute error) against photometric.py on the CPU; exits if an error is too large."""
     aug, rng = utils.DataAugmentationDINO((0.4, 1.0), (0.05, 0.4), 2, 64, 32), np.random.default_rng(0)
     crops = torch.randint(0, 256, (64, 3, 64, 64), dtype=torch.uint8)
     params = torch.from_numpy(np.stack([aug.draw_photometric(i % 4, rng) for i in range(len(crops))]))

@@ -1,4 +1,4 @@
-"""The product's training step on tensors that are given: what main_dino.py's loop does between loader and log."""
+"""The project's training step on given tensors: the loop of main_dino.py without data loading and logging."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from vision_transformer import DINOHead, build_backbone
 
 
 class Trainer:
-    """Same arguments and initial weights' names as naive.Trainer.
+    """Has the arguments and the parameter names of naive.Trainer.
 
-    `compiled` is a mode of torch.compile, `checkpointed` "layers" or "blocks"; of both, "" is none.
+    `compiled`: a mode of torch.compile, or "". `checkpointed`: "layers", "blocks" or "".
     """
 
     def __init__(self, arch="vit_small", patch=16, size=224, k=65536, device="cpu", dtype=None, local=8,
@@ -38,13 +38,13 @@ class Trainer:
         """crops: [(2B, 3, g, g), (LB, 3, l, l)] -> what utils.losses returns.
 
         Args:
-            forward: the student as a distributed run wraps it; itself by default.
+            forward: the wrapped student of a distributed run; default: the student.
         """
         with torch.autocast(self.device.split(":")[0], self.dtype, enabled=self.dtype is not None):
             return utils.losses(forward or self.student, self.teacher, crops, self.dino_loss, 0)
 
     def step(self, crops: list[torch.Tensor], momentum: float = 0.996, forward=None) -> torch.Tensor:
-        """One optimizer step; the loss stays on the device."""
+        """One optimizer step. Returns the loss, on the device."""
         loss, parts = self.losses(crops, forward)
         loss.backward()
         utils.clip_gradients(self.student, 3.0)

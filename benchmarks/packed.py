@@ -1,8 +1,9 @@
-"""All crops of an image set in one pass through the blocks: a variant of utils.MultiCropWrapper, which makes one pass a
-resolution. train_step.py --packed measures it; tests/test_benchmarks.py holds it equal to separate passes.
+"""All crops of a batch in one pass through the blocks; utils.MultiCropWrapper makes one pass per resolution.
 
-Tokens of all crops lie one after the other, so that norms, linear layers and GELU run once. Attention, which must not
-mix crops, runs once for each group of crops of one length.
+Measured by train_step.py --packed; tests/test_benchmarks.py checks that the result equals that of separate passes.
+
+The tokens of all crops are concatenated, so that norms, linear layers and GELU run once. Attention must not mix crops
+and runs once per group of crops with the same number of tokens.
 
 Shapes: T tokens of all crops, groups [(n crops of N tokens), ...], D width, H heads.
 """
@@ -24,12 +25,12 @@ Groups = list[tuple[int, int]]
 
 
 def pack(network: MultiCropWrapper) -> None:
-    """Let the network's passes be packed ones."""
+    """Replace the network's passes per resolution by a packed pass, in place."""
     network.features = partial(features, network.backbone)
 
 
 def features(backbone, crops: Sequence[Tensor]) -> Tensor:
-    """list of (n_i, C, h_i, w_i) -> class tokens (sum n_i, D); of the last block only what they need."""
+    """list of (n_i, C, h_i, w_i) -> class tokens (sum n_i, D); the last block computes nothing else."""
     tokens = [backbone.prepare_tokens(x) for x in crops]
     groups = [tuple(t.shape[:2]) for t in tokens]
     x = torch.cat([t.flatten(0, 1) for t in tokens])  # (T, D)
@@ -52,7 +53,7 @@ def attend(attn: Attention, x: Tensor, groups: Groups, first_only: bool) -> Tens
     for part, (n, N) in split(attn.qkv(x), groups):
         q, k, v = part.view(n, N, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)  # each (n, H, N, D / H)
         q = q[:, :, :1] if first_only else q
-        if q.device.type == "cpu" and q.dtype in HALF:  # as the product does it
+        if q.device.type == "cpu" and q.dtype in HALF:  # as vision_transformer.Attention
             y = (q @ k.transpose(-2, -1) * attn.scale).softmax(dim=-1) @ v
         else:
             y = F.scaled_dot_product_attention(q, k, v, scale=attn.scale)
@@ -61,12 +62,12 @@ def attend(attn: Attention, x: Tensor, groups: Groups, first_only: bool) -> Tens
 
 
 def split(x: Tensor, groups: Groups):
-    """Yields (tokens of a group (n N, .), (n, N))."""
+    """Yields (tokens (n N, .), (n, N)) of each group."""
     yield from zip(x.split([n * N for n, N in groups]), groups, strict=True)
 
 
 def dropped(module, y: Tensor, groups: Groups) -> Tensor:
-    """Stochastic depth, a crop at a time."""
+    """Stochastic depth: one random number per crop."""
     if not isinstance(module, DropPath) or not module.training:
         return y
     keep = 1 - module.drop_prob

@@ -1,4 +1,4 @@
-"""The normalization of the prototypes, forward and backward: written out against torch's kernel of weight norm.
+"""Weight normalization of the prototypes, forward and backward: written out, and with torch's weight-norm kernel.
 
     python benchmarks/prototypes.py
     python benchmarks/prototypes.py --device cuda
@@ -21,15 +21,15 @@ def main(args) -> int:
     torch.testing.assert_close(*grads)
     times = bench.in_turns({n: (lambda f=f: torch.autograd.grad(f(), v, grad)) for n, f in functions.items()},
                            args.rounds, args.device)
-    found = bench.summary(times, "written out")
-    bench.table(bench.TIMES, bench.time_rows(found))
-    bench.record(args, "prototypes", variants=found)
+    summary = bench.summary(times, "written out")
+    bench.table(bench.TIMES, bench.time_rows(summary))
+    bench.record(args, "prototypes", variants=summary)
     return 0
 
 
 def get_args_parser():
     parser = bench.parser(__doc__, rounds=7)
-    parser.add_argument("--out_dim", type=int, default=65536, help="K")
+    parser.add_argument("--out_dim", type=int, default=65536, help="number of prototypes K")
     return parser
 
 

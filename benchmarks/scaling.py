@@ -1,10 +1,10 @@
-"""One process and two: images/s, and the bytes that a step communicates, counted and as the model of cost has them.
+"""One process and two: images/s, and the bytes that a step communicates, counted and predicted by model.py.
 
     python benchmarks/scaling.py                      # gloo on this CPU; two processes share its cores
-    python benchmarks/scaling.py --device cuda        # nccl, a GPU a process
+    python benchmarks/scaling.py --device cuda        # nccl, one GPU per process
 
-Counted are the gradients' buckets and the centre's mean, as handed to the collectives on one process; a ring sends
-2 (n - 1) / n times as much over its link.
+The count is the size of the gradient buckets and of the centre's mean that one process passes to the collectives. A
+ring all-reduce sends 2 (n - 1) / n times as much over each link.
 """
 
 import json
@@ -28,7 +28,7 @@ from train_step import crops_of
 
 
 def count_bytes(student: DistributedDataParallel | None) -> dict[str, int]:
-    """A tally that fills while steps run: bytes in the gradients' buckets, and in all calls of all_reduce."""
+    """A dict that is updated while steps run: bytes in gradient buckets, and in all calls of all_reduce."""
     tally = {"gradients": 0, "all": 0}
     plain = dist.all_reduce
 
@@ -47,7 +47,7 @@ def count_bytes(student: DistributedDataParallel | None) -> dict[str, int]:
 
 
 def worker(rank: int, processes: int, args, store: str) -> None:
-    """Some steps of one process; rank 0 writes what it saw to `store`.json."""
+    """Run the steps of one process; rank 0 writes its timings and counts to `store`.json."""
     torch.set_num_threads(args.threads)
     cuda = args.device.startswith("cuda")
     device = f"cuda:{rank}" if cuda else "cpu"
@@ -81,16 +81,16 @@ def measure(processes: int, args) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         store = os.path.join(folder, "store")
         mp.spawn(worker, (processes, args, store), nprocs=processes)
-        seen = json.loads(Path(store + ".json").read_text())
-    rate = processes * args.batch / statistics.median(seen["seconds"])
-    return {"processes": processes, "images_per_s": rate, **seen}
+        result = json.loads(Path(store + ".json").read_text())
+    rate = processes * args.batch / statistics.median(result["seconds"])
+    return {"processes": processes, "images_per_s": rate, **result}
 
 
 def get_args_parser():
     parser = bench.step_parser(__doc__, naive.SIZES, "vit_tiny", (96, 48))
-    parser.add_argument("--batch", type=int, default=8, help="images a process and step")
-    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--threads", type=int, default=1, help="of each process")
+    parser.add_argument("--batch", type=int, default=8, help="images per process and step")
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="numbers of processes to measure")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads per process")
     return parser
 
 
@@ -98,14 +98,14 @@ def main(args) -> int:
     if args.quick:
         args.arch, args.sizes, args.local, args.out_dim, args.batch, args.rounds = "vit_nano", (32, 16), 2, 64, 2, 1
         args.processes = [2]
-    bench.header(f"scaling, {args.arch}/{args.patch}, {args.batch} images a process", args.device)
+    bench.header(f"scaling, {args.arch}/{args.patch}, {args.batch} images per process", args.device)
     shape = model.Shape.of(args.arch, args.patch, args.sizes, args.local, args.out_dim)
-    found = [measure(n, args) for n in args.processes]
+    runs = [measure(n, args) for n in args.processes]
     bench.table(["processes", "images/s", "ratio", "MB of gradients a step", "MB in the model", "MB of the centre"],
-                [[r["processes"], r["images_per_s"], r["images_per_s"] / found[0]["images_per_s"],
+                [[r["processes"], r["images_per_s"], r["images_per_s"] / runs[0]["images_per_s"],
                   r["gradients"] / 1e6, 4 * shape.parameters() / 1e6 * (r["processes"] > 1), r["centre"] / 1e6]
-                 for r in found])
-    bench.record(args, "scaling", runs=found)
+                 for r in runs])
+    bench.record(args, "scaling", runs=runs)
     return 0
 
 

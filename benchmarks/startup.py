@@ -1,4 +1,4 @@
-"""Seconds until something happens: --help, the first step of a small run, and of that, torch's own import.
+"""Start-up time: --help, a run of one step, and for comparison the import of torch.
 
     python benchmarks/startup.py
 """
@@ -25,7 +25,7 @@ def python(*arguments: str) -> None:
 
 
 def one_step(device: str) -> None:
-    """A whole run of one step: networks, loader with a worker, step, checkpoint, pictures."""
+    """A whole run of one step: networks, loader with a worker, step, checkpoint, figures."""
     with tempfile.TemporaryDirectory() as folder:
         python(*(word.format(device=device) for word in RUN), folder)
 
@@ -40,9 +40,9 @@ def main(args) -> int:
     }
     if args.quick:
         variants, args.rounds = {name: variants[name] for name in ("main_dino.py --help",)}, 1
-    found = bench.summary(bench.in_turns(variants, args.rounds))
-    bench.table(bench.TIMES[:3], [row[:3] for row in bench.time_rows(found)])
-    bench.record(args, "startup", variants=found)
+    summary = bench.summary(bench.in_turns(variants, args.rounds))
+    bench.table(bench.TIMES[:3], [row[:3] for row in bench.time_rows(summary)])
+    bench.record(args, "startup", variants=summary)
     return 0
 
 

@@ -1,11 +1,11 @@
-"""A training step on fixed tensors: networks, loss, backward, clipping, optimizer, EMA; ours against naive.py.
+"""A training step on fixed tensors (forward, loss, backward, clipping, optimizer, EMA): ours against naive.py.
 
-    python benchmarks/train_step.py --batch 4                                     # a CPU; one precision, both sides
+    python benchmarks/train_step.py --batch 4
     python benchmarks/train_step.py --device cuda --precision bf16 --batch 64 128 256 --rounds 20
     python benchmarks/train_step.py --device cuda --precision bf16 --profile trace.json
 
-TFLOP/s counts the method's arithmetic (model.py), the same for every variant. --profile writes a trace of our step
-for chrome://tracing or Perfetto and prints the ten operations that take most time on the device.
+TFLOP/s counts the method's arithmetic (model.py), which is the same for every variant. --profile writes a trace of our
+step for chrome://tracing or Perfetto and prints the ten operations that take the most time on the device.
 """
 
 import sys
@@ -22,7 +22,7 @@ PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def crops_of(batch: int, args) -> tuple[list, list]:
-    """The same pictures as naive.py and ours take them: a list of views, and one tensor a resolution."""
+    """The same random crops in two forms: a list of views (naive.py), and one tensor per resolution (ours)."""
     sizes = [args.sizes[0]] * 2 + [args.sizes[1]] * args.local
     views = [torch.randn(batch, 3, s, s, device=args.device) for s in sizes]
     return views, [torch.cat(group) for group in (views[:2], views[2:]) if group]
@@ -32,22 +32,22 @@ def trainers(args) -> dict:
     bench.start_anew(args.device)
     shared = {"arch": args.arch, "patch": args.patch, "size": args.sizes[0], "k": args.out_dim,
               "device": args.device, "dtype": PRECISIONS[args.precision]}
-    found = {"naive, a pass a crop": naive.Trainer(**shared),
+    variants = {"naive, a pass a crop": naive.Trainer(**shared),
              "naive, a pass a resolution": naive.Trainer(**shared, grouped=True),
              "ours": ours.Trainer(**shared, local=args.local)}
     if args.all_tokens:
-        found["ours, all tokens"] = ours.Trainer(**shared, local=args.local)
-        for network in (found["ours, all tokens"].student, found["ours, all tokens"].teacher):
+        variants["ours, all tokens"] = ours.Trainer(**shared, local=args.local)
+        for network in (variants["ours, all tokens"].student, variants["ours, all tokens"].teacher):
             network.class_token_only = False
     if args.grad_checkpointing:
         for what in ("layers", "blocks"):
-            found[f"ours, {what} checkpointed"] = ours.Trainer(**shared, local=args.local, checkpointed=what)
+            variants[f"ours, {what} checkpointed"] = ours.Trainer(**shared, local=args.local, checkpointed=what)
     if args.packed:
-        found["ours, packed"] = ours.Trainer(**shared, local=args.local)
-        packed.pack(found["ours, packed"].student)
+        variants["ours, packed"] = ours.Trainer(**shared, local=args.local)
+        packed.pack(variants["ours, packed"].student)
     if args.compile:
-        found["ours, compiled"] = ours.Trainer(**shared, local=args.local, compiled=args.compile)
-    return found
+        variants["ours, compiled"] = ours.Trainer(**shared, local=args.local, compiled=args.compile)
+    return variants
 
 
 def measure(batch: int, args, rate: float, bandwidth: float) -> dict:
@@ -66,40 +66,40 @@ def measure(batch: int, args, rate: float, bandwidth: float) -> dict:
 
     clock = bench.cpu_seconds if args.cpu_time else time.perf_counter
     times = bench.in_turns({n: (lambda n=n: run(n)) for n in variants}, args.rounds, args.device, clock)
-    found = bench.summary(times, "naive, a pass a resolution")  # the stronger of the two
-    for name, row in found.items():
+    summary = bench.summary(times, "naive, a pass a resolution")  # the stronger of the two
+    for name, row in summary.items():
         seconds = row["ms"] / 1000
         row |= {"images_per_s": batch / seconds, "tflops": flop / seconds / 1e12, "share": flop / seconds / rate,
                 "peak_gb": peaks[name] / 1e9 if peaks else None}
     rows = [[*cells, row["images_per_s"], row["tflops"], f"{row['share']:.0%}", row["peak_gb"]]
-            for cells, row in zip(bench.time_rows(found), found.values(), strict=True)]
+            for cells, row in zip(bench.time_rows(summary), summary.values(), strict=True)]
     predicted = batch / sum(causes.values())
-    print(f"\n{batch} images a step, {flop / batch / 1e9:.1f} GFLOP an image; the model of cost predicts "
+    print(f"\n{batch} images per step, {flop / batch / 1e9:.1f} GFLOP per image; model.py predicts "
           f"{predicted:.3g} images/s: {1000 * causes['arithmetic']:.3g} ms of arithmetic, "
           f"{1000 * causes['memory']:.3g} ms of memory traffic")
     bench.table([*bench.TIMES, "images/s", "TFLOP/s", "of matmul", "peak GB"], rows)
-    return {"batch": batch, "predicted": predicted, "variants": found}
+    return {"batch": batch, "predicted": predicted, "variants": summary}
 
 
 def profile(args) -> None:
-    """A trace of three steps and the ten largest operations on the device, with their share."""
+    """Write a trace of three steps, and print the ten longest operations on the device with their share."""
     from torch.profiler import ProfilerActivity
 
     cuda = args.device.startswith("cuda")
     trainer, crops = trainers(args)["ours, compiled" if args.compile else "ours"], crops_of(args.batch[0], args)[1]
     trainer.step(crops)
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda
-    with torch.profiler.profile(activities=activities) as found:
+    with torch.profiler.profile(activities=activities) as profiler:
         for _ in range(1 if args.quick else 3):
             trainer.step(crops)
         bench.wait(args.device)
-    found.export_chrome_trace(args.profile)
+    profiler.export_chrome_trace(args.profile)
 
     def time_of(event) -> float:
         return event.self_device_time_total if cuda else event.self_cpu_time_total
 
-    events = sorted(found.key_averages(), key=time_of, reverse=True)
-    events = [e for e in events if not cuda or e.device_type != torch.autograd.DeviceType.CPU]  # kernels alone
+    events = sorted(profiler.key_averages(), key=time_of, reverse=True)
+    events = [e for e in events if not cuda or e.device_type != torch.autograd.DeviceType.CPU]  # kernels only
     total = sum(map(time_of, events))
     print(f"\nwrote {args.profile}; the ten largest {'kernels' if cuda else 'operations'}:")
     bench.table(["name", "share", "ms", "calls"],
@@ -108,15 +108,18 @@ def profile(args) -> None:
 
 def get_args_parser():
     parser = bench.step_parser(__doc__, naive.SIZES, "vit_small", (224, 96))
-    parser.add_argument("--batch", type=int, nargs="+", default=[4], help="images a step; one table each")
+    parser.add_argument("--batch", type=int, nargs="+", default=[4], help="images per step; one table for each value")
     parser.add_argument("--precision", choices=sorted(PRECISIONS), default="fp32")
     parser.add_argument("--compile", nargs="?", const="default", default="", metavar="MODE",
-                        help="also our step with torch.compile; reduce-overhead is CUDA graphs")
-    parser.add_argument("--all_tokens", action="store_true", help="also our step with a whole last block")
-    parser.add_argument("--grad_checkpointing", action="store_true", help="also our step with less kept for backward")
-    parser.add_argument("--packed", action="store_true", help="also our step with all crops in one pass (packed.py)")
-    parser.add_argument("--cpu_time", action="store_true", help="processor time: one thread on a CPU that others load")
-    parser.add_argument("--profile", default="", metavar="FILE", help="write a trace of our step, instead of timing")
+                        help="also time our step under torch.compile; reduce-overhead uses CUDA graphs")
+    parser.add_argument("--all_tokens", action="store_true",
+                        help="also time our step with all tokens in the last block")
+    parser.add_argument("--grad_checkpointing", action="store_true",
+                        help="also time our step with recomputed layers, and with recomputed blocks")
+    parser.add_argument("--packed", action="store_true", help="also time all crops in one pass (packed.py)")
+    parser.add_argument("--cpu_time", action="store_true",
+                        help="measure CPU time instead of wall time; use it with one thread on a busy machine")
+    parser.add_argument("--profile", default="", metavar="FILE", help="write a trace of our step instead of timing")
     return parser
 
 
@@ -132,8 +135,8 @@ def main(args) -> int:
     rate = bench.matmul_rate(args.device, PRECISIONS[args.precision] or torch.float32, 64 if args.quick else 0)
     bandwidth = bench.copy_rate(args.device, size=2**20 if args.quick else 2**28)
     print(f"measured: matrix products {rate / 1e12:.3g} TFLOP/s, copies {bandwidth / 1e9:.3g} GB/s")
-    found = [measure(batch, args, rate, bandwidth) for batch in args.batch]
-    bench.record(args, "train_step", matmul_flops=rate, copy_bytes=bandwidth, batches=found)
+    batches = [measure(batch, args, rate, bandwidth) for batch in args.batch]
+    bench.record(args, "train_step", matmul_flops=rate, copy_bytes=bandwidth, batches=batches)
     return 0
 
 

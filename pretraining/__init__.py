@@ -1,1 +1,1 @@
-"""A training run: its plan, networks and state; what it logs; how it survives."""
+"""A training run: schedules, networks, state, logging, and what it does when something fails."""

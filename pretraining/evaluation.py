@@ -1,4 +1,4 @@
-"""k-NN of the teacher's features while a run trains."""
+"""k-NN evaluation of the teacher's features during training."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from protocols.knn import knn_classifier
 from protocols.splits import Part, match_classes
 from protocols.transforms import EvalImages
 
-MOST_PIXELS = 100_000  # training images; for more, the 3072 raw pixels of each would take hours
+MOST_PIXELS = 100_000  # training images above which k-NN on raw pixels is skipped, as it would take hours
 
 
 class KnnEvaluation(NamedTuple):
     """20-NN classification of labelled validation images by labelled training images."""
 
     parts: tuple[Images, Images]  # training, validation
-    labels: tuple[torch.Tensor, torch.Tensor]  # numbers of one list of classes
+    labels: tuple[torch.Tensor, torch.Tensor]  # class indices, the same classes in both parts
     n_classes: int
     crop_size: int
     mean: Sequence[float]
@@ -35,8 +35,8 @@ class KnnEvaluation(NamedTuple):
     device: torch.device
 
     def knn(self, backbone: nn.Module | None, autocast: AbstractContextManager | None = None) -> tuple[float, float]:
-        """(top-1, top-5) in % of 20-NN on a backbone's features, or on raw pixels for None."""
-        with torch.random.fork_rng(devices=[]):  # loaders draw a seed: it must not move the run's random numbers
+        """(top-1, top-5) accuracy in % of 20-NN on the backbone's features; None: on raw pixels."""
+        with torch.random.fork_rng(devices=[]):  # data loaders draw a seed from torch, which training must not notice
             try:
                 features = [self.features(backbone, images, autocast) for images in self.parts]
             except Refused as error:  # an image that can't be decoded
@@ -55,9 +55,9 @@ class KnnEvaluation(NamedTuple):
         return features
 
     def baselines(self, backbone: nn.Module, autocast: AbstractContextManager | None) -> dict[str, float]:
-        """Top-1 of the untrained network and of raw pixels: a backbone below them has learned nothing.
+        """Top-1 of the untrained network and of raw pixels; a backbone that is not better has learned nothing.
 
-        Without raw pixels where there are more than MOST_PIXELS training images.
+        Raw pixels are skipped for more than MOST_PIXELS training images.
         """
         figures = {"untrained": self.knn(backbone, autocast)[0]}
         line = f"20-NN before training: {figures['untrained']:.1f} % on this network's features"
@@ -72,17 +72,17 @@ def open_evaluation(
     path: str, flag: str, crop_size: int, mean: Sequence[float], std: Sequence[float], in_chans: int,
     batch_size: int, num_workers: int, device: torch.device, max_pixels: int = MAX_PIXELS,
 ) -> KnnEvaluation:
-    """The k-NN evaluation of `path`, which `flag` named.
+    """The k-NN evaluation on the data set at `path`, the value of `flag`.
 
     Raises:
-        Refused: no train and val part, or no labels.
+        Refused: there is no train or val part, or one of them has no labels.
     """
     parts = tuple(open_images(path, part, in_chans, max_pixels, flag) for part in ("train", "val"))
     for images, part in zip(parts, ("train", "val"), strict=True):
         if images.labels is None:
             raise Refused(f"{flag} {path}: its {part} part has no labels; --eval_knn_every needs train/ and val/ "
                           "folders of class folders")
-    # Classes are matched by name, as one may be missing in a part.
+    # Match classes by name: a part may lack some of them.
     train, val = match_classes(*(Part(torch.empty(0), images.labels, images.classes) for images in parts))
     return KnnEvaluation(parts, (train.labels, val.labels), len(train.classes), crop_size, mean, std, batch_size,
                          num_workers, device)

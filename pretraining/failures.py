@@ -1,8 +1,9 @@
-"""A step whose loss or gradient is not finite: found without waiting for the device, and kept in failure.pt.
+"""Detects a step whose loss or gradient is not finite, without a synchronization, and saves it in failure.pt.
 
-From that step on the optimizer changes nothing (its `found_inf`; with a gradient scaler only where gradients overflow),
-so the student's weights at the next look are those before the step. The teacher has followed them in vain, which is
-taken back, and everything else that the step depends on is remembered from its beginning. `replay` computes it again.
+From that step on, the optimizer skips its updates (`found_inf`; with a gradient scaler only if gradients overflow), so
+the student still has the weights from before the step when the host checks the next time. The EMA updates of the
+teacher since then are reversed; the other inputs of the step (random state, centre) were recorded when it began.
+`replay` recomputes the step.
 """
 
 from __future__ import annotations
@@ -25,33 +26,33 @@ NAME = "failure.pt"
 
 
 class NonFinite(parallel.Stopped):
-    """A loss or gradient that is not a finite number: the first such step, and the first rank that had one."""
+    """The loss or a gradient is not finite; `step` and `rank` are the first at which this happened."""
 
     def __init__(self, step: int, rank: int, losses: list[float], last_good: str, path: str) -> None:
         self.step, self.rank = step, rank
         super().__init__(
             f"step {step}: loss or gradient is not finite (loss {', '.join(f'{x:g}' for x in losses)} by rank); the "
-            f"last good checkpoint is {last_good}; try a lower --lr or --clip_grad, or --precision bf16; to look into "
-            f"it: python main_dino.py --replay {path}", parallel.is_main())
+            f"last good checkpoint is {last_good}; try a lower --lr or --clip_grad, or --precision bf16; to find the "
+            f"cause: python main_dino.py --replay {path}", parallel.is_main())
 
 
 class Beginning(NamedTuple):
-    """What a step starts from, apart from the networks."""
+    """State at the beginning of a step, without the networks."""
 
     rng: dict[str, Tensor]
     dino_loss: dict[str, Tensor]
 
 
 class Watch:
-    """Remembers, on the device, the first step that was not finite, and on the host how it began.
+    """Records the first step that is not finite: on the device that it happened, on the host how the step began.
 
     Args:
-        student, teacher, dino_loss: the state whose part before that step is kept.
-        optimizer: changes nothing from that step on; None where a gradient scaler skips overflows.
-        momentum: (steps,), of the teacher's moving average.
-        load: step -> its micro-batches on this process; they are a function of the step, so they are not kept.
-        about: plain values for failure.pt.
-        path: of failure.pt.
+        student, teacher, dino_loss: modules whose state is saved in failure.pt.
+        optimizer: skips all updates from that step on; None if a gradient scaler skips overflows.
+        momentum: (steps,), momentum of the teacher's EMA.
+        load: step -> its micro-batches on this process. They depend on the step only, so they are not recorded.
+        about: plain values to store in failure.pt.
+        path: path of failure.pt.
     """
 
     def __init__(
@@ -63,20 +64,21 @@ class Watch:
         self.momentum, self.load, self.about, self.path, self.device = momentum, load, about, os.fspath(path), device
         self.first = torch.full((), -1, dtype=torch.int64, device=device)
         self.loss = torch.zeros((), device=device)
-        self.found = torch.zeros((), device=device)  # 1 from the first such step on
+        self.found = torch.zeros((), device=device)  # 1 from the first step on that is not finite
         self.scaled = optimizer is None
         if optimizer is not None:
-            optimizer.found_inf = self.found  # PyTorch's fused optimizers, and ours, read it
-        self.beginnings: dict[int, Beginning] = {}  # of the steps since the last look
+            optimizer.found_inf = self.found  # read by PyTorch's fused optimizers and by method.optimizers
+        self.beginnings: dict[int, Beginning] = {}  # of the steps since the last check
         self.step = 0
 
     def begin(self, step: int) -> None:
         self.step = step
-        # The centre is replaced by each update, never changed in place: this keeps it without a copy.
+        # No copy is needed: updates replace the centre, and never change it in place.
         self.beginnings[step] = Beginning(torch_rng(self.device), self.dino_loss.state_dict())
 
     def judge(self, loss: Tensor, grad_norms: Tensor) -> None:
-        """Of the step that has begun, before its update. Its gradients count unless a scaler expects overflows."""
+        """Test the current step, before its update. Gradients are ignored with a gradient scaler, which handles them.
+        """
         bad = ~torch.isfinite(loss.detach())
         if not self.scaled:
             bad = bad | ~torch.isfinite(grad_norms).all()
@@ -86,23 +88,23 @@ class Watch:
         self.found.logical_or_(bad)
 
     def check(self, last_good: str) -> None:
-        """Waits for the device once; all processes call it, after the teacher's update.
+        """Synchronize with the device and stop if a step was not finite. Call on all processes, after the EMA update.
 
         Raises:
-            NonFinite: on all processes, if any of them had such a step; failure.pt is written.
+            NonFinite: on all processes, if any of them had such a step; failure.pt has been written.
         """
         if parallel.max_over_processes(self.first).item() >= 0:
             losses, steps = parallel.gather(self.loss[None]).tolist(), parallel.gather(self.first[None]).tolist()
             step = min(s for s in steps if s >= 0)
             ranks = [rank for rank, s in enumerate(steps) if s == step]
-            # A gradient is everyone's; a loss that is not finite is the rank's own.
+            # All ranks share a gradient that is not finite; prefer a rank whose own loss is not.
             rank = next((r for r in ranks if not math.isfinite(losses[r])), ranks[0])
             self.save(step, rank)
             raise NonFinite(step, rank, losses, last_good, self.path)
         self.beginnings.clear()
 
     def save(self, step: int, rank: int) -> None:
-        """Write what computing the step again needs; every process calls it, `rank` writes."""
+        """Write what recomputing the step needs. Call on all processes; `rank` writes."""
         student, teacher = (sharding.whole(network.state_dict()) for network in (self.student, self.teacher))
         if parallel.rank() == rank:
             batches, began = list(self.load(step)), self.beginnings[step]
@@ -118,9 +120,12 @@ class Watch:
 
 
 def without_updates(teacher: dict, student: dict, names: list[str], momenta: np.ndarray) -> dict:
-    """The parameters t of t' = m t + (1 - m) s, in float64: n updates with one s have the product of their m."""
+    """Reverses EMA updates of the parameters `names`: solves t' = m t + (1 - m) s for t, in float64.
+
+    s was the same in all updates, so m is the product of their momenta.
+    """
     m = float(np.prod(momenta))
-    if m == 0:  # nothing of the old teacher is left
+    if m == 0:  # t' = s: t can't be recovered
         return teacher
     before = {k: (student[k].double() + (teacher[k].double() - student[k].double()) / m).to(teacher[k].dtype)
               for k in names}
@@ -128,6 +133,6 @@ def without_updates(teacher: dict, student: dict, names: list[str], momenta: np.
 
 
 def torch_rng(device: torch.device) -> dict[str, Tensor]:
-    """torch's random state on the CPU and this device: stochastic depth and dropout follow from it."""
+    """torch's random state on the CPU and on this device, which determines stochastic depth and dropout."""
     state = {"torch": torch.get_rng_state()}
     return state | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})

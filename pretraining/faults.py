@@ -1,4 +1,4 @@
-"""What may end a run early: signals, lost processes, full memory and disks."""
+"""Events that end a run early: signals, lost processes, memory or disk full."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ import torch.distributed as dist
 
 import parallel
 
-TO_BE_CONTINUED = 75  # exit code of a run that was asked to stop and has saved; "try again" in sysexits.h
+TO_BE_CONTINUED = 75  # exit code of a run that saved and stopped on request; EX_TEMPFAIL in sysexits.h
 
 
 class Requests:
-    """Requests of signals and of the clock, which all processes must follow after the same step.
+    """Requests to stop or save, from signals or the clock; all processes follow them after the same step.
 
-    SIGTERM, SIGINT and SIGUSR1 ask the run to save and stop; a second SIGINT stops it at once. Every `save_minutes`
-    the clock of rank 0 asks for a checkpoint.
+    SIGTERM, SIGINT and SIGUSR1 ask the run to save and stop; a second SIGINT ends the process immediately. The clock
+    of rank 0 requests a checkpoint every `save_minutes`.
 
-    A single process answers after every step. Several processes exchange their requests about once a second, because
-    on a GPU an exchange makes the host wait for the device; in each they agree, from the slowest process's time, on
-    the step of the next one.
+    A single process checks for requests after every step. Several processes exchange their requests about once a
+    second, because the exchange synchronizes the host with the GPU. In each exchange they agree on the step of the
+    next one, from the time per step of the slowest process.
     """
 
-    SECONDS = 1.0  # between exchanges; launchers allow about 30 s
+    SECONDS = 1.0  # between exchanges; launchers kill processes about 30 s after a signal
     MOST_STEPS = 1000
 
     def __init__(self, device: torch.device, save_minutes: float = 0) -> None:
@@ -35,17 +35,17 @@ class Requests:
         self.saved = self.talked = time.monotonic()
         self.step = self.next_step = 0
         for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
-            if hasattr(signal, name):  # SIGUSR1 is POSIX's
+            if hasattr(signal, name):  # SIGUSR1 exists on POSIX only
                 signal.signal(getattr(signal, name), self.ask)
 
     def ask(self, number: int, frame) -> None:
-        if self.stop and number == signal.SIGINT:  # an exception could be swallowed by whatever it interrupts
+        if self.stop and number == signal.SIGINT:  # not KeyboardInterrupt: the code that it interrupts may catch it
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGINT)
         self.stop = True
 
     def agreed(self, step: int) -> tuple[bool, bool]:
-        """After `step` steps: whether to stop, and whether to save for the clock. All processes get the same."""
+        """After `step` steps: (whether to stop, whether the clock requests a checkpoint), equal on all processes."""
         if parallel.world_size() > 1 and step < self.next_step:
             return False, False
         now, stop = time.monotonic(), self.stop
@@ -61,22 +61,22 @@ class Requests:
         return bool(stop), bool(due)
 
 
-# ---- What torch and the system say, in one line ----
+# ---- Errors of torch and the operating system as one line ----
 
 
 def explain(error: Exception, output_dir: str) -> parallel.Stopped | str | None:
-    """Why a run stopped, if the reason lies outside its code; None for a bug."""
+    """Why a run stopped, if the cause lies outside its code; None for a bug."""
     if reason := parallel.worker_death(error) or out_of_memory(error) or full_disk(error):
         return reason
     if reason := lost_process(error):
-        # Two processes print it, as one of them may be the one that is lost.
+        # Two processes print the line, because one of them may be the lost one.
         return parallel.Stopped(f"{reason}; start again to continue from the last checkpoint in {output_dir}",
                                 parallel.rank() < 2)
     return None
 
 
 def lost_process(error: Exception) -> str | None:
-    """When another process of the run has ended, or does not answer."""
+    """A line if another process of the run has ended or does not answer, else None."""
     if parallel.world_size() == 1 or not isinstance(error, RuntimeError) or not (
             isinstance(error, dist.DistError) or "/gloo/" in str(error)):
         return None
@@ -87,9 +87,9 @@ def lost_process(error: Exception) -> str | None:
 
 
 def out_of_memory(error: Exception) -> str | None:
-    """When memory ran out, of the device or of the host."""
+    """A line if memory of the device or the host ran out, else None."""
     what = str(error).splitlines()[0] if str(error) else "MemoryError"
-    signs = ("can't allocate memory", "out of memory", "ALLOC_FAILED")  # the host's, CUDA's own, cuBLAS's
+    signs = ("can't allocate memory", "out of memory", "ALLOC_FAILED")  # messages of the host, CUDA and cuBLAS
     if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not (
             isinstance(error, RuntimeError) and any(sign in what for sign in signs)):
         return None
@@ -101,5 +101,5 @@ DISK = {getattr(errno, name, None) for name in ("ENOSPC", "EDQUOT", "EROFS", "EI
 
 
 def full_disk(error: Exception) -> str | None:
-    """When a disk is full, read-only or gone."""
-    return f"{error}; free space, or mend the disk, and start again" if getattr(error, "errno", None) in DISK else None
+    """A line if a disk is full, read-only or not available, else None."""
+    return f"{error}; free space or repair the disk and start again" if getattr(error, "errno", None) in DISK else None

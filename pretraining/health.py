@@ -1,4 +1,4 @@
-"""Whether a run learns, from the tensors of one step.
+"""Statistics of one step that show whether a run learns, and the detection of collapse.
 
 Shapes: B images per process and micro-batch, K prototypes, D width.
 """
@@ -19,20 +19,22 @@ from utils import DINOLoss
 def health(
     teacher_output: Tensor, features: Tensor, loss: Tensor, dino_loss: DINOLoss, epoch: int
 ) -> dict[str, Tensor]:
-    """Figures of one step, of this process's images only.
+    """Statistics of one step, over the images of this process.
 
     Args:
-        teacher_output: (2 B, K), before centring. features: (2 B, D), the teacher's, of the same crops.
-        loss: the step's loss. dino_loss: for its centre and temperature.
+        teacher_output: (2 B, K), the teacher's output before centring.
+        features: (2 B, D), the teacher's backbone features of the same crops.
+        loss: loss of the step.
+        dino_loss: provides the centre and the temperature.
 
     Returns:
-        entropy: mean entropy of the teacher's output in nats: ln K when it is uniform, 0 when one-hot.
-        kl: loss - entropy, the mean divergence of the student from the teacher.
+        entropy: mean entropy of the teacher's probabilities in nats; ln K if uniform, 0 if one-hot.
+        kl: loss - entropy, the mean KL divergence from teacher to student.
         center_norm: L2 norm of the centre.
-        feature_std: standard deviation over the images of the L2-normalized features, times sqrt(D): 1 when they
-            are spread evenly over the sphere, 0 when they are all the same.
-        feature_rank: RankMe of the centred features, at most min(2 B, D).
-        prototypes_used: number of prototypes that are some image's first choice, at most 2 B.
+        feature_std: standard deviation over the batch of the L2-normalized features, times sqrt(D); 1 if they are
+            spread evenly over the sphere, 0 if they are all equal.
+        feature_rank: effective rank (RankMe) of the centred features, at most min(2 B, D).
+        prototypes_used: number of distinct prototypes with the highest probability for a crop, at most 2 B.
     """
     q = dino_loss.targets(teacher_output, epoch)
     entropy = -(q * q.clamp_min(1e-30).log()).sum(-1).mean()
@@ -49,10 +51,10 @@ def health(
 
 
 def collapse(entropy: float, ln_k: float, prototypes_used: float) -> str | None:
-    """The collapse that these figures of `health` show, with the flags to try; None when there is none.
+    """A warning with flags to try if these values of `health` show a collapse, else None.
 
-    DINO avoids two collapses by balance (section 5.3): centring alone drifts to the uniform output, sharpening alone
-    to a single prototype. A sharp output is healthy as long as images choose different prototypes.
+    There are two kinds of collapse (section 5.3): centring alone leads to the uniform output, sharpening alone to a
+    single prototype. Low entropy is no collapse as long as images are assigned to different prototypes.
     """
     if entropy > 0.995 * ln_k:
         return ("collapse to the uniform output (entropy = ln K): the teacher gives every image the same output; try a "

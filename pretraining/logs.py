@@ -1,4 +1,4 @@
-"""What a run writes: lines on the console, log files, figures, TensorBoard and Weights & Biases."""
+"""Output of a run: console lines, log files, figures, TensorBoard and Weights & Biases."""
 
 from __future__ import annotations
 
@@ -16,23 +16,24 @@ from protocols.sheets import save_picture
 
 
 def duration(seconds: float) -> str:
+    """H:MM:SS."""
     seconds = round(seconds)
     return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
 
 
 class Log:
-    """Console, log.txt (one JSON line per epoch), log_steps.txt (one per logged step), figures, and on request
-    TensorBoard and Weights & Biases; on rank 0.
+    """Writes console lines, log.txt (one JSON line per epoch), log_steps.txt (one JSON line per logged step) and
+    figures, and optionally logs to TensorBoard and Weights & Biases. Rank 0 only.
 
-    log.txt holds nothing that depends on the clock, so an interrupted run's equals an uninterrupted run's; speed and
-    waiting are in log_steps.txt. Every number that the values hold is logged, under its own name.
+    log.txt contains no timings, so it is the same whether or not a run was interrupted; speed and waiting times are in
+    log_steps.txt. Every number in the values is logged under its own name.
     """
 
     def __init__(
         self, folder: Path, first_epoch: int, first_step: int, steps: int, tensorboard: bool = False,
         wandb_config: dict | None = None,
     ) -> None:
-        """`first_epoch`, `first_step`: where the run starts or resumes; `wandb_config`: flags to send, or None."""
+        """`first_epoch` and `first_step`: where the run starts or resumes. `wandb_config`: sent to W&B; None: off."""
         self.folder = folder
         self.writer = self.wandb = None
         if not parallel.is_main():
@@ -58,18 +59,18 @@ class Log:
             self.lines.lasting(console)
 
     def pictures(self, named: dict[str, np.ndarray], when: str, step: int) -> None:
-        """Write figures uint8 (height, width, 3) as pictures/NAME_WHEN.png."""
+        """Write figures, uint8 (height, width, 3), as pictures/NAME_WHEN.png."""
 
-        for name, picture in named.items():
-            save_picture(picture, self.folder / "pictures" / f"{name}_{when}.png")
+        for name, figure in named.items():
+            save_picture(figure, self.folder / "pictures" / f"{name}_{when}.png")
             if self.writer is not None:
-                self.writer.add_image(f"pictures/{name}", picture, step, dataformats="HWC")
+                self.writer.add_image(f"pictures/{name}", figure, step, dataformats="HWC")
         if self.writer is not None:
             self.writer.flush()
         if self.wandb is not None:
-            from wandb import Image as Shown
+            from wandb import Image
 
-            self.wandb.log({f"pictures/{k}": Shown(v) for k, v in named.items()} | {"step": step})
+            self.wandb.log({f"pictures/{k}": Image(v) for k, v in named.items()} | {"step": step})
 
     def close(self) -> None:
         if parallel.is_main():
@@ -81,7 +82,7 @@ class Log:
     def _write(self, name: str, values: dict) -> None:
         with open(self.folder / name, "a") as f:
             f.write(json.dumps(values) + "\n")
-            if name == "log.txt":  # on the disk before the checkpoint that counts on it
+            if name == "log.txt":  # must be on disk before the checkpoint of this epoch
                 f.flush()
                 os.fsync(f.fileno())
         scalars = {f"{name.removesuffix('.txt')}/{k}": v for k, v in values.items()
@@ -96,14 +97,14 @@ class Log:
 
 def installed(package: str) -> bool:
     spec = importlib.util.find_spec(package)
-    return spec is not None and spec.origin is not None  # None: a mere folder of that name
+    return spec is not None and spec.origin is not None  # origin is None for a folder of that name without a module
 
 
 def start_wandb(folder: Path, config: dict):
-    """A run of Weights & Biases that continues when the training is resumed; its id is kept in wandb_run.txt.
+    """Start a run of Weights & Biases, or continue it if training resumes; its id is stored in wandb_run.txt.
 
     Raises:
-        Stopped: no account, or no connection.
+        Stopped: not logged in, or no connection.
     """
     import wandb
 
@@ -115,16 +116,16 @@ def start_wandb(folder: Path, config: dict):
     except wandb.Error as error:
         raise parallel.Stopped(f"--wandb: {error}; `wandb login`, WANDB_MODE=offline, or leave the flag out") from error
     name.write_text(f"{run.id}\n")
-    run.define_metric("*", step_metric="step")  # a resumed run repeats a few steps
+    run.define_metric("*", step_metric="step")  # W&B's own step can't go back, but a resumed run repeats a few steps
     return run
 
 
 def drop_lines_from(path: Path, key: str, first: int) -> None:
-    """Keep the lines before `first`: a run killed after its last checkpoint had gone further, and will repeat it."""
+    """Remove lines with `key` >= `first`, which a killed run wrote after its last checkpoint and will write again."""
     def kept(line: str) -> bool:
         try:
             return json.loads(line)[key] < first
-        except (ValueError, KeyError, TypeError):  # cut short, or not of a run
+        except (ValueError, KeyError, TypeError):  # truncated, or not a line of a run
             return False
 
     if path.exists():

@@ -1,4 +1,4 @@
-"""Means over steps that stay on the device until they are read, and the clock beside them."""
+"""Running means that stay on the device until they are read, and a clock for speed and waiting time."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import parallel
 
 
 class Meters:
-    """Means over steps. Nothing waits for the device before `means`."""
+    """Means over steps. Only `means` synchronizes with the device."""
 
     def __init__(self) -> None:
         self.reset()
@@ -27,7 +27,7 @@ class Meters:
             self.counts[name] = self.counts.get(name, 0) + 1
 
     def means(self) -> dict[str, float]:
-        """Mean of each value over its updates and over the processes; waits for the device once."""
+        """Mean of each value over its updates and over the processes; one synchronization."""
         if not self.sums:
             return {}
         device = next((s.device for s in self.sums.values() if s.device.type != "cpu"), torch.device("cpu"))
@@ -44,13 +44,13 @@ class Meters:
 
 
 def averaged(states: list[dict]) -> dict:
-    """One state of Meters for each process of a run that continues on another number of processes: the same mean."""
+    """One state of Meters with the mean of `states`, for a run that resumes with another number of processes."""
     sums = {k: sum(state["sums"][k] for state in states) / len(states) for k in states[0]["sums"]}
     return {"sums": sums, "counts": states[0]["counts"]}
 
 
 class Clock:
-    """Speed since the last reading: seconds per step, and the share of them spent waiting for data."""
+    """Speed since the last `read`: seconds per step, and the fraction of time spent waiting for data."""
 
     def __init__(self) -> None:
         self.reset()
@@ -59,13 +59,14 @@ class Clock:
         self.started, self.waited, self.steps = time.perf_counter(), 0.0, 0
 
     def next(self, iterator):
-        """next(iterator), timed as waiting."""
+        """next(iterator), counted as waiting time."""
         started = time.perf_counter()
         item = next(iterator)
         self.waited += time.perf_counter() - started
         return item
 
     def read(self) -> tuple[float, float]:
+        """(seconds per step, fraction of time spent waiting for data); then resets."""
         elapsed = max(time.perf_counter() - self.started, 1e-9)
         seconds, waiting = elapsed / max(self.steps, 1), self.waited / elapsed
         self.reset()

@@ -1,4 +1,4 @@
-"""What a run shows while it trains: a line per logged step and epoch, and figures."""
+"""Progress lines per logged step and epoch, and figures, while a run trains."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pretraining.plan import Plan
 from protocols import attention, charts, sheets, transforms
 from vision_transformer import VisionTransformer
 
-# Figures on the console: {name: (label, format)}; the others are in log_steps.txt.
+# Values on the progress line: {name: (label, format)}; log_steps.txt has all of them.
 SHOWN = {"entropy": ("entropy", ".2f"), "kl": ("kl", ".3f"), "feature_rank": ("rank", ".1f")}
 
 
@@ -26,11 +26,13 @@ def log_step(
     log: Log, plan: Plan, step: int, figures: Mapping[str, float], ln_k: float, images: int, seconds: float,
     waiting: float,
 ) -> None:
-    """The progress line, log_steps.txt, and a warning if the figures show a collapse.
+    """Write the progress line and a line of log_steps.txt, and warn if the values show a collapse.
 
     Args:
-        figures: of the losses and of `health`. ln_k: logarithm of the number of prototypes.
-        images: per step, of all processes. seconds, waiting: of a `Clock`.
+        figures: values of the losses and of `health`.
+        ln_k: logarithm of the number of prototypes.
+        images: images per step, over all processes.
+        seconds, waiting: seconds per step and fraction of waiting time, from `Clock.read`.
     """
     epoch, eta = step // plan.steps_per_epoch, duration(seconds * (plan.steps - step - 1))
     shown = "".join(f"  {label} {figures[name]:{style}}" for name, (label, style) in SHOWN.items() if name in figures)
@@ -47,7 +49,7 @@ def log_step(
 def log_epoch(
     log: Log, epoch: int, step: int, means: Mapping[str, float], ln_k: float, knn: Mapping[str, float]
 ) -> None:
-    """The line of an epoch, and its k-NN figures if they are of this epoch."""
+    """Write the line of an epoch; it includes the k-NN accuracy if it was evaluated in this epoch."""
     values = {f"train_{k}": v for k, v in means.items()} | {"train_ln_k": ln_k, "epoch": epoch, "step": step}
     console = f"epoch {epoch} done: loss {values['train_loss']:.4f}"
     if knn.get("epoch") == epoch:
@@ -63,14 +65,14 @@ def log_epoch(
 
 def draw(images: Images, backbone: nn.Module, size: int, mean: Sequence[float], std: Sequence[float]
          ) -> dict[str, np.ndarray]:
-    """The attention on the fixed images, and their patch tokens as colours: {name: uint8 sheet}."""
+    """Sheets of the attention and the PCA of patch tokens on fixed images: {name: uint8 (height, width, 3)}."""
     if not isinstance(backbone, VisionTransformer):
         return {}
     return attention.network_sheets(backbone, fixed_images(images, size), mean, std)
 
 
 def fixed_images(images: Images, size: int, count: int = 6) -> list[torch.Tensor]:
-    """The same few images of a set at any time, drawn at random; those that can't be decoded are left out."""
+    """A few random images, always the same ones; images that can't be decoded are left out."""
     chosen = np.random.default_rng(0).choice(len(images), min(count, len(images)), replace=False)
     fixed = []
     for i in sorted(chosen.tolist()):
@@ -84,7 +86,7 @@ def fixed_images(images: Images, size: int, count: int = 6) -> list[torch.Tensor
 def save_last_figures(
     folder: Path, images: Images, backbone: nn.Module, size: int, mean: Sequence[float], std: Sequence[float]
 ) -> list[str]:
-    """The curves of the run and the attention of its teacher, beside the checkpoint. Returns the files' names."""
+    """Write curves.png, and for a ViT attention.png of the teacher, into `folder`. Returns the file names."""
     charts.training_curves([folder / "log.txt"], folder / "curves.png")
     names, drawn = ["curves.png"], draw(images, backbone, size, mean, std)
     if "attention" in drawn:

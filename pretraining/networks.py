@@ -1,4 +1,4 @@
-"""The student and the teacher of a run, and what is done to them before the first step."""
+"""Builds the student and the teacher and prepares them for training; chooses the precision."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def build_networks(
     norm_last_layer: bool,
     init_from: str = "",
 ) -> tuple[MultiCropWrapper, MultiCropWrapper]:
-    """A student, and a teacher with the same weights, which are not trained; stochastic depth is the student's alone.
+    """A student, and a teacher with the same weights, without gradients and without stochastic depth.
 
     Args:
-        init_from: a file of weights for the backbones; "" starts from random ones.
+        init_from: file of weights to initialize the backbones from; "": random initialization.
 
     Raises:
-        Refused: no such network, or weights that are not this network's.
+        Refused: there is no such network, or the weights do not fit it.
     """
 
     def build(rate: float) -> MultiCropWrapper:
@@ -50,31 +50,35 @@ def build_networks(
 def make_backbone(
     arch: str, patch_size: int, in_chans: int, img_size: int, drop_path_rate: float = 0.0
 ) -> tuple[nn.Module, int]:
-    """A backbone with random weights, and the width of its features. Refused: no such network."""
+    """A randomly initialized backbone and the width of its features.
+
+    Raises:
+        Refused: there is no such network.
+    """
     try:
         return build_backbone(arch, patch_size, drop_path_rate, in_chans=in_chans, img_size=img_size)
-    except ValueError as error:  # vision_transformer imports nothing of ours
+    except ValueError as error:  # vision_transformer imports no other module, so it can't raise Refused
         raise Refused(error) from error
 
 
 @torch.no_grad()
 def check_crop_sizes(backbone: nn.Module, arch: str, in_chans: int, **sizes: int) -> None:
-    """Refuses crops that a network can't take: some accept one input size only. `sizes` go by their flags."""
+    """Some networks accept only one input size; fail before training starts. `sizes`: {flag: side in pixels}."""
     if arch in VITS:
         return
     backbone.eval()
     for flag, size in sizes.items():
         try:
             backbone(torch.zeros(1, in_chans, size, size))
-        except Exception as error:  # each library raises its own
+        except Exception as error:  # the type depends on the library
             reason = " ".join(str(error).split())[:160]
-            raise Refused(f"--{flag} {size}: --arch {arch} cannot take it ({reason}); give it another size, or choose "
-                          "another network") from error
+            raise Refused(f"--{flag} {size}: --arch {arch} does not accept this size ({reason}); choose another size "
+                          "or another network") from error
     backbone.train()
 
 
 def on_device(network: nn.Module, device: torch.device) -> nn.Module:
-    """Several processes on GPUs share the statistics of batch norm; torch has no such layer for CPUs."""
+    """Move a network to its device; with several GPUs, synchronize batch norm (torch can't on CPUs)."""
     network = network.to(device)
     if parallel.world_size() > 1 and device.type == "cuda":
         return nn.SyncBatchNorm.convert_sync_batchnorm(network)
@@ -82,28 +86,29 @@ def on_device(network: nn.Module, device: torch.device) -> nn.Module:
 
 
 def checkpoint_gradients(backbone: nn.Module, mode: str, arch: str) -> None:
-    """Recompute `blocks` or cheap `layers` in the backward pass, to keep less memory for it."""
+    """Recompute whole `blocks`, or only cheap `layers`, in the backward pass to save memory."""
     if not hasattr(backbone, "set_grad_checkpointing"):  # timm's networks have it too
-        raise Refused(f"--grad_checkpointing {mode}: {arch} cannot do it; leave it out, or choose a ViT")
+        raise Refused(f"--grad_checkpointing {mode}: not available for --arch {arch}; leave it out or choose a ViT")
     if mode == "blocks":
         backbone.set_grad_checkpointing()
     elif isinstance(backbone, VisionTransformer):
         backbone.set_grad_checkpointing(layers=True)
     else:
-        raise Refused(f"--grad_checkpointing {mode}: {arch} cannot do it; give blocks, or choose a ViT")
+        raise Refused(f"--grad_checkpointing {mode}: not available for --arch {arch}; give blocks or choose a ViT")
 
 
 def compile_networks(student: nn.Module, teacher: nn.Module, mode: str) -> None:
-    """The student is one graph for all sizes of crops; `utils.losses` calls the teacher's parts one by one."""
+    """Compile the student as one graph, and the teacher's backbone and head, which `utils.losses` calls separately."""
     for module in (student, *teacher.children()):
-        module.compile(mode=mode, dynamic=False)  # else evaluation's batches would leave sizes open in training
+        # Static shapes: otherwise the batch sizes of evaluation would make training recompile with dynamic shapes.
+        module.compile(mode=mode, dynamic=False)
 
 
 # ---- Precision ----
 
 
 def half_precision(precision: str, use_fp16: bool, device: torch.device) -> torch.dtype | None:
-    """The type of autocast, None for float32. `auto` prefers bf16, which needs no gradient scaler, where it is fast."""
+    """The dtype of autocast; None: float32. `auto` prefers bf16 if it is fast, because it needs no gradient scaler."""
     if precision == "fp32" or not use_fp16:
         return None
     if precision != "auto":
@@ -117,7 +122,7 @@ def half_precision(precision: str, use_fp16: bool, device: torch.device) -> torc
 def bf16_is_faster() -> bool:
     """Whether this CPU multiplies matrices faster in bf16 than in float32.
 
-    Measured, because of the CPUs that have the instructions some are several times as fast and others half as fast.
+    Measured: of the CPUs with bf16 instructions, some are several times faster in bf16, and some half as fast.
     """
     if not torch.cpu.get_capabilities().get("avx512_bf16", False):
         return False

@@ -1,4 +1,4 @@
-"""The plan of a run: every duration as a number of optimizer steps, worked out once."""
+"""Length and schedules of a run; every duration becomes a number of optimizer steps here."""
 
 from __future__ import annotations
 
@@ -11,40 +11,39 @@ from parallel import Refused
 
 
 class Plan(NamedTuple):
-    """How long a run is, and the schedules that the loop indexes by step."""
+    """Length of a run in steps, and the schedules, which the training loop indexes by step."""
 
     steps_per_epoch: int
     steps: int
-    lr: np.ndarray  # (steps,), as the other two
-    wd: np.ndarray
-    momentum: np.ndarray  # of the teacher's moving average
+    lr: np.ndarray  # (steps,)
+    wd: np.ndarray  # (steps,)
+    momentum: np.ndarray  # (steps,), of the teacher's EMA
 
     @property
     def epochs(self) -> int:
-        """The last epoch may be a partial one."""
+        """Number of epochs; the last one may be partial."""
         return math.ceil(self.steps / self.steps_per_epoch)
 
 
 def steps_per_epoch(n_images: int, batch_size_per_gpu: int, grad_accum_steps: int, world_size: int) -> int:
-    """Optimizer steps in a pass over the images; images that fill no batch are left out.
+    """Optimizer steps per pass over the images; the last, incomplete batch is dropped.
 
     Raises:
-        Refused: there are fewer images than one step takes.
+        Refused: there are fewer images than the global batch size.
     """
     global_batch = batch_size_per_gpu * world_size * grad_accum_steps
     if n_images < global_batch:
         most = n_images // (world_size * grad_accum_steps)
         remedy = f"lower it to {most} or less" if most else "start fewer processes or lower --grad_accum_steps"
         raise Refused(
-            f"--batch_size_per_gpu {batch_size_per_gpu}: {n_images} images are less than one step of {global_batch} "
-            f"({world_size} processes x --grad_accum_steps {grad_accum_steps}), so an epoch would have no step; "
-            f"{remedy}"
+            f"--batch_size_per_gpu {batch_size_per_gpu}: {n_images} images are fewer than one step of {global_batch} "
+            f"({world_size} processes x --grad_accum_steps {grad_accum_steps}); {remedy}"
         )
     return n_images // global_batch
 
 
 def check_warmups(epochs: float, steps: int, **warmups: float) -> None:
-    """Refuses a warm-up, named by its flag, that is longer than the run of `epochs`, shortened by --steps."""
+    """Refuses warm-ups ({flag: epochs}) that are longer than the run of `epochs`, which --steps may have set."""
     for flag, length in warmups.items():
         if length > epochs:
             raise Refused(f"--{flag} {length:g} is longer than the run of {epochs:g} epochs (--steps {steps}); "

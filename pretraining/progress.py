@@ -1,4 +1,4 @@
-"""The lines of a run on the console: printed, or on a terminal the latest one live under a bar."""
+"""Console lines of a run: printed, or on a terminal updated in place below a progress bar."""
 
 from __future__ import annotations
 
@@ -6,19 +6,20 @@ import sys
 
 
 class Lines:
-    """Lines that stay, and lines that the next one replaces when stdout is a terminal and `rich` is installed.
+    """Prints permanent lines and progress lines.
 
-    Nothing is drawn between the lines, so no thread runs beside the training. Whatever else is printed meanwhile,
-    warnings too, appears above the bar and stays.
+    If stdout is a terminal and `rich` is installed, each progress line replaces the previous one below a bar. The bar
+    is redrawn only with a line, so no thread is needed. Everything else that is printed, such as warnings, appears
+    above the bar.
     """
 
     def __init__(self, total: int, console=None) -> None:
-        """`total`: steps of the run. `console`: a rich.console.Console in place of stdout, for tests."""
+        """`total`: steps of the run. `console`: a rich.console.Console to use instead of stdout, for tests."""
         self.total, self.live = total, None
         self.console = console or terminal()
 
     def passing(self, line: str, done: int) -> None:
-        """A line that holds until the next one; `done` of the steps are over."""
+        """Show a progress line, after `done` steps."""
         if self.console is None:
             print(line, flush=True)
             return
@@ -30,27 +31,28 @@ class Lines:
         if self.live is None:
             self.live = Live(console=self.console, auto_refresh=False, transient=True)
             self.live.start()
-            self.console.show_cursor(True)  # a kill must not leave the terminal without one
+            self.console.show_cursor(True)  # otherwise a killed run would leave the cursor hidden
         rows = Table.grid(expand=True)
         rows.add_row(ProgressBar(self.total, done))
         rows.add_row(Text(line))
         self.live.update(rows, refresh=True)
 
     def lasting(self, line: str) -> None:
+        """Print a permanent line."""
         if self.live is None:
             print(line, flush=True)
         else:
             self.console.print(line, markup=False, highlight=False)
 
     def close(self) -> None:
-        """Take the bar away and give the cursor back. Closing twice is fine."""
+        """Remove the bar. May be called twice."""
         if self.live is not None:
             self.live.stop()
             self.live = None
 
 
 def terminal():
-    """rich's console when stdout is a terminal that can redraw a line, else None."""
+    """A rich console if stdout is a terminal that can redraw lines and rich is installed, else None."""
     if not sys.stdout.isatty():
         return None
     try:

@@ -1,4 +1,4 @@
-"""A step whose loss or gradient was not finite (failures.py), computed again with a look inside.
+"""Recomputes a step whose loss or gradient was not finite (failures.py), and prints where it fails.
 
     python main_dino.py --replay output/failure.pt
 
@@ -23,21 +23,22 @@ Build = Callable[[Mapping, int], Method]
 
 
 def replay(path: str, device: torch.device, build: Build) -> None:
-    """Print what the step's crops do to its weights, as it was computed (without torch.compile) and in float32.
+    """Recompute the step in its own precision (without torch.compile) and in float32, and print the first output that
+    is not finite.
 
     Args:
-        build: (settings, number of epochs), as failure.pt has them -> student, teacher, loss and augmentation,
-            without the run's weights.
+        build: (settings, number of epochs), as stored in failure.pt -> student, teacher, loss and augmentation; the
+            weights are loaded afterwards.
 
     Raises:
-        Refused: no such file, or one that no run left.
+        Refused: the file does not exist, or it is no failure.pt.
     """
     try:
         failure = checkpoints.read(path)
     except (FileNotFoundError, ValueError) as error:
-        raise Refused(f"--replay {error}; give the {NAME} that a run left") from error
+        raise Refused(f"--replay {error}; give the {NAME} that a run wrote") from error
     if "crops" not in failure:
-        raise Refused(f"--replay {path}: not a {NAME} of this script; give the one that a run left")
+        raise Refused(f"--replay {path}: not a {NAME} of main_dino.py; give the one that a run wrote")
     print(f"step {failure['step']} of rank {failure['rank']}, images {failure['index'][0].tolist()}"
           + (" ..." if len(failure["index"]) > 1 else ""))
     for name in ("student", "teacher"):
@@ -53,14 +54,14 @@ def replay(path: str, device: torch.device, build: Build) -> None:
 
 
 def largest_of(tensors: Mapping[str, Tensor]) -> tuple[float, list[str]]:
-    """Largest finite magnitude in the tensors, and the names of those that are not all finite."""
+    """(largest finite magnitude in the tensors, names of the tensors with values that are not finite)."""
     floating = {k: v for k, v in tensors.items() if v.is_floating_point() and v.numel()}
     bad = [k for k, v in floating.items() if not torch.isfinite(v).all()]
     return max((v.nan_to_num(0, 0, 0).abs().max().item() for v in floating.values()), default=0.0), bad
 
 
 def compute(failure: Mapping, build: Build, device: torch.device, dtype: torch.dtype | None) -> bool:
-    """One step forward and backward, under autocast of `dtype` if given. Returns whether anything was not finite."""
+    """Run one step forward and backward, under autocast if `dtype` is given. Returns whether it is not finite."""
     student, teacher, dino_loss, augmentation = build(failure["args"], failure["epochs"])
     for module, state in ((student, "student"), (teacher, "teacher"), (dino_loss, "dino_loss")):
         module.load_state_dict(failure[state])
@@ -82,12 +83,12 @@ def compute(failure: Mapping, build: Build, device: torch.device, dtype: torch.d
         print(f"  loss {loss.item():g}; by the student's view: {' '.join(f'{x:g}' for x in losses.tolist())}")
         (loss / len(failure["crops"])).backward()
     grads = {k: p.grad for k, p in student.named_parameters() if p.grad is not None}
-    bad = [report(name, seen) for name, seen in outputs.items()] + [report_gradients(grads)]
+    bad = [report(name, magnitudes) for name, magnitudes in outputs.items()] + [report_gradients(grads)]
     return any(bad) or not finite
 
 
 def view_losses(dino_loss: utils.DINOLoss, student_out: Tensor, teacher_out: Tensor, epoch: int) -> Tensor:
-    """(V,): each view's mean cross-entropy over the images and the teacher's other global views."""
+    """(V,): cross-entropy of each student view, averaged over the images and the global views it is compared with."""
     q = dino_loss.targets(teacher_out, epoch).unflatten(0, (2, -1))  # (2, B, K)
     log_p = (student_out.float() / dino_loss.student_temp).log_softmax(-1).unflatten(0, (dino_loss.ncrops, -1))
     return torch.stack([torch.stack([-(q[i] * log_p[v]).sum(-1).mean() for i in range(2) if i != v]).mean()
@@ -95,34 +96,36 @@ def view_losses(dino_loss: utils.DINOLoss, student_out: Tensor, teacher_out: Ten
 
 
 def watch_outputs(network: nn.Module) -> list[tuple[str, float, bool]]:
-    """A list to which each module's output adds (name, largest magnitude, whether it is finite), in turn."""
-    seen = []
+    """A list that fills up in the forward pass: (name, max |x|, whether x is finite) of each module's output x."""
+    magnitudes = []
 
     def note(name: str):
         def hook(module, inputs, output) -> None:
             for x in output if isinstance(output, tuple) else (output,):
                 if isinstance(x, Tensor) and x.is_floating_point():
-                    seen.append((name, x.detach().abs().max().item(), bool(torch.isfinite(x).all())))
+                    magnitudes.append((name, x.detach().abs().max().item(), bool(torch.isfinite(x).all())))
         return hook
 
     for name, module in network.named_modules():
-        module.register_forward_hook(note(name or "all of it"))
-    return seen
+        module.register_forward_hook(note(name or "network"))
+    return magnitudes
 
 
-def report(name: str, seen: list[tuple[str, float, bool]]) -> bool:
-    """Print which of a network's outputs is the first that is not finite. Returns whether there is one."""
-    bad = next((i for i, (_, _, finite) in enumerate(seen) if not finite), None)
+def report(name: str, magnitudes: list[tuple[str, float, bool]]) -> bool:
+    """Print the first output of a network that is not finite, after the three before it. Returns whether there is one.
+    """
+    bad = next((i for i, (_, _, finite) in enumerate(magnitudes) if not finite), None)
     if bad is None:
-        module, largest, _ = max(seen, key=lambda s: s[1])
-        print(f"  {name}: all outputs are finite; the largest is of {module}: max |x| {largest:g}")
+        module, largest, _ = max(magnitudes, key=lambda entry: entry[1])
+        print(f"  {name}: all outputs are finite; largest in {module}: max |x| {largest:g}")
         return False
-    for module, largest, finite in seen[max(0, bad - 3) : bad + 1]:
+    for module, largest, finite in magnitudes[max(0, bad - 3) : bad + 1]:
         print(f"  {name}: {module} max |x| {largest:g}" + ("" if finite else "  <- the first that is not finite"))
     return True
 
 
 def report_gradients(grads: Mapping[str, Tensor]) -> bool:
+    """Print the largest gradient and those that are not finite. Returns whether there are any."""
     largest, bad = largest_of(grads)
     print(f"  gradients: max |g| {largest:g}"
           + (f"; not finite: {len(bad)} of {len(grads)}, among them {bad[-1]}" if bad else ""))

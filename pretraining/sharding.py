@@ -1,8 +1,8 @@
-"""Sharded networks (FSDP2): parameters, gradients and optimizer state, the teacher's too, are split over the processes.
+"""Sharded networks (FSDP2): parameters, gradients and optimizer state are split over the processes.
 
-Checkpoints hold whole plain tensors, so a run may continue under DistributedDataParallel and back. torch's own
-`distributed.checkpoint.state_dict` gathers too, but names the optimizer's state after parameters, where checkpoints
-have the published numbers.
+Checkpoints hold unsharded tensors, so a run may resume under DistributedDataParallel, or the other way round. torch's
+`distributed.checkpoint.state_dict` is not used because it keys the optimizer's state by parameter names, while
+published checkpoints key it by numbers.
 """
 
 from __future__ import annotations
@@ -20,22 +20,23 @@ import parallel
 
 
 def shard(network: nn.Module, device: torch.device) -> None:
-    """Leave each process its part of every parameter of a MultiCropWrapper, or of another set of named networks.
+    """Shard the parameters of a MultiCropWrapper, or of another module with a backbone and heads, in place.
 
-    A transformer's blocks are gathered one at a time. Backbone and heads are units of their own, as `utils.losses`
-    calls the teacher's one after the other. Under autocast the parameters are sent in float32.
+    Each transformer block is one unit, so blocks are gathered one at a time. The backbone and each head are units too,
+    because `utils.losses` calls the teacher's separately. Parameters are communicated in float32, under autocast too.
     """
-    warnings.filterwarnings("ignore", message=".*returned a view tensor")  # the class token; nobody writes to it
+    # FSDP warns because the backbone returns the class token as a view; nothing writes to it in place.
+    warnings.filterwarnings("ignore", message=".*returned a view tensor")
     mesh = init_device_mesh(device.type, (parallel.world_size(),))
     for module in (*getattr(network.backbone, "blocks", ()), *network.children()):
-        # By default a root stays whole until its backward pass, and the teacher has none.
+        # By default, a root module stays gathered until its backward pass, which the teacher does not have.
         fully_shard(module, mesh=mesh, reshard_after_forward=True)
 
 
 def whole(state, keep: bool = True):
-    """A state_dict with plain tensors on the CPU in place of sharded ones; every process calls it.
+    """A state_dict with sharded tensors replaced by whole ones on the CPU. Call on all processes.
 
-    Where `keep` is false the process only helps the others, and gets None for each sharded tensor.
+    With keep=False, sharded tensors become None on this process, which only takes part in the communication.
     """
     if isinstance(state, dict):
         return {k: whole(v, keep) for k, v in state.items()}
@@ -48,7 +49,7 @@ def whole(state, keep: bool = True):
 
 
 def unsharded(sharded: nn.Module, make: Callable[[], nn.Module]) -> nn.Module:
-    """A whole copy of a sharded network, filled into what `make` builds; every process calls it."""
+    """An unsharded copy of a network; `make` builds the module that is filled. Call on all processes."""
     with torch.random.fork_rng(devices=[]):
         network = make()
     network.load_state_dict(whole(sharded.state_dict()))
@@ -56,20 +57,20 @@ def unsharded(sharded: nn.Module, make: Callable[[], nn.Module]) -> nn.Module:
 
 
 def part_of(tensor: Tensor, like: Tensor) -> Tensor:
-    """This process's part of a whole tensor, sharded as `like` is."""
+    """A whole tensor, sharded like `like` (if that is a DTensor); no communication."""
     if not isinstance(like, DTensor):
         return tensor
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
 def load(network: nn.Module, state: dict[str, Tensor]) -> None:
-    """network.load_state_dict from whole tensors."""
+    """network.load_state_dict, from unsharded tensors."""
     own = network.state_dict()
     network.load_state_dict({k: part_of(v, own[k]) if k in own else v for k, v in state.items()})
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """optimizer.load_state_dict from whole tensors: what has a parameter's shape is sharded like the parameter."""
+    """optimizer.load_state_dict, from unsharded tensors; state with its parameter's shape is sharded alike."""
     optimizer.load_state_dict(state)
     for parameter, values in optimizer.state.items():
         for name, value in values.items():

@@ -1,4 +1,4 @@
-"""The state of a run: everything that a checkpoint holds, saved and resumed."""
+"""The state of a run: what a checkpoint holds, and how it is saved and resumed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pretraining.meters import Meters, averaged
 from utils import DINOLoss, MultiCropWrapper
 from weights import checkpoints
 
-# Flags that may change when a run is resumed: where it runs and what it shows, not what it computes.
+# Flags that may differ when a run resumes, because they do not change what it computes.
 FREE_FLAGS = {
     "data_path", "output_dir", "saveckp_freq", "saveckp_every_steps", "saveckp_every_minutes", "keep_checkpoints",
     "eval_knn_every", "eval_data_path", "log_every", "pictures_every", "tensorboard", "wandb", "device",
@@ -34,22 +34,22 @@ NEEDED = {
 
 @dataclass
 class Run:
-    """What training changes. `settings` are the flags as plain values (see `plain_settings`)."""
+    """Everything that changes during training. `settings`: the flags as plain values (see `plain_settings`)."""
 
     student: MultiCropWrapper
     teacher: MultiCropWrapper
     dino_loss: DINOLoss
     optimizer: torch.optim.Optimizer
     device: torch.device
-    dtype: torch.dtype | None  # of autocast; None is float32 throughout
+    dtype: torch.dtype | None  # of autocast; None: float32
     steps_per_epoch: int
     settings: dict
     folder: Path
     keep_checkpoints: int = 0
-    make_backbone: Callable[[], nn.Module] | None = None  # where the networks are sharded: one to gather into
+    make_backbone: Callable[[], nn.Module] | None = None  # for sharded networks: builds the module to gather into
     step: int = 0
-    meters: Meters = field(default_factory=Meters)  # of the current epoch
-    knn: dict[str, float] = field(default_factory=dict)  # latest figures, the baselines and the best
+    meters: Meters = field(default_factory=Meters)  # means over the current epoch
+    knn: dict[str, float] = field(default_factory=dict)  # latest and best accuracy, and the baselines
     last_saved: str = "none"
     watch: Watch | None = None
 
@@ -68,13 +68,13 @@ class Run:
         return self.step // self.steps_per_epoch
 
     def teacher_backbone(self) -> nn.Module:
-        """The teacher's backbone, whole on every process; every process calls it."""
+        """The teacher's backbone, unsharded. Call on all processes."""
         if not self.make_backbone:
             return self.teacher.backbone
         return sharding.unsharded(self.teacher.backbone, self.make_backbone).to(self.device)
 
     def state(self) -> dict:
-        """What a checkpoint holds; every process calls it, and rank 0 has it whole."""
+        """The contents of a checkpoint, complete on rank 0 only. Call on all processes."""
         keep = parallel.is_main()
         return {
             "student": sharding.whole(self.student.state_dict(), keep),
@@ -93,9 +93,10 @@ class Run:
         }
 
     def save(self, *names: str) -> None:
-        """Write the state under each name, in this order; every process calls it, rank 0 writes.
+        """Write the state under each name, in this order. Call on all processes; rank 0 writes.
 
-        A state that a non-finite step has spoilt is never saved: `watch` ends the run instead.
+        Raises:
+            NonFinite: a step since the last check was not finite; nothing is written.
         """
         if self.watch:
             self.watch.check(self.last_saved)
@@ -109,23 +110,23 @@ class Run:
         parallel.barrier()
 
     def check_resumable(self, state: Mapping, path: Path) -> None:
-        """Refuses a checkpoint that this run can't continue."""
+        """Raise Refused if this run can't continue from the checkpoint `state`, read from `path`."""
         if not NEEDED <= state.keys():
-            raise Refused(f"--output_dir {path.parent}: {path.name} there lacks what a resume needs; to start from its "
-                          f"weights, give --init_from {path} and another folder")
+            raise Refused(f"--output_dir {path.parent}: {path.name} lacks state that a resume needs; to start "
+                          f"from its weights, give --init_from {path} and another folder")
         changed = [f"{k} {state['args'].get(k)} -> {v}" for k, v in self.settings.items()
                    if k not in FREE_FLAGS and state["args"].get(k) != v]
         if changed:
-            raise Refused(f"--output_dir {path.parent}: {path.name} there belongs to a run with different "
-                          f"hyperparameters ({', '.join(changed)}); choose another folder, or the same flags to resume")
+            raise Refused(f"--output_dir {path.parent}: {path.name} belongs to a run with different hyperparameters "
+                          f"({', '.join(changed)}); choose another folder, or the same flags to resume")
 
     def resume(self, state: Mapping, path: Path) -> None:
-        """Continue where a checkpoint stands; see `check_resumable`."""
+        """Load a checkpoint's state, which `check_resumable` has accepted."""
         sharding.load(self.student, state["student"])
         sharding.load(self.teacher, state["teacher"])
         sharding.load_optimizer(self.optimizer, state["optimizer"])
         self.dino_loss.load_state_dict(state["dino_loss"])
-        if self.settings["precision"] == "auto":  # another machine might choose another one
+        if self.settings["precision"] == "auto":  # keep the precision, even if this hardware would choose another one
             self.set_precision(dtype_named(state["precision"]))
         self.scaler.load_state_dict(state["fp16_scaler"])
         self.knn, self.step, self.last_saved = dict(state["knn"]), state["step"], path.name
@@ -135,12 +136,12 @@ class Run:
         else:
             seed_everything(self.settings["seed"] + self.step + parallel.rank())
             self.meters.load_state_dict(averaged(state["meters"]), self.device)
-            parallel.say(f"{len(state['rng'])} -> {parallel.world_size()} processes: equal up to rounding, not to the "
-                         "bit, and stochastic depth draws other numbers")
+            parallel.say(f"{len(state['rng'])} -> {parallel.world_size()} processes: equal up to rounding, not bit by "
+                         "bit, and stochastic depth draws other random numbers")
 
 
 def plain_settings(flags: Mapping, n_images: int) -> dict:
-    """The flags as a checkpoint stores them, with what they mean for the images of a step."""
+    """The flags as a checkpoint stores them, with the number of images, the world size and the global batch size."""
     return {k: list(v) if isinstance(v, tuple) else v for k, v in flags.items()} | {
         "images": n_images,
         "world_size": parallel.world_size(),
@@ -149,11 +150,12 @@ def plain_settings(flags: Mapping, n_images: int) -> dict:
 
 
 def dtype_named(name: str) -> torch.dtype | None:
-    """The dtype, or None, whose `str` is `name`."""
+    """The inverse of `str` for a torch.dtype or None."""
     return None if name == "None" else getattr(torch, name.removeprefix("torch."))
 
 
 def seed_everything(seed: int) -> None:
+    """Seed Python's, NumPy's and torch's generators."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)

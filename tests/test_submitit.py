@@ -97,7 +97,7 @@ def test_job_array_has_a_run_for_each_task(sbatch, tmp_path):
 
 BAD = [
     ("--timeout 0", "--timeout"), ("--nodes two", "'two' is not a whole number"), ("--mem -1", "--mem"),
-    ("--lr nan", "--lr"), ("--epochs 5", "--warmup_epochs 10 is longer"), ("--arch vit_smal", "near ones are"),
+    ("--lr nan", "--lr"), ("--epochs 5", "--warmup_epochs 10 is longer"), ("--arch vit_smal", "vit_small"),
     ("--cluster pbs", "--cluster"), ("--cluster local", "--nodes 2"), ("--frobnicate", "--frobnicate"),
     ("--slurm =3", "--slurm =3"), ("--slurm mem=", "--slurm mem="), ("--slurm array=1-5", "give array=0-N"),
     ("--slurm array=0-2 --cluster debug", "only Slurm has job arrays"), ("--slurm array=0-2", "put %a into its name"),

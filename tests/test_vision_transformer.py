@@ -281,5 +281,5 @@ def test_timm_vit_takes_small_crops():
 
 
 def test_unknown_name_lists_the_near_ones():
-    with pytest.raises(ValueError, match="--arch vit_smal: no such network; near ones are .*vit_small"):
+    with pytest.raises(ValueError, match="--arch vit_smal: no such network; .*vit_small"):
         build_backbone("vit_smal")
