@@ -17,7 +17,8 @@ PRESETS = Path(__file__).parent / "presets"
 
 
 def exit_code(
-    script: str, work: Callable, args: argparse.Namespace, explain: Callable[[Exception], str | None] = worker_death
+    script: str, work: Callable, args: argparse.Namespace,
+    explain: Callable[[Exception], str | Stopped | None] = worker_death,
 ) -> int:
     """Run `work(args)`, leave the process group and return the exit code.
 
@@ -26,7 +27,7 @@ def exit_code(
 
     Args:
         work: does the script's job; an int that it returns is the exit code.
-        explain: maps an exception to a one-line reason if its cause lies outside the code (a lost process, a full
+        explain: maps an exception to its reason in one line if that lies outside the code (a lost process, a full
             disk), else to None.
 
     Returns:
@@ -40,27 +41,15 @@ def exit_code(
             print(f"{script}: error: {error}", file=sys.stderr, flush=True)
             return 2
         except Exception as error:
-            if (stopped := as_stopped(error, explain)) is None:
+            stopped = error if isinstance(error, Stopped) else explain(error)
+            if stopped is None:
                 raise
-            return say_stopped(script, stopped)
         finally:
             parallel.stop()
     except RuntimeError as error:  # torch raises the death of a data-loading worker anywhere, even in the lines above
-        if (reason := worker_death(error)) is None:
+        if (stopped := worker_death(error)) is None:
             raise
-        return say_stopped(script, Stopped(reason))
-
-
-def as_stopped(error: Exception, explain: Callable[[Exception], str | None]) -> Stopped | None:
-    """The error as `Stopped`, or None if it is a bug."""
-    if isinstance(error, Stopped):
-        return error
-    reason = explain(error)
-    return reason if reason is None or isinstance(reason, Stopped) else Stopped(reason)
-
-
-def say_stopped(script: str, stopped: Stopped) -> int:
-    if stopped.say:
+    if getattr(stopped, "say", True):
         print(f"{script}: stopped: {stopped}", file=sys.stderr, flush=True)
     return 1
 

@@ -163,14 +163,14 @@ class MultiCropWrapper(nn.Module):
         for name in ("fc", "head"):
             if isinstance(getattr(backbone, name, None), nn.Linear):
                 setattr(backbone, name, nn.Identity())
-        self.class_token_only = "class_token_only" in inspect.signature(backbone.forward).parameters
-        self.channels_last = not self.class_token_only  # memory format in which convolutions are faster
+        # Convolutions are faster in this memory format; Vision Transformers, which know the option, keep theirs.
+        self.channels_last = "class_token_only" not in inspect.signature(backbone.forward).parameters
         self.backbone = backbone
         self.head = head
 
     def features(self, crops: Tensor | Sequence[Tensor]) -> Tensor:
         """list of (n_i, C, h_i, w_i) -> backbone features (sum n_i, D), rows in input order."""
-        features = self.outputs(crops, **({"class_token_only": True} if self.class_token_only else {}))
+        features = self.outputs(crops) if self.channels_last else self.outputs(crops, class_token_only=True)
         return torch.cat(features) if len(features) > 1 else features[0]
 
     def tokens(self, crops: Tensor | Sequence[Tensor]) -> list[Tensor]:

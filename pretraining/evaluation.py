@@ -40,7 +40,7 @@ class KnnEvaluation(NamedTuple):
             try:
                 features = [self.features(backbone, images, autocast) for images in self.parts]
             except Refused as error:  # an image that can't be decoded
-                raise parallel.Stopped(error) from error
+                raise parallel.Stopped(f"--eval_data_path: {error}") from error
         train, val = zip(features, self.labels, strict=True)
         return knn_classifier(*train, *val, k=20, T=0.07, num_classes=self.n_classes, device=self.device)
 

@@ -12,9 +12,9 @@ from PIL import Image
 from processes import SMALL, launch
 
 import eval_knn
-import flags
 import main_dino
 import visualize_attention
+from pretraining import faults
 from vision_transformer import build_backbone
 
 SECONDS = 5  # torch is imported already
@@ -148,7 +148,7 @@ TRAINING = [
     ("@{here}", ("@{here}", "not a file of flags .Is a directory", "presets/shapes.txt")),
     ("@{here}/itself.txt", ("@", "includes itself", "remove that line")),
     ("@{here}/nested.txt", ("@none.txt", "No such file", "presets/shapes.txt")),
-    ("@{here}/binary.txt", ("@{here}/binary.txt", "not text", "there are")),
+    ("@{here}/binary.txt", ("@{here}/binary.txt", "not text", "@presets/shapes.txt")),
     # Values that contradict each other
     ("--global_crops_scale 1 0.4", ("--global_crops_scale 1 0.4", "low <= high")),
     ("--local_crops_scale 0.4 0.05", ("--local_crops_scale 0.4 0.05", "low <= high")),
@@ -225,8 +225,8 @@ TRAINING = [
     # Output
     ("--output_dir {here}/file", ("--output_dir {here}/file", "File exists|Not a directory", "choose")),
     ("--output_dir {here}/" + 300 * "x", ("--output_dir", "File name too long", "choose another")),
-    ("--output_dir {here}/folder", ("--output_dir {here}/folder", "checkpoint.pth: a folder", "move it away")),
-    ("--output_dir {here}/tensor", ("--output_dir {here}/tensor", "a Tensor", "move it away")),
+    ("--output_dir {here}/folder", ("--output_dir {here}/folder", "checkpoint.pth: a folder", "move the file away")),
+    ("--output_dir {here}/tensor", ("--output_dir {here}/tensor", "a Tensor", "move the file away")),
     ("--output_dir {here}/file/out", ("--output_dir {here}/file/out", "Not a directory", "choose")),
     ("--output_dir /proc/out", ("--output_dir /proc/out", "choose")),  # where root can't write either
 ]  # fmt: skip
@@ -323,6 +323,6 @@ def test_in_a_process_of_its_own(script, argv, words, tmp_path):
     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")])
 def test_memory_that_ran_out_is_one_line_whoever_says_so(error):
-    said = flags.out_of_memory(error)
+    said = faults.out_of_memory(error)
     assert said.startswith("memory ran out (") and "lower --batch_size_per_gpu" in said and "\n" not in said
-    assert flags.out_of_memory(RuntimeError("shapes do not fit")) is None
+    assert faults.out_of_memory(RuntimeError("shapes do not fit")) is None

@@ -209,7 +209,7 @@ def test_a_broken_one_in_evaluation_is_named(tmp_path, capfd):
     flags = ["--eval_knn_every", 1, "--eval_data_path", tmp_path, "--num_workers", 0, "--output_dir", tmp_path / "out"]
     assert main_dino.main(parsed(*flags)) == 1
     (line,) = capfd.readouterr().err.strip().splitlines()
-    assert re.search(r"stopped: --eval_data_path: .*val/b/15.png: not an image .*; .*remove it", line)
+    assert re.search(r"stopped: --eval_data_path: .*val/b/15.png: not an image .*; .*remove that file", line)
 
 
 class Crops:
