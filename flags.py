@@ -73,12 +73,20 @@ def prepare_output(folder: Path, flag: str = "--output_dir") -> None:
         raise Refused(f"{flag} {folder}: {error.strerror or error}; choose a folder you can write to") from error
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds the default to a flag's help, unless it is empty."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        empty = action.default is False or action.default in ("", None) or action.default == []
+        return action.help if empty else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser that also reads flags from `@FILE`: one or more flags per line, `#` starts a comment."""
 
-    def __init__(self, description: str) -> None:
-        super().__init__(description=description, fromfile_prefix_chars="@", allow_abbrev=False,
-                         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    def __init__(self, description: str, usage: str = "%(prog)s [@FILE] [FLAG VALUE] ...") -> None:
+        super().__init__(usage=usage, description=description, fromfile_prefix_chars="@", allow_abbrev=False,
+                         formatter_class=Help)
 
     def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
         """Like argparse's, but errors are one line and suggest existing presets and similar flags."""
