@@ -7,7 +7,7 @@ import difflib
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import parallel
@@ -31,7 +31,7 @@ def exit_code(
             disk), else to None.
 
     Returns:
-        0 if the work is done, 2 for bad input, 1 if the work stopped for a reason outside the code.
+        0 if the work is done, 2 for bad input, 1 if the work stopped for a reason outside the code, 130 on Ctrl-C.
     """
     try:
         try:
@@ -40,8 +40,11 @@ def exit_code(
         except Refused as error:
             print(f"{script}: error: {error}", file=sys.stderr, flush=True)
             return 2
+        except KeyboardInterrupt:
+            print(f"{script}: interrupted", file=sys.stderr, flush=True)
+            return 130
         except Exception as error:
-            stopped = error if isinstance(error, Stopped) else explain(error)
+            stopped = error if isinstance(error, Stopped) else output_closed(error) or explain(error)
             if stopped is None:
                 raise
         finally:
@@ -52,6 +55,18 @@ def exit_code(
     if getattr(stopped, "say", True):
         print(f"{script}: stopped: {stopped}", file=sys.stderr, flush=True)
     return 1
+
+
+def output_closed(error: Exception) -> str | None:
+    """A one-line reason if the program that reads this one's output has ended, as in `| head`, else None."""
+    if not isinstance(error, BrokenPipeError):
+        return None
+    try:
+        os.write(sys.stdout.fileno(), b"\n")  # raises again, unless another pipe is broken
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at exit
+        return "the program that reads the output has closed it"
+    return None
 
 
 def output_dir(given: str, weights: str) -> Path:
@@ -82,40 +97,52 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that also reads flags from `@FILE`: one or more flags per line, `#` starts a comment."""
+    """An ArgumentParser that also reads flags from `@FILE`: one or more flags per line, `#` starts a comment.
 
-    def __init__(self, description: str, usage: str = "%(prog)s [@FILE] [FLAG VALUE] ...") -> None:
+    It can be the parent of another parser, as the published scripts use theirs: `-h` is added when it parses.
+
+    Args:
+        hints: what to say of flags that users try and that don't exist.
+    """
+
+    def __init__(
+        self, description: str, usage: str = "%(prog)s [@FILE] [FLAG VALUE] ...", hints: Mapping[str, str] | None = None
+    ) -> None:
         super().__init__(usage=usage, description=description, fromfile_prefix_chars="@", allow_abbrev=False,
-                         formatter_class=Help)
+                         formatter_class=Help, add_help=False)
+        self.hints = hints or {}
 
     def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
         """Like argparse's, but errors are one line and suggest existing presets and similar flags."""
-        for arg in sys.argv[1:] if args is None else args:
-            if arg.startswith("@"):
-                self.check_file(arg)
+        if "--help" not in self._option_string_actions:
+            self.add_argument("-h", "--help", action="help", help="show this help message and exit")
+        args = [self.found_file(arg) for arg in (sys.argv[1:] if args is None else args)]
         try:
             namespace, unknown = self.parse_known_args(args, namespace)
         except RecursionError:
             self.error("@: the file of flags includes itself; remove that line")
         if unknown:
             near = difflib.get_close_matches(unknown[0], self._option_string_actions, 3)
-            self.error(f"{' '.join(unknown)}: no such flag; "
-                       + (f"did you mean {' or '.join(near)}? " if near else "") + "--help lists all flags")
+            hint = self.hints.get(unknown[0]) or (f"did you mean {' or '.join(near)}?" if near else "")
+            self.error(f"{' '.join(unknown)}: no such flag; {hint} --help lists all flags")
         return namespace
 
-    def check_file(self, arg: str) -> None:
+    def found_file(self, arg: str) -> str:
+        """@FILE of flags, which is looked for beside this file too, so that presets work from any folder; else arg."""
+        if not arg.startswith("@"):
+            return arg
+        path = Path(arg[1:])
+        if not path.exists() and (PRESETS.parent / path).is_file():
+            path = PRESETS.parent / path
         try:
-            Path(arg[1:]).read_text()
+            path.read_text()
+            return f"@{path}"
         except (OSError, UnicodeError) as error:
             presets = ", ".join(f"@presets/{path.name}" for path in sorted(PRESETS.glob("*.txt")))
             self.error(f"{arg}: not a file of flags ({getattr(error, 'strerror', 'not text')}); available: {presets}")
 
     def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
-        words = arg_line.split("#")[0].split()
-        for word in words:
-            if word.startswith("@"):
-                self.check_file(word)
-        return words
+        return [self.found_file(word) for word in arg_line.split("#")[0].split()]
 
     def error(self, message: str) -> None:
         """Print one line and exit with code 2; argparse would print the usage of fifty flags above it."""

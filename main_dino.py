@@ -43,7 +43,8 @@ from weights import checkpoints
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = flags.Parser("Pretrain a backbone with DINO on images without labels.")
+    parser = flags.Parser("Pretrain a backbone with DINO on images without labels.", hints={
+        "--resume": "a run resumes by itself: start it again with the same --output_dir;"})
 
     add = parser.add_argument_group("network").add_argument
     add("--arch", default="vit_small", help="vit_nano, vit_tiny, vit_small, vit_base, or a name of torchvision or timm")
@@ -285,6 +286,9 @@ def describe(args: argparse.Namespace, run: Run, plan: Plan, n_images: int) -> N
               f"do not fill a step of {batch}; a --batch_size_per_gpu that divides {n_images} uses all")
     print(f"{plan.steps} steps of {batch} images, {plan.steps_per_epoch} per epoch; "
           f"peak learning rate {plan.lr.max():.2e}", flush=True)
+    if args.freeze_last_layer >= plan.steps / plan.steps_per_epoch:
+        print(f"WARNING: the prototypes stay frozen for the whole run, as --freeze_last_layer {args.freeze_last_layer} "
+              f"epoch(s) is not shorter than the run of {plan.steps / plan.steps_per_epoch:.3g}; lower it", flush=True)
 
 
 def images_per_step(args: argparse.Namespace) -> int:
@@ -509,6 +513,9 @@ def main(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) == 1:
+        get_args_parser().error("--data_path: give a folder of images, and --output_dir; for a first trial: python "
+                                "main_dino.py @presets/shapes.txt --output_dir output/shapes; --help lists all flags")
     arguments = get_args_parser().parse_args()
     end = parallel.leave if arguments.parallel == "fsdp" else sys.exit
     end(main(arguments))

@@ -11,7 +11,8 @@ from protocols.charts import training_curves
 
 
 def get_args_parser() -> flags.Parser:
-    parser = flags.Parser("Draw the curves of one or several runs of main_dino.py.", "%(prog)s LOG [LOG ...] [--out FILE]")
+    parser = flags.Parser("Draw the curves of one or several runs of main_dino.py.",
+                          "%(prog)s LOG [LOG ...] [--out FILE]")
     parser.add_argument("logs", nargs="+", metavar="LOG", help="log.txt of a run, or the folder that holds it")
     parser.add_argument("--out", default="curves.png", help="figure to write: .png, or .svg or .pdf for print")
     return parser

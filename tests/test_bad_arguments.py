@@ -1,15 +1,19 @@
 """Wrong flags and combinations: exit code 2, one line with flag, value and remedy, nothing written, at once."""
 
+import argparse
 import re
 import shlex
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
-from processes import SMALL, launch
+from processes import ENV, SMALL, launch
 
 import eval_knn
 import main_dino
@@ -326,3 +330,54 @@ def test_memory_that_ran_out_is_one_line_whoever_says_so(error):
     said = faults.out_of_memory(error)
     assert said.startswith("memory ran out (") and "lower --batch_size_per_gpu" in said and "\n" not in said
     assert faults.out_of_memory(RuntimeError("shapes do not fit")) is None
+
+
+def test_a_reader_that_has_enough_is_named_as_such(tmp_path):
+    """Not as a dead worker, which breaks a pipe too."""
+    command = [sys.executable, ROOT / "main_dino.py", *SMALL, "--output_dir", tmp_path]
+    run = subprocess.Popen(command, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    run.stdout.readline()
+    run.stdout.close()
+    said = run.stderr.read()
+    assert run.wait(timeout=120) == 1
+    assert "reads the output has closed it" in said and "worker" not in said and said.count("\n") == 1
+
+
+def test_ctrl_c_is_one_line(monkeypatch, capsys):
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(eval_knn, "load_network", interrupted)
+    assert eval_knn.main(eval_knn.get_args_parser().parse_args(["--device", "cpu"])) == 130
+    assert capsys.readouterr().err == "eval_knn.py: interrupted\n"
+
+
+@pytest.mark.parametrize("flags, words", [
+    ((), ("--data_path", "@presets/shapes.txt", "--output_dir")),
+    (("--resume", "x"), ("--resume x", "resumes by itself", "--output_dir")),
+])
+def test_a_first_users_start(tmp_path, flags, words):
+    done = subprocess.run([sys.executable, ROOT / "main_dino.py", *flags], env=ENV, cwd=tmp_path, capture_output=True,
+                          text=True)
+    assert done.returncode == 2 and all(word in done.stderr for word in words) and done.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_presets_work_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.txt").write_text("@presets/shapes.txt\n--epochs 3  # fewer\n")
+    assert main_dino.get_args_parser().parse_args(["@presets/shapes.txt"]).out_dim == 256
+    args = main_dino.get_args_parser().parse_args(["@mine.txt"])
+    assert (args.out_dim, args.epochs) == (256, 3)
+
+
+def test_every_parser_can_be_the_parent_of_another():
+    for script in (main_dino, eval_knn, visualize_attention):
+        parser = argparse.ArgumentParser(parents=[script.get_args_parser()])
+        assert parser.parse_args([]).arch == "vit_small"
+
+
+def test_prototypes_that_are_never_trained_are_told(tmp_path, capsys):
+    argv = [*SMALL, "--steps", "2", "--freeze_last_layer", "1", "--output_dir", str(tmp_path)]
+    assert main_dino.main(main_dino.get_args_parser().parse_args(argv)) == 0
+    assert "WARNING: the prototypes stay frozen for the whole run, as --freeze_last_layer 1" in capsys.readouterr().out
