@@ -35,6 +35,7 @@ from pretraining.faults import TO_BE_CONTINUED, Requests
 from pretraining.health import health
 from pretraining.logs import Log, installed
 from pretraining.meters import Clock, Meters
+from pretraining.owner import owned
 from pretraining.plan import Plan, check_warmups, steps_per_epoch
 from pretraining.replay import replay
 from pretraining.state import Run, plain_settings, seed_everything
@@ -309,10 +310,17 @@ def pretrain(args: argparse.Namespace) -> int:
         if not (reason := faults.out_of_memory(error)):
             raise
         raise Refused(reason) from error
-    latest = checkpoints.read_latest(args.output_dir)
+    flags.prepare_output(run.folder)
+    with owned(run.folder):
+        return resume_and_train(args, run, plan, images, evaluation)
+
+
+def resume_and_train(
+    args: argparse.Namespace, run: Run, plan: Plan, images: Images, evaluation: KnnEvaluation | None
+) -> int:
+    latest = checkpoints.read_latest(run.folder)
     if latest:
         run.check_resumable(*latest)
-    flags.prepare_output(run.folder)
     if parallel.is_main():
         checkpoints.remove_temporary(run.folder)
     describe(args, run, plan, len(images))
