@@ -32,7 +32,8 @@ def test_save_keeps_the_one_before_and_read_latest_falls_back(tmp_path, capsys):
 
 def test_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     path = tmp_path / checkpoints.NAME
-    checkpoints.save({"step": 1}, path)
+    for step in (0, 1):
+        checkpoints.save({"step": step}, path)
 
     def full(fd):
         raise OSError(28, "No space left on device")
@@ -41,7 +42,16 @@ def test_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="the one before it is intact"):
         checkpoints.save({"step": 2}, path)
     monkeypatch.undo()
-    assert checkpoints.read(path)["step"] == 1 and len(list(tmp_path.iterdir())) == 1
+    assert checkpoints.read(path)["step"] == 1 and checkpoints.read(tmp_path / checkpoints.PREVIOUS)["step"] == 0
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_temporary_files_of_killed_runs_are_removed(tmp_path):
+    """Of this version, which adds the process number to the name, and of the one before."""
+    for name in (".checkpoint.pth.tmp", ".checkpoint.pth.123.tmp", ".checkpoint_best.pth.7.tmp", ".log.txt.5.tmp"):
+        (tmp_path / name).touch()
+    checkpoints.remove_temporary(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [".log.txt.5.tmp"]
 
 
 def test_a_worker_that_dies_meanwhile_is_not_taken_for_a_full_disk(tmp_path, monkeypatch):
