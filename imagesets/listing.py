@@ -134,7 +134,7 @@ def searched_or_read(what: str, known: frozenset[bytes], search: Callable[[list[
     path = index_path(what, known)
     table = read_index(path) if path else None
     if table is not None and unchanged(table):
-        report(what, f"{length(table)} images from the index {path}; delete it to search again")
+        report(what, f"{number_of_images(table)} images from the index {path}; delete it to search again")
         return table
     stamps: list[tuple] = []
     began = time.time_ns()
@@ -143,10 +143,10 @@ def searched_or_read(what: str, known: frozenset[bytes], search: Callable[[list[
     table["stamps"] = np.array([numbers for _, *numbers in stamps], np.int64).reshape(-1, 2)
     # A second change within one tick of the clock would leave no trace, so what was just written gets no index.
     settled = table["stamps"][:, 0].max(initial=0) < began - SETTLED
-    if path and length(table) >= WORTH_AN_INDEX and settled:
+    if path and number_of_images(table) >= WORTH_AN_INDEX and settled:
         try:
             write_index(path, table)
-            report(what, f"{length(table)} images, saved in the index {path}; delete it to search again")
+            report(what, f"{number_of_images(table)} images, saved in the index {path}; delete it to search again")
         except OSError as error:
             report(what, f"no index is saved ({error.strerror}); set DINO_CACHE to a folder that can be written to")
     return table
@@ -157,7 +157,7 @@ def report(what: str, line: str) -> None:
     print(printable(os.fsencode(first)) + (f" and {len(others)} more" if others else "") + f": {line}", flush=True)
 
 
-def length(table: Table) -> int:
+def number_of_images(table: Table) -> int:
     return int(np.count_nonzero(table["paths"] == 0))
 
 

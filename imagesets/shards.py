@@ -155,7 +155,7 @@ def read_shards(where: str, paths: Sequence[bytes], in_chans: int, max_pixels: i
     known = frozenset(map(os.fsencode, suffixes(in_chans)))
     real = [os.path.realpath(path) for path in paths]
     what = "\n".join(map(os.fsdecode, real))
-    table = listing.listed(what, known, lambda stamps: members(where, real, known, stamps))
+    table = listing.listed(what, known, lambda stamps: shards_table(where, real, known, stamps))
     if not table["left_out"] and not len(table["paths"]):
         raise Refused(f"{where}: no images in {len(paths)} shard(s); give shards that hold some, named key.jpg")
     if table["left_out"] and parallel.is_main():
@@ -163,7 +163,7 @@ def read_shards(where: str, paths: Sequence[bytes], in_chans: int, max_pixels: i
     return Shards(paths, table, in_chans, max_pixels)
 
 
-def members(where: str, paths: Sequence[bytes], known: frozenset[bytes], stamps: list[tuple]) -> listing.Table:
+def shards_table(where: str, paths: Sequence[bytes], known: frozenset[bytes], stamps: list[tuple]) -> listing.Table:
     """Columns: paths, shard, offset, size and (if all have one) labels of the images; classes; left_out, a count."""
     names, labels, left_out = bytearray(), [], 0
     rows = {"shard": array("i"), "offset": array("q"), "size": array("q")}

@@ -158,7 +158,7 @@ def photometric(crops: Tensor, params: Tensor, mean: Sequence[float], std: Seque
     Raises:
         ValueError: shapes, types or orders differ from the above, or the parameters are not on the CPU.
     """
-    return in_parts(transform_by_slices, crops, params, mean, std)
+    return in_parts(_by_slices, crops, params, mean, std)
 
 
 @torch.no_grad()
@@ -187,14 +187,14 @@ def jitter_orders(params: np.ndarray) -> np.ndarray:
     return np.array(ORDERS + ((-1,) * 4,))[params[:, ORDER].astype(int)]  # order -1 takes the last row
 
 
-# By the column of the parameters that holds their factor.
+# By the column of the parameters that holds the factor; grey and solarize have none.
 OPERATIONS: dict[int, Callable[[Tensor, Tensor], Tensor]] = {
     BRIGHTNESS: adjust_brightness, CONTRAST: adjust_contrast, SATURATION: adjust_saturation, HUE: adjust_hue,
     GREY: lambda images, _: to_grey(images), SIGMA: gaussian_blur, SOLARIZE: lambda images, _: solarize(images),
 }
 
 
-def stages(params: np.ndarray, channels: int) -> np.ndarray:
+def _stages(params: np.ndarray, channels: int) -> np.ndarray:
     """(M, 8) -> (7, M): the operation that each crop needs at each stage, by its column in the parameters, or -1.
 
     The jitter has four stages, one for each position in the order of its operations; grey, blur, solarize follow.
@@ -206,7 +206,7 @@ def stages(params: np.ndarray, channels: int) -> np.ndarray:
     return operations
 
 
-def transform_by_slices(crops: Tensor, params: np.ndarray, mean: Tensor, std: Tensor, out: Tensor) -> None:
+def _by_slices(crops: Tensor, params: np.ndarray, mean: Tensor, std: Tensor, out: Tensor) -> None:
     """`photometric` of one part, for `in_parts`.
 
     Before each stage the crops are sorted by the operation they need, so that each operation works on a slice. Reading
@@ -215,7 +215,7 @@ def transform_by_slices(crops: Tensor, params: np.ndarray, mean: Tensor, std: Te
     # Sorted as gaussian_blur prefers; the stable sorts below keep that order.
     places = np.argsort(-params[:, SIGMA], kind="stable")
     images = _reorder(crops, places).contiguous().float().div_(255)
-    for stage in stages(params, crops.shape[1]):
+    for stage in _stages(params, crops.shape[1]):
         move = np.argsort(stage[places], kind="stable")
         places, images = places[move], _reorder(images, move)
         for column in np.unique(stage[stage >= 0]):
