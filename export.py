@@ -32,7 +32,7 @@ from torch import nn
 import flags
 from parallel import Refused
 from protocols.features import weights_hash
-from protocols.formats import FORMATS, SUFFIXES, Differs, Options, Run, same
+from protocols.formats import FORMATS, SUFFIXES, Differs, Run, same
 from vision_transformer import VisionTransformer
 from weights import backbones
 from weights.layouts import STORED_OPTIONS
@@ -198,14 +198,15 @@ def export(args: argparse.Namespace) -> float:
     model, info = backbones.load_backbone(args.pretrained_weights, args.arch, args.patch_size, args.checkpoint_key)
     about = describe(model, info, args.image_size, args.resize_size)
     refuse_unfit_size(model, about)
-    reports = tuple((path, read_report(path, about["weights_sha256"])) for path in args.results)
-    options = Options(args.opset, args.dynamic_size, args.license, args.training_data, reports)
+    options = {flag: getattr(args, flag) for flag, kinds in ONLY_FOR.items() if kind in kinds}
+    if args.results:
+        options["results"] = [(path, read_report(path, about["weights_sha256"])) for path in args.results]
     exported = model if args.dynamic_size else at_size(model, about["image_size"])
     flags.prepare_output(output.parent, "--output")
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=".export-") as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporters warn about their own internals
         written = Path(folder) / output.name
-        theirs = FORMATS[kind](exported, about, written, options)
+        theirs = FORMATS[kind](exported, about, written, **options)
         difference = largest_difference(model, theirs, about, args.dynamic_size)
         verdict = f"largest difference {difference:.1e} of the features' RMS, tolerance {args.tolerance:g}"
         if difference > args.tolerance:
@@ -217,12 +218,7 @@ def export(args: argparse.Namespace) -> float:
 
 def main(args: argparse.Namespace) -> int:
     """Returns the exit code: 0 written, 1 the features differ, 2 bad input."""
-    try:
-        return flags.exit_code("export.py", export, args)
-    except Differs as error:
-        print(f"export.py: error: --format {args.format}: the library computes other features ({error}); nothing was "
-              "written", file=sys.stderr)
-        return 1
+    return flags.exit_code("export.py", export, args)
 
 
 if __name__ == "__main__":

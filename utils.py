@@ -115,11 +115,10 @@ class DataAugmentationDINO:
 
     def __call__(self, image, rng: np.random.Generator | None = None) -> list[Tensor]:
         """PIL image -> 2 + L normalized float32 crops (C, size, size); by default torch's generator seeds `rng`."""
-        if rng is None:
-            rng = np.random.default_rng(torch.randint(2**62, ()).item())
-        pixels = np.array(image.convert("L" if len(self.mean) == 1 else "RGB"), ndmin=3)
-        pixels = torch.from_numpy(pixels).reshape(image.height, image.width, -1).permute(2, 0, 1)
-        crops, params = self.cut(pixels, rng)
+        from torchvision.transforms.functional import pil_to_tensor  # takes long to import; training does without it
+
+        rng = rng or np.random.default_rng(torch.randint(2**62, ()).item())
+        crops, params = self.cut(pil_to_tensor(image.convert("L" if len(self.mean) == 1 else "RGB")), rng)
         return [self.finish([c[None]], p[None])[0][0] for c, p in zip(crops, params, strict=True)]
 
 

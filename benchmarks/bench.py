@@ -19,8 +19,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # before this folder, so that a project module wins over a benchmark of the same name
@@ -36,9 +34,11 @@ def parser(doc: str, rounds: int = 5) -> argparse.ArgumentParser:
     return flags
 
 
-def step_parser(doc: str, archs: Sequence[str], arch: str, sizes: tuple[int, int]) -> argparse.ArgumentParser:
+def step_parser(
+    doc: str, archs: Sequence[str], arch: str, sizes: tuple[int, int], rounds: int = 5
+) -> argparse.ArgumentParser:
     """`parser`, with flags for the network and the crops of a training step."""
-    flags = parser(doc)
+    flags = parser(doc, rounds)
     flags.add_argument("--arch", default=arch, choices=sorted(archs))
     flags.add_argument("--patch", type=int, default=16)
     flags.add_argument("--sizes", type=int, nargs=2, default=sizes, help="side in pixels of global and local crops")
@@ -171,7 +171,7 @@ def record(args: argparse.Namespace, benchmark: str, **results: object) -> None:
             file.write(json.dumps(line) + "\n")
 
 
-# ---- Counting bytes; measuring peak rates ----
+# ---- Counting bytes that autograd saves; measuring peak rates ----
 
 
 def kept_bytes(function: Callable[[], object]) -> int:
@@ -190,61 +190,28 @@ def kept_bytes(function: Callable[[], object]) -> int:
     return sum(size for size, _ in kept.values())
 
 
-class Traffic(TorchDispatchMode):
-    """Counts the bytes that all operations read and write while it is active, as if there were no cache.
-
-    Views and allocations count as zero. An operation reads its arguments and writes its results, or the arguments that
-    it changes in place according to its schema.
-    """
-
-    FREE = {"empty", "empty_like", "empty_strided", "new_empty", "_unsafe_view"}
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        result, schema = func(*args, **kwargs), func._schema
-        view = any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
-        if not view and schema.name.split("::")[1] not in self.FREE:
-            given = dict(zip((a.name for a in schema.arguments), args, strict=False)) | kwargs
-            changed = [given.get(a.name) for a in schema.arguments if a.alias_info and a.alias_info.is_write]
-            fresh = result if not any(r.alias_info for r in schema.returns) else ()
-            read = {name: value for name, value in given.items() if name != "out"}
-            self.bytes += sum(self.size(x) for x in tree_leaves((read, changed, fresh)))
-        return result
-
-    @staticmethod
-    def size(x: object) -> int:
-        return min(x.nbytes, x.untyped_storage().nbytes()) if isinstance(x, torch.Tensor) else 0
-
-
-def matmul_rate(device: str, dtype: torch.dtype, side: int = 0, seconds: float = 1.0) -> float:
+def matmul_rate(device: str, dtype: torch.dtype, side: int = 0) -> float:
     """Measured FLOP/s of a product of square matrices, the peak that a step is compared with."""
     side = side or (8192 if device.startswith("cuda") else 1024)
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    best, end = 0.0, time.perf_counter() + seconds
-    a @ b
-    while best == 0 or time.perf_counter() < end:
-        wait(device)
-        start = time.perf_counter()
-        a @ b
-        wait(device)
-        best = max(best, 2 * side**3 / (time.perf_counter() - start))
-    return best
+    return 2 * side**3 / shortest(lambda: a @ b, device)
 
 
-def copy_rate(device: str, seconds: float = 1.0, size: int = 2**28) -> float:
+def copy_rate(device: str, size: int = 2**28) -> float:
     """Measured bytes/s, read plus written, of copying a tensor larger than the caches."""
     source = torch.ones(size // 4, device=device)
     target = torch.empty_like(source)
-    best, end = 0.0, time.perf_counter() + seconds
-    target.copy_(source)
-    while best == 0 or time.perf_counter() < end:
+    return 2 * size / shortest(lambda: target.copy_(source), device)
+
+
+def shortest(function: Callable[[], object], device: str, seconds: float = 1.0) -> float:
+    """Seconds of the fastest call of a function, which is called once untimed and then repeatedly for `seconds`."""
+    times, end = [], time.perf_counter() + seconds
+    function()
+    while not times or time.perf_counter() < end:
         wait(device)
         start = time.perf_counter()
-        target.copy_(source)
+        function()
         wait(device)
-        best = max(best, 2 * size / (time.perf_counter() - start))
-    return best
+        times.append(time.perf_counter() - start)
+    return min(times)

@@ -90,7 +90,7 @@ def loader(name: str, paths: list[Path], workers: int, args):
         opened = sources.open_images(str(paths[0].parent), None)
         return loaders.batches(opened, augmentation(args), args.batch, workers, 0,
                                pin_memory=args.device.startswith("cuda"))
-    images = naive.Pictures(paths, local=args.local, sizes=tuple(args.sizes))
+    images = naive.ImageFiles(paths, local=args.local, sizes=tuple(args.sizes))
     forever = torch.utils.data.RandomSampler(paths, replacement=True, num_samples=10**9)
     return torch.utils.data.DataLoader(images, args.batch, sampler=forever, num_workers=workers,
                                        prefetch_factor=4 if workers else None)

@@ -21,7 +21,7 @@ import naive
 import ours
 import photos
 import torch
-from train_step import PRECISIONS
+from train_step import PRECISIONS, trainer_options
 
 from imagesets import loaders
 
@@ -58,8 +58,7 @@ def run(name: str, trainer, paths: list[Path], args) -> dict[str, float]:
 
 def measure(paths: list[Path], args) -> dict:
     bench.start_anew(args.device)
-    shared = {"arch": args.arch, "patch": args.patch, "size": args.sizes[0], "k": args.out_dim,
-              "device": args.device, "dtype": PRECISIONS[args.precision]}
+    shared = trainer_options(args)
     trainers = {"naive": naive.Trainer(**shared), "ours": ours.Trainer(**shared, local=args.local)}
     if args.compile:
         trainers["ours, compiled"] = ours.Trainer(**shared, local=args.local, compiled=args.compile)
@@ -81,13 +80,7 @@ def measure(paths: list[Path], args) -> dict:
 
 
 def get_args_parser():
-    parser = bench.parser(__doc__, rounds=3)
-    parser.add_argument("--arch", default="vit_tiny", choices=sorted(naive.SIZES))
-    parser.add_argument("--patch", type=int, default=16)
-    parser.add_argument("--sizes", type=int, nargs=2, default=(224, 96),
-                        help="side in pixels of global and local crops")
-    parser.add_argument("--local", type=int, default=8, help="number of local crops")
-    parser.add_argument("--out_dim", type=int, default=65536, help="number of prototypes K")
+    parser = bench.step_parser(__doc__, naive.SIZES, "vit_tiny", (224, 96), rounds=3)
     parser.add_argument("--batch", type=int, default=16, help="images per step")
     parser.add_argument("--steps", type=int, default=4, help="timed steps per round")
     parser.add_argument("--workers", type=int, default=1, help="data-loading workers; give all cores of the machine")

@@ -15,7 +15,7 @@ import model
 import naive
 import ours
 import torch
-from train_step import PRECISIONS, crops_of
+from train_step import PRECISIONS, crops_of, trainer_options
 
 GROWING = ("activations", "logits and loss")  # proportional to the number of images; the other categories are constant
 
@@ -32,8 +32,7 @@ def count(trainer, crops, features) -> dict[str, int]:
 
 
 def measure(batch: int, args) -> dict[str, dict]:
-    shared = {"arch": args.arch, "patch": args.patch, "size": args.sizes[0], "k": args.out_dim,
-              "device": args.device, "dtype": PRECISIONS[args.precision]}
+    shared = trainer_options(args)
     views, joined = crops_of(batch, args)
     trainers = {
         "naive": lambda: naive.Trainer(**shared, grouped=True),

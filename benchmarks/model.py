@@ -17,12 +17,12 @@ import sys
 from dataclasses import dataclass
 
 import bench
+import naive
 
 ARCHS = {  # width, blocks, patch size, sides of global and local crops in pixels
     "ViT-S/16": (384, 12, 16, (224, 96)), "ViT-B/16": (768, 12, 16, (224, 96)), "ViT-L/16": (1024, 24, 16, (224, 96)),
     "ViT-g/14": (1536, 40, 14, (224, 98)),
 }
-SIZES = {"vit_nano": (192, 4), "vit_tiny": (192, 12), "vit_small": (384, 12), "vit_base": (768, 12)}
 HIDDEN, BOTTLENECK = 2048, 256
 
 # Bytes per token and unit of width that one block moves in the forward pass; r: read, w: written.
@@ -67,7 +67,7 @@ class Shape:
 
     @classmethod
     def of(cls, arch: str, patch: int, sizes, local: int, k: int) -> Shape:
-        return cls(*SIZES[arch], patch, tuple(sizes), local, k)
+        return cls(*naive.SIZES[arch][:2], patch, tuple(sizes), local, k)
 
     def tokens(self, size: int) -> int:
         return 1 + (size // self.patch) ** 2

@@ -244,7 +244,7 @@ def augment(image, local=8, sizes=(224, 96), global_scale=(0.4, 1.0), local_scal
     return views + [view(image, local_scale, sizes[1], 0.5, 0.0) for _ in range(local)]
 
 
-class Pictures(torch.utils.data.Dataset):
+class ImageFiles(torch.utils.data.Dataset):
     """Image files -> lists of crops."""
 
     def __init__(self, paths, **options):

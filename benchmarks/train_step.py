@@ -28,13 +28,18 @@ def crops_of(batch: int, args) -> tuple[list, list]:
     return views, [torch.cat(group) for group in (views[:2], views[2:]) if group]
 
 
+def trainer_options(args) -> dict:
+    """The arguments that naive.Trainer and ours.Trainer share."""
+    return {"arch": args.arch, "patch": args.patch, "size": args.sizes[0], "k": args.out_dim, "device": args.device,
+            "dtype": PRECISIONS[args.precision]}
+
+
 def trainers(args) -> dict:
     bench.start_anew(args.device)
-    shared = {"arch": args.arch, "patch": args.patch, "size": args.sizes[0], "k": args.out_dim,
-              "device": args.device, "dtype": PRECISIONS[args.precision]}
+    shared = trainer_options(args)
     variants = {"naive, a pass a crop": naive.Trainer(**shared),
-             "naive, a pass a resolution": naive.Trainer(**shared, grouped=True),
-             "ours": ours.Trainer(**shared, local=args.local)}
+                "naive, a pass a resolution": naive.Trainer(**shared, grouped=True),
+                "ours": ours.Trainer(**shared, local=args.local)}
     if args.all_tokens:
         variants["ours, all tokens"] = ours.Trainer(**shared, local=args.local)
         for network in (variants["ours, all tokens"].student, variants["ours, all tokens"].teacher):

@@ -132,9 +132,9 @@ def listed(what: str, known: frozenset[bytes], search: Callable[[list[tuple]], T
 
 def searched_or_read(what: str, known: frozenset[bytes], search: Callable[[list[tuple]], Table]) -> Table:
     path = index_path(what, known)
-    table = read(path) if path else None
+    table = read_index(path) if path else None
     if table is not None and unchanged(table):
-        say(what, f"{count(table)} images from the index {path}; delete it to search again")
+        report(what, f"{number_of_images(table)} images from the index {path}; delete it to search again")
         return table
     stamps: list[tuple] = []
     began = time.time_ns()
@@ -143,21 +143,21 @@ def searched_or_read(what: str, known: frozenset[bytes], search: Callable[[list[
     table["stamps"] = np.array([numbers for _, *numbers in stamps], np.int64).reshape(-1, 2)
     # A second change within one tick of the clock would leave no trace, so what was just written gets no index.
     settled = table["stamps"][:, 0].max(initial=0) < began - SETTLED
-    if path and count(table) >= WORTH_AN_INDEX and settled:
+    if path and number_of_images(table) >= WORTH_AN_INDEX and settled:
         try:
-            write(path, table)
-            say(what, f"{count(table)} images, saved in the index {path}; delete it to search again")
+            write_index(path, table)
+            report(what, f"{number_of_images(table)} images, saved in the index {path}; delete it to search again")
         except OSError as error:
-            say(what, f"no index is saved ({error.strerror}); set DINO_CACHE to a folder that can be written to")
+            report(what, f"no index is saved ({error.strerror}); set DINO_CACHE to a folder that can be written to")
     return table
 
 
-def say(what: str, line: str) -> None:
+def report(what: str, line: str) -> None:
     first, *others = what.split("\n")
     print(printable(os.fsencode(first)) + (f" and {len(others)} more" if others else "") + f": {line}", flush=True)
 
 
-def count(table: Table) -> int:
+def number_of_images(table: Table) -> int:
     return int(np.count_nonzero(table["paths"] == 0))
 
 
@@ -176,7 +176,7 @@ def unchanged(table: Table) -> bool:
         return False
 
 
-def fingerprint(table: Table) -> str:
+def table_hash(table: Table) -> str:
     """Changes when a folder or shard of the listing does."""
     return hashlib.sha256(table["watched"].tobytes() + table["stamps"].tobytes()).hexdigest()
 
@@ -195,7 +195,7 @@ def index_path(what: str, known: frozenset[bytes]) -> Path | None:
     return folder and folder / f"index_{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
 
 
-def read(path: Path) -> Table | None:
+def read_index(path: Path) -> Table | None:
     """The table in an index; None if there is no index, or a damaged one."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
@@ -205,7 +205,7 @@ def read(path: Path) -> Table | None:
     return table if {"paths", "watched", "stamps"} <= table.keys() else None
 
 
-def write(path: Path, table: Table) -> None:
+def write_index(path: Path, table: Table) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic.replacing(path) as temporary, open(temporary, "wb") as file:
         np.savez(file, **table)

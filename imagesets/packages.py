@@ -11,12 +11,12 @@ from functools import cached_property, partial
 from typing import Any
 
 import torch
+from filelock import FileLock
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from imagesets.decode import Reduction, Undecodable, decode, from_pil
-from imagesets.locks import locked
 from parallel import Refused
 
 # ---- torchvision ----
@@ -107,7 +107,7 @@ def construct(make: partial, root: str | None, downloadable: bool) -> Any:
         if not downloadable or root is None:
             raise
     os.makedirs(root, exist_ok=True)
-    with locked(os.path.join(root, ".download.lock")):
+    with FileLock(os.path.join(root, ".download.lock")):
         return make(download=True)
 
 

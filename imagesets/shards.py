@@ -23,13 +23,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 import atomic
 import parallel
 from imagesets import listing
 from imagesets.decode import Reduction, Undecodable, decode, printable, suffixes
-from imagesets.locks import locked
 from parallel import Refused
 
 BLOCK = 512  # bytes; tar files consist of such blocks
@@ -52,7 +52,7 @@ class Shards:
         self.shard, self.offset, self.size = (torch.from_numpy(table[k]) for k in ("shard", "offset", "size"))
         self.labels = torch.from_numpy(table["labels"]) if len(table["labels"]) else None
         self.classes = [printable(name) for name in listing.Texts(table["classes"])]
-        self.fingerprint = listing.fingerprint(table)
+        self.fingerprint = listing.table_hash(table)
         self.in_chans, self.max_pixels = in_chans, max_pixels
 
     def __len__(self) -> int:
@@ -125,31 +125,27 @@ def copied(where: str, url: str) -> str:
     path = folder / f"copy_{hashlib.sha256(url.encode()).hexdigest()[:16]}.tar"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with locked(path.with_suffix(".lock")):
+        with FileLock(path.with_suffix(".lock")):
             if not path.exists():
                 print(f"copying {url} to {path}; delete that file to copy it again", flush=True)
                 for part in folder.glob(f".{path.name}.*.tmp"):  # of a process that was killed while it copied
                     part.unlink()
                 with atomic.replacing(path) as temporary:
-                    copy(where, url, gopen, temporary)
+                    copy(url, gopen, temporary)
     except OSError as error:
-        raise Refused(not_copied(where, url, error)) from error
+        raise Refused(f"{where}: {url!r} could not be copied to {folder} ({str(error)[:200]}); correct it, or set "
+                      "DINO_CACHE to a folder with room") from error
     return str(path)
 
 
-def copy(where: str, url: str, gopen: Callable, path: Path) -> None:
-    """Write a pipe's or URL's content to a file, which must be an uncompressed tar file."""
+def copy(url: str, gopen: Callable, path: Path) -> None:
+    """Write a pipe's or URL's content to a file, which must be an uncompressed tar file. Raises OSError."""
     try:
         with gopen(url, "rb") as source, open(path, "wb") as target:
             shutil.copyfileobj(source, target, 1 << 20)
         tarfile.open(path, "r:").close()  # an error page of a server is no tar file, and is not kept
     except Exception as error:  # gopen's programs and protocols raise many types
-        raise Refused(not_copied(where, url, error)) from error
-
-
-def not_copied(where: str, url: str, error: Exception) -> str:
-    return (f"{where}: {url!r} could not be copied to {listing.cache_dir()} ({str(error)[:200]}); correct it, or set "
-            "DINO_CACHE to a folder with room")
+        raise OSError(str(error)) from error
 
 
 # ---- What the shards hold ----
@@ -159,7 +155,7 @@ def read_shards(where: str, paths: Sequence[bytes], in_chans: int, max_pixels: i
     known = frozenset(map(os.fsencode, suffixes(in_chans)))
     real = [os.path.realpath(path) for path in paths]
     what = "\n".join(map(os.fsdecode, real))
-    table = listing.listed(what, known, lambda stamps: search(where, real, known, stamps))
+    table = listing.listed(what, known, lambda stamps: shards_table(where, real, known, stamps))
     if not table["left_out"] and not len(table["paths"]):
         raise Refused(f"{where}: no images in {len(paths)} shard(s); give shards that hold some, named key.jpg")
     if table["left_out"] and parallel.is_main():
@@ -167,9 +163,9 @@ def read_shards(where: str, paths: Sequence[bytes], in_chans: int, max_pixels: i
     return Shards(paths, table, in_chans, max_pixels)
 
 
-def search(where: str, paths: Sequence[bytes], known: frozenset[bytes], stamps: list[tuple]) -> listing.Table:
+def shards_table(where: str, paths: Sequence[bytes], known: frozenset[bytes], stamps: list[tuple]) -> listing.Table:
     """Columns: paths, shard, offset, size and (if all have one) labels of the images; classes; left_out, a count."""
-    members, labels, left_out = bytearray(), [], 0
+    names, labels, left_out = bytearray(), [], 0
     rows = {"shard": array("i"), "offset": array("q"), "size": array("q")}
     for number, path in enumerate(paths):
         stamps.append((path, *listing.stamp(path)))
@@ -177,14 +173,14 @@ def search(where: str, paths: Sequence[bytes], known: frozenset[bytes], stamps: 
             images = [m for m in sample if os.path.splitext(os.fsencode(m.name))[1].lower() in known]
             left_out += len(images[1:])
             for image in images[:1]:
-                members += os.fsencode(image.name) + b"\0"
+                names += os.fsencode(image.name) + b"\0"
                 rows["shard"].append(number)
                 rows["offset"].append(image.offset)
                 rows["size"].append(image.size)
                 labels.append(next((m.label for m in sample if m.label is not None), None))
     numbers, classes = listing.numbered(labels) if None not in labels else ([], [])
     return {k: np.array(v) for k, v in rows.items()} | {
-        "paths": np.frombuffer(members, np.uint8), "left_out": np.array(left_out),
+        "paths": np.frombuffer(names, np.uint8), "left_out": np.array(left_out),
         "labels": np.array(numbers, np.int64), "classes": listing.pack(name.encode() for name in classes),
     }
 

@@ -139,7 +139,7 @@ def open_folder(where: str, folder: str, split: str | None, in_chans: int, max_p
     folder = split_folder(where, folder, split)
     known = frozenset(map(os.fsencode, suffixes(in_chans)))
     real = os.path.realpath(folder)
-    table = listed(real, known, lambda stamps: search(os.fsencode(real), known, stamps))
+    table = listed(real, known, lambda stamps: folder_table(os.fsencode(real), known, stamps))
     paths, labels = Texts(table["paths"]), table["labels"]
     if not len(paths):
         if shards := open_folder_of_shards(where, folder, in_chans, max_pixels):
@@ -152,7 +152,7 @@ def open_folder(where: str, folder: str, split: str | None, in_chans: int, max_p
     return Files(folder, paths, labels, classes, in_chans, max_pixels)
 
 
-def search(folder: bytes, known: frozenset[bytes], stamps: list[tuple]) -> Table:
+def folder_table(folder: bytes, known: frozenset[bytes], stamps: list[tuple]) -> Table:
     """Columns: paths; labels, the number of the first-level folder, or -1 outside of them; classes, their names."""
     with os.scandir(folder) as entries:
         names = sorted(e.name for e in entries if e.is_dir() and not e.name.startswith(b"."))

@@ -41,10 +41,10 @@ def photometric(crops: Tensor, params: Tensor, mean: Sequence[float], std: Seque
     """
     if crops.ndim == 4 and crops.shape[1] != 3:
         raise ValueError(f"crops must have three channels, not {crops.shape[1]}: use photometric.photometric")
-    return ph.in_parts(_transform, crops, params, mean, std)
+    return ph.in_parts(_by_graphs, crops, params, mean, std)
 
 
-def _transform(crops: Tensor, params: np.ndarray, mean: Tensor, std: Tensor, out: Tensor) -> None:
+def _by_graphs(crops: Tensor, params: np.ndarray, mean: Tensor, std: Tensor, out: Tensor) -> None:
     """`photometric` of one part, for `in_parts`."""
     order = np.argsort(-params[:, ph.SIGMA], kind="stable")  # the order that the blur prefers; unblurred crops last
     ordered = params[order]
@@ -102,7 +102,7 @@ def means(crops: Tensor, before: Tensor) -> Tensor:
     planes = _unpacked(crops)
     for place in before.unbind(1):
         planes = _jitter(planes, place, torch.zeros_like(place[:, 0]))
-    return _luma(*planes).mean((1, 2))
+    return _plane_luma(*planes).mean((1, 2))
 
 
 def colours(crops: Tensor, places: Tensor, mean_greys: Tensor, grey: Tensor) -> Tensor:
@@ -110,7 +110,7 @@ def colours(crops: Tensor, places: Tensor, mean_greys: Tensor, grey: Tensor) -> 
     planes = _unpacked(crops)
     for place in places.unbind(1):
         planes = _jitter(planes, place, mean_greys)
-    luma, is_grey = _luma(*planes), grey.view(-1, 1, 1) > 0
+    luma, is_grey = _plane_luma(*planes), grey.view(-1, 1, 1) > 0
     return torch.stack([torch.where(is_grey, luma, plane) for plane in planes], 1)
 
 
@@ -152,14 +152,14 @@ def _unpacked(crops: Tensor) -> Planes:
     return red, green, blue
 
 
-def _luma(red: Tensor, green: Tensor, blue: Tensor) -> Tensor:  # (M, H, W)
+def _plane_luma(red: Tensor, green: Tensor, blue: Tensor) -> Tensor:  # (M, H, W)
     return ph.LUMA[0] * red + ph.LUMA[1] * green + ph.LUMA[2] * blue
 
 
 def _jitter(planes: Planes, place: Tensor, mean_greys: Tensor) -> Planes:
     """The operation at one position: place (M, 5), mean_greys (M,). For the hue see photometric.py's `adjust_hue`."""
     scale, to_luma, to_mean, turn, steps = (numbers.view(-1, 1, 1) for numbers in place.unbind(1))
-    added = to_luma * _luma(*planes) + to_mean * mean_greys.view(-1, 1, 1)
+    added = to_luma * _plane_luma(*planes) + to_mean * mean_greys.view(-1, 1, 1)
     red, green, blue = ((scale * plane + added).clamp(0, 1) for plane in planes)
     once, twice = steps.remainder(3) == 1, steps.remainder(3) == 2  # cyclic permutations of the channels
     red, green, blue = (

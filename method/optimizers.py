@@ -24,11 +24,7 @@ class SGD(torch.optim.Optimizer):
         return p.grad.add(p, alpha=group["weight_decay"])
 
     @torch.no_grad()
-    def step(self, closure=None):
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def step(self) -> None:
         found_inf = getattr(self, "found_inf", None)
         for group in self.param_groups:
             for p in group["params"]:
@@ -42,7 +38,6 @@ class SGD(torch.optim.Optimizer):
                     mu, lr = torch.where(found_inf > 0, state["mu"], mu), torch.where(found_inf > 0, 0.0, lr)
                 state["mu"].copy_(mu)
                 p.sub_(lr * mu)
-        return loss
 
 
 class LARS(SGD):
@@ -52,12 +47,7 @@ class LARS(SGD):
     """
 
     def __init__(
-        self,
-        params: Iterable,
-        lr: float = 0,
-        weight_decay: float = 0,
-        momentum: float = 0.9,
-        eta: float = 0.001,
+        self, params: Iterable, lr: float = 0, weight_decay: float = 0, momentum: float = 0.9, eta: float = 0.001
     ) -> None:
         defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "eta": eta}
         torch.optim.Optimizer.__init__(self, params, defaults)

@@ -158,7 +158,7 @@ def photometric(crops: Tensor, params: Tensor, mean: Sequence[float], std: Seque
     Raises:
         ValueError: shapes, types or orders differ from the above, or the parameters are not on the CPU.
     """
-    return in_parts(_transform, crops, params, mean, std)
+    return in_parts(_by_slices, crops, params, mean, std)
 
 
 @torch.no_grad()
@@ -182,62 +182,49 @@ def in_parts(
     return result
 
 
-# A stage: per crop the number of its function, or -1; and the functions, each with the column of its factor.
-Stage = tuple[np.ndarray, dict[int, tuple[Callable[..., Tensor], int | None]]]
-
-
 def jitter_orders(params: np.ndarray) -> np.ndarray:
     """(M, 8) -> (M, 4): the columns of a crop's jitter operations in their order; -1 for a crop without jitter."""
     return np.array(ORDERS + ((-1,) * 4,))[params[:, ORDER].astype(int)]  # order -1 takes the last row
 
 
-def _stages(params: np.ndarray, channels: int) -> list[Stage]:
-    """The stages in order. The jitter has four, one for each position in the order of its operations."""
-    jitter = {
-        BRIGHTNESS: (adjust_brightness, BRIGHTNESS),
-        CONTRAST: (adjust_contrast, CONTRAST),
-        SATURATION: (adjust_saturation, SATURATION),
-        HUE: (adjust_hue, HUE),
-    }
-    orders = jitter_orders(params)
-    grey, blur, invert = ((params[:, column] > 0) - 1 for column in (GREY, SIGMA, SOLARIZE))
+# By the column of the parameters that holds the factor; grey and solarize have none.
+OPERATIONS: dict[int, Callable[[Tensor, Tensor], Tensor]] = {
+    BRIGHTNESS: adjust_brightness, CONTRAST: adjust_contrast, SATURATION: adjust_saturation, HUE: adjust_hue,
+    GREY: lambda images, _: to_grey(images), SIGMA: gaussian_blur, SOLARIZE: lambda images, _: solarize(images),
+}
+
+
+def _stages(params: np.ndarray, channels: int) -> np.ndarray:
+    """(M, 8) -> (7, M): the operation that each crop needs at each stage, by its column in the parameters, or -1.
+
+    The jitter has four stages, one for each position in the order of its operations; grey, blur, solarize follow.
+    """
+    others = [np.where(params[:, column] > 0, column, -1) for column in (GREY, SIGMA, SOLARIZE)]
+    operations = np.stack([*jitter_orders(params).T, *others])
     if channels != 3:
-        orders[(orders == SATURATION) | (orders == HUE)] = -1
-        grey[:] = -1
-    return [
-        *((which, jitter) for which in orders.T),
-        (grey, {0: (to_grey, None)}),
-        (blur, {0: (gaussian_blur, SIGMA)}),
-        (invert, {0: (solarize, None)}),
-    ]
+        operations[np.isin(operations, (SATURATION, HUE, GREY))] = -1
+    return operations
 
 
-def _transform(crops: Tensor, params: np.ndarray, mean: Tensor, std: Tensor, out: Tensor) -> None:
-    """`photometric` of one part.
+def _by_slices(crops: Tensor, params: np.ndarray, mean: Tensor, std: Tensor, out: Tensor) -> None:
+    """`photometric` of one part, for `in_parts`.
 
-    Before each stage the crops are sorted by the function they need, so that each function works on a slice. Reading
+    Before each stage the crops are sorted by the operation they need, so that each operation works on a slice. Reading
     rows in any order is fast on all devices; writing them in any order is slow on a CPU.
     """
-    count = len(crops)
     # Sorted as gaussian_blur prefers; the stable sorts below keep that order.
     places = np.argsort(-params[:, SIGMA], kind="stable")
     images = _reorder(crops, places).contiguous().float().div_(255)
-    for which, functions in _stages(params, crops.shape[1]):
-        if which.max() < 0:
-            continue
-        move = np.argsort(which[places], kind="stable")
+    for stage in _stages(params, crops.shape[1]):
+        move = np.argsort(stage[places], kind="stable")
         places, images = places[move], _reorder(images, move)
-        ends = np.searchsorted(which[places], np.arange(-1, len(COLUMNS)), side="right").tolist()
-        for number, (function, column) in functions.items():
-            begin, end = ends[number : number + 2]
-            if begin == end:
-                continue
-            factor = () if column is None else (torch.from_numpy(params[places[begin:end], column]),)
-            changed = function(images[begin:end], *factor)
-            if end - begin == count:
+        for column in np.unique(stage[stage >= 0]):
+            rows = slice(*np.searchsorted(stage[places], (column, column + 1)).tolist())
+            changed = OPERATIONS[column](images[rows], torch.from_numpy(params[places[rows], column]))
+            if len(changed) == len(images):
                 images = changed
             else:
-                images[begin:end] = changed
+                images[rows] = changed
     out.copy_(_reorder(normalize(images, mean, std), np.argsort(places)))
 
 

@@ -1,8 +1,9 @@
 """Write a backbone in the formats of other libraries.
 
-Every function of FORMATS has the signature (model, about, path, options) -> Run: it writes `path`, reads it back with
+Every function of FORMATS has the signature (model, about, path, **options) -> Run: it writes `path`, reads it back with
 the library, and returns that library's features, (B, C, height, width) -> (B, D). `about` describes the network in
-plain values (export.describe). Optional packages are imported in the function that needs them.
+plain values (export.describe); the options are the flags of export.py that are for this format. Optional packages are
+imported in the function that needs them.
 
 Shapes: B images, C channels, N tokens, D width; sizes are height x width in pixels.
 """
@@ -13,38 +14,30 @@ import copy
 import importlib
 import json
 import math
-import os
 import re
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from parallel import Refused
+from parallel import Refused, Stopped
 from protocols import scores
 from vision_transformer import XCITS, VisionTransformer
 from weights import backbones
+from weights.layouts import to_timm_registers
 
 Run = Callable[[Tensor], Tensor]
 SUFFIXES = {"onnx": ".onnx", "safetensors": ".safetensors", "torch": ".pt2"}  # the others are folders
 
 
-class Options(NamedTuple):
-    """What a format can be told besides the network."""
-
-    opset: int = 18  # onnx: version of the operators
-    dynamic_size: bool = False  # onnx, torch: any height and width
-    license: str = ""  # timm, hf: identifier of the weights' license
-    training_data: str = "not stated"  # hf: for the model card
-    reports: tuple[tuple[str, dict], ...] = ()  # hf: (path, content) of results files, for the model card
-
-
-class Differs(Exception):
+class Differs(Stopped):
     """A library reads or computes something else from the written file than this project."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"the library computes other features ({reason}); nothing was written")
 
 
 def need(kind: str, *packages: str) -> list[types.ModuleType]:
@@ -53,7 +46,7 @@ def need(kind: str, *packages: str) -> list[types.ModuleType]:
         return [importlib.import_module(name) for name in packages]
     except ImportError as error:
         raise Refused(f"--format {kind} needs {' and '.join(packages)} ({error}): pip install "
-                            f"{' '.join(packages)}") from error
+                      f"{' '.join(packages)}") from error
 
 
 @contextmanager
@@ -77,12 +70,10 @@ def same(what: str, theirs, expected) -> None:
 
 
 def save_tensors(state: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
-    save_file({k: v.contiguous().clone() for k, v in state.items()}, path, {"format": "pt", **(metadata or {})})
-    umask = os.umask(0)  # the library writes files that only their owner can read
-    os.umask(umask)
-    path.chmod(0o666 & ~umask)
+    # Not by the library's save_file, which writes files that only their owner can read.
+    path.write_bytes(save({k: v.contiguous().clone() for k, v in state.items()}, {"format": "pt", **(metadata or {})}))
 
 
 # ---- Graphs: ONNX and torch.export ----
@@ -113,8 +104,9 @@ def positions_of_any_size(self: VisionTransformer, x: Tensor, w: int, h: int) ->
     return torch.cat([self.pos_embed[0, :1], patches])[None]
 
 
-def exportable(model: nn.Module, dynamic_size: bool) -> tuple[nn.Module, dict]:
-    """The network in a form that torch.export accepts, and the dynamic dimensions of its input."""
+def traceable(model: nn.Module, about: dict, dynamic_size: bool) -> tuple[nn.Module, tuple[Tensor], tuple[dict]]:
+    """The network in a form that torch.export accepts, its arguments to trace with, and their dynamic dimensions."""
+    height, width = about["image_size"], about["image_size"]
     shapes = {0: torch.export.Dim("batch", min=1, max=65536)}
     if dynamic_size:
         if isinstance(model, VisionTransformer):
@@ -124,30 +116,21 @@ def exportable(model: nn.Module, dynamic_size: bool) -> tuple[nn.Module, dict]:
             model = copy.deepcopy(model)
             model.interpolate_pos_encoding = types.MethodType(positions_of_any_size, model)
         shapes |= {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
-    return model, shapes
-
-
-def example(about: dict, dynamic_size: bool) -> Tensor:
-    """Images to trace with; dynamic sides must differ from the network's own size, and from each other."""
-    height, width = about["image_size"], about["image_size"]
-    if dynamic_size:
+        # Dynamic sides must differ from the network's own size, and from each other.
         height, width = height + 2 * about["patch_size"], height + 3 * about["patch_size"]
-    return torch.randn(2, about["in_chans"], height, width)
+    return model, (torch.randn(2, about["in_chans"], height, width),), (shapes,)
 
 
-def to_onnx(model: nn.Module, about: dict, path: Path, options: Options) -> Run:
+def to_onnx(model: nn.Module, about: dict, path: Path, dynamic_size: bool, opset: int) -> Run:
     onnx, onnxruntime = need("onnx", "onnx", "onnxruntime", "onnxscript")[:2]
-    traced, shapes = exportable(model, options.dynamic_size)
+    model, images, shapes = traceable(model, about, dynamic_size)
     with exporting("onnx"):
-        torch.onnx.export(
-            traced, (example(about, options.dynamic_size),), path, dynamo=True, opset_version=options.opset,
-            dynamic_shapes=(shapes,), input_names=["images"], output_names=["features"], external_data=False,
-            verbose=False,
-        )
+        torch.onnx.export(model, images, path, dynamo=True, opset_version=opset, dynamic_shapes=shapes,
+                          input_names=["images"], output_names=["features"], external_data=False, verbose=False)
     written = onnx.load(path)
-    opset = next(o.version for o in written.opset_import if not o.domain)
-    if opset != options.opset:  # if torch can't convert the operators, it keeps its own version and only warns
-        raise Refused(f"--opset {options.opset}: torch can't export this network with it; give {opset}")
+    exported = next(o.version for o in written.opset_import if not o.domain)
+    if exported != opset:  # if torch can't convert the operators, it keeps its own version and only warns
+        raise Refused(f"--opset {opset}: torch can't export this network with it; give {exported}")
     onnx.helper.set_model_props(written, {k: json.dumps(v) for k, v in about.items()})
     onnx.checker.check_model(written)
     onnx.save(written, path)
@@ -155,10 +138,10 @@ def to_onnx(model: nn.Module, about: dict, path: Path, options: Options) -> Run:
     return lambda x: torch.from_numpy(session.run(None, {"images": x.numpy()})[0])
 
 
-def to_torch(model: nn.Module, about: dict, path: Path, options: Options) -> Run:
-    traced, shapes = exportable(model, options.dynamic_size)
+def to_torch(model: nn.Module, about: dict, path: Path, dynamic_size: bool) -> Run:
+    model, images, shapes = traceable(model, about, dynamic_size)
     with exporting("torch"):
-        program = torch.export.export(traced, (example(about, options.dynamic_size),), dynamic_shapes=(shapes,))
+        program = torch.export.export(model, images, dynamic_shapes=shapes)
     torch.export.save(program, path, extra_files={"about.json": json.dumps(about)})
     return torch.export.load(path).module()
 
@@ -166,13 +149,13 @@ def to_torch(model: nn.Module, about: dict, path: Path, options: Options) -> Run
 # ---- safetensors and timm ----
 
 
-def to_safetensors(model: nn.Module, about: dict, path: Path, options: Options) -> Run:
+def to_safetensors(model: nn.Module, about: dict, path: Path) -> Run:
     """Tensors under this project's names; `backbones.load_backbone` reads the metadata, which are JSON values."""
     save_tensors(model.state_dict(), path, {k: json.dumps(v) for k, v in about.items()})
     return backbones.load_backbone(str(path))[0]
 
 
-def to_timm(model: nn.Module, about: dict, path: Path, options: Options) -> Run:
+def to_timm(model: nn.Module, about: dict, path: Path, license: str) -> Run:
     timm = need("timm", "timm")[0]
     arch, kwargs, state = XCITS.get(about["arch"], about["arch"]), {}, dict(model.state_dict())
     if isinstance(model, VisionTransformer):
@@ -191,7 +174,7 @@ def to_timm(model: nn.Module, about: dict, path: Path, options: Options) -> Run:
         "pretrained_cfg": {
             "input_size": [about["in_chans"], about["image_size"], about["image_size"]], "interpolation": "bicubic",
             "crop_pct": about["image_size"] / about["resize_size"], "crop_mode": "center", "mean": about["mean"],
-            "std": about["std"], "num_classes": 0, **({"license": options.license} if options.license else {}),
+            "std": about["std"], "num_classes": 0, **({"license": license} if license else {}),
         },
         "about": about,
     }
@@ -205,7 +188,7 @@ def to_timm(model: nn.Module, about: dict, path: Path, options: Options) -> Run:
 
 
 def timm_vit(model: VisionTransformer, about: dict) -> tuple[str, dict, dict[str, Tensor]]:
-    """Name, options and tensors of timm's ViT; with registers, its class token includes the position embedding."""
+    """Name, options and tensors of timm's ViT."""
     kwargs = {
         "img_size": about["image_size"], "patch_size": about["patch_size"], "embed_dim": model.embed_dim,
         "depth": len(model.blocks), "num_heads": model.blocks[0].attn.num_heads, "dynamic_img_size": True,
@@ -215,9 +198,7 @@ def timm_vit(model: VisionTransformer, about: dict) -> tuple[str, dict, dict[str
         kwargs["init_values"] = 1.0
     if model.num_register_tokens:
         kwargs |= {"reg_tokens": model.num_register_tokens, "no_embed_class": True}
-        position = state.pop("pos_embed")
-        state |= {"reg_token": state.pop("register_tokens"), "pos_embed": position[:, 1:],
-                  "cls_token": state["cls_token"] + position[:, :1]}
+        state = to_timm_registers(state)
     size = {192: "tiny", 384: "small", 1024: "large"}.get(model.embed_dim, "base")
     return f"vit_{size}_patch16_224", kwargs, state
 
@@ -225,7 +206,9 @@ def timm_vit(model: VisionTransformer, about: dict) -> tuple[str, dict, dict[str
 # ---- Hugging Face ----
 
 
-def to_hf(model: nn.Module, about: dict, path: Path, options: Options) -> Run:
+def to_hf(
+    model: nn.Module, about: dict, path: Path, license: str, training_data: str, results: Sequence[tuple[str, dict]]
+) -> Run:
     if not isinstance(model, VisionTransformer):
         raise Refused(f"--format hf: {about['arch']} is no Vision Transformer; choose timm, safetensors or onnx")
     transformers = need("hf", "transformers")[0]
@@ -245,7 +228,7 @@ def to_hf(model: nn.Module, about: dict, path: Path, options: Options) -> Run:
         size={"shortest_edge": about["resize_size"]}, crop_size=about["image_size"], resample=3,
         image_mean=about["mean"], image_std=about["std"], do_convert_rgb=about["in_chans"] == 3,
     ).save_pretrained(path)
-    (path / "README.md").write_text(model_card(about, kind.__name__, options))
+    (path / "README.md").write_text(model_card(about, kind.__name__, license, training_data, results))
     theirs, loaded = kind.from_pretrained(path, output_loading_info=True)
     same("missing tensors", [k for k in loaded["missing_keys"] if not k.startswith("pooler.")], [])
     same("unexpected tensors", list(loaded["unexpected_keys"]), [])
@@ -298,17 +281,21 @@ def hf_state(model: VisionTransformer, names: dict[str, str]) -> dict[str, Tenso
     return renamed
 
 
-def model_card(about: dict, kind: str, options: Options) -> str:
-    """README.md of a Hugging Face folder: origin of the weights, usage, and measured accuracies only."""
+def model_card(about: dict, kind: str, license: str, training_data: str, results: Sequence[tuple[str, dict]]) -> str:
+    """README.md of a Hugging Face folder: origin of the weights, usage, and measured accuracies only.
+
+    Args:
+        results: (path, content) of evaluations' results files.
+    """
     card = f"""---
-{f"license: {options.license}" if options.license else "# license: not stated"}
+{f"license: {license}" if license else "# license: not stated"}
 library_name: transformers
 pipeline_tag: image-feature-extraction
 tags: [dino, self-supervised, vision]
 ---
 # {about['arch']}, patch {about['patch_size']}, trained with DINO
 
-Self-supervised backbone (arXiv 2104.14294). Training data: {' '.join(options.training_data.split())}.
+Self-supervised backbone (arXiv 2104.14294). Training data: {' '.join(training_data.split())}.
 Weights (SHA-256 over the network's tensors): `{about['weights_sha256']}`
 
 ```python
@@ -320,12 +307,12 @@ features = model(**processor(images=image, return_tensors="pt")).last_hidden_sta
 
 ## Evaluation
 """
-    for path, report in options.reports:
+    for path, report in results:
         rows = [{k: v for k, v in row.items() if k != "per_class"} for row in report["results"]]
         lines = [list(rows[0])] + [["---"] * len(rows[0])] + [[scores.cell_text(v) for v in r.values()] for r in rows]
         card += f"\n`{report.get('command', Path(path).stem)}`, in %, with 95 % interval:\n\n"
         card += "".join(f"| {' | '.join(line)} |\n" for line in lines)
-    return card if options.reports else card + "\nNot evaluated.\n"
+    return card if results else card + "\nNot evaluated.\n"
 
 
 FORMATS = {"onnx": to_onnx, "safetensors": to_safetensors, "timm": to_timm, "hf": to_hf, "torch": to_torch}

@@ -11,6 +11,8 @@ import ours
 import packed
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import utils
 from imagesets.sources import open_images
@@ -131,13 +133,43 @@ def test_parameters_and_kept_bytes_of_the_model_are_those_of_the_network():
     assert 8 * shape.kept_bytes("fp32") == pytest.approx(kept, rel=0.1)
 
 
+class Traffic(TorchDispatchMode):
+    """Counts the bytes that all operations read and write while it is active, as if there were no cache.
+
+    Views and allocations count as zero. An operation reads its arguments and writes its results, or the arguments that
+    it changes in place according to its schema.
+    """
+
+    FREE = {"empty", "empty_like", "empty_strided", "new_empty", "_unsafe_view"}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result, schema = func(*args, **kwargs), func._schema
+        view = any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
+        if not view and schema.name.split("::")[1] not in self.FREE:
+            given = dict(zip((a.name for a in schema.arguments), args, strict=False)) | kwargs
+            changed = [given.get(a.name) for a in schema.arguments if a.alias_info and a.alias_info.is_write]
+            fresh = result if not any(r.alias_info for r in schema.returns) else ()
+            read = {name: value for name, value in given.items() if name != "out"}
+            self.bytes += sum(self.size(x) for x in tree_leaves((read, changed, fresh)))
+        return result
+
+    @staticmethod
+    def size(x: object) -> int:
+        return min(x.nbytes, x.untyped_storage().nbytes()) if isinstance(x, torch.Tensor) else 0
+
+
 def test_traffic_of_the_model_is_near_what_operations_read_and_write():
     """Of ours on a CPU in float32, where a batch of one moves weights more than activations and one of 16 the reverse.
     """
     shape = model.Shape.of("vit_tiny", 16, (64, 32), 2, 4096)
     for batch in (1, 16):
         trainer = ours.Trainer("vit_tiny", 16, 64, 4096, local=2)
-        with bench.Traffic() as counted:
+        with Traffic() as counted:
             trainer.step(views(batch, 2, (64, 32))[1])
         image, step = shape.traffic("fp32")
         assert batch * image + step == pytest.approx(counted.bytes, rel=0.15)
@@ -145,7 +177,7 @@ def test_traffic_of_the_model_is_near_what_operations_read_and_write():
 
 def test_traffic_of_colours_in_the_model_is_what_their_operations_and_kernels_move(monkeypatch):
     """As for a whole batch on a GPU; a kernel reads its arguments and writes its results, each once."""
-    counted, rng = bench.Traffic(), np.random.default_rng(0)
+    counted, rng = Traffic(), np.random.default_rng(0)
 
     def kernel(function):
         def run(*args):
@@ -171,7 +203,7 @@ def test_traffic_counts_results_and_changes_in_place_and_no_views():
     x, y = torch.ones(100), torch.ones(100)
     for function, values in ((lambda: x + y, 300), (lambda: x.add_(y), 300), (lambda: x.view(10, 10).t(), 0),
                              (lambda: torch._foreach_mul_([x, y], 2.0), 400), (lambda: torch.add(x, y, out=x), 300)):
-        with bench.Traffic() as counted:
+        with Traffic() as counted:
             function()
         assert counted.bytes == 4 * values
 

@@ -202,8 +202,8 @@ def test_other_networks(tmp_path, capsys):
 
 
 def test_a_difference_leaves_nothing(weights, tmp_path, monkeypatch, capsys):
-    def broken(model, about, path, options):
-        theirs = formats.to_safetensors(model, about, path, options)
+    def broken(model, about, path):
+        theirs = formats.to_safetensors(model, about, path)
         return lambda x: theirs(x) * 1.001
 
     monkeypatch.setitem(formats.FORMATS, "safetensors", broken)
@@ -215,7 +215,7 @@ def test_a_difference_leaves_nothing(weights, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_library_that_gives_no_numbers_differs(weights, tmp_path, monkeypatch, bad):
-    monkeypatch.setitem(formats.FORMATS, "timm", lambda model, *_: lambda x: model(x) * bad)
+    monkeypatch.setitem(formats.FORMATS, "timm", lambda model, *_, **__: lambda x: model(x) * bad)
     assert run(weights, tmp_path / "w", "timm") == 1
 
 

@@ -16,13 +16,7 @@ from weights.layouts import HEAD, STORED_OPTIONS, Weights, backbone_state, read,
 MIN_MATCHED = 0.9  # share of the backbone's tensors that a file must contain
 
 
-def load_matching(
-    model: nn.Module,
-    state: Mapping[str, Tensor],
-    path: str,
-    min_matched: float = MIN_MATCHED,
-    flag: str = "--pretrained_weights",
-) -> None:
+def load_matching(model: nn.Module, state: Mapping[str, Tensor], path: str, flag: str = "--pretrained_weights") -> None:
     """Copy the tensors whose name and shape match into the model, and print `N of M tensors matched`.
 
     Position embeddings are not resized: build the network for the image size of the file.
@@ -32,7 +26,7 @@ def load_matching(
         flag: the flag that names the file, for messages.
 
     Raises:
-        Refused: the file contains less than `min_matched` of the model's tensors.
+        Refused: the file contains less than MIN_MATCHED of the model's tensors.
     """
     own = model.state_dict()
     fitting = {k: v for k, v in state.items() if k in own and own[k].shape == v.shape}
@@ -44,7 +38,7 @@ def load_matching(
     for what, names in (("missing", absent), ("wrong shape", wrong), ("unused", unused)):
         if names:
             report += f"; {what}: {', '.join(names[:5])}" + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-    if len(fitting) < min_matched * len(own):
+    if len(fitting) < MIN_MATCHED * len(own):
         raise Refused(f"{flag} {report}; does --arch match the file?")
     model.load_state_dict(fitting, strict=False)
     if parallel.is_main():
@@ -65,10 +59,7 @@ def load_weights_into(
 
 
 def load_backbone(
-    weights: str,
-    arch: str | None = None,
-    patch_size: int | None = None,
-    checkpoint_key: str = "teacher",
+    weights: str, arch: str | None = None, patch_size: int | None = None, checkpoint_key: str = "teacher",
     flag: str = "--pretrained_weights",
 ) -> tuple[nn.Module, dict]:
     """A frozen backbone in eval mode from a file of weights, and how its input images are made.

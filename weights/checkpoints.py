@@ -36,9 +36,9 @@ def save(state: Mapping, path: str | os.PathLike) -> None:
     """
     path = Path(path)
     try:
-        with atomic.replacing(path, path.with_name(PREVIOUS) if path.name == NAME else None) as temporary:
-            with open(temporary, "wb") as file:
-                torch.save(state, file)
+        previous = path.with_name(PREVIOUS) if path.name == NAME else None
+        with atomic.replacing(path, previous) as temporary, open(temporary, "wb") as file:
+            torch.save(state, file)
     except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
         if parallel.worker_death(error):  # torch raises it at whatever line the main thread executes
             raise

@@ -186,17 +186,15 @@ def vit(layout: str, state: dict[str, Tensor]) -> Weights:
             options |= {"interpolate_antialias": True, "interpolate_offset": 0.0}
     if "blocks.0.ls1.gamma" in state:
         options["init_values"] = 1.0
-    return Weights(layout, VIT_SIZES.get((width, count(state, r"blocks\.(\d+)\."))), options, state)
+    return Weights(layout, VIT_SIZES.get((width, distinct(state, r"blocks\.(\d+)\."))), options, state)
 
 
 def swiglu_vit(layout: str, state: dict[str, Tensor]) -> Weights:
-    """DINOv2's ViT-g/14, as timm names it: gated MLP; with registers, the class token includes its position."""
+    """DINOv2's ViT-g/14, as timm names it: gated MLP."""
     renamed = {re.sub(r"\.w12\.", ".fc1.", re.sub(r"\.w3\.", ".fc2.", k)): v for k, v in state.items()}
     arch = "vit_giant_patch14_dinov2"
     if "register_tokens" in renamed:
-        arch, position = "vit_giant_patch14_reg4_dinov2", renamed["pos_embed"]
-        renamed |= {"reg_token": renamed.pop("register_tokens"), "pos_embed": position[:, 1:],
-                    "cls_token": renamed["cls_token"] + position[:, :1]}
+        arch, renamed = "vit_giant_patch14_reg4_dinov2", to_timm_registers(renamed)
     return Weights(layout, arch, {"patch_size": 14}, renamed)
 
 
@@ -204,7 +202,7 @@ def xcit(layout: str, state: dict[str, Tensor]) -> Weights:
     stem = "patch_embed.proj.{}.0.weight"
     width = XCIT_SIZES.get(state["cls_token"].shape[-1])
     patch = 16 if stem.format(6) in state else 8  # one convolution of stride 2 per halving
-    depth = count(state, r"blocks\.(\d+)\.")
+    depth = distinct(state, r"blocks\.(\d+)\.")
     if width is None or stem.format(0) not in state:
         return Weights(layout, None, {}, state)
     options = {"patch_size": patch, "in_chans": shape(state, stem.format(0), 4)[1]}
@@ -212,14 +210,14 @@ def xcit(layout: str, state: dict[str, Tensor]) -> Weights:
 
 
 def resnet(layout: str, state: dict[str, Tensor]) -> Weights:
-    arch = RESNETS.get((count(state, r"layer3\.(\d+)\."), "layer1.0.conv3.weight" in state))
+    arch = RESNETS.get((distinct(state, r"layer3\.(\d+)\."), "layer1.0.conv3.weight" in state))
     if state.get("layer1.0.conv1.weight", torch.empty(0)).shape[:1] != (64,):  # Wide ResNet, ResNeXt
         arch = None
     options = {"in_chans": shape(state, "conv1.weight", 4)[1]} if "conv1.weight" in state else {}
     return Weights(layout, arch, options, state)
 
 
-def count(state: Mapping[str, Tensor], pattern: str) -> int:
+def distinct(state: Mapping[str, Tensor], pattern: str) -> int:
     """Number of distinct values of the pattern's group, matched at the start of the names."""
     return len({m[1] for m in (re.match(pattern, name) for name in state) if m})
 
@@ -280,6 +278,14 @@ def from_timm_registers(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {"register_tokens" if k == "reg_token" else k: v for k, v in state.items()}
 
 
+def to_timm_registers(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A ViT with registers as timm has it: the class token includes its position embedding."""
+    state, position = dict(state), state["pos_embed"]
+    state |= {"reg_token": state.pop("register_tokens"), "pos_embed": position[:, 1:],
+              "cls_token": state["cls_token"] + position[:, :1]}
+    return state
+
+
 def from_xcit(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The published XCiT names as timm's, which has `pos_embed` and splits qkv in the class-attention blocks."""
     renamed = {}
@@ -319,7 +325,7 @@ def linear_classifier(loaded: Mapping, path: str = "") -> nn.Linear:
                     for kind in ("weight", "bias"))
     if not isinstance(weight, Tensor) or not isinstance(bias, Tensor) or weight.shape[:-1] != bias.shape:
         raise BadFile(f"{path}: no linear classifier, which has `linear.weight` (classes, width) and `linear.bias`; "
-                         f"it has {', '.join(map(str, list(state)[:5]))}")
+                      f"it has {', '.join(map(str, list(state)[:5]))}")
     linear = nn.Linear(weight.shape[1], weight.shape[0])
     linear.load_state_dict({"weight": weight, "bias": bias})
     return linear
