@@ -1,5 +1,6 @@
 """The loss alone, forward and backward, with K = 65,536 and ten crops: `ours`, the double loop of naive.py, and the
-same algebra on all logits at once (logsumexp and inner products), differentiated by autograd.
+same algebra (logsumexp and inner products) differentiated by autograd, on all logits at once and in ours' parts, each
+of which torch.utils.checkpoint recomputes.
 
     python benchmarks/loss.py                                            # 8 images, float32 logits
     python benchmarks/loss.py --device cuda --precision bf16 --batch 128
@@ -13,6 +14,7 @@ import sys
 import bench
 import naive
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import utils
 
@@ -29,11 +31,23 @@ def at_once(s: torch.Tensor, t: torch.Tensor, center: torch.Tensor, crops: int) 
     return (log_z[:2].sum() + 2 * log_z[2:].sum() - match) / (2 * (crops - 1) * q.shape[1])
 
 
+def in_parts(s: torch.Tensor, t: torch.Tensor, center: torch.Tensor, crops: int) -> torch.Tensor:
+    """at_once of some images at a time; for each part autograd keeps its inputs alone."""
+    s, t = s.unflatten(0, (crops, -1)), t.unflatten(0, (2, -1))
+    most = utils.PairsOfViews.PART_CPU if s.device.type == "cpu" else utils.PairsOfViews.PART_GPU
+    size = max(1, most // (crops * s.shape[-1]))
+    losses = [len(rows[0]) * checkpoint(at_once, rows.flatten(0, 1), targets.flatten(0, 1), center, crops,
+                                        use_reentrant=False)
+              for rows, targets in zip(s.split(size, 1), t.split(size, 1), strict=True)]
+    return torch.stack(losses).sum() / s.shape[1]
+
+
 def variants(crops: int, k: int, device: str) -> dict:
     loss = utils.DINOLoss(k, crops, 0.04, 0.04, 0, 1).to(device)
     return {
         "naive": lambda s, t: naive.dino_loss(s.chunk(crops), t.chunk(2), loss.center),
         "all at once": lambda s, t: at_once(s, t, loss.center, crops),
+        "checkpointed parts": lambda s, t: in_parts(s, t, loss.center, crops),
         "ours": lambda s, t: loss(s, t, 0, update_center=False),
     }
 
