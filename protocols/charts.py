@@ -136,9 +136,6 @@ def check_format(flag: str, path: str | Path) -> None:
 
 
 def save(figure: "Figure", path: str | Path, flag: str) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    FigureCanvasAgg(figure)  # a canvas of its own: no global backend, no pyplot state
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path)
