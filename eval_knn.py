@@ -17,7 +17,7 @@ import parallel
 from protocols import knn_files
 from protocols.features import load_network
 from protocols.knn import knn_classifier  # noqa: F401 - published under this module's name
-from protocols.knn_evaluation import Features, KnnSettings, compute_features, evaluate_knn, show_knn
+from protocols.knn_evaluation import KnnSettings, compute_features, evaluate_knn, show_knn
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -68,21 +68,21 @@ def evaluate(args: argparse.Namespace) -> dict:
     flags.check_folder(args.dump_features, "--dump_features")
     device = parallel.start(args.device, args.dist_url, args.dist_timeout)
     if args.load_features:
-        parts, about = knn_files.load(args.load_features)
-        features = Features(parts)
+        (parts, about), views = knn_files.load(args.load_features), None
     else:
         network = load_network(
             args.pretrained_weights, args.arch, args.patch_size, args.checkpoint_key, device, args.crop_size,
             args.resize_size, args.precision, args.seed)
         about = network.about
-        features = compute_features(network, args.data_path, args.val_data_path, folder, args.label_free,
-                                    args.batch_size_per_gpu, args.num_workers)
+        parts, views = compute_features(network, args.data_path, args.val_data_path, folder, args.label_free,
+                                        args.batch_size_per_gpu, args.num_workers)
+    source = {"data_path": args.load_features or args.data_path, "val_data_path": args.val_data_path or None}
     settings = KnnSettings(args.nb_knn, args.temperature, args.metric, args.n_per_class, args.draws, args.seed)
-    report = evaluate_knn(features, about, args.load_features or args.data_path, args.val_data_path, folder, settings,
-                          args.label_free, device if args.use_cuda else "cpu")
+    report = evaluate_knn(parts, views, about | source, folder, settings, args.label_free,
+                          device if args.use_cuda else "cpu")
     if parallel.is_main():
         if args.dump_features:
-            knn_files.dump(args.dump_features, features.parts, about)
+            knn_files.dump(args.dump_features, parts, about)
         show_knn(report)
         print(f"wrote {folder / 'eval_knn.json'}", flush=True)
     return report

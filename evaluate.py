@@ -22,12 +22,12 @@ from parallel import Refused
 from protocols import overview, scores
 from protocols.copies import evaluate_copies, show_copies
 from protocols.features import PIXELS, Network, load_network
-from protocols.knn_evaluation import Features, KnnSettings, compute_features, evaluate_knn, show_knn
+from protocols.knn_evaluation import KnnSettings, Views, compute_features, evaluate_knn, show_knn
 from protocols.landmarks import evaluate_retrieval, show_retrieval
 from protocols.linear import Training
 from protocols.probes import evaluate_linear, show_linear
 from protocols.segmentation import evaluate_segmentation, show_segmentation
-from protocols.splits import open_parts
+from protocols.splits import Part, open_parts
 from protocols.video_segmentation import evaluate_video_segmentation, show_video_segmentation
 
 KS = (1, 5, 10, 20, 50, 100, 200)
@@ -72,15 +72,15 @@ class Protocol(NamedTuple):
     figures: Callable[[Mapping], dict]  # its report -> {measure: {"value", "interval"}}
 
 
-def knn_features(network: Network, args: argparse.Namespace, folder: Path) -> Features:
+def knn_features(network: Network, args: argparse.Namespace, folder: Path) -> tuple[list[Part], Views | None]:
     return compute_features(network, args.data_path, args.val_data_path, folder, batch_size=args.batch_size_per_gpu,
                             num_workers=args.num_workers)
 
 
 def run_knn(network: Network, args: argparse.Namespace, folder: Path) -> dict:
-    features, settings = knn_features(network, args, folder), KnnSettings(KS, seed=args.seed)
-    return evaluate_knn(features, network.about, args.data_path, args.val_data_path, folder, settings,
-                        device=network.device)
+    source = {"data_path": args.data_path, "val_data_path": args.val_data_path or None}
+    return evaluate_knn(*knn_features(network, args, folder), network.about | source, folder,
+                        KnnSettings(KS, seed=args.seed), device=network.device)
 
 
 def run_linear(network: Network, args: argparse.Namespace, folder: Path) -> dict:
@@ -175,7 +175,7 @@ def evaluate(args: argparse.Namespace) -> None:
     flags.prepare_output(folder)
     table, reports, skipped = run_all(args, networks, folder)
     own = folder / NETWORK.replace(" ", "_")
-    parts = knn_features(network, args, own).parts if "k-NN" in reports else []  # from the cache
+    parts = knn_features(network, args, own)[0] if "k-NN" in reports else []  # from the cache
     if not parallel.is_main():
         return
     drawn = overview.draw(folder, network, images, parts, reports.get("k-NN", {}), args.image_size, args.seed, skipped)

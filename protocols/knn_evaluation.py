@@ -36,9 +36,7 @@ class KnnSettings(NamedTuple):
     seed: int = 0  # of the draws
 
 
-class Features(NamedTuple):
-    parts: list[Part]  # training set, and test set if there is one, their classes matched
-    views: tuple[Tensor, Tensor] | None = None  # (N, D) each, of two random views of the training images
+Views = tuple[Tensor, Tensor]  # (N, D) features each, of two random views of the training images
 
 
 # ---- The evaluation ----
@@ -47,7 +45,7 @@ class Features(NamedTuple):
 def compute_features(
     network: Network, data_path: str, val_data_path: str, output_dir: Path, label_free: bool = False,
     batch_size: int = 128, num_workers: int = 10,
-) -> Features:
+) -> tuple[list[Part], Views | None]:
     """Features of the training and test images, and of two views where `label_free` or unlabelled data need them.
 
     All processes call this.
@@ -55,6 +53,9 @@ def compute_features(
     Args:
         output_dir: its folder features/ caches them.
         batch_size, num_workers: per process.
+
+    Returns:
+        The training set and, if there is one, the test set, their classes matched; and the views.
 
     Raises:
         Refused: no such data, an image that can't be decoded, or an unusable output folder.
@@ -67,34 +68,32 @@ def compute_features(
     views = None
     if label_free or not labelled:
         views = tuple(network_features(network, images[0], batch_size, num_workers, cache, view) for view in (0, 1))
-    return Features(match_classes(*parts) if len(parts) == 2 and labelled else parts, views)
+    return match_classes(*parts) if len(parts) == 2 and labelled else parts, views
 
 
 def evaluate_knn(
-    features: Features, about: dict, data_path: str, val_data_path: str, output_dir: Path, settings: KnnSettings,
+    parts: list[Part], views: Views | None, about: dict, output_dir: Path, settings: KnnSettings,
     label_free: bool = False, device: torch.device | str = "cpu",
 ) -> dict:
     """Evaluate features and write eval_knn.json. All processes call this.
 
     Args:
-        about: of the network, for the report.
-        data_path, val_data_path: where the features come from, for the report.
+        parts, views: as `compute_features` returns them.
+        about: for the report, plain values: of the network, and where the images come from.
         output_dir: for eval_knn.json.
         device: where neighbours are searched.
 
     Returns:
-        `about` and data_path, val_data_path, images (per part), metric, notes, label_free (None, or see
+        `about` and images (per part), metric, notes, label_free (None, or see
         `scores.label_free`), results (a row per setting, see `accuracies`; [] without labels).
 
     Raises:
         Refused: features that are not finite, leave-one-out of a single image, or an unusable output folder.
     """
-    parts = features.parts
     labelled = parts[0].labels is not None
     results, notes = classify(parts, settings, device) if labelled else ([], ["no labels: measures that need none"])
-    free = scores.label_free(parts[0].features, features.views) if label_free or not labelled else None
+    free = scores.label_free(parts[0].features, views) if label_free or not labelled else None
     report = about | {
-        "data_path": str(data_path), "val_data_path": val_data_path or None,
         "images": [len(part.features) for part in parts], "metric": settings.metric, "notes": notes,
         "label_free": free, "results": results,
     }

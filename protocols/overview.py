@@ -28,17 +28,17 @@ FACTS = ("arch", "patch_size", "weights", "checkpoint_key", "weights_sha256", "c
 # ---- Figures of the reports ----
 
 
-def knn_figures(found: Mapping) -> dict:
+def knn_figures(knn: Mapping) -> dict:
     """{measure: {"value", "interval"}} of a k-NN report."""
-    rows = [r for r in found["results"] if r["k"] == VOTERS] or found["results"][-1:]
+    rows = [r for r in knn["results"] if r["k"] == VOTERS] or knn["results"][-1:]
     figures = {f"top-1, k = {rows[0]['k']}": rows[0]["top1"]} if rows else {}
-    return figures | {name: value for name, value in (found["label_free"] or {}).items() if value}
+    return figures | {name: value for name, value in (knn["label_free"] or {}).items() if value}
 
 
-def segmentation_figures(found: Mapping) -> dict:
-    first = found["results"][0]["network"]
+def segmentation_figures(segmentation: Mapping) -> dict:
+    first = segmentation["results"][0]["network"]
     return {f"Jaccard, {row['mask']}": row["jaccard"] or row["jaccard_held_out"]
-            for row in found["results"] if row["network"] == first}
+            for row in segmentation["results"] if row["network"] == first}
 
 
 def confusions(parts: Sequence[Part], most: int = 10) -> list[dict]:

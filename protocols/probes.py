@@ -75,7 +75,7 @@ def evaluate_linear(
     for note in task.notes:
         parallel.say(note)
     if protocol == "evaluate":
-        rows, ranked = evaluate(network, task, training, folder, linear_weights)
+        rows, ranked = classify(network, task, training, folder, linear_weights)
     elif protocol == "finetune":
         rows, ranked = finetune.tune(network, task, training, recipe, folder)
     else:
@@ -188,7 +188,7 @@ def save_classifier(heads: linear.Heads, best: int, classes: list[str], network:
 # ---- Other protocols ----
 
 
-def evaluate(network: Network, task: Task, training: Training, folder: Path, linear_weights: str) -> Outcome:
+def classify(network: Network, task: Task, training: Training, folder: Path, linear_weights: str) -> Outcome:
     """Classify the test images with a given classifier; its file's setting, or else the first one of `training`."""
     loaded = linear.read_classifier(linear_weights)
     weight, bias = loaded["weight"], loaded["bias"]

@@ -461,9 +461,9 @@ def test_the_evaluation_takes_values(pictures, tmp_path):
     """What the script reports, from a network that another file has loaded."""
     assert run("--data_path", pictures, "--output_dir", tmp_path / "one", "--label_free", *NETWORK) == 0
     network = load_network("", "vit_tiny", 8, crop_size=32)
-    features = knn_evaluation.compute_features(network, str(pictures), "", tmp_path / "two", True, 5, 0)
-    found = knn_evaluation.evaluate_knn(features, network.about, str(pictures), "", tmp_path / "two",
-                                        KnnSettings([1, 3]), True)
+    parts, views = knn_evaluation.compute_features(network, str(pictures), "", tmp_path / "two", True, 5, 0)
+    about = network.about | {"data_path": str(pictures), "val_data_path": None}
+    found = knn_evaluation.evaluate_knn(parts, views, about, tmp_path / "two", KnnSettings([1, 3]), True)
     expected = json.loads((tmp_path / "one" / "eval_knn.json").read_text())
     del expected["command"]
     assert json.loads(json.dumps(found)) == expected and list(found) == list(expected)
