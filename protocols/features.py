@@ -234,16 +234,9 @@ class Network(NamedTuple):
 
 
 def load_network(
-    weights: str,
-    arch: str = "vit_small",
-    patch_size: int = 16,
-    checkpoint_key: str = "teacher",
-    device: torch.device | str = "cpu",
-    crop_size: int = 0,
-    resize_size: int = 0,
-    precision: str = "fp32",
-    seed: int = 0,
-    size_flag: str = "--crop_size",
+    weights: str, arch: str = "vit_small", patch_size: int = 16, checkpoint_key: str = "teacher",
+    device: torch.device | str = "cpu", crop_size: int = 0, resize_size: int = 0, precision: str = "fp32",
+    seed: int = 0, size_flag: str = "--crop_size",
 ) -> Network:
     """Load a frozen network.
 
@@ -281,13 +274,8 @@ def load_network(
 
 
 def network_features(
-    network: Network,
-    images: Images,
-    batch_size: int = 128,
-    num_workers: int = 10,
-    cache: str | os.PathLike | None = None,
-    view: int | None = None,
-    scale: tuple[float, float] = VIEW_SCALE,
+    network: Network, images: Images, batch_size: int = 128, num_workers: int = 10,
+    cache: str | os.PathLike | None = None, view: int | None = None, scale: tuple[float, float] = VIEW_SCALE,
 ) -> Tensor:
     """(N, D) features of the images' centre crops, or of random view number `view`; see `cached_features`."""
     about, mean, std = network.about, network.info["mean"], network.info["std"]

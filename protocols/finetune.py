@@ -162,14 +162,11 @@ def tune_epoch(
     return parallel.mean_over_processes(total) / len(schedule)
 
 
-def tune(
-    network: Network, task: Task, training: Training, recipe: Recipe | None, folder: Path
-) -> tuple[list[dict], Tensor]:
+def tune(network: Network, task: Task, training: Training, recipe: Recipe, folder: Path) -> tuple[list[dict], Tensor]:
     """Fine-tune, or resume a stopped run; write finetuned.pth; classify the test images once.
 
     Args:
         training: its first learning rate, epochs, num_labels, val_freq, seed, batch_size and num_workers are used.
-        recipe: None: the default one.
 
     Returns:
         A row for the table, and (M, min(5, C)) classes of the test images, best first.
@@ -177,7 +174,7 @@ def tune(
     Raises:
         Refused: fewer images than a batch, a stopped run of other settings, or a loss that is not finite.
     """
-    device, epochs, recipe = network.device, training.epochs, recipe or Recipe()
+    device, epochs = network.device, training.epochs
     batch, n_classes = training.batch_size * parallel.world_size(), max(training.num_labels, len(task.classes))
     if not (steps := len(task.train) // batch):
         raise Refused(f"--batch_size_per_gpu {training.batch_size}: {len(task.train)} training images are less than "

@@ -84,8 +84,8 @@ def evaluate_knn(
         device: where neighbours are searched.
 
     Returns:
-        `about` and images (per part), metric, notes, label_free (None, or see
-        `scores.label_free`), results (a row per setting, see `accuracies`; [] without labels).
+        `about` and images (per part), metric, notes, label_free (None, or see `scores.label_free`), results (a row per
+        setting, see `accuracies`; [] without labels).
 
     Raises:
         Refused: features that are not finite, leave-one-out of a single image, or an unusable output folder.

@@ -165,6 +165,9 @@ def train_epoch(
     return total / n
 
 
+# ---- Runs that can be resumed: of linear classifiers, and of fine-tuning ----
+
+
 def train(
     path: Path, run: Mapping, modules: Mapping[str, nn.Module | torch.optim.Optimizer],
     epoch_losses: Callable[[int], Tensor], training: Training, save_freq: int = 1,
@@ -185,10 +188,11 @@ def train(
         Refused: `path` is unreadable or belongs to another run, or no loss is finite.
     """
     state = unfinished(path, run)
-    for name, module in modules.items() if state else ():
-        module.load_state_dict(state[name])
-    first, losses = (state["epoch"], state.get("loss")) if state else (0, None)
-    for done in range(first + 1, training.epochs + 1):
+    if state:
+        for name, module in modules.items():
+            module.load_state_dict(state[name])
+    losses = state.get("loss")
+    for done in range(state.get("epoch", 0) + 1, training.epochs + 1):
         losses = epoch_losses(done - 1).cpu()
         if not losses.isfinite().any():  # a sweep continues without the settings that diverged
             raise Refused(f"--lr {min(training.lrs):g}: the loss is no longer finite; lower it")
@@ -213,10 +217,10 @@ def run_of(about: Mapping, task: Task, training: Training) -> dict:
                       "classes": list(task.classes), "batch": training.batch_size * parallel.world_size()}
 
 
-def unfinished(path: Path, run: Mapping) -> dict | None:
-    """The state that a stopped run left in `path`, or None if there is no file; see `train`."""
+def unfinished(path: Path, run: Mapping) -> dict:
+    """The state that a stopped run left in `path`, {} if there is no file; see `train`."""
     if not path.is_file():
-        return None
+        return {}
     try:
         state = checkpoints.read(path, object)
     except (layouts.BadFile, OSError) as error:
@@ -228,6 +232,9 @@ def unfinished(path: Path, run: Mapping) -> dict | None:
                       + (f" (different {changed})" if changed else "") + "; remove it, or choose another folder")
     parallel.say(f"resuming after epoch {state['epoch']} of {path}")
     return state
+
+
+# ---- Trained classifiers ----
 
 
 def read_classifier(path: str | os.PathLike) -> dict:

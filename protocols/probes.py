@@ -36,15 +36,8 @@ Outcome = tuple[list[dict], Tensor]  # rows for the table, and (M, min(5, C)) cl
 
 
 def evaluate_linear(
-    network: Network,
-    data_path: str,
-    val_data_path: str,
-    output_dir: str | Path,
-    training: Training,
-    protocol: str = "probe",
-    low_shot: float = 0.0,
-    val_share: float = 0.1,
-    linear_weights: str = "",
+    network: Network, data_path: str, val_data_path: str, output_dir: Path, training: Training,
+    protocol: str = "probe", low_shot: float = 0.0, val_share: float = 0.1, linear_weights: str = "",
     recipe: finetune.Recipe | None = None,
 ) -> dict:
     """Run one protocol on labelled data and write eval_linear.json. All processes call this.
@@ -63,7 +56,6 @@ def evaluate_linear(
     Raises:
         Refused: bad data, settings that don't fit the network, a loss that is not finite, or an unusable folder.
     """
-    folder = Path(output_dir)
     blocks = with_blocks(network, training.n_last_blocks)[1]
     choice = protocol == "logreg" or protocol == "probe" and len(linear.sweep(training, blocks > 0)) > 1
     task = open_task(data_path, val_data_path, network.info["in_chans"], low_shot, val_share if choice else None,
@@ -71,22 +63,22 @@ def evaluate_linear(
     if training.num_labels and training.num_labels < len(task.classes):
         raise Refused(f"--num_labels {training.num_labels}: the data have {len(task.classes)} classes; raise it, or "
                       "give 0 to count them")
-    flags.prepare_output(folder)
+    flags.prepare_output(output_dir)
     for note in task.notes:
         parallel.say(note)
     if protocol == "evaluate":
-        rows, ranked = classify(network, task, training, folder, linear_weights)
+        rows, ranked = apply_classifier(network, task, training, output_dir, linear_weights)
     elif protocol == "finetune":
-        rows, ranked = finetune.tune(network, task, training, recipe, folder)
+        rows, ranked = finetune.tune(network, task, training, recipe or finetune.Recipe(), output_dir)
     else:
-        rows, ranked = {"probe": probe, "logreg": logreg}[protocol](network, task, training, folder)
+        rows, ranked = {"probe": probe, "logreg": logreg}[protocol](network, task, training, output_dir)
     report = network.about | {
         "protocol": protocol, "data_path": str(data_path), "val_data_path": val_data_path or None,
         "images": [len(part) if part else 0 for part in task[:3]], "epochs": training.epochs,
         "notes": task.notes, "test": scores.accuracy([ranked], task.test.labels, task.classes), "results": rows,
     }
     if parallel.is_main():
-        scores.write_results(folder / "eval_linear.json", **report)
+        scores.write_results(output_dir / "eval_linear.json", **report)
     return report
 
 
@@ -188,7 +180,7 @@ def save_classifier(heads: linear.Heads, best: int, classes: list[str], network:
 # ---- Other protocols ----
 
 
-def classify(network: Network, task: Task, training: Training, folder: Path, linear_weights: str) -> Outcome:
+def apply_classifier(network: Network, task: Task, training: Training, folder: Path, linear_weights: str) -> Outcome:
     """Classify the test images with a given classifier; its file's setting, or else the first one of `training`."""
     loaded = linear.read_classifier(linear_weights)
     weight, bias = loaded["weight"], loaded["bias"]
