@@ -21,14 +21,9 @@ from protocols.finetune import Recipe
 from protocols.probes import CLASSIFIER, evaluate_linear, show_linear
 
 
-def percentage(text: str) -> float:
-    try:
-        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-    except ValueError:
-        value = -1
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a share; give 1%, 10% or a number between 0 and 1")
-    return value
+def share(text: str) -> float:
+    """A number, or a percentage: 0.1 and 10% are the same."""
+    return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -36,8 +31,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     flags.add_network_flags(parser)
 
     add = flags.add_data_flags(parser)
-    add("--low_shot", type=percentage, default=0.0,
-        help="train on this share of each class, such as 1%% or 10%%; 0: on all images")
+    add("--low_shot", type=flags.number(share, 0, 0.999999, above=True), default=0.0,
+        help="train on this share of each class, such as 1%% or 0.01; without it, on all images")
     add("--val_share", type=flags.fraction, default=0.1,
         help="share of the training images held out to choose a setting by; raise it for small data")
 
@@ -87,8 +82,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def check_args(args: argparse.Namespace) -> None:
-    """Refuse flags that contradict each other."""
+def check_args(args: argparse.Namespace) -> str:
+    """The protocol that the flags choose, as `evaluate_linear` names it. Refuses flags that contradict each other."""
     chosen = [name for name in ("evaluate", "logreg", "finetune") if getattr(args, name)]
     if len(chosen) > 1:
         raise Refused(f"--{chosen[0]} with --{chosen[1]}: give one of them")
@@ -103,6 +98,7 @@ def check_args(args: argparse.Namespace) -> None:
     if args.linear_weights and not args.evaluate:
         raise Refused(f"--linear_weights {args.linear_weights}: training does not start from it; add --evaluate, or "
                       "leave it out")
+    return chosen[0] if chosen else "probe"
 
 
 def training_of(args: argparse.Namespace) -> linear.Training:
@@ -122,7 +118,7 @@ def evaluate(args: argparse.Namespace) -> dict:
     Raises:
         Refused: bad input.
     """
-    check_args(args)
+    protocol = check_args(args)
     folder = flags.output_dir(args.output_dir, args.pretrained_weights)
     linear_weights = args.linear_weights or str(folder / CLASSIFIER)
     if args.evaluate:
@@ -131,7 +127,6 @@ def evaluate(args: argparse.Namespace) -> dict:
     network = load_network(
         args.pretrained_weights, args.arch, args.patch_size, args.checkpoint_key, device, args.crop_size,
         args.resize_size, args.precision, args.seed)
-    protocol = next((name for name in ("evaluate", "logreg", "finetune") if getattr(args, name)), "probe")
     report = evaluate_linear(
         network, args.data_path, args.val_data_path, folder, training_of(args), protocol, args.low_shot,
         args.val_share, linear_weights, recipe_of(args))
