@@ -24,6 +24,7 @@ from parallel import Refused
 from protocols.transforms import PIXELS_SIDE, VIEW_SCALE, EvalImages, RandomViews, SmallPictures
 from vision_transformer import VITS
 from weights import checkpoints, load_backbone
+from weights.layouts import BadFile
 
 PIXELS = "pixels"  # --arch of the baseline without a network: images of 32 x 32 pixels, flattened
 TRAINING_SCALE = (0.08, 1.0)  # VIEW_SCALE of the crops that classifiers are trained on
@@ -211,7 +212,7 @@ def cached_features(
 def read_features(path: Path, fingerprint: Mapping[str, str]) -> Tensor | None:
     try:
         stored = checkpoints.read(path)
-    except (OSError, ValueError):  # missing or damaged: computed again
+    except (OSError, BadFile):  # missing or damaged: computed again
         return None
     return stored["features"] if stored.get("fingerprint") == dict(fingerprint) else None
 

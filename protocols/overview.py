@@ -99,7 +99,7 @@ def draw(
         except (Refused, Undecodable, ImportError) as error:
             skipped[name] = str(error)
         else:
-            drawn[name] = [report.picture(folder / file, caption) for file, caption in files]
+            drawn[name] = [report.figure(folder / file, caption) for file, caption in files]
 
     if knn.get("results"):
         add("sweep", lambda: charts.sweep_chart(knn["results"], folder / "k_sweep.png"),
@@ -155,7 +155,7 @@ def page(
         ("Nearest neighbours", drawn.get("neighbours", [])),
         ("Attention and patch tokens", drawn.get("attention and PCA", [])),
         ("Foreground masks", [report.table(segmented["results"])] + (
-            [report.picture(masks, "images, their foreground, and masks from the attention")] if masks.is_file() else []
+            [report.figure(masks, "images, their foreground, and masks from the attention")] if masks.is_file() else []
         ) if segmented else []),
         *((name.capitalize(), [report.table(reports[name]["results"])])
           for name in ("video segmentation", "copy detection", "retrieval") if name in reports),
