@@ -14,21 +14,16 @@ import sys
 
 import flags
 import parallel
-from protocols import knn_files, scores
+from protocols import knn_files
 from protocols.features import load_network
 from protocols.knn import knn_classifier  # noqa: F401 - published under this module's name
-from protocols.knn_evaluation import Features, Settings, compute_features, report, show_knn
+from protocols.knn_evaluation import KnnSettings, compute_features, evaluate_knn, show_knn
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = flags.Parser("Weighted k-NN classification with frozen features.")
     flags.add_network_flags(parser)
-
-    add = parser.add_argument_group("data").add_argument
-    add("--data_path", default="shapes",
-        help="folder with train/ and val/ (or test/), a single folder, a .txt list, torchvision:CIFAR10, or shapes")
-    add("--val_data_path", default="",
-        help="test images outside of --data_path, all of which is then used for training")
+    flags.add_data_flags(parser)
 
     add = parser.add_argument_group("classification").add_argument
     add("--nb_knn", type=flags.positive_int, nargs="+", default=[10, 20, 100, 200],
@@ -63,7 +58,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def evaluate(args: argparse.Namespace) -> dict:
-    """Evaluate, print the tables, write eval_knn.json and return its content.
+    """Evaluate, write eval_knn.json, print the tables and return the report.
 
     Raises:
         Refused: bad input.
@@ -73,26 +68,24 @@ def evaluate(args: argparse.Namespace) -> dict:
     flags.check_folder(args.dump_features, "--dump_features")
     device = parallel.start(args.device, args.dist_url, args.dist_timeout)
     if args.load_features:
-        parts, about = knn_files.load(args.load_features)
-        features = Features(parts)
+        (parts, about), views = knn_files.load(args.load_features), None
     else:
         network = load_network(
             args.pretrained_weights, args.arch, args.patch_size, args.checkpoint_key, device, args.crop_size,
             args.resize_size, args.precision, args.seed)
         about = network.about
-        features = compute_features(network, args.data_path, args.val_data_path, folder, args.label_free,
-                                    args.batch_size_per_gpu, args.num_workers)
-    settings = Settings(args.nb_knn, args.temperature, args.metric, args.n_per_class, args.draws, args.seed)
-    result = report(features, about, args.load_features or args.data_path, args.val_data_path, settings,
-                    args.label_free, device if args.use_cuda else "cpu")
-    flags.prepare_output(folder)
+        parts, views = compute_features(network, args.data_path, args.val_data_path, folder, args.label_free,
+                                        args.batch_size_per_gpu, args.num_workers)
+    source = {"data_path": args.load_features or args.data_path, "val_data_path": args.val_data_path or None}
+    settings = KnnSettings(args.nb_knn, args.temperature, args.metric, args.n_per_class, args.draws, args.seed)
+    report = evaluate_knn(parts, views, about | source, folder, settings, args.label_free,
+                          device if args.use_cuda else "cpu")
     if parallel.is_main():
         if args.dump_features:
-            knn_files.dump(args.dump_features, features.parts, about)
-        show_knn(result)
-        scores.write_results(folder / "eval_knn.json", **result)
+            knn_files.dump(args.dump_features, parts, about)
+        show_knn(report)
         print(f"wrote {folder / 'eval_knn.json'}", flush=True)
-    return result
+    return report
 
 
 def main(args: argparse.Namespace) -> int:

@@ -10,40 +10,29 @@ the best is chosen on a held-out part of the training set, and the test set is u
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 
 import flags
 import parallel
 from parallel import Refused
-from protocols import linear, scores
+from protocols import linear
 from protocols.features import PIXELS, load_network
 from protocols.finetune import Recipe
 from protocols.probes import CLASSIFIER, evaluate_linear, show_linear
 
 
-def percentage(text: str) -> float:
-    match = re.fullmatch(r"([0-9.]+)(%?)", text)
-    try:
-        value = float(match[1]) / (100 if match[2] else 1) if match else -1
-    except ValueError:
-        value = -1
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a share; give 1%, 10% or a number between 0 and 1")
-    return value
+def share(text: str) -> float:
+    """A number, or a percentage: 0.1 and 10% are the same."""
+    return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = flags.Parser("Linear classification on frozen features, and fine-tuning.")
     flags.add_network_flags(parser)
 
-    add = parser.add_argument_group("data").add_argument
-    add("--data_path", default="shapes",
-        help="folder with train/ and val/ (or test/), a single folder, a .txt list, torchvision:CIFAR10, or shapes")
-    add("--val_data_path", default="",
-        help="test images outside of --data_path, all of which is then used for training")
-    add("--low_shot", type=percentage, default=0.0,
-        help="train on this share of each class, such as 1%% or 10%%; 0: on all images")
+    add = flags.add_data_flags(parser)
+    add("--low_shot", type=flags.number(share, 0, 0.999999, above=True), default=0.0,
+        help="train on this share of each class, such as 1%% or 0.01; without it, on all images")
     add("--val_share", type=flags.fraction, default=0.1,
         help="share of the training images held out to choose a setting by; raise it for small data")
 
@@ -89,12 +78,12 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--output_dir", default="",
         help="folder for eval_linear.json, linear.pth or finetuned.pth, and the cache features/; empty: the folder of "
              "the weights, or the current one")
-    flags.add_launch_flags(parser.add_argument_group("hardware"))
+    flags.add_launch_flags(parser)
     return parser
 
 
-def check_args(args: argparse.Namespace) -> None:
-    """Refuse flags that contradict each other."""
+def check_args(args: argparse.Namespace) -> str:
+    """The protocol that the flags choose, as `evaluate_linear` names it. Refuses flags that contradict each other."""
     chosen = [name for name in ("evaluate", "logreg", "finetune") if getattr(args, name)]
     if len(chosen) > 1:
         raise Refused(f"--{chosen[0]} with --{chosen[1]}: give one of them")
@@ -109,27 +98,27 @@ def check_args(args: argparse.Namespace) -> None:
     if args.linear_weights and not args.evaluate:
         raise Refused(f"--linear_weights {args.linear_weights}: training does not start from it; add --evaluate, or "
                       "leave it out")
+    return chosen[0] if chosen else "probe"
 
 
 def training_of(args: argparse.Namespace) -> linear.Training:
     return linear.Training(
-        args.lr or [1e-3], args.n_last_blocks, args.avgpool_patchtokens, args.epochs, args.views, args.num_labels,
-        args.val_freq, args.seed, args.batch_size_per_gpu, args.num_workers)
+        args.lr or [5e-4 if args.finetune else 1e-3], args.n_last_blocks, args.avgpool_patchtokens, args.epochs,
+        args.views, args.num_labels, args.val_freq, args.seed, args.batch_size_per_gpu, args.num_workers)
 
 
-def tuning_of(args: argparse.Namespace) -> Recipe:
-    return Recipe(
-        args.lr[0] if args.lr else 5e-4, args.layer_decay, args.warmup_epochs, args.weight_decay, args.mixup,
-        args.cutmix, args.smoothing, args.drop_path_rate, args.ema_decay)
+def recipe_of(args: argparse.Namespace) -> Recipe:
+    return Recipe(args.layer_decay, args.warmup_epochs, args.weight_decay, args.mixup, args.cutmix, args.smoothing,
+                  args.drop_path_rate, args.ema_decay)
 
 
 def evaluate(args: argparse.Namespace) -> dict:
-    """Evaluate, print the tables, write eval_linear.json and return its content.
+    """Evaluate, write eval_linear.json, print the tables and return the report.
 
     Raises:
         Refused: bad input.
     """
-    check_args(args)
+    protocol = check_args(args)
     folder = flags.output_dir(args.output_dir, args.pretrained_weights)
     linear_weights = args.linear_weights or str(folder / CLASSIFIER)
     if args.evaluate:
@@ -138,13 +127,11 @@ def evaluate(args: argparse.Namespace) -> dict:
     network = load_network(
         args.pretrained_weights, args.arch, args.patch_size, args.checkpoint_key, device, args.crop_size,
         args.resize_size, args.precision, args.seed)
-    protocol = next((name for name in ("evaluate", "logreg", "finetune") if getattr(args, name)), "probe")
     report = evaluate_linear(
         network, args.data_path, args.val_data_path, folder, training_of(args), protocol, args.low_shot,
-        args.val_share, linear_weights, tuning_of(args))
+        args.val_share, linear_weights, recipe_of(args))
     if parallel.is_main():
         show_linear(report)
-        scores.write_results(folder / "eval_linear.json", **report)
         print(f"wrote {folder / 'eval_linear.json'}", flush=True)
     return report
 

@@ -19,13 +19,15 @@ import flags
 import parallel
 from imagesets import masks
 from parallel import Refused
-from protocols import knn_evaluation, overview, probes, scores
+from protocols import overview, scores
 from protocols.copies import evaluate_copies, show_copies
 from protocols.features import PIXELS, Network, load_network
+from protocols.knn_evaluation import KnnSettings, Views, compute_features, evaluate_knn, show_knn
 from protocols.landmarks import evaluate_retrieval, show_retrieval
 from protocols.linear import Training
+from protocols.probes import evaluate_linear, show_linear
 from protocols.segmentation import evaluate_segmentation, show_segmentation
-from protocols.splits import open_parts
+from protocols.splits import Part, open_parts
 from protocols.video_segmentation import evaluate_video_segmentation, show_video_segmentation
 
 KS = (1, 5, 10, 20, 50, 100, 200)
@@ -36,10 +38,7 @@ NETWORK = "this network"
 def get_args_parser() -> argparse.ArgumentParser:
     parser = flags.Parser("Every evaluation that the given data allow, on one page.")
     flags.add_network_flags(parser)
-    add = parser.add_argument_group("data").add_argument
-    add("--data_path", default="shapes:2000x64", help="images to classify and to draw, as in eval_knn.py")
-    add("--val_data_path", default="",
-        help="test images outside of --data_path, all of which is then used for training")
+    add = flags.add_data_flags(parser, "shapes:2000x64")
     add("--segmentation_data", default="", help="images with masks, as in eval_segmentation.py; empty: left out")
     add("--video_data", default="", help="videos with masks, as in eval_video_segmentation.py; empty: left out")
     add("--copy_data", default="", help="images and edited copies, as in eval_copy_detection.py; empty: left out")
@@ -73,28 +72,26 @@ class Protocol(NamedTuple):
     figures: Callable[[Mapping], dict]  # its report -> {measure: {"value", "interval"}}
 
 
-def evaluate_knn(network: Network, args: argparse.Namespace, folder: Path) -> dict:
-    settings = knn_evaluation.Settings(KS, seed=args.seed)
-    report = knn_evaluation.evaluate_knn(
-        network, args.data_path, args.val_data_path, folder, settings, batch_size=args.batch_size_per_gpu,
-        num_workers=args.num_workers)
-    if parallel.is_main():
-        scores.write_results(folder / "eval_knn.json", **report)
-    return report
+def knn_features(network: Network, args: argparse.Namespace, folder: Path) -> tuple[list[Part], Views | None]:
+    return compute_features(network, args.data_path, args.val_data_path, folder, batch_size=args.batch_size_per_gpu,
+                            num_workers=args.num_workers)
 
 
-def evaluate_linear(network: Network, args: argparse.Namespace, folder: Path) -> dict:
+def run_knn(network: Network, args: argparse.Namespace, folder: Path) -> dict:
+    source = {"data_path": args.data_path, "val_data_path": args.val_data_path or None}
+    return evaluate_knn(*knn_features(network, args, folder), network.about | source, folder,
+                        KnnSettings(KS, seed=args.seed), device=network.device)
+
+
+def run_linear(network: Network, args: argparse.Namespace, folder: Path) -> dict:
     training = Training(**SWEEP, epochs=args.linear_epochs, views=args.linear_views, seed=args.seed,
                         batch_size=args.batch_size_per_gpu, num_workers=args.num_workers)
-    report = probes.evaluate_linear(network, args.data_path, args.val_data_path, folder, training)
-    if parallel.is_main():
-        scores.write_results(folder / "eval_linear.json", **report)
-    return report
+    return evaluate_linear(network, args.data_path, args.val_data_path, folder, training)
 
 
 PROTOCOLS = (
-    Protocol("k-NN", "data_path", evaluate_knn, knn_evaluation.show_knn, overview.knn_figures),
-    Protocol("linear", "data_path", evaluate_linear, probes.show_linear, lambda r: {"top-1": r["test"]["top1"]}),
+    Protocol("k-NN", "data_path", run_knn, show_knn, overview.knn_figures),
+    Protocol("linear", "data_path", run_linear, show_linear, lambda r: {"top-1": r["test"]["top1"]}),
     Protocol("segmentation", "segmentation_data", lambda network, args, folder: evaluate_segmentation(
         network, args.segmentation_data, args.image_size, seed=args.seed, save_masks=8, output_dir=folder,
         flag="--segmentation_data"), show_segmentation, overview.segmentation_figures),
@@ -177,11 +174,8 @@ def evaluate(args: argparse.Namespace) -> None:
     images = check_data(args, network.info["in_chans"])
     flags.prepare_output(folder)
     table, reports, skipped = run_all(args, networks, folder)
-    own, parts = folder / NETWORK.replace(" ", "_"), []
-    if "k-NN" in reports:  # from the cache
-        parts = knn_evaluation.compute_features(
-            network, args.data_path, args.val_data_path, own, batch_size=args.batch_size_per_gpu,
-            num_workers=args.num_workers).parts
+    own = folder / NETWORK.replace(" ", "_")
+    parts = knn_features(network, args, own)[0] if "k-NN" in reports else []  # from the cache
     if not parallel.is_main():
         return
     drawn = overview.draw(folder, network, images, parts, reports.get("k-NN", {}), args.image_size, args.seed, skipped)

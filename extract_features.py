@@ -26,10 +26,10 @@ from protocols.features import load_network
 def get_args_parser() -> argparse.ArgumentParser:
     parser = flags.Parser("Embeddings of a folder of images in one file.")
     flags.add_network_flags(parser)
-    parser.add_argument("--seed", type=flags.count, default=0, help="seed of an untrained network")
 
     add = parser.add_argument_group("data").add_argument
     add("--data_path", required=True, help="folder of images, .txt list, torchvision:NAME or shapes")
+    add("--seed", type=flags.seed, default=0, help="seed of an untrained network")
 
     add = parser.add_argument_group("output").add_argument
     add("--output", required=True, help=f"file to write: {', '.join(embeddings.FORMATS)}")
@@ -39,7 +39,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--images_per_part", type=flags.positive_int, default=1024,
         help="images written at a time: a run that is stopped loses at most these. Lower it for patch tokens, which "
              "are large")
-    flags.add_launch_flags(parser.add_argument_group("hardware"))
+    flags.add_launch_flags(parser)
     return parser
 
 

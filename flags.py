@@ -203,6 +203,16 @@ def group_of(parser: argparse._ActionsContainer, title: str) -> argparse._Action
     return parser.add_argument_group(title) if isinstance(parser, argparse.ArgumentParser) else parser
 
 
+def add_data_flags(parser: Parser, default: str = "shapes") -> Callable:
+    """Training and test images of a classification. Returns the group's `add_argument`, for further flags."""
+    add = parser.add_argument_group("data").add_argument
+    add("--data_path", default=default,
+        help="folder with train/ and val/ (or test/), a single folder, a .txt list, torchvision:CIFAR10, or shapes")
+    add("--val_data_path", default="",
+        help="test images outside of --data_path, all of which is then used for training")
+    return add
+
+
 def add_network_flags(parser: argparse._ActionsContainer) -> None:
     """The network and the size and batch size of its images (see features.load_network)."""
     group = group_of(parser, "network")

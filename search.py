@@ -47,8 +47,8 @@ def search(args: argparse.Namespace) -> list[list[tuple[int, float]]]:
     output = Path(args.output)
     charts.check_format("--output", output)
     embeddings.check_output(output)
-    result = image_search.search(args.features, args.query, args.k, args.data_path, args.pretrained_weights,
-                                 args.device, args.batch_size_per_gpu)
+    result = image_search.nearest_images(args.features, args.query, args.k, args.data_path, args.pretrained_weights,
+                                         args.device, args.batch_size_per_gpu)
     charts.draw_sheet(image_search.sheet_rows(result), output, "--output")
     for query, row, neighbours in zip(result.queries, result.rows, result.nearest, strict=True):
         print(query if row is None else f"{query}: {result.names[row]}")

@@ -53,7 +53,7 @@ def main(args) -> int:
     bench.header(f"linear classifiers, {args.arch} at {args.size} pixels, {64 * args.batches} images, 1000 classes")
     model = build_backbone(args.arch, 16, img_size=args.size)[0].eval()
     batches = [(torch.randn(64, 3, args.size, args.size), torch.randint(1000, (64,))) for _ in range(args.batches)]
-    sweep, one = linear.settings_of(LRS, BLOCKS, POOLS), linear.Setting(0.01, 4, False)
+    sweep, one = linear.sweep(linear.Training(LRS, BLOCKS, POOLS)), linear.Setting(0.01, 4, False)
     plain_runs = f"{len(sweep)} plain runs"
     times = bench.in_turns({
         plain_runs: lambda: [plain(model, batches, s) for s in sweep],

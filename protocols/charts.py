@@ -3,6 +3,8 @@
 Shapes: N images, D width.
 """
 
+from __future__ import annotations
+
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -11,12 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from torch import Tensor
 
 from parallel import Refused
 from protocols import sheets
 
 if TYPE_CHECKING:  # imported where it is used: it takes a tenth of a second
-    import torch
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
@@ -135,10 +137,7 @@ def check_format(flag: str, path: str | Path) -> None:
         raise Refused(f"{flag} {path}: the name of a figure has to end in {', '.join(FORMATS)}")
 
 
-def save(figure: "Figure", path: str | Path, flag: str) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    FigureCanvasAgg(figure)  # a canvas of its own: no global backend, no pyplot state
+def save(figure: Figure, path: str | Path, flag: str) -> None:
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path)
@@ -146,7 +145,7 @@ def save(figure: "Figure", path: str | Path, flag: str) -> None:
         raise Refused(f"{flag} {path}: {error.strerror or error}; give a file that can be written") from error
 
 
-def _draw_panel(axes: "Axes", panel: tuple, runs: list[dict], font: int) -> None:
+def _draw_panel(axes: Axes, panel: tuple, runs: list[dict], font: int) -> None:
     title, unit, keys = panel
     for key, (_, style) in keys.items():
         shared = len({run[key][1][-1] for run in runs if key in run}) == 1
@@ -174,7 +173,7 @@ def _draw_panel(axes: "Axes", panel: tuple, runs: list[dict], font: int) -> None
                     labelcolor=INK)
 
 
-def _line(color: str, style: str) -> "Line2D":
+def _line(color: str, style: str) -> Line2D:
     from matplotlib.lines import Line2D
 
     return Line2D([], [], color=color, linestyle=style, linewidth=1.6)
@@ -229,7 +228,7 @@ def feature_map(features: np.ndarray, labels: np.ndarray, classes: Sequence[str]
 # ---------------------------------------------------------------- results of a search
 
 
-def draw_sheet(rows: "Sequence[Sequence[tuple[torch.Tensor, str]]]", path: str | Path, flag: str) -> None:
+def draw_sheet(rows: Sequence[Sequence[tuple[Tensor, str]]], path: str | Path, flag: str) -> None:
     """Draw rows of (uint8 (C, H, W) image, title) in one figure; the first image of a row, the query, is framed.
 
     Args:

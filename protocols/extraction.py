@@ -105,17 +105,10 @@ def compute_part(
     dtype: type[np.floating], batch_size: int, num_workers: int,
 ) -> int:
     """Compute and write one part. Returns its number of images."""
-    shape = []
-
-    def flat(images: Tensor) -> Tensor:
-        output = forward(images)
-        shape[:] = output.shape[1:]
-        return output.flatten(1)
-
     start = number * job.per_part
     part = Subset(dataset, range(start, min(start + job.per_part, job.images)))
-    features = extract_features(flat, part, batch_size, num_workers, network.device, network.autocast())
-    parallel.on_main(lambda: save_part(job, number, features.unflatten(1, shape).numpy().astype(dtype)))
+    features = extract_features(forward, part, batch_size, num_workers, network.device, network.autocast())
+    parallel.on_main(lambda: save_part(job, number, features.numpy().astype(dtype)))
     return len(part)
 
 

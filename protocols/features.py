@@ -21,13 +21,13 @@ from imagesets.decode import Undecodable
 from imagesets.loaders import worker_options
 from imagesets.sources import Images
 from parallel import Refused
-from protocols.transforms import PIXELS_SIDE, EvalImages, RandomViews, SmallPictures
+from protocols.transforms import PIXELS_SIDE, VIEW_SCALE, EvalImages, RandomViews, SmallPictures
 from vision_transformer import VITS
 from weights import checkpoints, load_backbone
+from weights.layouts import BadFile
 
 PIXELS = "pixels"  # --arch of the baseline without a network: images of 32 x 32 pixels, flattened
-VIEW_SCALE = (0.25, 1.0)  # share of the image's area in a random view
-TRAINING_SCALE = (0.08, 1.0)  # the same for the crops that classifiers are trained on
+TRAINING_SCALE = (0.08, 1.0)  # VIEW_SCALE of the crops that classifiers are trained on
 PRECISIONS = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -46,14 +46,15 @@ def extract_features(
     not divide N, some processes compute the last image a second time, and the copy is dropped.
 
     Args:
-        forward: (b, C, h, w) on `device` -> (b, D), any floating type; a module should be in eval mode.
+        forward: (b, C, h, w) on `device` -> (b, D), or any shape (b, ...), of any floating type; a module should be in
+            eval mode.
         dataset: item i is (float32 (C, h, w), i).
         batch_size: images per process and batch.
         num_workers: data-loading workers per process, capped at the number of cores and of batches.
         autocast: context for the forward pass; none by default.
 
     Returns:
-        (N, D) float32 on the CPU; row i belongs to item i.
+        (N, D), or (N, ...), float32 on the CPU; row i belongs to item i.
 
     Raises:
         Refused: there are no images, or one can't be decoded.
@@ -84,37 +85,33 @@ def feature_batches(
     Arguments as in `extract_features`. Every process gets all rows, on `device`.
     """
     n, rank, world_size = len(order), parallel.rank(), parallel.world_size()
-    device, share = torch.device(device), -(-n // world_size)
-    mine = Subset(dataset, [order[min(rank + j * world_size, n - 1)] for j in range(share)])
-    loader = DataLoader(
-        mine, batch_size, pin_memory=device.type == "cuda",
-        **worker_options(min(num_workers, available_cores(), -(-share // batch_size))),
-    )
+    mine = [order[min(rank + j * world_size, n - 1)] for j in range(-(-n // world_size))]
     first = 0
-    for images in readable(loader):
+    for images in image_batches(dataset, mine, batch_size, num_workers, torch.device(device)):
         with torch.no_grad(), autocast or nullcontext():
-            part = forward(images.to(device, non_blocking=True)).float()  # (b, ...)
+            part = forward(images).float()  # (b, ...)
             part = parallel.gather(part).unflatten(0, (world_size, -1))  # (W, b, ...)
         # Outside of the contexts, which would otherwise stay active in the caller.
         yield part.transpose(0, 1).flatten(0, 1)[: n - first]
         first += world_size * len(images)
 
 
-def readable(loader: DataLoader) -> Iterator[Tensor]:
-    """The images of a loader of (images, indices).
+def image_batches(
+    dataset: Dataset, order: Sequence[int], batch_size: int, num_workers: int, device: torch.device
+) -> Iterator[Tensor]:
+    """(b, C, h, w) images of the items `order` lists, on `device`; the last batch may be smaller.
 
     Raises:
         Refused: an image can't be decoded; the line names it.
     """
-    batches = iter(loader)
-    while True:
-        try:
-            images, _ = next(batches)
-        except StopIteration:
-            return
-        except Undecodable as error:
-            raise refused_image(error) from error
-        yield images
+    workers = min(num_workers, available_cores(), -(-len(order) // batch_size))
+    loader = DataLoader(
+        Subset(dataset, order), batch_size, pin_memory=device.type == "cuda", **worker_options(workers))
+    try:
+        for images, _ in loader:
+            yield images.to(device, non_blocking=True)
+    except Undecodable as error:
+        raise refused_image(error) from error
 
 
 def refused_image(error: Undecodable) -> Refused:
@@ -215,7 +212,7 @@ def cached_features(
 def read_features(path: Path, fingerprint: Mapping[str, str]) -> Tensor | None:
     try:
         stored = checkpoints.read(path)
-    except (OSError, ValueError):  # missing or damaged: computed again
+    except (OSError, BadFile):  # missing or damaged: computed again
         return None
     return stored["features"] if stored.get("fingerprint") == dict(fingerprint) else None
 
@@ -238,16 +235,9 @@ class Network(NamedTuple):
 
 
 def load_network(
-    weights: str,
-    arch: str = "vit_small",
-    patch_size: int = 16,
-    checkpoint_key: str = "teacher",
-    device: torch.device | str = "cpu",
-    crop_size: int = 0,
-    resize_size: int = 0,
-    precision: str = "fp32",
-    seed: int = 0,
-    size_flag: str = "--crop_size",
+    weights: str, arch: str = "vit_small", patch_size: int = 16, checkpoint_key: str = "teacher",
+    device: torch.device | str = "cpu", crop_size: int = 0, resize_size: int = 0, precision: str = "fp32",
+    seed: int = 0, size_flag: str = "--crop_size",
 ) -> Network:
     """Load a frozen network.
 
@@ -264,8 +254,9 @@ def load_network(
     """
     device = torch.device(device)
     if arch == PIXELS:
-        refuse_weights(weights)
-        info = {"in_chans": 3, "mean": (0.0,) * 3, "std": (1.0,) * 3}
+        if weights:
+            raise Refused(f"--pretrained_weights {weights}: --arch {PIXELS} has no weights; leave one of them out")
+        info = {"embed_dim": 3 * PIXELS_SIDE**2, "in_chans": 3, "mean": (0.0,) * 3, "std": (1.0,) * 3}
         about = {"arch": PIXELS, "weights": None, "weights_sha256": None, "crop_size": PIXELS_SIDE, "precision": "fp32"}
         return Network(nn.Flatten(), info, about, device)
     torch.manual_seed(seed)
@@ -283,19 +274,9 @@ def load_network(
     return Network(model.to(device), info, about, device)
 
 
-def refuse_weights(weights: str) -> None:
-    if weights:
-        raise Refused(f"--pretrained_weights {weights}: --arch {PIXELS} has no weights; leave one of them out")
-
-
 def network_features(
-    network: Network,
-    images: Images,
-    batch_size: int = 128,
-    num_workers: int = 10,
-    cache: str | os.PathLike | None = None,
-    view: int | None = None,
-    scale: tuple[float, float] = VIEW_SCALE,
+    network: Network, images: Images, batch_size: int = 128, num_workers: int = 10,
+    cache: str | os.PathLike | None = None, view: int | None = None, scale: tuple[float, float] = VIEW_SCALE,
 ) -> Tensor:
     """(N, D) features of the images' centre crops, or of random view number `view`; see `cached_features`."""
     about, mean, std = network.about, network.info["mean"], network.info["std"]

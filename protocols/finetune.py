@@ -8,7 +8,6 @@ Shapes: B images per process and batch, C classes, L blocks, M test images.
 from __future__ import annotations
 
 import copy
-import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -19,23 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Subset
 
 import parallel
 import utils
-from imagesets import loaders
 from method.photometric import to_device
 from parallel import Refused
-from protocols.features import (
-    TRAINING_SCALE,
-    Network,
-    available_cores,
-    extract_features,
-    input_dataset,
-    readable,
-)
-from protocols.linear import Training, unfinished
-from protocols.splits import Task, run_of
+from protocols.features import TRAINING_SCALE, Network, extract_features, image_batches, input_dataset
+from protocols.linear import Training, run_of, train
+from protocols.splits import Task
 from vision_transformer import DropPath, VisionTransformer, build_backbone
 from weights import checkpoints
 
@@ -43,7 +33,8 @@ UNFINISHED, TUNED = "checkpoint_finetune.pth", "finetuned.pth"
 
 
 class Recipe(NamedTuple):
-    lr: float = 5e-4  # peak, for a batch of 256
+    """How a backbone is tuned, besides what `linear.Training` holds."""
+
     layer_decay: float = 0.75  # factor of the learning rate from a layer to the one before it
     warmup_epochs: float = 5
     weight_decay: float = 0.05
@@ -125,34 +116,20 @@ def mixing(mixup: float, cutmix: float, n_classes: int) -> Callable[[Tensor, Ten
 
 def batches(network: Network, task: Task, training: Training, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
     """(images, labels) of an epoch, this process's share of each global batch; an incomplete last batch is dropped."""
-    order = np.random.default_rng((training.seed, epoch)).permutation(len(task.train.labels))
-    used = steps_per_epoch(task, training.batch_size) * training.batch_size * parallel.world_size()
-    mine = order[:used][parallel.rank() :: parallel.world_size()].tolist()
-    loader = DataLoader(
-        Subset(input_dataset(network, task.train.images, epoch, TRAINING_SCALE), mine), training.batch_size,
-        pin_memory=network.device.type == "cuda",
-        **loaders.worker_options(min(training.num_workers, available_cores())),
-    )
-    first = 0
-    for x in readable(loader):
-        y = task.train.labels[mine[first : first + len(x)]]
-        first += len(x)
-        yield x.to(network.device, non_blocking=True), to_device(y, network.device)
-
-
-def steps_per_epoch(task: Task, batch_size: int) -> int:
-    steps = len(task.train.labels) // (batch_size * parallel.world_size())
-    if not steps:
-        raise Refused(f"--batch_size_per_gpu {batch_size}: {len(task.train.labels)} training images are less than one "
-                      "batch; lower it")
-    return steps
+    order = torch.from_numpy(np.random.default_rng((training.seed, epoch)).permutation(len(task.train)))
+    used = len(order) - len(order) % (training.batch_size * parallel.world_size())
+    mine = order[:used][parallel.rank() :: parallel.world_size()]
+    dataset = input_dataset(network, task.train, epoch, TRAINING_SCALE)
+    images = image_batches(dataset, mine.tolist(), training.batch_size, training.num_workers, network.device)
+    for x, rows in zip(images, mine.split(training.batch_size), strict=True):
+        yield x, to_device(task.train.labels[rows], network.device)
 
 
 def tune_epoch(
     network: Network, wrapped: nn.Module, averaged: Classifier, optimizer: torch.optim.Optimizer,
     batches: Iterator[tuple[Tensor, Tensor]], schedule: np.ndarray, recipe: Recipe, epoch: int, seed: int,
-) -> float:
-    """One epoch over (images, labels); returns the mean loss over processes.
+) -> Tensor:
+    """One epoch over (images, labels); returns the (1,) mean loss over processes.
 
     Mixing and stochastic depth draw from (seed, epoch, process): a resumed run draws the same.
 
@@ -166,7 +143,7 @@ def tune_epoch(
     autocast = network.autocast()
     model = wrapped.module if isinstance(wrapped, DistributedDataParallel) else wrapped
     wrapped.train()
-    total = torch.zeros((), device=network.device)
+    total = torch.zeros(1, device=network.device)
     for i, ((x, y), factor) in enumerate(zip(batches, schedule, strict=True)):
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * float(factor)
@@ -182,14 +159,14 @@ def tune_epoch(
         decay = min(recipe.ema_decay, (1 + step) / (10 + step)) if recipe.ema_decay else 0.0
         utils.ema_update(model, averaged, decay)
         total += loss.detach()
-    return float(parallel.mean_over_processes(total)) / len(schedule)
+    return parallel.mean_over_processes(total) / len(schedule)
 
 
 def tune(network: Network, task: Task, training: Training, recipe: Recipe, folder: Path) -> tuple[list[dict], Tensor]:
     """Fine-tune, or resume a stopped run; write finetuned.pth; classify the test images once.
 
     Args:
-        training: only epochs, num_labels, val_freq, seed, batch_size and num_workers are used.
+        training: its first learning rate, epochs, num_labels, val_freq, seed, batch_size and num_workers are used.
 
     Returns:
         A row for the table, and (M, min(5, C)) classes of the test images, best first.
@@ -197,41 +174,33 @@ def tune(network: Network, task: Task, training: Training, recipe: Recipe, folde
     Raises:
         Refused: fewer images than a batch, a stopped run of other settings, or a loss that is not finite.
     """
-    device, epochs, batch_size = network.device, training.epochs, training.batch_size
-    steps, n_classes = steps_per_epoch(task, batch_size), max(training.num_labels, len(task.classes))
+    device, epochs = network.device, training.epochs
+    batch, n_classes = training.batch_size * parallel.world_size(), max(training.num_labels, len(task.classes))
+    if not (steps := len(task.train) // batch):
+        raise Refused(f"--batch_size_per_gpu {training.batch_size}: {len(task.train)} training images are less than "
+                      "one batch; lower it")
     torch.manual_seed(training.seed)
     model = Classifier(trainable(network, recipe.drop_path_rate), network.info["embed_dim"], n_classes).to(device)
     averaged = copy.deepcopy(model).requires_grad_(False)
-    lr = recipe.lr * batch_size * parallel.world_size() / 256
+    lr = training.lrs[0] * batch / 256
     optimizer = torch.optim.AdamW(param_groups(model, lr, recipe.weight_decay, recipe.layer_decay), lr=lr)
     schedule = utils.cosine_scheduler(1.0, 0.0, epochs, steps, warmup_epochs=recipe.warmup_epochs)
-    run = run_of(network.about, task, epochs, batch_size, training.seed) | recipe._asdict() | {"lr": [recipe.lr]}
-    state, first = unfinished(folder / UNFINISHED, run), 0
-    if state:
-        model.load_state_dict(state["model"])
-        averaged.load_state_dict(state["averaged"])
-        optimizer.load_state_dict(state["optimizer"])
-        first = state["epoch"]
     wrapped = model if parallel.world_size() == 1 else DistributedDataParallel(
         model, device_ids=[device.index] if device.type == "cuda" else None)
-    for epoch in range(first, epochs):
-        loss = tune_epoch(network, wrapped, averaged, optimizer, batches(network, task, training, epoch),
+
+    def epoch_losses(epoch: int) -> Tensor:
+        return tune_epoch(network, wrapped, averaged, optimizer, batches(network, task, training, epoch),
                           schedule[epoch * steps : (epoch + 1) * steps], recipe, epoch, training.seed)
-        done = epoch + 1
-        if not math.isfinite(loss):
-            raise Refused(f"--lr {recipe.lr:g}: the loss is no longer finite; lower it")
-        if done % training.val_freq == 0 or done == epochs:
-            parallel.say(f"epoch {done}/{epochs}: training loss {loss:.4f}")
-        if parallel.is_main():
-            checkpoints.save({"run": run, "epoch": done, "model": model.state_dict(),
-                              "averaged": averaged.state_dict(), "optimizer": optimizer.state_dict()},
-                             folder / UNFINISHED)
+
+    run = run_of(network.about, task, training) | recipe._asdict() | {"lr": list(training.lrs)}
+    train(folder / UNFINISHED, run, {"model": model, "averaged": averaged, "optimizer": optimizer}, epoch_losses,
+          training)
     averaged.eval()
     if parallel.is_main():
         save(averaged, network, task.classes, folder)
-    logits = extract_features(averaged, input_dataset(network, task.test.images), batch_size, training.num_workers,
+    logits = extract_features(averaged, input_dataset(network, task.test), training.batch_size, training.num_workers,
                               device, network.autocast())
-    row = {"lr": recipe.lr, "epochs": epochs, "layer_decay": recipe.layer_decay}
+    row = {"lr": training.lrs[0], "epochs": epochs, "layer_decay": recipe.layer_decay}
     return [row], logits.topk(min(5, n_classes)).indices
 
 

@@ -36,7 +36,7 @@ class Neighbours(NamedTuple):
     in_chans: int
 
 
-def search(
+def nearest_images(
     features: str, queries: Sequence[str], k: int = 8, data_path: str = "", weights: str = "", device: str = "cpu",
     batch_size: int = 32,
 ) -> Neighbours:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import flags
+import parallel
 from protocols import scores
 from protocols.features import Network, network_features
 from protocols.knn import knn_predict
@@ -24,7 +25,7 @@ from protocols.splits import Part, draw_support, match_classes, notes_on_classes
 MOST_CLASSES_SHOWN = 20  # per-class accuracies on the console; the report holds all
 
 
-class Settings(NamedTuple):
+class KnnSettings(NamedTuple):
     """The settings whose accuracies are reported: every n_per_class x temperature x k."""
 
     ks: Sequence[int] = (10, 20, 100, 200)
@@ -35,88 +36,71 @@ class Settings(NamedTuple):
     seed: int = 0  # of the draws
 
 
-PUBLISHED = Settings()
-
-
-class Features(NamedTuple):
-    parts: list[Part]  # training set, and test set if there is one, their classes matched
-    views: tuple[Tensor, Tensor] | None = None  # (N, D) each, of two random views of the training images
+Views = tuple[Tensor, Tensor]  # (N, D) features each, of two random views of the training images
 
 
 # ---- The evaluation ----
 
 
-def evaluate_knn(
-    network: Network,
-    data_path: str,
-    val_data_path: str = "",
-    output_dir: str | Path = ".",
-    settings: Settings = PUBLISHED,
-    label_free: bool = False,
-    batch_size: int = 128,
-    num_workers: int = 10,
-    device: torch.device | str | None = None,
-) -> dict:
-    """Extract features of the data and evaluate them. All processes call this; arguments as in the two steps.
-
-    Returns:
-        The report, see `report`.
-    """
-    features = compute_features(network, data_path, val_data_path, output_dir, label_free, batch_size, num_workers)
-    return report(features, network.about, data_path, val_data_path, settings, label_free, device or network.device)
-
-
 def compute_features(
-    network: Network, data_path: str, val_data_path: str = "", output_dir: str | Path = ".", label_free: bool = False,
+    network: Network, data_path: str, val_data_path: str, output_dir: Path, label_free: bool = False,
     batch_size: int = 128, num_workers: int = 10,
-) -> Features:
+) -> tuple[list[Part], Views | None]:
     """Features of the training and test images, and of two views where `label_free` or unlabelled data need them.
+
+    All processes call this.
 
     Args:
         output_dir: its folder features/ caches them.
         batch_size, num_workers: per process.
 
+    Returns:
+        The training set and, if there is one, the test set, their classes matched; and the views.
+
     Raises:
         Refused: no such data, an image that can't be decoded, or an unusable output folder.
     """
     images = open_parts(data_path, val_data_path, network.info["in_chans"])
-    flags.prepare_output(Path(output_dir))
-    cache = Path(output_dir) / "features"
+    flags.prepare_output(output_dir)
+    cache = output_dir / "features"
     parts = [Part(network_features(network, i, batch_size, num_workers, cache), i.labels, i.classes) for i in images]
     labelled = parts[0].labels is not None
     views = None
     if label_free or not labelled:
         views = tuple(network_features(network, images[0], batch_size, num_workers, cache, view) for view in (0, 1))
-    return Features(match_classes(*parts) if len(parts) == 2 and labelled else parts, views)
+    return match_classes(*parts) if len(parts) == 2 and labelled else parts, views
 
 
-def report(
-    features: Features, about: dict, data_path: str, val_data_path: str = "", settings: Settings = PUBLISHED,
+def evaluate_knn(
+    parts: list[Part], views: Views | None, about: dict, output_dir: Path, settings: KnnSettings,
     label_free: bool = False, device: torch.device | str = "cpu",
 ) -> dict:
-    """Evaluate features.
+    """Evaluate features and write eval_knn.json. All processes call this.
 
     Args:
-        about: of the network, for the report.
-        data_path, val_data_path: where the features come from, for the report.
+        parts, views: as `compute_features` returns them.
+        about: for the report, plain values: of the network, and where the images come from.
+        output_dir: for eval_knn.json.
         device: where neighbours are searched.
 
     Returns:
-        `about` and data_path, val_data_path, images (per part), metric, notes, label_free (None, or see
-        `scores.label_free`), results (a row per setting, see `accuracies`; [] without labels).
+        `about` and images (per part), metric, notes, label_free (None, or see `scores.label_free`), results (a row per
+        setting, see `accuracies`; [] without labels).
 
     Raises:
-        Refused: features that are not finite, or leave-one-out of a single image.
+        Refused: features that are not finite, leave-one-out of a single image, or an unusable output folder.
     """
-    parts = features.parts
     labelled = parts[0].labels is not None
     results, notes = classify(parts, settings, device) if labelled else ([], ["no labels: measures that need none"])
-    free = scores.label_free(parts[0].features, features.views) if label_free or not labelled else None
-    return about | {
-        "data_path": str(data_path), "val_data_path": val_data_path or None,
+    free = scores.label_free(parts[0].features, views) if label_free or not labelled else None
+    report = about | {
         "images": [len(part.features) for part in parts], "metric": settings.metric, "notes": notes,
         "label_free": free, "results": results,
     }
+    flags.prepare_output(output_dir)
+    if parallel.is_main():
+        scores.write_results(output_dir / "eval_knn.json", **report)
+    return report
 
 
 def show_knn(report: dict) -> None:
@@ -137,7 +121,7 @@ def show_knn(report: dict) -> None:
 # ---- Accuracies ----
 
 
-def classify(parts: Sequence[Part], settings: Settings, device: torch.device | str) -> tuple[list[dict], list[str]]:
+def classify(parts: Sequence[Part], settings: KnnSettings, device: torch.device | str) -> tuple[list[dict], list[str]]:
     """Accuracies for all settings, and notes on how to read them. A single part is classified leave-one-out."""
     train, test = parts[0], parts[-1]
     exclude = torch.arange(len(test.features)) if len(parts) == 1 else None
@@ -157,7 +141,7 @@ def classify(parts: Sequence[Part], settings: Settings, device: torch.device | s
 
 
 def accuracies(
-    train: Part, test: Part, settings: Settings, device: torch.device | str, exclude: Tensor | None = None
+    train: Part, test: Part, settings: KnnSettings, device: torch.device | str, exclude: Tensor | None = None
 ) -> list[dict]:
     """A row per setting: n_per_class (few-shot only), k, temperature, and `scores.accuracy`.
 

@@ -16,6 +16,7 @@ import atomic
 from parallel import Refused
 from protocols.splits import Part, check_labels
 from weights import checkpoints
+from weights.layouts import BadFile
 
 FILES = (("trainfeat.pth", "trainlabels.pth"), ("testfeat.pth", "testlabels.pth"))
 ABOUT = "features.json"
@@ -71,7 +72,7 @@ def read_tensor(path: Path, where: str) -> object:
         return None
     try:
         return checkpoints.read(path, object)
-    except (ValueError, OSError) as error:
+    except (BadFile, OSError) as error:
         raise Refused(f"{where}: {error}; write it again with --dump_features") from error
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 import parallel
 from parallel import Refused
+from protocols.splits import Task
 from vision_transformer import VisionTransformer
 from weights import checkpoints, layouts
 
@@ -48,9 +49,6 @@ class Training(NamedTuple):
     num_workers: int = 10  # per process
 
 
-PUBLISHED = Training()
-
-
 def is_setting(value: object) -> bool:
     """Whether a value from a file has the fields and types of a Setting."""
     return (isinstance(value, Mapping) and value.keys() == set(Setting._fields)
@@ -58,9 +56,10 @@ def is_setting(value: object) -> bool:
             and isinstance(value["n_last_blocks"], int) and value["n_last_blocks"] >= 0)
 
 
-def settings_of(lrs: Sequence[float], blocks: Sequence[int], pools: Sequence[bool]) -> list[Setting]:
-    """All combinations."""
-    return [Setting(lr, n, pool) for n, pool, lr in itertools.product(blocks, pools, lrs)]
+def sweep(training: Training, has_blocks: bool = True) -> list[Setting]:
+    """All combinations; for a network without the blocks of a ViT, one setting per learning rate."""
+    inputs = itertools.product(training.n_last_blocks, training.avgpool_patchtokens) if has_blocks else [(0, False)]
+    return [Setting(lr, n, avgpool) for n, avgpool in inputs for lr in training.lrs]
 
 
 # ---- The classifiers and their input ----
@@ -82,7 +81,12 @@ def probe_features(model: nn.Module, n: int) -> Callable[[Tensor], Tensor]:
 
 
 def columns(features: Tensor, most_blocks: int, n: int, avgpool: bool) -> Tensor:
-    """A setting's input, out of `probe_features(model, most_blocks)`: (B, n D), or (B, (n + 1) D) with the mean."""
+    """A setting's input, out of `probe_features(model, most_blocks)`: (B, n D), or (B, (n + 1) D) with the mean.
+
+    Features of a network without such blocks (most_blocks = 0) are returned as they are.
+    """
+    if not most_blocks:
+        return features
     width = features.shape[1] // (most_blocks + 1)
     cls = features[:, (most_blocks - n) * width : most_blocks * width]
     if not avgpool:
@@ -112,12 +116,12 @@ class Heads(nn.Module):
 
     def forward(self, features: Tensor) -> list[Tensor]:
         """(B, (blocks + 1) D) -> S logits (B, C). Heads with the same input share one matrix product."""
-        groups: dict[tuple, list[int]] = {}
+        groups: dict[tuple[int, bool], list[int]] = {}
         for i, s in enumerate(self.settings):
-            groups.setdefault((s.n_last_blocks, s.avgpool_patchtokens) if self.blocks else (), []).append(i)
+            groups.setdefault((s.n_last_blocks, s.avgpool_patchtokens), []).append(i)
         logits: list[Tensor] = [features] * len(self.settings)
-        for chosen, members in groups.items():
-            x = columns(features, self.blocks, *chosen) if chosen else features
+        for (n, avgpool), members in groups.items():
+            x = columns(features, self.blocks, n, avgpool)
             weight = torch.cat([self.heads[i].weight for i in members])
             bias = torch.cat([self.heads[i].bias for i in members])
             for i, rows in zip(members, F.linear(x, weight, bias).chunk(len(members), 1), strict=True):
@@ -129,15 +133,13 @@ class Heads(nn.Module):
 
 
 def build_optimizer(heads: Heads, batch_size: int) -> torch.optim.SGD:
-    """SGD with momentum 0.9 and no weight decay; each head's learning rate is lr x batch_size / 256.
+    """SGD with momentum 0.9 and no weight decay; each head's peak learning rate is lr x batch_size / 256.
 
     Args:
         batch_size: of all processes.
     """
-    groups = [{"params": head.parameters(), "lr": s.lr * batch_size / 256}
+    groups = [{"params": head.parameters(), "peak": s.lr * batch_size / 256}
               for s, head in zip(heads.settings, heads.heads, strict=True)]
-    for group in groups:
-        group["peak"] = group["lr"]
     return torch.optim.SGD(groups, lr=0, momentum=0.9, foreach=True)
 
 
@@ -163,20 +165,65 @@ def train_epoch(
     return total / n
 
 
-def unfinished(path: Path, run: Mapping) -> dict | None:
-    """The state that a stopped run left in `path`, or None if there is no file.
+# ---- Runs that can be resumed: of linear classifiers, and of fine-tuning ----
+
+
+def train(
+    path: Path, run: Mapping, modules: Mapping[str, nn.Module | torch.optim.Optimizer],
+    epoch_losses: Callable[[int], Tensor], training: Training, save_freq: int = 1,
+) -> Tensor:
+    """Train for `training.epochs` epochs, or resume a stopped run. All processes call this.
 
     Args:
-        run: what the two runs must have in common; compared with the state's "run".
+        path: file for the state of the unfinished run: run, epoch, loss, and the state of every module.
+        run: plain values that the stopped run and the one that resumes it must have in common; see `run_of`.
+        modules: what training changes, by its name in the file.
+        epoch_losses: trains one epoch, given its number, and returns the (S,) mean losses of the settings.
+        save_freq: epochs between two writes of the file.
+
+    Returns:
+        (S,) losses of the last epoch.
 
     Raises:
-        Refused: the file is unreadable or belongs to a run with other values; the line names them.
+        Refused: `path` is unreadable or belongs to another run, or no loss is finite.
     """
+    state = unfinished(path, run)
+    if state:
+        for name, module in modules.items():
+            module.load_state_dict(state[name])
+    losses = state.get("loss")
+    for done in range(state.get("epoch", 0) + 1, training.epochs + 1):
+        losses = epoch_losses(done - 1).cpu()
+        if not losses.isfinite().any():  # a sweep continues without the settings that diverged
+            raise Refused(f"--lr {min(training.lrs):g}: the loss is no longer finite; lower it")
+        if done % training.val_freq == 0 or done == training.epochs:
+            parallel.say(f"epoch {done}/{training.epochs}: training loss {losses.min():.4f}"
+                         + (f" to {losses.max():.4f}" if len(losses) > 1 else ""))
+        if parallel.is_main() and (done % save_freq == 0 or done == training.epochs):
+            states = {name: module.state_dict() for name, module in modules.items()}
+            checkpoints.save({"run": run, "epoch": done, "loss": losses} | states, path)
+    parallel.barrier()
+    return losses
+
+
+def run_of(about: Mapping, task: Task, training: Training) -> dict:
+    """What a stopped run and the one that resumes it must have in common, whatever they train; plain values.
+
+    Args:
+        about: of the network.
+    """
+    network = {k: about.get(k) for k in ("weights_sha256", "resize_size", "crop_size", "precision")}
+    return network | {"epochs": training.epochs, "seed": training.seed, "images": len(task.train),
+                      "classes": list(task.classes), "batch": training.batch_size * parallel.world_size()}
+
+
+def unfinished(path: Path, run: Mapping) -> dict:
+    """The state that a stopped run left in `path`, {} if there is no file; see `train`."""
     if not path.is_file():
-        return None
+        return {}
     try:
         state = checkpoints.read(path, object)
-    except (ValueError, OSError) as error:
+    except (layouts.BadFile, OSError) as error:
         raise Refused(f"--output_dir {path.parent}: {error}; remove it, or choose another folder") from error
     before = state.get("run") if isinstance(state, Mapping) else None
     if before != run:
@@ -187,12 +234,14 @@ def unfinished(path: Path, run: Mapping) -> dict | None:
     return state
 
 
+# ---- Trained classifiers ----
+
+
 def read_classifier(path: str | os.PathLike) -> dict:
     """A classifier of this project or a published one.
 
     Returns:
-        {"weight": (C, D), "bias": (C,)} and, where the file has them, "classes" (names) and "setting" (a Setting's
-        fields).
+        {"weight": (C, D), "bias": (C,)} and, where the file has them, "classes" (names) and "setting" (a Setting).
 
     Raises:
         Refused: no such file, or no classifier in it.
@@ -203,12 +252,14 @@ def read_classifier(path: str | os.PathLike) -> dict:
         content = checkpoints.read(path, object)
         content = content if isinstance(content, Mapping) else {}
         classifier = layouts.linear_classifier(content, str(path))
-    except (ValueError, OSError) as error:
+    except (layouts.BadFile, OSError) as error:
         raise Refused(f"--linear_weights {error}; give a linear.pth") from error
     about = {k: content[k] for k in ("classes", "setting") if content.get(k) is not None}
-    if "setting" in about and not is_setting(about["setting"]):
-        raise Refused(f"--linear_weights {path}: its setting does not hold {', '.join(Setting._fields)}; give a "
-                      "linear.pth as it was written")
+    if "setting" in about:
+        if not is_setting(about["setting"]):
+            raise Refused(f"--linear_weights {path}: its setting does not hold {', '.join(Setting._fields)}; give a "
+                          "linear.pth as it was written")
+        about["setting"] = Setting(**about["setting"])
     return {"weight": classifier.weight.detach(), "bias": classifier.bias.detach()} | about
 
 

@@ -28,17 +28,17 @@ FACTS = ("arch", "patch_size", "weights", "checkpoint_key", "weights_sha256", "c
 # ---- Figures of the reports ----
 
 
-def knn_figures(found: Mapping) -> dict:
+def knn_figures(knn: Mapping) -> dict:
     """{measure: {"value", "interval"}} of a k-NN report."""
-    rows = [r for r in found["results"] if r["k"] == VOTERS] or found["results"][-1:]
+    rows = [r for r in knn["results"] if r["k"] == VOTERS] or knn["results"][-1:]
     figures = {f"top-1, k = {rows[0]['k']}": rows[0]["top1"]} if rows else {}
-    return figures | {name: value for name, value in (found["label_free"] or {}).items() if value}
+    return figures | {name: value for name, value in (knn["label_free"] or {}).items() if value}
 
 
-def segmentation_figures(found: Mapping) -> dict:
-    first = found["results"][0]["network"]
+def segmentation_figures(segmentation: Mapping) -> dict:
+    first = segmentation["results"][0]["network"]
     return {f"Jaccard, {row['mask']}": row["jaccard"] or row["jaccard_held_out"]
-            for row in found["results"] if row["network"] == first}
+            for row in segmentation["results"] if row["network"] == first}
 
 
 def confusions(parts: Sequence[Part], most: int = 10) -> list[dict]:
@@ -99,7 +99,7 @@ def draw(
         except (Refused, Undecodable, ImportError) as error:
             skipped[name] = str(error)
         else:
-            drawn[name] = [report.picture(folder / file, caption) for file, caption in files]
+            drawn[name] = [report.figure(folder / file, caption) for file, caption in files]
 
     if knn.get("results"):
         add("sweep", lambda: charts.sweep_chart(knn["results"], folder / "k_sweep.png"),
@@ -155,7 +155,7 @@ def page(
         ("Nearest neighbours", drawn.get("neighbours", [])),
         ("Attention and patch tokens", drawn.get("attention and PCA", [])),
         ("Foreground masks", [report.table(segmented["results"])] + (
-            [report.picture(masks, "images, their foreground, and masks from the attention")] if masks.is_file() else []
+            [report.figure(masks, "images, their foreground, and masks from the attention")] if masks.is_file() else []
         ) if segmented else []),
         *((name.capitalize(), [report.table(reports[name]["results"])])
           for name in ("video segmentation", "copy detection", "retrieval") if name in reports),

@@ -22,7 +22,7 @@ from parallel import Refused
 from protocols import finetune, linear, scores
 from protocols.features import TRAINING_SCALE, Network, feature_batches, input_dataset, network_features
 from protocols.linear import Training
-from protocols.splits import Labelled, Task, open_task, run_of
+from protocols.splits import ImageSubset, Task, open_task
 from vision_transformer import VisionTransformer
 from weights import checkpoints
 
@@ -36,23 +36,16 @@ Outcome = tuple[list[dict], Tensor]  # rows for the table, and (M, min(5, C)) cl
 
 
 def evaluate_linear(
-    network: Network,
-    data_path: str,
-    val_data_path: str = "",
-    output_dir: str | Path = ".",
-    training: Training = linear.PUBLISHED,
-    protocol: str = "probe",
-    low_shot: float = 0.0,
-    val_share: float = 0.1,
-    linear_weights: str = "",
-    tuning: finetune.Recipe | None = None,
+    network: Network, data_path: str, val_data_path: str, output_dir: Path, training: Training,
+    protocol: str = "probe", low_shot: float = 0.0, val_share: float = 0.1, linear_weights: str = "",
+    recipe: finetune.Recipe | None = None,
 ) -> dict:
-    """Run one protocol on labelled data. All processes call this.
+    """Run one protocol on labelled data and write eval_linear.json. All processes call this.
 
     Args:
-        output_dir: for the cache features/, and linear.pth or finetuned.pth.
+        output_dir: for eval_linear.json, linear.pth or finetuned.pth, and the cache features/.
         protocol: "probe" trains linear classifiers; "evaluate" evaluates `linear_weights`; "logreg" fits logistic
-            regression to the first setting's features; "finetune" trains the backbone too, by `tuning`.
+            regression to the first setting's features; "finetune" trains the backbone too, by `recipe`.
         low_shot: share of each class's training images to train on; 0: all.
         val_share: share of the training images held out to choose a setting by; none are held out without a choice.
 
@@ -63,32 +56,30 @@ def evaluate_linear(
     Raises:
         Refused: bad data, settings that don't fit the network, a loss that is not finite, or an unusable folder.
     """
-    folder = Path(output_dir)
     blocks = with_blocks(network, training.n_last_blocks)[1]
-    choice = protocol == "logreg" or protocol == "probe" and len(settings_of(training, blocks)) > 1
+    choice = protocol == "logreg" or protocol == "probe" and len(linear.sweep(training, blocks > 0)) > 1
     task = open_task(data_path, val_data_path, network.info["in_chans"], low_shot, val_share if choice else None,
                      training.seed)
     if training.num_labels and training.num_labels < len(task.classes):
         raise Refused(f"--num_labels {training.num_labels}: the data have {len(task.classes)} classes; raise it, or "
                       "give 0 to count them")
-    flags.prepare_output(folder)
+    flags.prepare_output(output_dir)
     for note in task.notes:
         parallel.say(note)
-    if protocol == "probe":
-        rows, ranked = probe(network, task, training, folder)
-    elif protocol == "evaluate":
-        rows, ranked = evaluate(network, task, training, folder, linear_weights)
-    elif protocol == "logreg":
-        rows, ranked = logreg(network, task, training, folder)
+    if protocol == "evaluate":
+        rows, ranked = apply_classifier(network, task, training, output_dir, linear_weights)
     elif protocol == "finetune":
-        rows, ranked = finetune.tune(network, task, training, tuning or finetune.Recipe(), folder)
+        rows, ranked = finetune.tune(network, task, training, recipe or finetune.Recipe(), output_dir)
     else:
-        raise ValueError(f"protocol {protocol!r}: expected probe, evaluate, logreg or finetune")
-    return network.about | {
+        rows, ranked = {"probe": probe, "logreg": logreg}[protocol](network, task, training, output_dir)
+    report = network.about | {
         "protocol": protocol, "data_path": str(data_path), "val_data_path": val_data_path or None,
-        "images": [len(part.labels) if part else 0 for part in task[:3]], "epochs": training.epochs,
+        "images": [len(part) if part else 0 for part in task[:3]], "epochs": training.epochs,
         "notes": task.notes, "test": scores.accuracy([ranked], task.test.labels, task.classes), "results": rows,
     }
+    if parallel.is_main():
+        scores.write_results(output_dir / "eval_linear.json", **report)
+    return report
 
 
 def show_linear(report: dict) -> None:
@@ -114,42 +105,33 @@ def with_blocks(network: Network, n_last_blocks: Sequence[int]) -> tuple[Network
     return network._replace(forward=linear.probe_features(model, most), about=about), most
 
 
-def settings_of(training: Training, blocks: int) -> list[linear.Setting]:
-    if blocks:
-        return linear.settings_of(training.lrs, training.n_last_blocks, training.avgpool_patchtokens)
-    return linear.settings_of(training.lrs, [0], [False])
-
-
-def eval_features(network: Network, part: Labelled, training: Training, folder: Path) -> Tensor:
+def eval_features(network: Network, part: ImageSubset, training: Training, folder: Path) -> Tensor:
     """Features of centre crops."""
-    return network_features(network, part.images, training.batch_size, training.num_workers, folder / "features")
+    return network_features(network, part, training.batch_size, training.num_workers, folder / "features")
 
 
 def training_batches(
-    network: Network, part: Labelled, training: Training, folder: Path, epoch: int, kept: list[Tensor]
+    network: Network, part: ImageSubset, training: Training, folder: Path, epoch: int, kept: dict[int, Tensor]
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """(features, labels) of an epoch's global batches, in an order that depends on (seed, epoch) only.
 
     Args:
-        kept: features of the views that were computed so far; extended here.
+        kept: features by view, as far as they have been computed; extended here.
     """
-    order = torch.from_numpy(np.random.default_rng((training.seed, epoch)).permutation(len(part.labels)))
+    order = torch.from_numpy(np.random.default_rng((training.seed, epoch)).permutation(len(part)))
+    batches = order.split(training.batch_size * parallel.world_size())
     if training.views:
         view = epoch % training.views
-        while len(kept) <= view:
-            kept.append(network_features(network, part.images, training.batch_size, training.num_workers,
-                                         folder / "features", view=len(kept), scale=TRAINING_SCALE))
-        batch = training.batch_size * parallel.world_size()
-        batches = (to_device(kept[view][rows], network.device) for rows in order.split(batch))
+        if view not in kept:
+            kept[view] = network_features(network, part, training.batch_size, training.num_workers,
+                                          folder / "features", view, TRAINING_SCALE)
+        features = (to_device(kept[view][rows], network.device) for rows in batches)
     else:
-        batches = feature_batches(
-            network.forward, input_dataset(network, part.images, epoch, TRAINING_SCALE), order.tolist(),
-            training.batch_size, training.num_workers, network.device, network.autocast(),
-        )
-    first = 0
-    for features in batches:
-        yield features, to_device(part.labels[order[first : first + len(features)]], network.device)
-        first += len(features)
+        features = feature_batches(
+            network.forward, input_dataset(network, part, epoch, TRAINING_SCALE), order.tolist(),
+            training.batch_size, training.num_workers, network.device, network.autocast())
+    for x, rows in zip(features, batches, strict=True):
+        yield x, to_device(part.labels[rows], network.device)
 
 
 # ---- Linear probe ----
@@ -158,12 +140,20 @@ def training_batches(
 def probe(network: Network, task: Task, training: Training, folder: Path) -> Outcome:
     """Train one linear classifier per setting in one pass, choose on the held-out images, and test the chosen one."""
     network, blocks = with_blocks(network, training.n_last_blocks)
-    settings = settings_of(training, blocks)
-    width = network.info.get("embed_dim") or eval_features(network, task.test, training, folder).shape[1]
+    settings = linear.sweep(training, blocks > 0)
     torch.manual_seed(training.seed)
-    heads = linear.Heads(settings, width, blocks, max(training.num_labels, len(task.classes))).to(network.device)
-    optimizer = linear.build_optimizer(heads, training.batch_size * parallel.world_size())
-    loss = train_heads(heads, optimizer, network, task, training, folder)
+    heads = linear.Heads(settings, network.info["embed_dim"], blocks, max(training.num_labels, len(task.classes)))
+    optimizer = linear.build_optimizer(heads.to(network.device), training.batch_size * parallel.world_size())
+    kept: dict[int, Tensor] = {}
+
+    def epoch_losses(epoch: int) -> Tensor:
+        batches = training_batches(network, task.train, training, folder, epoch, kept)
+        return linear.train_epoch(heads, optimizer, epoch, training.epochs, batches)
+
+    run = linear.run_of(network.about, task, training) | {
+        "settings": [list(s) for s in settings], "views": training.views}
+    loss = linear.train(folder / UNFINISHED, run, {"heads": heads, "optimizer": optimizer}, epoch_losses, training,
+                        save_freq=10 if training.views else 1)  # epochs on cached views take little time
     rows = [{"lr": s.lr, "n_last_blocks": s.n_last_blocks, "avgpool": s.avgpool_patchtokens,
              "train_loss": float(v) if v.isfinite() else None} for s, v in zip(settings, loss, strict=True)]
     best = 0
@@ -178,35 +168,6 @@ def probe(network: Network, task: Task, training: Training, folder: Path) -> Out
     return rows, linear.predict(heads, eval_features(network, task.test, training, folder))[best]
 
 
-def train_heads(
-    heads: linear.Heads, optimizer: torch.optim.Optimizer, network: Network, task: Task, training: Training,
-    folder: Path,
-) -> Tensor:
-    """Train, or resume a stopped run of the same settings. Returns the (S,) losses of the last epoch."""
-    path, kept, loss = folder / UNFINISHED, [], torch.zeros(len(heads.settings))
-    run = run_of(network.about, task, training.epochs, training.batch_size, training.seed)
-    run |= {"settings": [list(s) for s in heads.settings], "views": training.views}
-    first = 0
-    if state := linear.unfinished(path, run):
-        heads.load_state_dict(state["heads"])
-        optimizer.load_state_dict(state["optimizer"])
-        first, loss = state["epoch"], state["loss"]
-    for epoch in range(first, training.epochs):
-        batches = training_batches(network, task.train, training, folder, epoch, kept)
-        loss = linear.train_epoch(heads, optimizer, epoch, training.epochs, batches).cpu()
-        done = epoch + 1
-        if not loss.isfinite().any():  # a sweep continues without the settings that diverged
-            raise Refused(f"--lr {min(training.lrs):g}: the loss is no longer finite; lower it")
-        if done % training.val_freq == 0 or done == training.epochs:
-            parallel.say(f"epoch {done}/{training.epochs}: training loss {loss.min():.4f}"
-                         + (f" to {loss.max():.4f}" if len(loss) > 1 else ""))
-        if parallel.is_main() and (done == training.epochs or not training.views or done % 10 == 0):
-            checkpoints.save({"run": run, "epoch": done, "heads": heads.state_dict(), "loss": loss,
-                              "optimizer": optimizer.state_dict()}, path)
-    parallel.barrier()
-    return loss
-
-
 def save_classifier(heads: linear.Heads, best: int, classes: list[str], network: Network, folder: Path) -> None:
     """linear.pth: the chosen classifier under the published names, its classes and its setting."""
     head, setting = heads.heads[best], heads.settings[best]
@@ -219,15 +180,13 @@ def save_classifier(heads: linear.Heads, best: int, classes: list[str], network:
 # ---- Other protocols ----
 
 
-def evaluate(network: Network, task: Task, training: Training, folder: Path, linear_weights: str) -> Outcome:
+def apply_classifier(network: Network, task: Task, training: Training, folder: Path, linear_weights: str) -> Outcome:
     """Classify the test images with a given classifier; its file's setting, or else the first one of `training`."""
     loaded = linear.read_classifier(linear_weights)
     weight, bias = loaded["weight"], loaded["bias"]
-    first = linear.Setting(training.lrs[0], training.n_last_blocks[0], training.avgpool_patchtokens[0])
-    setting = linear.Setting(**loaded["setting"]) if "setting" in loaded else first
+    setting = loaded.get("setting") or linear.sweep(training)[0]
     network, blocks = with_blocks(network, [max(setting.n_last_blocks, 1)])
-    features = eval_features(network, task.test, training, folder)
-    heads = linear.Heads([setting], features.shape[1] // (blocks + 1), blocks, len(bias)).to(network.device)
+    heads = linear.Heads([setting], network.info["embed_dim"], blocks, len(bias)).to(network.device)
     head = heads.heads[0]
     if head.weight.shape != weight.shape:
         raise Refused(f"--linear_weights {linear_weights}: weights {tuple(weight.shape)} instead of "
@@ -240,16 +199,15 @@ def evaluate(network: Network, task: Task, training: Training, folder: Path, lin
     number = {name: i for i, name in enumerate(task.classes)}
     outputs = torch.tensor([number.get(name, -1) for name in names] + [-1] * (len(bias) - len(names)))
     row = {"n_last_blocks": setting.n_last_blocks, "avgpool": setting.avgpool_patchtokens}
-    return [row], outputs[linear.predict(heads, features)[0]]
+    return [row], outputs[linear.predict(heads, eval_features(network, task.test, training, folder))[0]]
 
 
 def logreg(network: Network, task: Task, training: Training, folder: Path) -> Outcome:
     """Logistic regression on the first setting's features of centre crops."""
     network, blocks = with_blocks(network, training.n_last_blocks)
-    train, held, test = (eval_features(network, part, training, folder) for part in task[:3])
-    if blocks:
-        n, avgpool = training.n_last_blocks[0], training.avgpool_patchtokens[0]
-        train, held, test = (linear.columns(x, blocks, n, avgpool) for x in (train, held, test))
+    n, avgpool = training.n_last_blocks[0], training.avgpool_patchtokens[0]
+    train, held, test = (linear.columns(eval_features(network, part, training, folder), blocks, n, avgpool)
+                         for part in task[:3])
     ranked, best, accuracies = linear.logistic_regression(
         (train, task.train.labels), (held, task.held.labels), test, STRENGTHS)
     rows = [{"C": c, "held-out top1": v, "chosen": "*" if c == best else ""}

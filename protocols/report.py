@@ -1,4 +1,4 @@
-"""One HTML page that holds everything: tables, and pictures inside as base64. No script, no address elsewhere."""
+"""A self-contained HTML page: tables, and figures as base64. No script, no address elsewhere."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ def note(text: str) -> str:
     return f'<p class="note">{html.escape(text)}</p>'
 
 
-def picture(path: str | os.PathLike, caption: str) -> str:
-    """A PNG file, inside the page."""
+def figure(path: str | os.PathLike, caption: str) -> str:
+    """A PNG file, embedded in the page."""
     encoded = base64.b64encode(Path(path).read_bytes()).decode()
     text = html.escape(caption)
     return (f'<figure><img src="data:image/png;base64,{encoded}" alt="{text}"><figcaption>{text}</figcaption>'

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-import parallel
 from imagesets.sources import Images, open_images
 from parallel import Refused
 
@@ -49,11 +48,15 @@ def check_labels(where: str, labels: Sequence[Tensor | None]) -> None:
 
 
 class ImageSubset:
-    """The images numbered by `index`, as a set of images (`imagesets.sources.Images`)."""
+    """The labelled images numbered by `index`, as a set of images (`imagesets.sources.Images`).
 
-    def __init__(self, images: Images, index: Tensor) -> None:
+    Args:
+        labels: of all of `images`, in place of their own.
+    """
+
+    def __init__(self, images: Images, index: Tensor, labels: Tensor | None = None) -> None:
         self.images, self.index, self.classes = images, index, images.classes
-        self.labels = None if images.labels is None else images.labels[index]
+        self.labels = (images.labels if labels is None else labels)[index]
 
     def __len__(self) -> int:
         return len(self.index)
@@ -131,18 +134,11 @@ def draw_share(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]
 # ---- Training, held-out and test set of a classifier ----
 
 
-class Labelled(NamedTuple):
-    """Images and their (N,) labels, numbers of the task's classes."""
-
-    images: ImageSubset
-    labels: Tensor
-
-
 class Task(NamedTuple):
-    train: Labelled
-    held: Labelled | None  # part of the training set, to choose a setting by
-    test: Labelled
-    classes: list[str]
+    train: ImageSubset
+    held: ImageSubset | None  # part of the training set, to choose a setting by
+    test: ImageSubset
+    classes: list[str]  # which the labels of all three number
     notes: list[str]
 
 
@@ -184,22 +180,7 @@ def open_task(
             raise Refused(f"--val_share {val_share:g}: leaves no image to choose by; raise it, or give one setting to "
                           "train")
         notes.append(f"{len(drawn)} of {len(rows)} training images are held out to choose by")
-        held, rows = labelled(images[0], train.labels, rows[drawn]), rows[rest]
+        held, rows = ImageSubset(images[0], rows[drawn]), rows[rest]
     notes += notes_on_classes(train._replace(labels=train.labels[rows]), test)
-    tested = labelled(images[1], test.labels, torch.arange(len(test.labels)))
-    return Task(labelled(images[0], train.labels, rows), held, tested, train.classes, notes)
-
-
-def labelled(images: Images, labels: Tensor, rows: Tensor) -> Labelled:
-    return Labelled(ImageSubset(images, rows), labels[rows])
-
-
-def run_of(about: Mapping, task: Task, epochs: int, batch_size: int, seed: int) -> dict:
-    """What a stopped run and the one that resumes it must have in common, whatever they train; plain values.
-
-    Args:
-        about: of the network. batch_size: images per process and batch.
-    """
-    network = {k: about.get(k) for k in ("weights_sha256", "resize_size", "crop_size", "precision")}
-    return network | {"epochs": epochs, "seed": seed, "images": len(task.train.labels),
-                      "classes": list(task.classes), "batch": batch_size * parallel.world_size()}
+    tested = ImageSubset(images[1], torch.arange(len(test.labels)), test.labels)
+    return Task(ImageSubset(images[0], rows), held, tested, train.classes, notes)

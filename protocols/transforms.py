@@ -17,6 +17,7 @@ from imagesets.sources import Images
 from utils import random_resized_crop_box
 
 PIXELS_SIDE = 32
+VIEW_SCALE = (0.25, 1.0)  # share of the image's area in a random view
 
 
 class Transformed(Dataset):
@@ -90,15 +91,13 @@ def center_crop(image: Tensor, height: int, width: int) -> Tensor:
 
 
 class SmallPictures(Transformed):
-    """The whole image at `side` x `side` pixels in [0, 1], whatever its aspect ratio: the raw-pixel baseline."""
+    """The whole image at 32 x 32 pixels in [0, 1], whatever its aspect ratio: the raw-pixel baseline."""
 
-    def __init__(self, images: Images, side: int = PIXELS_SIDE) -> None:
+    def __init__(self, images: Images) -> None:
         super().__init__(images, mean=(0.0,), std=(1.0,))
-        self.side = side
 
     def transform(self, image: Tensor, index: int) -> Tensor:
-        size = (self.side, self.side)
-        return F.interpolate(image[None].float(), size=size, mode="bilinear", antialias=True)[0]
+        return F.interpolate(image[None].float(), size=(PIXELS_SIDE, PIXELS_SIDE), mode="bilinear", antialias=True)[0]
 
 
 class RandomViews(Transformed):
@@ -111,7 +110,7 @@ class RandomViews(Transformed):
 
     def __init__(
         self, images: Images, crop: int, mean: Sequence[float], std: Sequence[float], view: int,
-        scale: tuple[float, float] = (0.25, 1.0),
+        scale: tuple[float, float] = VIEW_SCALE,
     ) -> None:
         super().__init__(images, mean, std)
         self.crop, self.view, self.scale = crop, view, scale

@@ -17,7 +17,7 @@ import eval_knn
 from parallel import Refused
 from protocols import knn, knn_evaluation, scores, splits
 from protocols.features import load_network
-from protocols.knn_evaluation import Settings
+from protocols.knn_evaluation import KnnSettings
 from protocols.splits import Part
 
 HERE = ROOT / "tests"
@@ -204,7 +204,7 @@ def test_accuracies_are_means_over_images_and_over_classes():
     train, y, test, z = clusters(classes=7)
     z[z == 2] = 1  # no test image of class 2
     parts = [Part(f, labels, list("abcdefg")) for f, labels in ((train, y), (test, z))]
-    results, notes = knn_evaluation.classify(parts, Settings([5, 1000], [0.07, 0.5]), "cpu")
+    results, notes = knn_evaluation.classify(parts, KnnSettings([5, 1000], [0.07, 0.5]), "cpu")
     assert [(r["k"], r["temperature"]) for r in results] == [(5, 0.07), (120, 0.07), (5, 0.5), (120, 0.5)]
     assert any("1000: k is at most the number of training images, 120" in note for note in notes)
     for row in results:
@@ -225,7 +225,7 @@ def test_accuracies_are_means_over_images_and_over_classes():
 def test_few_shot():
     train, y, test, z = clusters(n=90)
     parts = [Part(f, labels, list("abcdef")) for f, labels in ((train, y), (test, z))]
-    results, notes = knn_evaluation.classify(parts, Settings([5], n_per_class=[2, 1000], draws=3), "cpu")
+    results, notes = knn_evaluation.classify(parts, KnnSettings([5], n_per_class=[2, 1000], draws=3), "cpu")
     assert [r["n_per_class"] for r in results] == [2, 1000]
     expected = []
     for draw in range(3):
@@ -461,7 +461,9 @@ def test_the_evaluation_takes_values(pictures, tmp_path):
     """What the script reports, from a network that another file has loaded."""
     assert run("--data_path", pictures, "--output_dir", tmp_path / "one", "--label_free", *NETWORK) == 0
     network = load_network("", "vit_tiny", 8, crop_size=32)
-    found = knn_evaluation.evaluate_knn(network, str(pictures), "", tmp_path / "two", Settings([1, 3]), True, 5, 0)
+    parts, views = knn_evaluation.compute_features(network, str(pictures), "", tmp_path / "two", True, 5, 0)
+    about = network.about | {"data_path": str(pictures), "val_data_path": None}
+    found = knn_evaluation.evaluate_knn(parts, views, about, tmp_path / "two", KnnSettings([1, 3]), True)
     expected = json.loads((tmp_path / "one" / "eval_knn.json").read_text())
     del expected["command"]
     assert json.loads(json.dumps(found)) == expected and list(found) == list(expected)

@@ -57,7 +57,7 @@ def test_training_is_sgd_on_the_softmax_gradient():
 
 def test_a_head_of_a_sweep_is_trained_as_if_alone():
     x, y = blobs()
-    found = linear.settings_of([0.1, 1.0], [1, 2], [False, True])
+    found = linear.sweep(linear.Training([0.1, 1.0], [1, 2], [False, True]))
     heads = linear.Heads(found, 8, 2, 4)
     alone = [linear.Heads([s], 8, 2, 4) for s in found]
     for one, head in zip(alone, heads.heads, strict=True):
@@ -353,10 +353,11 @@ def test_published_command_line():
         "--val_freq 1 --output_dir . --num_labels 1000 --evaluate".split())
     eval_linear.check_args(args)
     training = eval_linear.training_of(args)
-    assert training._replace(num_labels=0) == linear.PUBLISHED._replace(
+    assert training._replace(num_labels=0) == linear.Training(
         lrs=[0.001], n_last_blocks=[4], avgpool_patchtokens=[False])
-    default = eval_linear.get_args_parser().parse_args([])
-    assert eval_linear.training_of(default).lrs == [0.001] and eval_linear.tuning_of(default) == finetune.Recipe()
+    default, tuned = (eval_linear.get_args_parser().parse_args(flags) for flags in ([], ["--finetune"]))
+    assert eval_linear.training_of(default).lrs == [0.001] and eval_linear.training_of(tuned).lrs == [0.0005]
+    assert eval_linear.recipe_of(default) == finetune.Recipe()
 
 
 @pytest.mark.parametrize("flags, module, name", [
