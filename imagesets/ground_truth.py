@@ -12,6 +12,7 @@ import math
 import os
 import pickle
 from collections.abc import Mapping
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -43,8 +44,7 @@ def read_ground_truth(path: str | os.PathLike) -> GroundTruth:
         Refused: a file that can't be read or would run code, or lists that don't fit together.
     """
     try:
-        with open(path, "rb") as file:
-            content = file.read()
+        content = Path(path).read_bytes()
     except OSError as error:
         raise Refused(f"{path}: {error.strerror}; make it readable") from error
     try:
@@ -123,16 +123,13 @@ def from_buffer(raw: bytes, dtype: Dtype, *_) -> Array:
     return array
 
 
-def encode(text: str, encoding: str = "latin1") -> bytes:
-    return text.encode("latin1")  # how protocol 2 stores bytes; other encodings could decompress to any size
-
-
-def no_bytes() -> bytes:
-    return b""  # how protocol 2 stores empty bytes
+def encode(text: str = "", *_) -> bytes:
+    """How protocol 2 stores bytes, and without arguments empty ones. Other encodings could decompress to any size."""
+    return text.encode("latin1")
 
 
 NUMPY = {"_reconstruct": Array, "scalar": scalar, "_frombuffer": from_buffer, "ndarray": Array, "dtype": Dtype}
-ALLOWED = {("_codecs", "encode"): encode, ("__builtin__", "bytes"): no_bytes, ("builtins", "bytes"): no_bytes} | {
+ALLOWED = {("_codecs", "encode"): encode, ("__builtin__", "bytes"): encode, ("builtins", "bytes"): encode} | {
     (module, name): stand_in
     for name, stand_in in NUMPY.items()
     for module in ("numpy", "numpy.core.multiarray", "numpy._core.multiarray", "numpy.core.numeric",

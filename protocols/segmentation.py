@@ -26,14 +26,14 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import flags
 import parallel
 from imagesets import masks
-from parallel import Refused
+from parallel import import_optional
 from protocols import dense, scores, segmentation_scores, sheets
-from protocols.features import PIXELS, Network
+from protocols.features import Network
 from vision_transformer import build_backbone
 
 BOX_SIDES = tuple(round(0.3 + 0.05 * i, 2) for i in range(15))  # share of the image's sides: 0.3 to 1
@@ -63,11 +63,7 @@ def kmeans_mask(tokens: np.ndarray, seed: int = 0) -> np.ndarray:
 
 
 def import_kmeans():
-    try:
-        from sklearn.cluster import KMeans
-    except ImportError as error:
-        raise Refused("the k-means baseline needs scikit-learn: pip install scikit-learn") from error
-    return KMeans
+    return import_optional("sklearn.cluster", "the k-means baseline", "scikit-learn").KMeans
 
 
 def centre_box(height: int, width: int, side: float) -> np.ndarray:
@@ -77,25 +73,24 @@ def centre_box(height: int, width: int, side: float) -> np.ndarray:
 
 
 def candidate_masks(
-    image: Tensor, models: Mapping[str, nn.Module], info: Mapping, image_size: int, layer: int, threshold: float,
-    seed: int,
+    image: Tensor, networks: Mapping[str, Network], image_size: int, layer: int, threshold: float, seed: int
 ) -> Candidates:
     """Masks bool (candidates, height, width) of an image uint8 (C, height, width).
 
     Args:
-        models: by their names in the table; the tokens of the first one are clustered.
+        networks: by their names in the table; the tokens of the first one are clustered.
         image_size, layer, threshold, seed: see `evaluate_segmentation`.
     """
     height, width = image.shape[-2:]
     patches = {}
-    for name, model in models.items():
-        _, attention, tokens = dense.look(model, info, image, [image_size], layer)
+    for name, network in networks.items():
+        _, attention, tokens = dense.look(network, image, [image_size], layer)
         patches[name, "heads"] = sheets.threshold_mask(attention, threshold)
         patches[name, "mean"] = sheets.threshold_mask(attention.mean(axis=0), threshold)[None]
-        if name == next(iter(models)):
+        if name == next(iter(networks)):
             patches[name, "k-means"] = kmeans_mask(tokens, seed)[None]
-    pixels = {key: dense.patches_to_pixels(m, height, width, [image_size], info["patch_size"])
-              for key, m in patches.items()}
+    pixels = {key: dense.patches_to_pixels(mask, height, width, [image_size], network.info["patch_size"])
+              for key, mask in patches.items()}
     return pixels | {("", "box"): np.stack([centre_box(height, width, side) for side in BOX_SIDES])}
 
 
@@ -172,15 +167,15 @@ def note_on_choices(validation: np.ndarray) -> str:
 # ---- The evaluation ----
 
 
-def compared_models(network: Network, seed: int) -> dict[str, nn.Module]:
+def compared_networks(network: Network, seed: int) -> dict[str, Network]:
     """The network and the same one with random weights, by their names in the table."""
     if network.about["weights"] is None:
-        return {"random weights": network.forward}
+        return {"random weights": network}
     torch.manual_seed(seed)
     info, positions = network.info, network.forward.pos_embed.shape[1] - 1
     untrained, _ = build_backbone(info["arch"], info["patch_size"], in_chans=info["in_chans"],
                                   img_size=math.isqrt(positions) * info["patch_size"])
-    return {"network": network.forward, "random weights": untrained.to(network.device).eval()}
+    return {"network": network, "random weights": network._replace(forward=untrained.to(network.device).eval())}
 
 
 def score_images(images: masks.MaskedImages, find_masks: Callable[[Tensor], Candidates]) -> Candidates:
@@ -244,15 +239,13 @@ def evaluate_segmentation(
         Refused: a network without attention, no images with masks, a file that can't be read or written.
     """
     import_kmeans()  # before any work
-    if network.about["arch"] == PIXELS:
-        raise Refused("--arch pixels: raw pixels have no attention to make masks from; name a Vision Transformer")
     dense.check_attention(network, [image_size], layer)
     images = masks.open_masked(data_path, network.info["in_chans"], flag)
     output_dir = Path(output_dir)
     flags.prepare_output(output_dir)
-    models = compared_models(network, seed)
-    find_masks = partial(candidate_masks, models=models, info=network.info, image_size=image_size, layer=layer,
-                         threshold=threshold, seed=seed)
+    networks = compared_networks(network, seed)
+    find_masks = partial(candidate_masks, networks=networks, image_size=image_size, layer=layer, threshold=threshold,
+                         seed=seed)
     jaccard = score_images(images, find_masks)
     n = len(images.names)
     validation = validation_part(n, val_share, seed)
@@ -264,7 +257,7 @@ def evaluate_segmentation(
     }
     if save_masks and parallel.is_main():
         rows = np.linspace(0, n - 1, min(n, save_masks)).astype(int).tolist()
-        head = choose(jaccard[next(iter(models)), "heads"], ROWS[1], validation)
+        head = choose(jaccard[next(iter(networks)), "heads"], ROWS[1], validation)
         sheets.save_picture(draw_masks(rows, images, find_masks, head), output_dir / "masks.png")
     return scores.write_results(output_dir / "eval_segmentation.json", summarize(jaccard, validation), **about)
 
