@@ -76,9 +76,9 @@ def draw_image(
 
 
 def save(figures: Mapping[str, np.ndarray], output_dir: str | os.PathLike) -> None:
-    flags.prepare_output(Path(output_dir))
+    folder = flags.prepare_output(output_dir)
     for name, figure in figures.items():
-        sheets.save_picture(figure, Path(output_dir, f"{name}.png"))
+        sheets.save_picture(figure, folder / f"{name}.png")
 
 
 def heat_figure(values: np.ndarray, figure: np.ndarray) -> np.ndarray:

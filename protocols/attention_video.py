@@ -45,8 +45,7 @@ def draw_video(
     first = next(rows, None)  # before anything is written: bad flags show here
     if first is None:
         raise Refused(f"--video {path}: it has no frames; give another file or folder")
-    flags.prepare_output(Path(output_dir))
-    target, count = Path(output_dir, "attention.mp4"), 0
+    target, count = flags.prepare_output(output_dir) / "attention.mp4", 0
     height, width = (side + side % 2 for side in first.shape[:2])  # H.264 needs even sides
     with atomic.replacing(target) as temporary, contextlib.closing(import_ffmpeg().write_frames(
             str(temporary), (width, height), fps=fps, quality=7, macro_block_size=2, output_params=["-f", "mp4"],

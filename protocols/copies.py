@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -132,8 +131,7 @@ def evaluate_copies(
     if "whitening" in uses and len(sets[-1]) < 2:
         raise Refused(f"--distractors {distractors}: one image gives no whitening; give more, or --distractors_for "
                       "database")
-    output_dir = Path(output_dir)
-    flags.prepare_output(output_dir)
+    output_dir = flags.prepare_output(output_dir)
     forward, name = descriptor(network.forward, gem_p)
     queries, database, *others = (
         dataset_features(

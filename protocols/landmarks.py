@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -144,8 +143,7 @@ def evaluate_retrieval(
         Refused: no such data set, a file that can't be read or written.
     """
     truth, database, queries = open_landmarks(data_path, dataset, network.info["in_chans"])
-    output_dir = Path(output_dir)
-    flags.prepare_output(output_dir)
+    output_dir = flags.prepare_output(output_dir)
     query_features, database_features = (
         landmark_features(network, images, imsize, use_multiscale, num_workers, output_dir / "features")
         for images in (queries, database))

@@ -21,7 +21,6 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -241,8 +240,7 @@ def evaluate_segmentation(
     import_kmeans()  # before any work
     dense.check_attention(network, [image_size], layer)
     images = masks.open_masked(data_path, network.info["in_chans"], flag)
-    output_dir = Path(output_dir)
-    flags.prepare_output(output_dir)
+    output_dir = flags.prepare_output(output_dir)
     networks = compared_networks(network, seed)
     find_masks = partial(candidate_masks, networks=networks, image_size=image_size, layer=layer, threshold=threshold,
                          seed=seed)

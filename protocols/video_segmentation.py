@@ -191,8 +191,7 @@ def evaluate_video_segmentation(
     network = patch_network(network, patch_size)
     frame_size(64, 64, image_size, network.info["patch_size"])  # fail before any frame is read
     videos = davis.find_videos(data_path, resolution, image_set, sequences, merge_objects, network.info["in_chans"])
-    output_dir = Path(output_dir)
-    flags.prepare_output(output_dir)
+    output_dir = flags.prepare_output(output_dir)
     segment = partial(segment_video, network=network, image_size=image_size, n_last_frames=n_last_frames,
                       radius=size_mask_neighborhood, topk=topk, batch_size=batch_size)
     measured = parallel.map_shared(lambda i: evaluate_video(videos[i], segment(videos[i]), output_dir), len(videos))
