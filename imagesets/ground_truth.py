@@ -123,13 +123,16 @@ def from_buffer(raw: bytes, dtype: Dtype, *_) -> Array:
     return array
 
 
-def encode(text: str = "", *_) -> bytes:
-    """How protocol 2 stores bytes, and without arguments empty ones. Other encodings could decompress to any size."""
-    return text.encode("latin1")
+def encode(text: str, encoding: str = "latin1") -> bytes:
+    return text.encode("latin1")  # how protocol 2 stores bytes; other encodings could decompress to any size
+
+
+def no_bytes() -> bytes:
+    return b""  # how protocol 2 stores empty bytes
 
 
 NUMPY = {"_reconstruct": Array, "scalar": scalar, "_frombuffer": from_buffer, "ndarray": Array, "dtype": Dtype}
-ALLOWED = {("_codecs", "encode"): encode, ("__builtin__", "bytes"): encode, ("builtins", "bytes"): encode} | {
+ALLOWED = {("_codecs", "encode"): encode, ("__builtin__", "bytes"): no_bytes, ("builtins", "bytes"): no_bytes} | {
     (module, name): stand_in
     for name, stand_in in NUMPY.items()
     for module in ("numpy", "numpy.core.multiarray", "numpy._core.multiarray", "numpy.core.numeric",

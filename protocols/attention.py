@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 import flags
 from imagesets import decode, shapes
-from imagesets.masks import read_image
 from imagesets.sources import Images
 from parallel import Refused
 from protocols import dense, sheets
@@ -37,7 +36,10 @@ def load_image(path: str | None, in_chans: int) -> Tensor:
         return decode.from_array(shapes.draw(0, 480)[0], in_chans)
     if not Path(path).is_file():
         raise Refused(f"--image_path {path}: no such file; give a folder of images to --images")
-    return read_image(path, in_chans, "--image_path")
+    try:
+        return decode.decode(path, in_chans)
+    except decode.Undecodable as error:
+        raise Refused(f"--image_path {error}; give another image") from error
 
 
 def draw_image(
