@@ -25,22 +25,19 @@ def get_args_parser() -> argparse.ArgumentParser:
     network.add_argument("--seed", type=flags.seed, default=0, help="of an untrained network")
     network.add_argument("--gem_p", type=flags.positive, default=4.0,
                          help="power of the mean over patch tokens; 1 is the plain mean")
-    data = parser.add_argument_group("data")
-    data.add_argument("--data_path", required=True,
-                      help="folder with database/, queries/ and ground_truth.csv, or Copydays")
-    data.add_argument("--distractors", default="",
-                      help="folder or .txt list of other images, without copies of the database's; give it to whiten "
-                      "the features or to make the search harder")
-    data.add_argument("--distractors_for", choices=tuple(DISTRACTORS_FOR), default="both",
-                      help="learn the whitening from them, add them to the database, or both")
-    data.add_argument("--image_size", "--imsize", type=flags.count, default=0,
-                      help="pixels per side of the images, made square; 0: the weights' global crops, or 224; paper: "
-                      "224 and 320")
-    data.add_argument("--batch_size_per_gpu", type=flags.positive_int, default=64,
-                      help="images per process and batch; lower it where memory runs out")
-    output = parser.add_argument_group("output")
-    output.add_argument("--output_dir", default="",
-                        help="for the results and features/; empty: the weights' folder, or .")
+    add = parser.add_argument_group("data").add_argument
+    add("--data_path", required=True, help="folder with database/, queries/ and ground_truth.csv, or Copydays")
+    add("--distractors", default="",
+        help="folder or .txt list of other images, without copies of the database's; give it to whiten the features or "
+             "to make the search harder")
+    add("--distractors_for", choices=tuple(DISTRACTORS_FOR), default="both",
+        help="learn the whitening from them, add them to the database, or both")
+    add("--image_size", "--imsize", type=flags.count, default=0,
+        help="pixels per side of the images, made square; 0: the weights' global crops, or 224; paper: 224 and 320")
+    add("--batch_size_per_gpu", type=flags.positive_int, default=64,
+        help="images per process and batch; lower it if memory runs out")
+    parser.add_argument_group("output").add_argument(
+        "--output_dir", default="", help="for the results and features/; empty: the weights' folder, or .")
     flags.add_launch_flags(parser)
     parser.add_argument("--use_cuda", type=flags.boolean, default=True, help="false is --device cpu")
     return parser

@@ -23,18 +23,16 @@ def get_args_parser() -> argparse.ArgumentParser:
     network = parser.add_argument_group("network")
     flags.add_weights_flags(network)
     network.add_argument("--seed", type=flags.seed, default=0, help="of an untrained network")
-    data = parser.add_argument_group("data")
-    data.add_argument("--data_path", default=".", help="folder that holds the data set's folder")
-    data.add_argument("--dataset", default="roxford5k",
-                      help="name of that folder and of gnd_NAME.pkl or .json in it: roxford5k, rparis6k, or your own")
-    data.add_argument("--imsize", type=flags.positive_int, default=224,
-                      help="pixels of the longer side; smaller images keep their size. The published command has 512")
-    data.add_argument("--multiscale", type=flags.boolean, default=False,
-                      help="average the features over scales 1, 0.71 and 0.5, as the published command does; 1.75 "
-                      "times the pixels")
-    output = parser.add_argument_group("output")
-    output.add_argument("--output_dir", default="",
-                        help="for the results and features/; empty: the weights' folder, or .")
+    add = parser.add_argument_group("data").add_argument
+    add("--data_path", default=".", help="folder that holds the data set's folder")
+    add("--dataset", default="roxford5k",
+        help="name of that folder and of gnd_NAME.pkl or .json in it: roxford5k, rparis6k, or your own")
+    add("--imsize", type=flags.positive_int, default=224,
+        help="pixels of the longer side; smaller images keep their size; the published command has 512")
+    add("--multiscale", type=flags.boolean, default=False,
+        help="average the features over scales 1, 0.71 and 0.5, as the published command does; 1.75 times the pixels")
+    parser.add_argument_group("output").add_argument(
+        "--output_dir", default="", help="for the results and features/; empty: the weights' folder, or .")
     flags.add_launch_flags(parser)
     parser.add_argument("--use_cuda", type=flags.boolean, default=True, help="false is --device cpu")
     return parser

@@ -20,24 +20,22 @@ from protocols.segmentation import evaluate_segmentation, show_segmentation
 def get_args_parser() -> argparse.ArgumentParser:
     parser = flags.Parser("Zero-shot foreground masks from the class token's attention.")
     flags.add_dense_flags(parser)
-    data = parser.add_argument_group("data")
-    data.add_argument("--data_path", default="shapes:200x96", help="folder with images/ and masks/, or with "
-                      "JPEGImages/ and SegmentationClass/ (VOC), or drawn images: shapes:COUNTxPIXELS")
-    data.add_argument("--val_share", type=flags.number(float, 0, 0.9), default=0.2,
-                      help="share of the images on which one head and the box are chosen; 0 leaves both out. Raise it "
-                      "for data sets of few images")
-    data.add_argument("--seed", type=flags.seed, default=0, help="of the validation part, the random weights and "
-                      "k-means; change it to see how much the table varies")
-    masks = parser.add_argument_group("masks")
-    masks.add_argument("--layer", type=int, default=-1,
-                       help="block whose attention is used, from 0; negative ones count from the last")
-    masks.add_argument("--threshold", type=flags.number(float, 0, 1, above=True), default=0.6,
-                       help="share of the attention that a mask holds; lower it where masks are too large")
-    output = parser.add_argument_group("output")
-    output.add_argument("--output_dir", default="",
-                        help="for eval_segmentation.json and masks.png; empty: the weights' folder, or .")
-    output.add_argument("--save_masks", type=flags.count, default=0, metavar="N",
-                        help="draw the masks of N images into masks.png")
+    add = parser.add_argument_group("data").add_argument
+    add("--data_path", default="shapes:200x96",
+        help="folder with images/ and masks/, or with JPEGImages/ and SegmentationClass/ (VOC), or drawn images: "
+             "shapes:COUNTxPIXELS")
+    add("--val_share", type=flags.number(float, 0, 0.9), default=0.2,
+        help="share of the images on which one head and the box are chosen; 0 leaves both out; raise it for few images")
+    add("--seed", type=flags.seed, default=0,
+        help="of the validation part, the random weights and k-means; change it to see how much the table varies")
+    add = parser.add_argument_group("masks").add_argument
+    add("--layer", type=int, default=-1,
+        help="block whose attention is used, from 0; negative ones count from the last")
+    add("--threshold", type=flags.number(float, 0, 1, above=True), default=0.6,
+        help="share of the attention that a mask holds; lower it if masks are too large")
+    add = parser.add_argument_group("output").add_argument
+    add("--output_dir", default="", help="for eval_segmentation.json and masks.png; empty: the weights' folder, or .")
+    add("--save_masks", type=flags.count, default=0, metavar="N", help="draw the masks of N images into masks.png")
     flags.add_launch_flags(parser, workers=False)
     return parser
 

@@ -24,30 +24,23 @@ from protocols.video_segmentation import evaluate_video_segmentation, show_video
 def get_args_parser() -> argparse.ArgumentParser:
     parser = flags.Parser("Video object segmentation with frozen patch features, on videos in the folders of DAVIS.")
     flags.add_dense_flags(parser)
-    data = parser.add_argument_group("data")
-    data.add_argument("--data_path", required=True,
-                      help="folder of DAVIS: JPEGImages/, Annotations/ and perhaps ImageSets/")
-    data.add_argument("--resolution", default="",
-                      help="folder in JPEGImages/ and Annotations/; empty: 480p, or the only one")
-    data.add_argument("--image_set", default="",
-                      help="list in ImageSets/; empty: 2017/val, 2016/val, or every sequence")
-    data.add_argument("--sequences", nargs="+", default=[], metavar="NAME", help="only these of the list, for a trial")
-    data.add_argument("--merge_objects", action="store_true",
-                      help="take all objects of a video for one; give it for the figures of DAVIS 2016")
-    data.add_argument("--bs", type=flags.positive_int, default=6,
-                      help="frames per batch; lower it where memory runs out")
-    propagation = parser.add_argument_group("propagation", "The defaults are the published ones.")
-    propagation.add_argument("--n_last_frames", type=flags.count, default=7,
-                             help="frames before the current one that labels come from, beside the first")
-    propagation.add_argument("--size_mask_neighborhood", type=flags.count, default=12,
-                             help="labels come from patches within this many rows and columns; 0: from all. Raise it "
-                             "for smaller patches or faster motion")
-    propagation.add_argument("--topk", type=flags.positive_int, default=5,
-                             help="most similar patches, over all these frames, that count")
-    propagation.add_argument("--seed", type=flags.seed, default=0, help="of an untrained network")
-    output = parser.add_argument_group("output")
-    output.add_argument("--output_dir", default="output/davis",
-                        help="for <sequence>/<frame>.png and eval_video_segmentation.json")
+    add = parser.add_argument_group("data").add_argument
+    add("--data_path", required=True, help="folder of DAVIS: JPEGImages/, Annotations/ and perhaps ImageSets/")
+    add("--resolution", default="", help="folder in JPEGImages/ and Annotations/; empty: 480p, or the only one")
+    add("--image_set", default="", help="list in ImageSets/; empty: 2017/val, 2016/val, or every sequence")
+    add("--sequences", nargs="+", default=[], metavar="NAME", help="only these of the list, for a trial")
+    add("--merge_objects", action="store_true", help="one object per video, as in DAVIS 2016: all objects are merged")
+    add("--bs", type=flags.positive_int, default=6, help="frames per batch; lower it if memory runs out")
+    add = parser.add_argument_group("propagation", "The defaults are the published ones.").add_argument
+    add("--n_last_frames", type=flags.count, default=7,
+        help="frames before the current one that labels come from, beside the first")
+    add("--size_mask_neighborhood", type=flags.count, default=12,
+        help="labels come from patches within this many rows and columns; 0: from all; raise it for smaller patches or "
+             "faster motion")
+    add("--topk", type=flags.positive_int, default=5, help="most similar patches, over all these frames, that count")
+    add("--seed", type=flags.seed, default=0, help="of an untrained network")
+    parser.add_argument_group("output").add_argument(
+        "--output_dir", default="output/davis", help="for <sequence>/<frame>.png and eval_video_segmentation.json")
     flags.add_launch_flags(parser, workers=False)
     return parser
 

@@ -74,18 +74,20 @@ def output_dir(given: str, weights: str) -> Path:
     return Path(given or (os.path.dirname(weights) if os.path.isfile(weights) else "") or ".")
 
 
-def prepare_output(folder: Path, flag: str = "--output_dir") -> None:
-    """Create the folder and its parents.
+def prepare_output(folder: str | os.PathLike, flag: str = "--output_dir") -> Path:
+    """Create the folder and its parents, and return its path.
 
     Raises:
         Refused: it can't be created, or it isn't writable.
     """
+    folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
             raise PermissionError("not writable")
     except OSError as error:
         raise Refused(f"{flag} {folder}: {error.strerror or error}; choose a folder you can write to") from error
+    return folder
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):

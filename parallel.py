@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from datetime import timedelta
+from types import ModuleType
 from typing import NoReturn, TypeVar
 
 import torch
@@ -42,6 +43,14 @@ class Stopped(RuntimeError):
     def __init__(self, reason: object, say: bool = True) -> None:
         self.say = say
         super().__init__(" ".join(str(reason).split()))
+
+
+def import_optional(module: str, needed_by: str, package: str) -> ModuleType:
+    """The module of an optional package. Raises Refused with the pip command if it isn't installed."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise Refused(f"{needed_by} needs {package}: pip install {package}") from error
 
 
 def rank() -> int:

@@ -20,39 +20,33 @@ from protocols import attention, attention_video, dense, features
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = flags.Parser("Draw what a Vision Transformer attends to, on an image, a set of images or a video.")
-    network = parser.add_argument_group("network")
-    network.add_argument("--arch", default="vit_small", help="Vision Transformer; for weights that do not name theirs")
-    network.add_argument("--patch_size", type=flags.positive_int, default=8,
-                         help="for weights that do not name theirs; smaller patches give finer maps")
-    network.add_argument("--pretrained_weights", default="",
-                         help="a checkpoint or weights; empty draws a network with random weights")
-    network.add_argument("--checkpoint_key", default="teacher", help="part of the checkpoint: teacher or student")
-    data = parser.add_argument_group(
-        "data", "At most one of --image_path, --images and --video; without them, a drawn image.")
-    data.add_argument("--image_path", help="one image")
-    data.add_argument("--images", help="folder or list of images, or shapes:COUNT; draws a sheet with a row per image")
-    data.add_argument("--max_images", type=flags.positive_int, default=16,
-                      help="rows of the sheet; of a larger set, evenly spaced images are drawn")
-    data.add_argument("--video", help="video file, or folder of frames in the order of their numbers")
-    data.add_argument("--fps", type=flags.positive, help="frames per second of the video that is written; default: the "
-                      f"source's, {attention_video.DEFAULT_FPS:g} for a folder of frames")
-    data.add_argument("--image_size", type=flags.positive_int, nargs="+", default=[480], metavar="PIXELS",
-                      help="one number: shorter side, the aspect ratio is kept; two: exact height and width. Raise it "
-                      "for finer maps, lower it to save memory")
-    figures = parser.add_argument_group("figures")
-    figures.add_argument("--layer", type=int, default=-1,
-                         help="block whose attention is drawn, from 0; negative ones count from the last")
-    figures.add_argument("--threshold", type=flags.number(float, 0, 1, above=True),
-                         help="also draw masks of the patches that hold this share of the attention (paper: 0.6)")
-    figures.add_argument("--pca", action="store_true",
-                         help="also draw the first three principal components of the patch tokens as colours")
-    figures.add_argument("--point", type=flags.non_negative, nargs=2, metavar=("X", "Y"),
-                         help="also draw every patch's similarity to the one at this pixel of the image (of a video's "
-                         "first frame, and followed from there)")
-    output = parser.add_argument_group("output")
-    output.add_argument("--output_dir", default=".", help="folder for the figures")
-    hardware = parser.add_argument_group("hardware")
-    hardware.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    flags.add_weights_flags(parser, precision=False)
+    parser.set_defaults(patch_size=8)  # smaller patches give finer maps
+    add = parser.add_argument_group(
+        "data", "At most one of --image_path, --images and --video; without them, a drawn image.").add_argument
+    add("--image_path", help="one image")
+    add("--images", help="folder or list of images, or shapes:COUNT; draws a sheet with a row per image")
+    add("--max_images", type=flags.positive_int, default=16,
+        help="rows of the sheet; of a larger set, evenly spaced images are drawn")
+    add("--video", help="video file, or folder of frames in the order of their numbers")
+    add("--fps", type=flags.positive,
+        help="frames per second of the video that is written; default: the source's, "
+             f"{attention_video.DEFAULT_FPS:g} for a folder of frames")
+    add("--image_size", type=flags.positive_int, nargs="+", default=[480], metavar="PIXELS",
+        help="one number: shorter side, the aspect ratio is kept; two: exact height and width; raise it for finer "
+             "maps, lower it to save memory")
+    add = parser.add_argument_group("figures").add_argument
+    add("--layer", type=int, default=-1,
+        help="block whose attention is drawn, from 0; negative ones count from the last")
+    add("--threshold", type=flags.number(float, 0, 1, above=True),
+        help="also draw masks of the patches that hold this share of the attention (paper: 0.6)")
+    add("--pca", action="store_true",
+        help="also draw the first three principal components of the patch tokens as colours")
+    add("--point", type=flags.non_negative, nargs=2, metavar=("X", "Y"),
+        help="also draw every patch's similarity to the one at this pixel of the image (of a video's first frame, and "
+             "followed from there)")
+    parser.add_argument_group("output").add_argument("--output_dir", default=".", help="folder for the figures")
+    parser.add_argument_group("hardware").add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     return parser
 
 

@@ -35,11 +35,15 @@ def read_copies(data_path: str) -> Copies:
     """
     folder, where = Path(data_path).expanduser(), f"--data_path {data_path}"
     if (folder / "ground_truth.csv").is_file():
-        return read_csv(folder, where)
-    if (folder / "original").is_dir():
-        return read_copydays(folder, where)
-    raise Refused(f"{where}: neither ground_truth.csv nor original/ in it; give a folder with database/, queries/ and "
-                  "ground_truth.csv, or Copydays")
+        copies = read_csv(folder, where)
+    elif (folder / "original").is_dir():
+        copies = read_copydays(folder, where)
+    else:
+        raise Refused(f"{where}: neither ground_truth.csv nor original/ in it; give a folder with database/, queries/ "
+                      "and ground_truth.csv, or Copydays")
+    if not any(copies.matches):
+        raise Refused(f"{where}: none of its {len(copies.queries)} queries has a match; give a ground truth with some")
+    return copies
 
 
 def read_csv(folder: Path, where: str) -> Copies:
@@ -68,8 +72,8 @@ def read_csv(folder: Path, where: str) -> Copies:
     if absent:
         raise Refused(f"{where}: {len(absent)} image(s) of ground_truth.csv are not in queries/, the first is "
                       f"{absent[0]!r}; put them there or take their lines out")
-    return checked(where, Copies([f"database/{name}" for name in database], [f"queries/{name}" for name in matches],
-                                 list(matches.values()), list(attacks.values())))
+    return Copies([f"database/{name}" for name in database], [f"queries/{name}" for name in matches],
+                  list(matches.values()), list(attacks.values()))
 
 
 def read_copydays(folder: Path, where: str) -> Copies:
@@ -84,7 +88,7 @@ def read_copydays(folder: Path, where: str) -> Copies:
             queries.append(f"{kind.relative_to(folder)}/{name}")
             matches.append([row[name[:4]]] if name[:4] in row else [])
             attacks.append("".join(kind.relative_to(folder).parts))
-    return checked(where, Copies([f"original/{name}" for name in database], queries, matches, attacks))
+    return Copies([f"original/{name}" for name in database], queries, matches, attacks)
 
 
 def images_in(folder: Path, where: str) -> list[str]:
@@ -93,9 +97,3 @@ def images_in(folder: Path, where: str) -> list[str]:
         raise Refused(f"{where}: there is no folder {folder.name}/ in it; give a folder that has one")
     images = open_images(folder)
     return [os.path.relpath(images.name(i), folder) for i in range(len(images))]
-
-
-def checked(where: str, copies: Copies) -> Copies:
-    if not any(copies.matches):
-        raise Refused(f"{where}: none of its {len(copies.queries)} queries has a match; give a ground truth with some")
-    return copies

@@ -12,6 +12,7 @@ import math
 import os
 import pickle
 from collections.abc import Mapping
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -43,8 +44,7 @@ def read_ground_truth(path: str | os.PathLike) -> GroundTruth:
         Refused: a file that can't be read or would run code, or lists that don't fit together.
     """
     try:
-        with open(path, "rb") as file:
-            content = file.read()
+        content = Path(path).read_bytes()
     except OSError as error:
         raise Refused(f"{path}: {error.strerror}; make it readable") from error
     try:

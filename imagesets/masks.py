@@ -58,12 +58,9 @@ def palette() -> list[int]:
 
     Bits 3 s, 3 s + 1 and 3 s + 2 of a label are bit 7 - s of its red, green and blue.
     """
-    colors = np.zeros((256, 3), int)
-    for label in range(256):
-        for step in range(8):
-            for channel in range(3):
-                colors[label, channel] |= (label >> (3 * step + channel) & 1) << (7 - step)
-    return colors.ravel().tolist()
+    labels, channels, steps = np.ogrid[:256, :3, :8]
+    bits = labels >> (3 * steps + channels) & 1
+    return (bits << (7 - steps)).sum(axis=-1).ravel().tolist()
 
 
 def write_labels(labels: np.ndarray, path: str | os.PathLike) -> None:
@@ -148,14 +145,19 @@ def open_masked(data_path: str, in_chans: int = 3, flag: str = "--data_path") ->
         raise Refused(f"{where}: every mask is empty; give images with a foreground")
     if empty := len(pairs) - len(shown):
         notes.append(f"{empty} of {len(pairs)} images have no foreground, so no Jaccard index: left out")
-    return MaskedImages([str(p) for p, _ in shown], partial(load_pair, shown, voc, in_chans, where), notes)
+
+    def load(i: int) -> tuple[Tensor, np.ndarray, np.ndarray]:
+        image, mask = shown[i]
+        return read_image(image, in_chans, where), *read_foreground(mask, voc)
+
+    return MaskedImages([str(image) for image, _ in shown], load, notes)
 
 
 def pair(
     where: str, folder: Path, layout: tuple[str, str], names: Path | None, suffixes: Iterable[str]
 ) -> tuple[list[tuple[Path, Path]], list[str]]:
     """Images and masks of the same name, all or those that the file `names` lists; and notes for the report."""
-    images, masks = (by_stem(folder / name, kinds) for name, kinds in zip(layout, (suffixes, SUFFIXES), strict=True))
+    images, masks = by_stem(folder / layout[0], suffixes), by_stem(folder / layout[1], SUFFIXES)
     both, notes = [stem for stem in images if stem in masks], []
     if names and names.is_file():
         both = names.read_text().split()
@@ -176,13 +178,6 @@ def by_stem(folder: Path, suffixes: Iterable[str]) -> dict[str, Path]:
     """A folder's files with one of the suffixes, by name without suffix, in the order of the names."""
     return {path.stem: path for path in sorted(folder.iterdir())
             if path.suffix.lower() in suffixes and not path.name.startswith(".")}
-
-
-def load_pair(
-    pairs: list[tuple[Path, Path]], voc: bool, in_chans: int, where: str, i: int
-) -> tuple[Tensor, np.ndarray, np.ndarray]:
-    image, mask = pairs[i]
-    return read_image(image, in_chans, where), *read_foreground(mask, voc)
 
 
 def read_foreground(path: Path, voc: bool) -> tuple[np.ndarray, np.ndarray]:

@@ -45,7 +45,7 @@ def load_image(path: str | None, in_chans: int) -> Tensor:
 def draw_image(
     network: Network, image: Tensor, image_size: Sequence[int], output_dir: str | os.PathLike, layer: int = -1,
     threshold: float | None = None, pca: bool = False, point: Sequence[float] | None = None,
-) -> list[str]:
+) -> None:
     """Write img.png, attn-mean.png, overlay.png, attn-head*.png and what else is asked for.
 
     Args:
@@ -55,15 +55,12 @@ def draw_image(
         pca: also pca.png, the first three principal components of the patch tokens.
         point: pixel (x, y) of the image; also similarity.png, the cosine similarity of all patches to its patch.
 
-    Returns:
-        The names of the files, without .png.
-
     Raises:
         Refused: the point lies outside the image, or nothing can be written to `output_dir`.
     """
     patch = network.info["patch_size"]
     position = dense.patch_of_point(point, *image.shape[-2:], image_size, patch) if point else None
-    image, attention, tokens = dense.look(network.forward, network.info, image, image_size, layer)
+    image, attention, tokens = dense.look(network, image, image_size, layer)
     figure, mean = sheets.as_picture(image), attention.mean(axis=0)
     figures = {"img": figure, "attn-mean": heat_figure(mean, figure), "overlay": sheets.attention_overlay(figure, mean)}
     figures |= {f"attn-head{i}": heat_figure(head, figure) for i, head in enumerate(attention)}
@@ -78,18 +75,17 @@ def draw_image(
     save(figures, output_dir)
     print(f"{len(attention)} heads on {attention.shape[1]} x {attention.shape[2]} patches: {len(figures)} figures "
           f"written to {output_dir} ({', '.join(f'{name}.png' for name in figures)})")
-    return list(figures)
 
 
 def save(figures: Mapping[str, np.ndarray], output_dir: str | os.PathLike) -> None:
-    flags.prepare_output(Path(output_dir))
+    folder = flags.prepare_output(output_dir)
     for name, figure in figures.items():
-        sheets.save_picture(figure, Path(output_dir, f"{name}.png"))
+        sheets.save_picture(figure, folder / f"{name}.png")
 
 
 def heat_figure(values: np.ndarray, figure: np.ndarray) -> np.ndarray:
     """A map (h, w) as colours from its smallest to its largest value, each patch a square, at the figure's size."""
-    return enlarge(sheets.heatmap(sheets.scale(values, values.min(), values.max())), figure)
+    return enlarge(sheets.heatmap(sheets.scale(values, 100)), figure)
 
 
 def enlarge(colors: np.ndarray, figure: np.ndarray) -> np.ndarray:
@@ -108,7 +104,7 @@ def similarity_figure(figure: np.ndarray, tokens: np.ndarray, token: np.ndarray)
 def draw_sheets(
     network: Network, images: Images, image_size: Sequence[int], output_dir: str | os.PathLike, layer: int = -1,
     max_images: int = 16, threshold: float | None = None, pca: bool = False, flag: str = "--images",
-) -> list[str]:
+) -> None:
     """Write attention_sheet.png, a row per image, and with `pca` also pca_sheet.png, with one basis for all images.
 
     Args:
@@ -116,9 +112,6 @@ def draw_sheets(
         image_size: see `dense.input_sizes`.
         threshold: also a column of masks, the patches that hold this share of the mean attention.
         flag: how errors name the images.
-
-    Returns:
-        The names of the files, without .png.
 
     Raises:
         Refused: no image can be decoded, or nothing can be written to `output_dir`.
@@ -130,7 +123,7 @@ def draw_sheets(
         except decode.Undecodable as error:
             print(f"left out: {error}")
             continue
-        outputs.append(dense.look(network.forward, network.info, image, image_size, layer))
+        outputs.append(dense.look(network, image, image_size, layer))
     if not outputs:
         raise Refused(f"{flag}: no image can be decoded; give others")
     figures = [sheets.as_picture(image) for image, _, _ in outputs]
@@ -145,7 +138,6 @@ def draw_sheets(
     save(drawn, output_dir)
     print(f"{len(outputs)} of {len(images)} images: {' and '.join(f'{name}.png' for name in drawn)} written to "
           f"{output_dir}")
-    return list(drawn)
 
 
 def pca_figures(tokens: Sequence[np.ndarray], figures: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -158,8 +150,7 @@ def pca_figures(tokens: Sequence[np.ndarray], figures: Sequence[np.ndarray]) -> 
 
 
 def network_sheets(
-    model: nn.Module, images: Sequence[Tensor], mean: Sequence[float], std: Sequence[float], layer: int = -1,
-    cell: int = 160,
+    model: nn.Module, images: Sequence[Tensor], mean: Sequence[float], std: Sequence[float], cell: int = 160
 ) -> dict[str, np.ndarray]:
     """Attention and PCA sheets of a few images. The modules' training modes are restored.
 
@@ -167,7 +158,6 @@ def network_sheets(
         model: a VisionTransformer, on any device.
         images: uint8 tensors (C, height, width), of any sizes, none smaller than a patch.
         mean, std: one value per channel, of intensities in [0, 1], as in training.
-        layer: index of the block whose attention is drawn.
 
     Returns:
         {"attention": the attention sheet, "pca": the images above their patch tokens as colours, of one basis}, both
@@ -181,7 +171,7 @@ def network_sheets(
     try:
         with torch.no_grad():
             outputs = [dense.attention_and_tokens(
-                model, dense.normalize(image, {"mean": mean, "std": std}, device)[None], layer) for image in images]
+                model, dense.normalize(image, {"mean": mean, "std": std}, device)[None]) for image in images]
     finally:
         for module, training in modes:
             module.training = training

@@ -9,7 +9,7 @@ import contextlib
 import itertools
 import os
 import re
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ from torch import Tensor
 import atomic
 import flags
 from imagesets import decode, sources
-from parallel import Refused
+from parallel import Refused, import_optional
 from protocols import attention, dense, sheets
 from protocols.features import Network
 
@@ -29,16 +29,13 @@ DEFAULT_FPS = 25.0  # of a folder of frames
 def draw_video(
     network: Network, path: str, image_size: Sequence[int], output_dir: str | os.PathLike, fps: float | None = None,
     layer: int = -1, threshold: float | None = None, pca: bool = False, point: Sequence[float] | None = None,
-) -> int:
+) -> None:
     """Write attention.mp4: each frame beside its attention overlay and the other figures asked for.
 
     Args:
         path: a video file, or a folder of frames.
         fps: frames per second; None takes the source's, or 25 for a folder.
         image_size, layer, threshold, pca, point: as in `attention.draw_image`; see `video_rows`.
-
-    Returns:
-        The number of frames.
 
     Raises:
         Refused: no such video, no frames, a point outside them, or nothing can be written to `output_dir`.
@@ -48,14 +45,16 @@ def draw_video(
     first = next(rows, None)  # before anything is written: bad flags show here
     if first is None:
         raise Refused(f"--video {path}: it has no frames; give another file or folder")
-    flags.prepare_output(Path(output_dir))
-    target, count = Path(output_dir, "attention.mp4"), 0
-    with atomic.replacing(target) as temporary, contextlib.closing(open_writer(temporary, first.shape, fps)) as writer:
+    target, count = flags.prepare_output(output_dir) / "attention.mp4", 0
+    height, width = (side + side % 2 for side in first.shape[:2])  # H.264 needs even sides
+    with atomic.replacing(target) as temporary, contextlib.closing(import_ffmpeg().write_frames(
+            str(temporary), (width, height), fps=fps, quality=7, macro_block_size=2, output_params=["-f", "mp4"],
+    )) as writer:
+        writer.send(None)
         for row in itertools.chain([first], rows):
-            writer.send(np.pad(row, ((0, len(row) % 2), (0, row.shape[1] % 2), (0, 0)), mode="edge"))
+            writer.send(np.pad(row, ((0, height - len(row)), (0, width - row.shape[1]), (0, 0)), mode="edge"))
             count += 1
     print(f"{count} frames, {fps:g} per second: {target} written")
-    return count
 
 
 def video_rows(
@@ -69,31 +68,21 @@ def video_rows(
     """
     first = basis = token = None
     for frame in frames:
-        image, heads, tokens = dense.look(network.forward, network.info, frame, image_size, layer)
-        figure = sheets.as_picture(image)
+        image, heads, tokens = dense.look(network, frame, image_size, layer)
+        figure, heat = sheets.as_picture(image), heads.mean(axis=0)
         if first is None:
-            first = figure
-            basis = sheets.pca_basis(tokens) if pca else None
+            first, basis = figure, sheets.pca_basis(tokens) if pca else None
             if point:
                 token = tokens[dense.patch_of_point(
                     point, *frame.shape[-2:], image_size, network.info["patch_size"])]
-        panels = frame_panels(figure, heads.mean(axis=0), tokens, threshold, basis, token)
+        panels = [figure, sheets.attention_overlay(figure, heat)]
+        if threshold:
+            panels.append(sheets.mask_overlay(figure, sheets.threshold_mask(heat, threshold)))
+        if pca:
+            panels.append(attention.enlarge(sheets.pca_picture(tokens, basis), figure))
+        if point:
+            panels.append(attention.similarity_figure(figure, tokens, token))
         yield np.concatenate([sheets.resize(panel, *first.shape[:2]) for panel in panels], axis=1)
-
-
-def frame_panels(
-    figure: np.ndarray, heat: np.ndarray, tokens: np.ndarray, threshold: float | None, basis: tuple | None,
-    token: np.ndarray | None,
-) -> list[np.ndarray]:
-    """The figures that stand side by side in a frame, all of the first one's size; `heat` is the mean attention."""
-    panels = [figure, sheets.attention_overlay(figure, heat)]
-    if threshold:
-        panels.append(sheets.mask_overlay(figure, sheets.threshold_mask(heat, threshold)))
-    if basis:
-        panels.append(attention.enlarge(sheets.pca_picture(tokens, basis), figure))
-    if token is not None:
-        panels.append(attention.similarity_figure(figure, tokens, token))
-    return panels
 
 
 # ---- Files ----
@@ -139,18 +128,5 @@ def natural_order(name: str) -> list:
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
 
 
-def open_writer(path: Path, shape: Sequence[int], fps: float) -> Generator:
-    """A generator to which frames are sent. H.264 needs even sides: odd ones of `shape` get one more pixel."""
-    size = shape[1] + shape[1] % 2, shape[0] + shape[0] % 2
-    writer = import_ffmpeg().write_frames(
-        str(path), size, fps=fps, quality=7, macro_block_size=2, output_params=["-f", "mp4"])
-    writer.send(None)
-    return writer
-
-
 def import_ffmpeg():
-    try:
-        import imageio_ffmpeg
-    except ImportError as error:
-        raise Refused("--video needs imageio-ffmpeg: pip install imageio-ffmpeg") from error
-    return imageio_ffmpeg
+    return import_optional("imageio_ffmpeg", "--video", "imageio-ffmpeg")

@@ -12,23 +12,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import flags
 import parallel
 from imagesets.copies import read_copies
 from imagesets.sources import Images, open_files, open_images
 from parallel import Refused
-from protocols import features, retrieval, scores
-from protocols.features import PIXELS, Network
+from protocols import retrieval, scores
+from protocols.features import PIXELS, Network, dataset_features
 from protocols.transforms import PIXELS_SIDE, SmallPictures, Transformed, resize
-from vision_transformer import VITS, VisionTransformer
+from vision_transformer import VisionTransformer
 
-POOLED = "the network's output"  # features of networks without patch tokens, and of raw pixels
 DISTRACTORS_FOR = {"both": ("whitening", "database"), "whitening": ("whitening",), "database": ("database",)}
 
 
@@ -46,50 +44,20 @@ class Squares(Transformed):
         return resize(image, (self.side, self.side))
 
 
-def descriptor(model: VisionTransformer, gem_p: float) -> Callable[[Tensor], Tensor]:
-    """(B, C, side, side) -> (B, 2 D): the class token and the generalized mean of the patch tokens, concatenated."""
+def descriptor(model: nn.Module, gem_p: float) -> tuple[Callable[[Tensor], Tensor], str]:
+    """Features of images, and their name in reports.
+
+    (B, C, side, side) -> (B, 2 D): the class token and the generalized mean of the patch tokens, concatenated; the
+    output (B, D) of a network without patch tokens.
+    """
+    if not isinstance(model, VisionTransformer):
+        return model, "the network's output"
 
     def describe(images: Tensor) -> Tensor:
         tokens = model.forward_features(images)
         return torch.cat([tokens.cls_token.float(), retrieval.gem(tokens.patch_tokens, gem_p)], dim=1)
 
-    return describe
-
-
-def input_side(network: Network, image_size: int) -> int:
-    """Pixels per side of the network's input; `image_size` 0 is the size of the weights' global crops.
-
-    Raises:
-        Refused: smaller than a patch.
-    """
-    if network.about["arch"] == PIXELS:
-        return PIXELS_SIDE
-    side, patch = image_size or network.info["global_crops_size"], network.info["patch_size"]
-    if network.info["arch"] in VITS and side < patch:
-        raise Refused(f"--image_size {side}: smaller than a patch of {patch}; raise it")
-    return side
-
-
-def copy_features(
-    network: Network, images: Images, side: int, gem_p: float, batch_size: int, num_workers: int,
-    cache: str | os.PathLike | None,
-) -> Tensor:
-    """(N, D) features of the images, from `cache` where it has them."""
-    about, mean, std = network.about, network.info["mean"], network.info["std"]
-    dataset = SmallPictures(images) if about["arch"] == PIXELS else Squares(images, side, mean, std)
-    has_tokens = isinstance(network.forward, VisionTransformer)
-    forward = descriptor(network.forward, gem_p) if has_tokens else network.forward
-    fingerprint = {
-        "weights": str(about["weights_sha256"]), "images": features.images_hash(images),
-        "transform": f"square {side} {mean} {std}",
-        "network": f"{about['arch']} {about['precision']} {features_name(network, gem_p)}",
-    }
-    return features.cached_features(cache, fingerprint, lambda: features.extract_features(
-        forward, dataset, batch_size, num_workers, network.device, network.autocast()))
-
-
-def features_name(network: Network, gem_p: float) -> str:
-    return f"class token and GeM, p = {gem_p:g}" if isinstance(network.forward, VisionTransformer) else POOLED
+    return describe, f"class token and GeM, p = {gem_p:g}"
 
 
 # ---- Figures ----
@@ -128,14 +96,6 @@ def figures(similarity: np.ndarray, relevant: np.ndarray) -> dict:
 # ---- The evaluation ----
 
 
-def open_distractors(distractors: str, uses: Sequence[str], in_chans: int) -> Images:
-    images = open_images(distractors, None, in_chans, flag="--distractors")
-    if "whitening" in uses and len(images) < 2:
-        raise Refused(f"--distractors {distractors}: one image gives no whitening; give more, or --distractors_for "
-                      "database")
-    return images
-
-
 def evaluate_copies(
     network: Network, data_path: str, distractors: str = "", distractors_for: str = "both", gem_p: float = 4.0,
     image_size: int = 0, batch_size: int = 64, num_workers: int = 10, output_dir: str | os.PathLike = ".",
@@ -160,17 +120,24 @@ def evaluate_copies(
     Raises:
         Refused: no such images, no whitening, a file that can't be read or written.
     """
-    side = input_side(network, image_size)
-    copies, in_chans = read_copies(data_path), network.info["in_chans"]
+    info, pixels = network.info, network.about["arch"] == PIXELS
+    side = PIXELS_SIDE if pixels else image_size or info["global_crops_size"]
+    copies, in_chans = read_copies(data_path), info["in_chans"]
     folder = os.path.expanduser(data_path)
     sets = [open_files(folder, names, in_chans) for names in (copies.queries, copies.database)]
     uses = DISTRACTORS_FOR[distractors_for] if distractors else ()
     if distractors:
-        sets.append(open_distractors(distractors, uses, in_chans))
-    output_dir = Path(output_dir)
-    flags.prepare_output(output_dir)
+        sets.append(open_images(distractors, None, in_chans, flag="--distractors"))
+    if "whitening" in uses and len(sets[-1]) < 2:
+        raise Refused(f"--distractors {distractors}: one image gives no whitening; give more, or --distractors_for "
+                      "database")
+    output_dir = flags.prepare_output(output_dir)
+    forward, name = descriptor(network.forward, gem_p)
     queries, database, *others = (
-        copy_features(network, images, side, gem_p, batch_size, num_workers, output_dir / "features")
+        dataset_features(
+            network, SmallPictures(images) if pixels else Squares(images, side, info["mean"], info["std"]),
+            f"square {side} {info['mean']} {info['std']}", batch_size, num_workers, output_dir / "features", forward,
+            f" {name}")
         for images in sets)
     if "database" in uses:
         database = torch.cat([database, *others])
@@ -178,14 +145,13 @@ def evaluate_copies(
         whitening = retrieval.fit_whitening(others[0])
         queries, database = (retrieval.whiten(part, whitening) for part in (queries, database))
     about = {k: v for k, v in network.about.items() if k not in ("resize_size", "crop_size")} | {
-        "image_size": side, "features": features_name(network, gem_p), "data_path": data_path,
+        "image_size": side, "features": name, "data_path": data_path,
         "distractors": distractors or None, "whitening": "whitening" in uses, "images": [len(queries), len(database)],
     }
     results = []
     if parallel.is_main():
         results = measure(retrieval.similarities(queries, database), copies.matches, copies.attacks)
-        scores.write_results(output_dir / "eval_copy_detection.json", results, **about)
-    return about | {"results": results}
+    return scores.write_results(output_dir / "eval_copy_detection.json", results, **about)
 
 
 def show_copies(report: Mapping) -> None:

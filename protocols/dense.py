@@ -9,11 +9,11 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from parallel import Refused
 from protocols.features import Network
+from protocols.transforms import resize
 from vision_transformer import VITS, VisionTransformer
 
 # ---- Sizes ----
@@ -45,7 +45,7 @@ def input_sizes(
 def resize_to_patches(image: Tensor, image_size: Sequence[int], patch: int) -> Tensor:
     """uint8 (C, height, width) -> uint8 (C, h * patch, w * patch), bicubic with antialiasing; see `input_sizes`."""
     resized, cropped = input_sizes(*image.shape[-2:], image_size, patch)
-    return F.interpolate(image[None], resized, mode="bicubic", antialias=True)[0, :, : cropped[0], : cropped[1]]
+    return resize(image, resized)[:, : cropped[0], : cropped[1]]
 
 
 def patches_to_pixels(maps: np.ndarray, height: int, width: int, image_size: Sequence[int], patch: int) -> np.ndarray:
@@ -129,14 +129,14 @@ def attention_and_tokens(model: nn.Module, x: Tensor, layer: int = -1) -> tuple[
 
 @torch.no_grad()
 def look(
-    model: nn.Module, info: Mapping, image: Tensor, image_size: Sequence[int], layer: int = -1
+    network: Network, image: Tensor, image_size: Sequence[int], layer: int = -1
 ) -> tuple[Tensor, np.ndarray, np.ndarray]:
-    """Show the network one image, uint8 (C, height, width).
+    """Show a VisionTransformer one image, uint8 (C, height, width).
 
     Returns:
         The resized and cropped image uint8 (C, h * patch, w * patch); attention (H, h, w); patch tokens (h, w, D).
     """
-    image = resize_to_patches(image, image_size, info["patch_size"])
-    device = next(model.parameters()).device
-    attention, tokens = attention_and_tokens(model, normalize(image, info, device)[None], layer)
+    image = resize_to_patches(image, image_size, network.info["patch_size"])
+    x = normalize(image, network.info, network.device)[None]
+    attention, tokens = attention_and_tokens(network.forward, x, layer)
     return image, attention[0].numpy(), tokens[0].numpy()

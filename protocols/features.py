@@ -21,7 +21,7 @@ from imagesets.decode import Undecodable
 from imagesets.loaders import worker_options
 from imagesets.sources import Images
 from parallel import Refused
-from protocols.transforms import PIXELS_SIDE, VIEW_SCALE, EvalImages, RandomViews, SmallPictures
+from protocols.transforms import PIXELS_SIDE, VIEW_SCALE, EvalImages, RandomViews, SmallPictures, Transformed
 from vision_transformer import VITS
 from weights import checkpoints, load_backbone
 from weights.layouts import BadFile
@@ -281,14 +281,9 @@ def network_features(
     """(N, D) features of the images' centre crops, or of random view number `view`; see `cached_features`."""
     about, mean, std = network.about, network.info["mean"], network.info["std"]
     scaled = "" if view is None or scale == VIEW_SCALE else f" scale {scale}"
-    fingerprint = {
-        "weights": str(about["weights_sha256"]), "images": images_hash(images),
-        "transform": f"{about.get('resize_size')} {about['crop_size']} {mean} {std} view {view}{scaled}",
-        "network": f"{about['arch']} {about['precision']}" + about.get("output", ""),
-    }
-    return cached_features(cache, fingerprint, lambda: extract_features(
-        network.forward, input_dataset(network, images, view, scale), batch_size, num_workers, network.device,
-        network.autocast()))
+    transform = f"{about.get('resize_size')} {about['crop_size']} {mean} {std} view {view}{scaled}"
+    return dataset_features(network, input_dataset(network, images, view, scale), transform, batch_size, num_workers,
+                            cache, output=about.get("output", ""))
 
 
 def input_dataset(
@@ -301,3 +296,22 @@ def input_dataset(
     if about["arch"] == PIXELS:
         return SmallPictures(images)
     return EvalImages(images, about["resize_size"], about["crop_size"], mean, std)
+
+
+def dataset_features(
+    network: Network, dataset: Transformed, transform: str, batch_size: int, num_workers: int,
+    cache: str | os.PathLike | None, forward: Callable[[Tensor], Tensor] | None = None, output: str = "",
+) -> Tensor:
+    """(N, D) features of images transformed in any way; see `cached_features`.
+
+    Args:
+        transform: names what `dataset` does with its images, in the cache's fingerprint.
+        forward: computes something else than the network's output, on top of it; `output` names what.
+    """
+    about = network.about
+    fingerprint = {
+        "weights": str(about["weights_sha256"]), "images": images_hash(dataset.images), "transform": transform,
+        "network": f"{about['arch']} {about['precision']}{output}",
+    }
+    return cached_features(cache, fingerprint, lambda: extract_features(
+        forward or network.forward, dataset, batch_size, num_workers, network.device, network.autocast()))

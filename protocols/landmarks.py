@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,15 +22,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import flags
-import parallel
 from imagesets.ground_truth import Query
 from imagesets.landmarks import Cropped, open_landmarks
 from imagesets.sources import Images
-from parallel import Refused
-from protocols import features, retrieval, scores
-from protocols.features import PIXELS, Network
+from protocols import retrieval, scores
+from protocols.features import PIXELS, Network, dataset_features
 from protocols.transforms import SmallPictures, Transformed, resize
-from vision_transformer import VITS
 
 SETTINGS = {  # relevant images, and images removed from the ranking
     "easy": (("easy",), ("hard", "junk")),
@@ -69,8 +65,7 @@ def whole_patches(pixels: float, patch: int) -> int:
 
 def patch_multiple(model: nn.Module) -> int:
     """Pixels of which the sides of the network's input must be a multiple: its patch size, or 1."""
-    patch = getattr(getattr(model, "patch_embed", None), "patch_size", 1)
-    return patch if isinstance(patch, int) else max(patch)
+    return int(np.max(getattr(getattr(model, "patch_embed", None), "patch_size", 1)))
 
 
 def multiscale(forward: Callable[[Tensor], Tensor], patch: int) -> Callable[[Tensor], Tensor]:
@@ -92,17 +87,12 @@ def landmark_features(
     cache: str | os.PathLike | None,
 ) -> Tensor:
     """(N, D) features of whole images, from `cache` where it has them. Sizes differ, so batches hold one image."""
-    about, pixels = network.about, network.about["arch"] == PIXELS
+    pixels = network.about["arch"] == PIXELS
     patch, mean, std = patch_multiple(network.forward), network.info["mean"], network.info["std"]
     dataset = SmallPictures(images) if pixels else WholeImages(images, imsize, patch, mean, std)
     forward = multiscale(network.forward, patch) if use_multiscale and not pixels else network.forward
-    fingerprint = {
-        "weights": str(about["weights_sha256"]), "images": features.images_hash(images),
-        "transform": f"imsize {imsize} multiscale {use_multiscale} {mean} {std} {images.boxes}",
-        "network": f"{about['arch']} {about['precision']}",
-    }
-    return features.cached_features(cache, fingerprint, lambda: features.extract_features(
-        forward, dataset, 1, num_workers, network.device, network.autocast()))
+    transform = f"imsize {imsize} multiscale {use_multiscale} {mean} {std} {images.boxes}"
+    return dataset_features(network, dataset, transform, 1, num_workers, cache, forward)
 
 
 # ---- Figures ----
@@ -150,26 +140,19 @@ def evaluate_retrieval(
         What eval_image_retrieval.json holds, without the command: settings and {"results": a line per setting}.
 
     Raises:
-        Refused: no such data set, images smaller than a patch, a file that can't be read or written.
+        Refused: no such data set, a file that can't be read or written.
     """
-    arch, patch = network.about["arch"], network.info.get("patch_size", 1)
-    if arch in VITS and imsize < patch:
-        raise Refused(f"--imsize {imsize}: smaller than a patch of {patch}; raise it")
     truth, database, queries = open_landmarks(data_path, dataset, network.info["in_chans"])
-    output_dir = Path(output_dir)
-    flags.prepare_output(output_dir)
+    output_dir = flags.prepare_output(output_dir)
     query_features, database_features = (
         landmark_features(network, images, imsize, use_multiscale, num_workers, output_dir / "features")
         for images in (queries, database))
     ranked = retrieval.ranking(retrieval.similarities(query_features, database_features))
-    results = measure(ranked, truth.queries)
     about = {k: v for k, v in network.about.items() if k not in ("resize_size", "crop_size")} | {
         "data_path": data_path, "dataset": dataset, "imsize": imsize, "multiscale": use_multiscale,
         "images": len(database), "queries": len(queries),
     }
-    if parallel.is_main():
-        scores.write_results(output_dir / "eval_image_retrieval.json", results, **about)
-    return about | {"results": results}
+    return scores.write_results(output_dir / "eval_image_retrieval.json", measure(ranked, truth.queries), **about)
 
 
 def show_retrieval(report: Mapping) -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 import atomic
+import parallel
 from method.rank import effective_rank
 from parallel import Refused
 
@@ -161,19 +162,26 @@ def cell_text(cell) -> str:
     return f"{cell:.4g}" if isinstance(cell, float) else str(cell)
 
 
-def write_results(path: str | Path, results: Sequence[Mapping], **about) -> None:
+def write_results(path: str | Path, results: Sequence[Mapping], **about) -> dict:
     """Write a JSON file with the command, `about` (weights, their hash, data ...) and the results.
+
+    Every process may call it; the first one writes.
+
+    Returns:
+        What the file holds, without the command.
 
     Raises:
         Refused: the file can't be written.
         ValueError: a NaN, which JSON does not have; give None for a missing figure.
     """
-    path = Path(path)
-    report = {"command": shlex.join(sys.argv), **about, "results": list(results)}
-    text = json.dumps(report, indent=2, allow_nan=False) + "\n"
+    path, report = Path(path), about | {"results": list(results)}
+    text = json.dumps({"command": shlex.join(sys.argv)} | report, indent=2, allow_nan=False) + "\n"
+    if not parallel.is_main():
+        return report
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic.write_text(path, text)
     except OSError as error:
         reason = error.strerror or error
         raise Refused(f"--output_dir {path.parent}: {reason}; choose a folder you can write to") from error
+    return report

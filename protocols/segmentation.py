@@ -20,19 +20,19 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import flags
 import parallel
 from imagesets import masks
-from parallel import Refused
+from parallel import import_optional
 from protocols import dense, scores, segmentation_scores, sheets
-from protocols.features import PIXELS, Network
+from protocols.features import Network
 from vision_transformer import build_backbone
 
 BOX_SIDES = tuple(round(0.3 + 0.05 * i, 2) for i in range(15))  # share of the image's sides: 0.3 to 1
@@ -41,13 +41,7 @@ PROGRESS = 100  # images between two lines on the console
 # ---- Masks ----
 
 
-class Settings(NamedTuple):
-    """How masks are made."""
-
-    image_size: int  # shorter side of the network's input
-    layer: int
-    threshold: float  # share of the attention that a mask holds
-    seed: int  # of k-means
+Candidates = dict[tuple[str, str], np.ndarray]  # by network and kind; the box has no network: ""
 
 
 def kmeans_mask(tokens: np.ndarray, seed: int = 0) -> np.ndarray:
@@ -68,11 +62,7 @@ def kmeans_mask(tokens: np.ndarray, seed: int = 0) -> np.ndarray:
 
 
 def import_kmeans():
-    try:
-        from sklearn.cluster import KMeans
-    except ImportError as error:
-        raise Refused("the k-means baseline needs scikit-learn: pip install scikit-learn") from error
-    return KMeans
+    return import_optional("sklearn.cluster", "the k-means baseline", "scikit-learn").KMeans
 
 
 def centre_box(height: int, width: int, side: float) -> np.ndarray:
@@ -82,31 +72,30 @@ def centre_box(height: int, width: int, side: float) -> np.ndarray:
 
 
 def candidate_masks(
-    image: Tensor, models: Mapping[str, nn.Module], info: Mapping, settings: Settings
-) -> dict[tuple[str, str], np.ndarray]:
-    """Masks bool (candidates, height, width) of an image uint8 (C, height, width), by (network, kind).
+    image: Tensor, networks: Mapping[str, Network], image_size: int, layer: int, threshold: float, seed: int
+) -> Candidates:
+    """Masks bool (candidates, height, width) of an image uint8 (C, height, width).
 
     Args:
-        models: by their names in the table; the tokens of the first one are clustered.
+        networks: by their names in the table; the tokens of the first one are clustered.
+        image_size, layer, threshold, seed: see `evaluate_segmentation`.
     """
     height, width = image.shape[-2:]
-    size, patch, first = [settings.image_size], info["patch_size"], next(iter(models))
     patches = {}
-    for name, model in models.items():
-        _, attention, tokens = dense.look(model, info, image, size, settings.layer)
-        patches[name, "heads"] = sheets.threshold_mask(attention, settings.threshold)
-        patches[name, "mean"] = sheets.threshold_mask(attention.mean(axis=0), settings.threshold)[None]
-        if name == first:
-            patches[name, "k-means"] = kmeans_mask(tokens, settings.seed)[None]
-    pixels = {key: dense.patches_to_pixels(m, height, width, size, patch) for key, m in patches.items()}
+    for name, network in networks.items():
+        _, attention, tokens = dense.look(network, image, [image_size], layer)
+        patches[name, "heads"] = sheets.threshold_mask(attention, threshold)
+        patches[name, "mean"] = sheets.threshold_mask(attention.mean(axis=0), threshold)[None]
+        if name == next(iter(networks)):
+            patches[name, "k-means"] = kmeans_mask(tokens, seed)[None]
+    pixels = {key: dense.patches_to_pixels(mask, height, width, [image_size], network.info["patch_size"])
+              for key, mask in patches.items()}
     return pixels | {("", "box"): np.stack([centre_box(height, width, side) for side in BOX_SIDES])}
 
 
-def candidate_scores(
-    candidates: Mapping[tuple[str, str], np.ndarray], truth: np.ndarray, ignored: np.ndarray
-) -> dict[tuple[str, str], list[float]]:
-    """Jaccard index of every candidate of `candidate_masks`."""
-    return {key: [segmentation_scores.jaccard(mask, truth, ignored) for mask in each]
+def candidate_scores(candidates: Candidates, truth: np.ndarray, ignored: np.ndarray) -> Candidates:
+    """Jaccard indices (candidates,) of `candidate_masks`."""
+    return {key: np.array([segmentation_scores.jaccard(mask, truth, ignored) for mask in each])
             for key, each in candidates.items()}
 
 
@@ -147,8 +136,8 @@ def choose(values: np.ndarray, row: Row, validation: np.ndarray) -> int | None:
     return int(values[validation].mean(0).argmax()) if row.choice == "all" and validation.any() else None
 
 
-def summarize(jaccard: Mapping[tuple[str, str], np.ndarray], validation: np.ndarray) -> list[dict]:
-    """The lines of the table, by network and row, from Jaccard indices (N, candidates) by (network, kind)."""
+def summarize(jaccard: Candidates, validation: np.ndarray) -> list[dict]:
+    """The lines of the table, by network and row, from Jaccard indices (N, candidates)."""
     results = []
     for network in dict.fromkeys(network for network, _ in jaccard):
         for row in ROWS:
@@ -177,45 +166,39 @@ def note_on_choices(validation: np.ndarray) -> str:
 # ---- The evaluation ----
 
 
-def random_network(model: nn.Module, info: Mapping, seed: int) -> nn.Module:
-    """The same network with random weights, on the same device."""
-    torch.manual_seed(seed)
-    side = math.isqrt(model.pos_embed.shape[1] - 1) * info["patch_size"]
-    untrained, _ = build_backbone(info["arch"], info["patch_size"], in_chans=info["in_chans"], img_size=side)
-    return untrained.to(model.pos_embed.device).eval()
-
-
-def compared_models(network: Network, seed: int) -> dict[str, nn.Module]:
+def compared_networks(network: Network, seed: int) -> dict[str, Network]:
     """The network and the same one with random weights, by their names in the table."""
     if network.about["weights"] is None:
-        return {"random weights": network.forward}
-    return {"network": network.forward, "random weights": random_network(network.forward, network.info, seed)}
+        return {"random weights": network}
+    torch.manual_seed(seed)
+    info, positions = network.info, network.forward.pos_embed.shape[1] - 1
+    untrained, _ = build_backbone(info["arch"], info["patch_size"], in_chans=info["in_chans"],
+                                  img_size=math.isqrt(positions) * info["patch_size"])
+    return {"network": network, "random weights": network._replace(forward=untrained.to(network.device).eval())}
 
 
-def score_images(
-    images: masks.MaskedImages, models: Mapping[str, nn.Module], info: Mapping, settings: Settings
-) -> dict[tuple[str, str], np.ndarray]:
-    """Jaccard indices (N, candidates) by (network, kind); the processes share the images."""
-    def work(i: int) -> dict:
-        if i % PROGRESS == 0 and i and parallel.is_main():
-            print(f"image {i} of {len(images.names)}", flush=True)
+def score_images(images: masks.MaskedImages, find_masks: Callable[[Tensor], Candidates]) -> Candidates:
+    """Jaccard indices (N, candidates) of the masks that `find_masks` makes of each image; the processes share them."""
+    def work(i: int) -> Candidates:
+        if i % PROGRESS == 0 and i:
+            parallel.say(f"image {i} of {len(images.names)}")
         image, truth, ignored = images.load(i)
-        return candidate_scores(candidate_masks(image, models, info, settings), truth, ignored)
+        return candidate_scores(find_masks(image), truth, ignored)
 
     per_image = parallel.map_shared(work, len(images.names))
-    return {key: np.array([one[key] for one in per_image]) for key in per_image[0]}
+    return {key: np.stack([one[key] for one in per_image]) for key in per_image[0]}
 
 
 def draw_masks(
-    rows: Sequence[int], images: masks.MaskedImages, models: Mapping[str, nn.Module], info: Mapping,
-    settings: Settings, head: int | None,
+    rows: Sequence[int], images: masks.MaskedImages, find_masks: Callable[[Tensor], Candidates], head: int | None
 ) -> np.ndarray:
     """A sheet uint8 (height, width, 3) of the images `rows`: foreground and masks; `head` is the chosen one."""
-    first, last = list(models)[0], list(models)[-1]
     cells = []
     for i in rows:
         image, truth, ignored = images.load(i)
-        candidates = candidate_masks(image, models, info, settings)
+        candidates = find_masks(image)
+        networks = [network for network, kind in candidates if kind == "heads"]
+        first, last = networks[0], networks[-1]
         jaccard = candidate_scores(candidates, truth, ignored)
         shown = {"foreground": truth, "best head": candidates[first, "heads"][np.argmax(jaccard[first, "heads"])]}
         if head is not None:
@@ -255,31 +238,26 @@ def evaluate_segmentation(
         Refused: a network without attention, no images with masks, a file that can't be read or written.
     """
     import_kmeans()  # before any work
-    if network.about["arch"] == PIXELS:
-        raise Refused("--arch pixels: raw pixels have no attention to make masks from; name a Vision Transformer")
     dense.check_attention(network, [image_size], layer)
-    info, settings = network.info, Settings(image_size, layer, threshold, seed)
-    images = masks.open_masked(data_path, info["in_chans"], flag)
-    output_dir = Path(output_dir)
-    flags.prepare_output(output_dir)
-    models = compared_models(network, seed)
-    jaccard = score_images(images, models, info, settings)
+    images = masks.open_masked(data_path, network.info["in_chans"], flag)
+    output_dir = flags.prepare_output(output_dir)
+    networks = compared_networks(network, seed)
+    find_masks = partial(candidate_masks, networks=networks, image_size=image_size, layer=layer, threshold=threshold,
+                         seed=seed)
+    jaccard = score_images(images, find_masks)
     n = len(images.names)
     validation = validation_part(n, val_share, seed)
-    results = summarize(jaccard, validation)
     about = {name: network.about[name] for name in (
         "arch", "patch_size", "weights", "checkpoint_key", "weights_sha256")} | {
         "data_path": data_path, "images": n, "held_out": int((~validation).sum()),
         "image_size": image_size, "layer": layer, "threshold": threshold, "seed": seed,
         "notes": [*images.notes, note_on_choices(validation)],
     }
-    if parallel.is_main():
-        scores.write_results(output_dir / "eval_segmentation.json", results, **about)
-        if save_masks:
-            rows = np.linspace(0, n - 1, min(n, save_masks)).astype(int).tolist()
-            head = choose(jaccard[next(iter(models)), "heads"], ROWS[1], validation)
-            sheets.save_picture(draw_masks(rows, images, models, info, settings, head), output_dir / "masks.png")
-    return about | {"results": results}
+    if save_masks and parallel.is_main():
+        rows = np.linspace(0, n - 1, min(n, save_masks)).astype(int).tolist()
+        head = choose(jaccard[next(iter(networks)), "heads"], ROWS[1], validation)
+        sheets.save_picture(draw_masks(rows, images, find_masks, head), output_dir / "masks.png")
+    return scores.write_results(output_dir / "eval_segmentation.json", summarize(jaccard, validation), **about)
 
 
 def show_segmentation(report: Mapping) -> None:

@@ -114,11 +114,10 @@ def as_picture(image: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(image[..., :3] if image.shape[-1] >= 3 else image[..., :1].repeat(3, axis=-1))
 
 
-def scale(values: np.ndarray, low: float | None = None, high: float | None = None) -> np.ndarray:
-    """A map scaled linearly to [0, 1] from its minimum and 99.5th percentile, or from the given limits, and clipped."""
+def scale(values: np.ndarray, percentile: float = 99.5) -> np.ndarray:
+    """A map scaled linearly to [0, 1] from its minimum and a percentile, and clipped."""
     values = np.asarray(values, dtype=np.float64)
-    low = values.min() if low is None else low
-    high = np.percentile(values, 99.5) if high is None else high
+    low, high = values.min(), np.percentile(values, percentile)
     return np.clip((values - low) / (high - low), 0, 1) if high > low else np.zeros_like(values)
 
 
@@ -138,13 +137,12 @@ def resize(values: np.ndarray, height: int, width: int, smooth: bool = True) -> 
     return np.asarray(Image.fromarray(values).resize((width, height), method))
 
 
-def attention_overlay(image: np.ndarray, attention: np.ndarray, strength: float = 0.75) -> np.ndarray:
+def attention_overlay(image: np.ndarray, attention: np.ndarray) -> np.ndarray:
     """The image overlaid with its attention: dimmed and grey where it is low, coloured where it is high.
 
     Args:
         image: uint8 (H, W, 3).
         attention: (h, w), any scale.
-        strength: weight of the colours where the attention is highest, 0 to 1.
 
     Returns:
         uint8 (H, W, 3).
@@ -153,11 +151,11 @@ def attention_overlay(image: np.ndarray, attention: np.ndarray, strength: float 
     heat = np.clip(resize(scale(attention), height, width), 0, 1)
     grey = image.mean(axis=-1, keepdims=True)
     dimmed = 0.65 * (0.5 * image + 0.5 * grey)
-    weight = strength * heat[..., None] ** 0.8
+    weight = 0.75 * heat[..., None] ** 0.8  # of the colours
     return ((1 - weight) * dimmed + weight * heatmap(heat)).round().astype(np.uint8)
 
 
-def mask_overlay(image: np.ndarray, mask: np.ndarray, color: Sequence[int] = MASK_COLOR) -> np.ndarray:
+def mask_overlay(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """The image with a mask tinted and outlined: uint8 (H, W, 3), bool of any size -> uint8 (H, W, 3)."""
     height, width = image.shape[:2]
     mask = resize(np.asarray(mask, dtype=bool), height, width)
@@ -167,15 +165,21 @@ def mask_overlay(image: np.ndarray, mask: np.ndarray, color: Sequence[int] = MAS
         inner = inner & around[:-2, 1:-1] & around[2:, 1:-1] & around[1:-1, :-2] & around[1:-1, 2:]
     weight = np.where(mask & ~inner, 1.0, np.where(mask, 0.4, 0.0))[..., None]
     dimmed = np.where(mask[..., None], 1.0, 0.6) * image
-    return ((1 - weight) * dimmed + weight * np.asarray(color)).round().astype(np.uint8)
+    return ((1 - weight) * dimmed + weight * np.array(MASK_COLOR)).round().astype(np.uint8)
 
 
 def outline_patch(figure: np.ndarray, patch: tuple[int, int], size: int) -> np.ndarray:
     """The figure with the patch at (row, column) outlined; patches are `size` pixels wide."""
-    drawn, (top, left) = Image.fromarray(figure), (size * i for i in patch)
+    top, left = (size * i for i in patch)
     width = max(2, min(figure.shape[:2]) // 160)
-    box = left - width, top - width, left + size + width - 1, top + size + width - 1
-    ImageDraw.Draw(drawn).rectangle(box, outline=MASK_COLOR, width=width)
+    return framed(figure, (left - width, top - width, left + size + width - 1, top + size + width - 1), MASK_COLOR,
+                  width)
+
+
+def framed(figure: np.ndarray, box: tuple[int, int, int, int], color: tuple[int, int, int], width: int) -> np.ndarray:
+    """The figure with a frame `width` pixels wide along the inside of a box (left, top, right, bottom), inclusive."""
+    drawn = Image.fromarray(figure)
+    ImageDraw.Draw(drawn).rectangle(box, outline=color, width=width)
     return np.array(drawn)
 
 
@@ -198,32 +202,24 @@ def contact_sheet(rows: Sequence[Sequence[np.ndarray]], titles: Sequence[str] = 
         raise ValueError("contact_sheet: no figures")
     rows = [[fit(figure, cell) for figure in row] for row in rows]
     heights = [max((len(figure) for figure in row), default=0) for row in rows]
-    columns = max(len(row) for row in rows)
+    lefts = [gap + column * (cell + gap) for column in range(max(len(row) for row in rows))]
     top = round(0.16 * cell) + gap if titles else gap
-    sheet = np.full((top + sum(heights) + gap * len(rows), gap + columns * (cell + gap), 3), 255, dtype=np.uint8)
-    if titles:
-        sheet = _write_titles(sheet, titles, [gap + c * (cell + gap) + cell // 2 for c in range(columns)], top / 2)
+    sheet = Image.new("RGB", (lefts[-1] + cell + gap, top + sum(heights) + gap * len(rows)), "white")
+    font = ImageFont.load_default(size=max(9, round(0.55 * top)))
+    for left, title in zip(lefts, titles, strict=False):
+        ImageDraw.Draw(sheet).text((left + cell // 2, top / 2), title, fill=INK, font=font, anchor="mm")
     for row, high in zip(rows, heights, strict=True):
-        for c, figure in enumerate(row):
-            h, w = figure.shape[:2]
-            y, x = top + (high - h) // 2, gap + c * (cell + gap) + (cell - w) // 2
-            sheet[y:y + h, x:x + w] = figure
+        for left, figure in zip(lefts, row, strict=False):
+            height, width = figure.shape[:2]
+            sheet.paste(Image.fromarray(figure), (left + (cell - width) // 2, top + (high - height) // 2))
         top += high + gap
-    return sheet
+    return np.array(sheet)
 
 
 def fit(figure: np.ndarray, cell: int) -> np.ndarray:
     """The figure resized to a longer side of `cell` pixels."""
     factor = cell / max(figure.shape[:2])
     return resize(figure, *(max(1, round(side * factor)) for side in figure.shape[:2]))
-
-
-def _write_titles(sheet: np.ndarray, titles: Sequence[str], centres: Sequence[float], middle: float) -> np.ndarray:
-    figure = Image.fromarray(sheet)
-    draw, font = ImageDraw.Draw(figure), ImageFont.load_default(size=max(9, round(1.1 * middle)))
-    for title, centre in zip(titles, centres, strict=False):
-        draw.text((centre, middle), title, fill=INK, font=font, anchor="mm")
-    return np.array(figure)
 
 
 def attention_sheet(images: Sequence[np.ndarray], attentions: Sequence[np.ndarray],
@@ -254,17 +250,11 @@ def neighbour_sheet(queries: Sequence[np.ndarray], neighbours: Sequence[Sequence
     """One row per query: the image, then its nearest ones, outlined in green where `right` and in red elsewhere."""
     rows = []
     for query, near, same in zip(queries, neighbours, right, strict=True):
-        rows.append([query, *(framed(fit(n, cell), RIGHT if s else WRONG)
+        near = [fit(figure, cell) for figure in near]
+        rows.append([query, *(framed(n, (0, 0, n.shape[1] - 1, n.shape[0] - 1), RIGHT if s else WRONG, 4)
                               for n, s in zip(near, same, strict=True))])
     titles = ["image", "nearest", *(str(i) for i in range(2, len(neighbours[0]) + 1))]
     return contact_sheet(rows, titles, cell)
-
-
-def framed(figure: np.ndarray, color: Sequence[int], width: int = 4) -> np.ndarray:
-    figure = figure.copy()
-    for edge in (figure[:width], figure[-width:], figure[:, :width], figure[:, -width:]):
-        edge[...] = color
-    return figure
 
 
 def save_picture(figure: np.ndarray, path: str | Path) -> None:

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,9 +20,11 @@ import flags
 import parallel
 from imagesets import davis, masks
 from parallel import Refused
-from protocols import dense, scores, segmentation_scores
+from protocols import dense, scores
 from protocols.features import PIXELS, Network
 from protocols.propagation import harden, one_hot, propagate_video
+from protocols.segmentation_scores import contour_accuracy, jaccard, statistics
+from protocols.transforms import resize
 from utils import IMAGENET_MEAN, IMAGENET_STD
 from vision_transformer import VITS, VisionTransformer
 
@@ -30,21 +32,11 @@ STATISTICS = ("mean", "recall", "decay")
 PROPAGATED, COPIED = "propagated", "first mask copied"  # methods in the table
 
 
-class Settings(NamedTuple):
-    """How labels are propagated."""
-
-    image_size: int  # shorter side of the network's input
-    n_last_frames: int
-    radius: int  # rows and columns of patches; 0: no limit
-    topk: int
-    batch_size: int  # frames
-
-
 # ---- Features ----
 
 
-def patch_network(network: Network, patch_size: int) -> tuple[Callable[[Tensor], Tensor], dict]:
-    """(B, C, height, width), normalized -> patch features (B, h, w, D); and how frames are made, as `Network.info`.
+def patch_network(network: Network, patch_size: int) -> Network:
+    """A network that computes patch features: (B, C, height, width), normalized -> (B, h, w, D).
 
     Args:
         patch_size: of raw pixels, whose features are the pixels of a patch. A network has its own.
@@ -54,10 +46,10 @@ def patch_network(network: Network, patch_size: int) -> tuple[Callable[[Tensor],
     """
     if network.about["arch"] == PIXELS:
         info = {"patch_size": patch_size, "in_chans": 3, "mean": IMAGENET_MEAN, "std": IMAGENET_STD}
-        return lambda x: F.pixel_unshuffle(x, patch_size).movedim(1, -1), info
+        return network._replace(forward=lambda x: F.pixel_unshuffle(x, patch_size).movedim(1, -1), info=info)
     if not isinstance(network.forward, VisionTransformer):
         raise Refused(f"--arch {network.about['arch']}: has no patch tokens; use one of {', '.join(VITS)}, or {PIXELS}")
-    return lambda x: network.forward.forward_features(x).patch_tokens, network.info
+    return network._replace(forward=lambda x: network.forward.forward_features(x).patch_tokens)
 
 
 def frame_size(height: int, width: int, image_size: int, patch: int) -> tuple[int, int]:
@@ -76,31 +68,28 @@ def frame_size(height: int, width: int, image_size: int, patch: int) -> tuple[in
 
 @torch.inference_mode()
 def frame_features(
-    video: davis.Video, forward: Callable[[Tensor], Tensor], info: Mapping, size: tuple[int, int], batch_size: int,
-    device: torch.device,
+    video: davis.Video, network: Network, size: tuple[int, int], batch_size: int
 ) -> Iterator[Tensor]:
     """Patch features float32 (h, w, D) of each frame; `batch_size` frames are in memory."""
-    for start in range(0, len(video.frames), batch_size):
-        batch = [davis.read_frame(video, i, info["in_chans"])
-                 for i in range(start, min(start + batch_size, len(video.frames)))]
-        batch = torch.stack([dense.resize_to_patches(frame, size, info["patch_size"]) for frame in batch])
-        yield from forward(dense.normalize(batch, info, device)).float()
+    for first in range(0, len(video.frames), batch_size):
+        numbers = range(len(video.frames))[first : first + batch_size]
+        batch = torch.stack([resize(davis.read_frame(video, i, network.info["in_chans"]), size) for i in numbers])
+        yield from network.forward(dense.normalize(batch, network.info, network.device)).float()
 
 
 # ---- One video ----
 
 
 def segment_video(
-    video: davis.Video, forward: Callable[[Tensor], Tensor], info: Mapping, settings: Settings, device: torch.device
+    video: davis.Video, network: Network, image_size: int, n_last_frames: int, radius: int, topk: int, batch_size: int
 ) -> Iterator[np.ndarray]:
     """Labels (height, width) of each frame; those of the first are its annotation."""
     first, _ = davis.read_annotation(video, 0)
-    size = frame_size(*first.shape, settings.image_size, info["patch_size"])
-    h, w = (side // info["patch_size"] for side in size)
-    features = frame_features(video, forward, info, size, settings.batch_size, device)
-    soft = propagate_video(features, one_hot(first, video.objects, h, w).to(device), settings.n_last_frames,
-                           settings.radius, settings.topk)
-    for i, labels in enumerate(soft):
+    size = frame_size(*first.shape, image_size, network.info["patch_size"])
+    h, w = (side // network.info["patch_size"] for side in size)
+    features = frame_features(video, network, size, batch_size)
+    given = one_hot(first, video.objects, h, w).to(network.device)
+    for i, labels in enumerate(propagate_video(features, given, n_last_frames, radius, topk)):
         yield harden(labels, video.objects, *first.shape) if i else first
 
 
@@ -108,21 +97,17 @@ def frame_scores(
     labels: np.ndarray, truth: np.ndarray, void: np.ndarray, objects: Sequence[int]
 ) -> list[list[float]]:
     """J and F of each object: objects x 2."""
-    return [[measure(labels == o, truth == o, void)
-             for measure in (segmentation_scores.jaccard, segmentation_scores.contour_accuracy)] for o in objects]
+    return [[measure(labels == o, truth == o, void) for measure in (jaccard, contour_accuracy)] for o in objects]
 
 
-def evaluate_video(
-    video: davis.Video, forward: Callable[[Tensor], Tensor], info: Mapping, settings: Settings, device: torch.device,
-    output_dir: Path,
-) -> dict[str, list]:
-    """Write a video's segmentations and measure them on its annotated frames: {method: (frames, objects, 2)}.
+def evaluate_video(video: davis.Video, segmented: Iterable[np.ndarray], output_dir: Path) -> dict[str, list]:
+    """Write the labels of a video's frames and measure them where annotated: {method: (frames, objects, 2)}.
 
     The first frame is given, and the last one is left out as in DAVIS 2017.
     """
     started, measured = time.perf_counter(), {PROPAGATED: [], COPIED: []}
     first, _ = davis.read_annotation(video, 0)
-    for i, labels in enumerate(segment_video(video, forward, info, settings, device)):
+    for i, labels in enumerate(segmented):
         masks.write_labels(labels, output_dir / video.name / f"{video.frames[i].stem}.png")
         if i in video.annotations and 0 < i < len(video.frames) - 1:
             truth, void = davis.read_annotation(video, i)
@@ -141,38 +126,37 @@ def object_figures(measured: Sequence) -> dict[str, np.ndarray]:
     measured = np.asarray(measured, np.float64)
     figures = {}
     for k, name in enumerate("JF"):
-        each = np.array([segmentation_scores.statistics(series) for series in measured[..., k].T])  # (objects, 3)
+        each = np.array([statistics(series) for series in measured[..., k].T])  # (objects, 3)
         figures |= {f"{name} {statistic}": each[:, i] for i, statistic in enumerate(STATISTICS)}
     return {"J&F": (figures["J mean"] + figures["F mean"]) / 2} | figures
 
 
 def summarize(videos: Sequence[davis.Video], measured: Sequence[dict]) -> tuple[list[dict], list[dict]]:
     """A line per method, averaged over objects, and a line per video that has a judged frame."""
-    judged = [(video, one) for video, one in zip(videos, measured, strict=True) if one[PROPAGATED]]
-    results = []
-    for method in judged[0][1] if judged else ():
-        each = [object_figures(one[method]) for _, one in judged]
-        results.append({"method": method} | {key: scores.percent(np.concatenate([e[key] for e in each]))
-                                             for key in each[0]})
-    per_video = [{"sequence": video.name, "objects": len(one[PROPAGATED][0]), "frames": len(one[PROPAGATED])}
-                 | {key: 100 * float(value.mean()) for key, value in object_figures(one[PROPAGATED]).items()}
-                 | {"copied J&F": 100 * float(object_figures(one[COPIED])["J&F"].mean())}
-                 for video, one in judged]
+    results, per_video, judged = [], [], []
+    for video, one in zip(videos, measured, strict=True):
+        if one[PROPAGATED]:
+            judged.append(figures := {method: object_figures(values) for method, values in one.items()})
+            per_video.append(
+                {"sequence": video.name, "objects": len(video.objects), "frames": len(one[PROPAGATED])}
+                | {key: 100 * float(values.mean()) for key, values in figures[PROPAGATED].items()}
+                | {"copied J&F": 100 * float(figures[COPIED]["J&F"].mean())})
+    for method in judged[0] if judged else ():
+        results.append({"method": method} | {
+            key: scores.percent(np.concatenate([figures[method][key] for figures in judged]))
+            for key in judged[0][method]})
     return results, per_video
 
 
 def notes_on(videos: Sequence[davis.Video], measured: Sequence[dict]) -> list[str]:
-    def first_names(names: Sequence[str]) -> str:
-        return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
-
-    notes = []
-    if bare := [video.name for video, one in zip(videos, measured, strict=True) if not one[PROPAGATED]]:
-        notes.append(f"{len(bare)} sequence(s) without an annotated frame between the first and the last are segmented "
-                     f"but not judged: {first_names(bare)}")
-    if partly := [v.name for v in videos if v.name not in bare and len(v.annotations) < len(v.frames)]:
-        notes.append(f"{len(partly)} sequence(s) are annotated in some frames only, and judged in those: "
-                     f"{first_names(partly)}")
-    return notes
+    bare = [video.name for video, one in zip(videos, measured, strict=True) if not one[PROPAGATED]]
+    partly = [v.name for v in videos if v.name not in bare and len(v.annotations) < len(v.frames)]
+    notes = {
+        "without an annotated frame between the first and the last are segmented but not judged": bare,
+        "are annotated in some frames only, and judged in those": partly,
+    }
+    return [f"{len(names)} sequence(s) {note}: {', '.join(names[:5])}" + (", ..." if len(names) > 5 else "")
+            for note, names in notes.items() if names]
 
 
 # ---- The evaluation ----
@@ -204,24 +188,21 @@ def evaluate_video_segmentation(
     Raises:
         Refused: a network without patch tokens, no such sequences, a file that can't be read or written.
     """
-    forward, info = patch_network(network, patch_size)
-    frame_size(64, 64, image_size, info["patch_size"])  # fail before any frame is read
-    videos = davis.find_videos(data_path, resolution, image_set, sequences, merge_objects, info["in_chans"])
-    output_dir = Path(output_dir)
-    flags.prepare_output(output_dir)
-    settings = Settings(image_size, n_last_frames, size_mask_neighborhood, topk, batch_size)
-    measured = parallel.map_shared(
-        lambda i: evaluate_video(videos[i], forward, info, settings, network.device, output_dir), len(videos))
+    network = patch_network(network, patch_size)
+    frame_size(64, 64, image_size, network.info["patch_size"])  # fail before any frame is read
+    videos = davis.find_videos(data_path, resolution, image_set, sequences, merge_objects, network.info["in_chans"])
+    output_dir = flags.prepare_output(output_dir)
+    segment = partial(segment_video, network=network, image_size=image_size, n_last_frames=n_last_frames,
+                      radius=size_mask_neighborhood, topk=topk, batch_size=batch_size)
+    measured = parallel.map_shared(lambda i: evaluate_video(videos[i], segment(videos[i]), output_dir), len(videos))
     results, per_video = summarize(videos, measured)
     names = ("arch", "weights", "checkpoint_key", "weights_sha256")
-    about = {name: network.about[name] for name in names if name in network.about} | info | {
+    about = {name: network.about[name] for name in names if name in network.about} | network.info | {
         "data_path": data_path, "image_size": image_size, "n_last_frames": n_last_frames,
         "size_mask_neighborhood": size_mask_neighborhood, "topk": topk, "merge_objects": merge_objects,
         "sequences": len(videos), "notes": notes_on(videos, measured), "per_sequence": per_video,
     }
-    if parallel.is_main():
-        scores.write_results(output_dir / "eval_video_segmentation.json", results, **about)
-    return about | {"results": results}
+    return scores.write_results(output_dir / "eval_video_segmentation.json", results, **about)
 
 
 def show_video_segmentation(report: Mapping) -> None:

@@ -149,10 +149,12 @@ def test_descriptor():
     model = build_backbone("vit_nano", 8, img_size=32)[0].eval()
     x = torch.randn(3, 3, 32, 48)
     with torch.no_grad():
-        found = copy_detection.descriptor(model, 3.0)(x)
+        forward, name = copy_detection.descriptor(model, 3.0)
+        found = forward(x)
         tokens = model.get_intermediate_layers(x, 1)[0]
     pooled = tokens[:, 1:].clamp(min=1e-6).pow(3).mean(1).pow(1 / 3)
     torch.testing.assert_close(found, torch.cat([tokens[:, 0], pooled], 1))
+    assert name == "class token and GeM, p = 3"
 
 
 # ---- The script ----

@@ -124,10 +124,10 @@ def test_frame_size(height, width, image_size, patch, seen):
 
 
 def test_features_of_the_pixels_are_the_patches():
-    forward, info = video_segmentation.patch_network(features.load_network("", "pixels"), 4)
-    assert info["patch_size"] == 4
+    network = video_segmentation.patch_network(features.load_network("", "pixels"), 4)
+    assert network.info["patch_size"] == 4
     x = torch.rand(2, 3, 8, 12)
-    found = forward(x)
+    found = network.forward(x)
     assert found.shape == (2, 2, 3, 48)
     assert torch.equal(found[1, 1, 2].sort()[0], x[1, :, 4:, 8:].flatten().sort()[0])
 
