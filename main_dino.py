@@ -310,20 +310,24 @@ def pretrain(args: argparse.Namespace) -> int:
         if not (reason := faults.out_of_memory(error)):
             raise
         raise Refused(reason) from error
-    flags.prepare_output(run.folder)
-    with owned(run.folder):
-        return resume_and_train(args, run, plan, images, evaluation)
-
-
-def resume_and_train(
-    args: argparse.Namespace, run: Run, plan: Plan, images: Images, evaluation: KnnEvaluation | None
-) -> int:
     latest = checkpoints.read_latest(run.folder)
     if latest:
         run.check_resumable(*latest)
+    flags.prepare_output(run.folder)
+    with owned(run.folder):
+        start(args, run, plan, len(images), evaluation, latest)
+        del latest  # its memory
+        return train_and_report(args, run, plan, images, evaluation)
+
+
+def start(
+    args: argparse.Namespace, run: Run, plan: Plan, n_images: int, evaluation: KnnEvaluation | None,
+    latest: tuple[dict, Path] | None,
+) -> None:
+    """Describe the run, evaluate its baselines where they are not known yet, and resume."""
     if parallel.is_main():
         checkpoints.remove_temporary(run.folder)
-    describe(args, run, plan, len(images))
+    describe(args, run, plan, n_images)
     knn = dict(latest[0]["knn"]) if latest else {}
     if evaluation and "untrained" not in knn:
         knn |= evaluation.baselines(run.teacher_backbone(), run.autocast())
@@ -331,7 +335,11 @@ def resume_and_train(
         parallel.say(f"resuming from {latest[1]} at step {latest[0]['step']} of {plan.steps}")
         run.resume(*latest)
     run.knn = knn
-    del latest
+
+
+def train_and_report(
+    args: argparse.Namespace, run: Run, plan: Plan, images: Images, evaluation: KnnEvaluation | None
+) -> int:
     log = Log(run.folder, run.epoch, run.step, plan.steps, args.tensorboard, vars(args) if args.wandb else None)
     try:
         finished = train(args, run, plan, images, evaluation, log)
