@@ -147,7 +147,7 @@ def test_files_that_are_cut_short_are_called_damaged(tmp_path):
                 checkpoints.read(path)
 
 
-PICKLES = ("pickle.", "cPickle.", "dill.", "joblib.")  # loads are refused
+PICKLES = ("pickle.", "cPickle.", "dill.", "joblib.")  # an error may be raised; loads are refused
 
 
 def test_no_script_loads_without_weights_only():
@@ -156,7 +156,7 @@ def test_no_script_loads_without_weights_only():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call):
                 name = ast.unparse(node.func)
-                assert not name.startswith(PICKLES) , f"{path.name}: {name}"
+                assert not name.startswith(PICKLES) or name == "pickle.UnpicklingError", f"{path.name}: {name}"
                 if name in ("torch.load", "torch.hub.load_state_dict_from_url"):
                     calls.append((path.name, [ast.unparse(k.value) for k in node.keywords if k.arg == "weights_only"]))
     assert calls and all(given == ["True"] for _, given in calls), calls
