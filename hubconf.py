@@ -14,7 +14,7 @@ import sys as _sys
 import zlib as _zlib
 from pathlib import Path as _Path
 
-dependencies = ["torch"]
+dependencies = ["torch", "numpy"]
 
 _FOLDER = _Path(__file__).resolve().parent
 
@@ -65,27 +65,12 @@ def _make(name, pretrained, weights, kwargs):
     options = {k: v for k, v in recognized.options.items() if k != "patch_size"}
     options |= {k: v for k, v in layouts.stored_args(loaded).items() if k in layouts.STORED_OPTIONS}
     model, _ = vision_transformer.build_backbone(network.arch, network.patch_size, **options | kwargs)
-    _fill(model, recognized.state, layouts.HEAD, f"{name}: {path}")
-    return model
-
-
-def _fill(model, state, head, where):
-    """Copy the file's tensors into the model. All must match by name and shape, except heads and classifiers.
-
-    A classifier requested with `num_classes` keeps its random weights if the file has none.
-    """
+    # A classifier requested with `num_classes` keeps its random weights if the file has none.
+    if problems := layouts.misfit(model.state_dict(), recognized.state, optional=("head.weight", "head.bias")):
+        raise ValueError(f"{name}: {path} does not hold this network's weights: {problems}; give another file")
     own = model.state_dict()
-    state = {k: v for k, v in state.items() if k in own or not head.match(k)}
-    # Batch norm's counters, which are not used here, are missing in older files.
-    optional = {k for k in own if k.endswith("num_batches_tracked") or k in ("head.weight", "head.bias")}
-    problems = [f"{k} is missing" for k in own if k not in state and k not in optional]
-    problems += [f"{k} has no place" for k in state if k not in own]
-    problems += [f"{k} is {tuple(v.shape)} instead of {tuple(own[k].shape)}" for k, v in state.items()
-                 if k in own and v.shape != own[k].shape]  # fmt: skip
-    if problems:
-        raise ValueError(f"{where} does not hold this network's weights: {'; '.join(problems[:3])}"
-                         + (f" and {len(problems) - 3} more" if len(problems) > 3 else ""))
-    model.load_state_dict(state, strict=False)
+    model.load_state_dict({k: v for k, v in recognized.state.items() if k in own}, strict=False)
+    return model
 
 
 def dino_vits16(pretrained=True, weights=None, **kwargs):

@@ -2,44 +2,36 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from types import SimpleNamespace
 
 from torch import Tensor, nn
 
 import parallel
 from method.photometric import IMAGENET_MEAN, IMAGENET_STD
 from parallel import Refused
-from vision_transformer import VITS, XCITS, build_backbone
+from vision_transformer import VITS, XCITS, VisionTransformer, build_backbone
 from weights.checkpoints import refusing
-from weights.layouts import HEAD, STORED_OPTIONS, Weights, backbone_state, read, recognize, stored_args
-
-MIN_MATCHED = 0.9  # share of the backbone's tensors that a file must contain
+from weights.layouts import STORED_OPTIONS, Weights, backbone_state, misfit, read, recognize, stored_args
 
 
 def load_matching(model: nn.Module, state: Mapping[str, Tensor], path: str, flag: str = "--pretrained_weights") -> None:
-    """Copy the tensors whose name and shape match into the model, and print `N of M tensors matched`.
-
-    Position embeddings are not resized: build the network for the image size of the file.
+    """Copy a file's tensors into the model, and print `N of N tensors matched`.
 
     Args:
         path: the file, for messages.
         flag: the flag that names the file, for messages.
 
     Raises:
-        Refused: the file contains less than MIN_MATCHED of the model's tensors.
+        Refused: the file does not hold exactly the tensors of the model; see `layouts.misfit`.
     """
     own = model.state_dict()
-    fitting = {k: v for k, v in state.items() if k in own and own[k].shape == v.shape}
-    missing = sorted(own.keys() - fitting.keys())
-    wrong = [f"{k} {tuple(state[k].shape)} instead of {tuple(own[k].shape)}" for k in missing if k in state]
-    unused = sorted(k for k in state if k not in own and not HEAD.match(k))
-    report = f"{path}: {len(fitting)} of {len(own)} tensors matched"
-    absent = [k for k in missing if k not in state]
-    for what, names in (("missing", absent), ("wrong shape", wrong), ("unused", unused)):
-        if names:
-            report += f"; {what}: {', '.join(names[:5])}" + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-    if len(fitting) < MIN_MATCHED * len(own):
-        raise Refused(f"{flag} {report}; does --arch match the file?")
+    expected = [k for k in own if k in state or not k.endswith("num_batches_tracked")]  # missing in older files
+    fitting = {k: state[k] for k in expected if k in state and own[k].shape == state[k].shape}
+    report = f"{path}: {len(fitting)} of {len(expected)} tensors matched"
+    if problems := misfit(own, state):
+        raise Refused(f"{flag} {report}; {problems}; give the --arch and --patch_size of its network, or another file")
     model.load_state_dict(fitting, strict=False)
     if parallel.is_main():
         print(report, flush=True)
@@ -48,14 +40,40 @@ def load_matching(model: nn.Module, state: Mapping[str, Tensor], path: str, flag
 def load_weights_into(
     model: nn.Module, path: str, checkpoint_key: str = "teacher", flag: str = "--pretrained_weights"
 ) -> None:
-    """Copy the weights in a file into a backbone, whose names they must have; see `load_matching`.
+    """Copy the weights in a file, in any layout of `weights.layouts`, into a backbone.
+
+    Position embeddings for another image size are interpolated to the backbone's grid, and a line says so.
 
     Raises:
-        Refused: no such file, not a checkpoint, no such part in it, or weights of another architecture.
+        Refused: no such file, not a checkpoint, no such part in it, or weights of another network.
     """
     with refusing(flag):
         state = backbone_state(read(path), checkpoint_key, path)
-    load_matching(model, state, path, flag=flag)
+    with refusing(f"{flag} {path}:"):
+        recognized = recognize(state)
+    if isinstance(model, VisionTransformer) or misfit(model.state_dict(), state):  # else names of the model's library
+        state = recognized.state
+    positions = state.get("pos_embed")
+    if isinstance(model, VisionTransformer) and positions is not None:
+        state = state | {"pos_embed": resized_positions(model, positions)}
+    size = f", patch size {recognized.options['patch_size']}" if "patch_size" in recognized.options else ""
+    load_matching(model, state, f"{path} ({recognized.arch}{size})" if recognized.arch else path, flag)
+    if positions is not None and positions.shape != state["pos_embed"].shape:
+        grids = (f"{math.isqrt(p.shape[1] - 1)} x {math.isqrt(p.shape[1] - 1)}" for p in (positions, model.pos_embed))
+        parallel.say(f"{path}: position embeddings interpolated from {' to '.join(grids)} patches")
+
+
+def resized_positions(model: VisionTransformer, positions: Tensor) -> Tensor:
+    """Position embeddings (1, 1 + patches, D) for the model's image size; unchanged unless made for a square image."""
+    own = model.pos_embed
+    side = math.isqrt(max(positions.shape[1] - 1, 0)) if positions.ndim == 3 else 0
+    if positions.shape == own.shape or positions.shape != (1, side**2 + 1, own.shape[2]):
+        return positions
+    size = model.patch_embed.img_size
+    source = SimpleNamespace(pos_embed=positions, patch_embed=model.patch_embed,
+                             interpolate_offset=model.interpolate_offset,
+                             interpolate_antialias=model.interpolate_antialias)
+    return VisionTransformer.interpolate_pos_encoding(source, own, size, size)
 
 
 def load_backbone(

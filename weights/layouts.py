@@ -13,19 +13,45 @@ import argparse
 import json
 import math
 import os
-import pickle
+import pathlib
 import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Prefixes that wrappers add to a backbone's parameter names. They are stripped repeatedly, at the start of a name only.
-PREFIXES = ("module.", "_orig_mod.", "backbone.", "encoder.")
+# Prefixes that wrappers add to the names of all parameters.
+PREFIXES = ("module.", "_orig_mod.", "model.", "encoder.")
+# Prefixes that mark student and teacher in one flat file.
+NETWORK = re.compile(r"(student|teacher)(_backbone)?\.")
 # Heads and classifiers, which are not part of a backbone.
-HEAD = re.compile(r"(\w+_)?(head|fc|classifier|pooler)\.")
+HEAD = re.compile(r"(\w+_)?(heads?|fc|classif|classifier|last_linear|pooler)(_dist)?\.")
+# Tensors that have no effect on features: used in training only, or derived from the network's shape.
+UNUSED = re.compile(r"(.*\.)?(num_batches_tracked|mask_token|masked_embed|relative_position_index|attn_mask)"
+                    r"|decoder_pos_embed|(decoder(_\w+)?|aux\d|AuxLogits)\..*")
+# (pattern of a tensor's name, what kind of network has it), for messages about files that do not fit.
+KINDS = (
+    (re.compile(r"(\w+\.)*(relative_position_bias_table|rel_pos_bias)"), "a network with relative positions"),
+    (re.compile(r"blocks\.0\.gamma_1|storage_tokens|rope(_embed)?\.|embeddings\.patch_embeddings\.(weight|bias)"),
+     "DINOv3 or another network with rotary positions"),
+    (re.compile(r"dist_token|(\w+\.)*distillation_token"), "a distilled DeiT"),
+    (re.compile(r"fc_norm\."), "an average-pooled network, whose features are not the class token's"),
+    (re.compile(r"norm_pre\.|visual\.|(\w+\.)*vision_model\."),
+     "CLIP or another network with a norm before the first block"),
+    (re.compile(r"blocks\.0\.ls1\.gamma"), "DINOv2 or another network with layer scale"),
+)  # fmt: skip
+# What a pickle may name. The published script stores its flags as a Namespace, and learning rate and weight decay as
+# the np.float64 of a schedule. Paths become pure ones, which cannot reach the file system.
+ALLOWED = [
+    argparse.Namespace, np.dtype, type(np.dtype(np.float64)),
+    *((np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    *((pure, f"{module}.{name}") for module in ("pathlib", "pathlib._local")
+      for pure, names in ((pathlib.PurePosixPath, ("PosixPath", "PurePosixPath")),
+                          (pathlib.PureWindowsPath, ("WindowsPath", "PureWindowsPath"))) for name in names),
+]  # fmt: skip
 # Options of a ViT that its tensors do not show: export.py stores them with the weights.
 STORED_OPTIONS = ("interpolate_antialias", "interpolate_offset")
 
@@ -49,7 +75,7 @@ class Weights(NamedTuple):
 def read(path: str | os.PathLike, kind: type = dict) -> dict:
     """Load a file of tensors and plain types onto the CPU, never running code that a pickle names.
 
-    Published full checkpoints contain an argparse.Namespace, the only class that is allowed. The metadata of a
+    Besides plain types a pickle may contain what published full checkpoints do (`ALLOWED`). The metadata of a
     safetensors file written by export.py is returned under `args`.
 
     Raises:
@@ -64,15 +90,18 @@ def read(path: str | os.PathLike, kind: type = dict) -> dict:
     try:
         if str(path).endswith(".safetensors"):
             return read_safetensors(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals(ALLOWED):
             loaded = torch.load(path, map_location="cpu", weights_only=True)
     except ImportError:
         raise
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        if isinstance(error, pickle.UnpicklingError):  # torch's text advises to load it unsafely
-            reason = "damaged, or it contains more than data"
-        raise BadFile(f"{path}: not a readable checkpoint of plain tensors ({reason[:160]})") from error
+    except Exception as error:  # the type depends on where the file is damaged
+        # torch's own text is long and advises to load the file unsafely.
+        reason = "damaged or cut short, or not a file of weights: copy or download it again"
+        if isinstance(error, PermissionError):
+            reason = "no permission to read it"
+        if named := re.search(r"(?:GLOBAL |got <class ')([\w.]+)", str(error)):
+            reason = f"it contains {named[1]}, and only data is read: save model.state_dict() alone"
+        raise BadFile(f"{path}: not a readable checkpoint of plain tensors ({reason})") from error
     if not isinstance(loaded, kind):
         raise BadFile(f"{path}: not a readable checkpoint of plain tensors (it contains a {type(loaded).__name__})")
     return loaded
@@ -93,37 +122,86 @@ def read_safetensors(path: str | os.PathLike) -> dict:
 
 
 def stored_args(loaded: Mapping) -> dict:
-    """The training flags in a checkpoint of this project or a published full one; {} for plain weights."""
-    args = loaded.get("args", {})
-    return dict(vars(args)) if isinstance(args, argparse.Namespace) else dict(args)
+    """The training flags in a checkpoint of this project or a published full one; {} for plain weights.
+
+    Flags that are None are left out: other programs' checkpoints have flags of the same names without a value.
+    """
+    args = loaded.get("args")
+    args = vars(args) if isinstance(args, argparse.Namespace) else args
+    return {k: v for k, v in args.items() if v is not None} if isinstance(args, Mapping) else {}
 
 
-def strip_prefixes(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Parameter names without the leading prefixes of wrappers (`module.`, `backbone.`, ...)."""
-    stripped = {}
-    for name, value in state.items():
-        while name.startswith(PREFIXES):
-            name = name[len(next(p for p in PREFIXES if name.startswith(p))) :]
-        stripped[name] = value
-    return stripped
+def strip_prefixes(state: Mapping[str, Tensor], checkpoint_key: str = "teacher") -> dict[str, Tensor]:
+    """Parameter names of the backbone without the leading prefixes of wrappers (`module.`, `backbone.`, ...).
+
+    A prefix of `PREFIXES` is stripped if all names have it, heads excepted, so that a part of that name which a
+    network really has keeps it. If there are names with `backbone.`, or with the prefix of student or teacher, the
+    tensors with other names belong to something else and are left out.
+
+    Raises:
+        BadFile: the names mark student or teacher, but not `checkpoint_key`.
+    """
+    state = dict(state)
+    while True:
+        networks = {m[1] for m in map(NETWORK.match, state) if m}
+        if networks and checkpoint_key not in networks:
+            raise BadFile(f"no part {checkpoint_key!r} in this checkpoint; it has {', '.join(sorted(networks))}")
+        part = rf"{checkpoint_key}(_backbone)?\." if networks else r"backbone\."
+        if any(re.match(part, name) for name in state):
+            state = {re.sub(f"^{part}", "", k): v for k, v in state.items() if re.match(part, k)}
+            continue
+        body = [name for name in state if not HEAD.match(name) and not UNUSED.fullmatch(name)]
+        prefix = next((p for p in PREFIXES if body and all(name.startswith(p) for name in body)), None)
+        if prefix is None:
+            return state
+        state = {name.removeprefix(prefix): value for name, value in state.items()}
 
 
 def backbone_state(loaded: Mapping, checkpoint_key: str, path: str = "") -> dict[str, Tensor]:
     """The backbone's tensors in a loaded file, prefixes stripped.
 
-    They are the entry `checkpoint_key` of a full checkpoint, else the entry `state_dict`, else the file itself.
+    They are the entry `checkpoint_key` of a full checkpoint, else the entry `state_dict` or `model`, else the file
+    itself.
 
     Raises:
         BadFile: a full checkpoint without that entry.
     """
-    if checkpoint_key in loaded and isinstance(loaded[checkpoint_key], Mapping):
-        loaded = loaded[checkpoint_key]
-    elif "state_dict" in loaded and isinstance(loaded["state_dict"], Mapping):
-        loaded = loaded["state_dict"]
-    elif any(isinstance(v, Mapping) for v in loaded.values()):
-        keys = [k for k, v in loaded.items() if isinstance(v, Mapping)]
-        raise BadFile(f"{path}: no part {checkpoint_key!r} in this checkpoint; it has {', '.join(keys)}")
-    return strip_prefixes({k: v for k, v in loaded.items() if isinstance(k, str) and isinstance(v, Tensor)})
+    for key in (checkpoint_key, "state_dict", "model"):
+        if isinstance(loaded.get(key), Mapping):
+            loaded = loaded[key]
+            break
+    else:
+        if keys := [k for k, v in loaded.items() if isinstance(v, Mapping)]:
+            raise BadFile(f"{path}: no part {checkpoint_key!r} in this checkpoint; it has {', '.join(map(str, keys))}")
+    state = {k: v for k, v in loaded.items() if isinstance(k, str) and isinstance(v, Tensor)}
+    try:
+        return strip_prefixes(state, checkpoint_key)
+    except BadFile as error:
+        raise BadFile(f"{path}: {error}") from error
+
+
+def misfit(own: Mapping[str, Tensor], state: Mapping[str, Tensor], optional: tuple[str, ...] = ()) -> str:
+    """Why a file does not hold exactly the tensors of a network; "" if it does.
+
+    Every tensor of the network must be in the file with its shape, and every tensor of the file must be the
+    network's. Exceptions: batch norm's counters, which are missing in older files, and heads and other tensors without
+    effect on features (`HEAD`, `UNUSED`).
+
+    Args:
+        own: the network's state dict.
+        state: the file's tensors under the network's names.
+        optional: names of the network's tensors that may keep their random values.
+    """
+    missing = [k for k in own if k not in state and k not in optional and not k.endswith("num_batches_tracked")]
+    wrong = [f"{k} {tuple(v.shape)} instead of {tuple(own[k].shape)}"
+             for k, v in state.items() if k in own and v.shape != own[k].shape]  # fmt: skip
+    unused = [k for k in state if k not in own and not HEAD.match(k) and not UNUSED.fullmatch(k)]
+    problems = [
+        f"{what}: {', '.join(names[:5])}" + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        for what, names in (("missing", missing), ("wrong shape", wrong), ("unused", unused)) if names
+    ]  # fmt: skip
+    kind = next((kind for pattern, kind in KINDS if any(map(pattern.match, unused))), None)
+    return "; ".join(problems + ([f"it looks like {kind}"] if kind else []))
 
 
 # ---- Recognizing the network ----

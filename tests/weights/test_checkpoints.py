@@ -1,9 +1,12 @@
 import argparse
 import ast
 import os
+import pathlib
 import signal
+import zipfile
 from collections import OrderedDict
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
@@ -86,11 +89,62 @@ class Malicious:
 def test_pickled_code_never_runs(tmp_path):
     flag, path = tmp_path / "code_ran", tmp_path / "evil.pth"
     torch.save({"teacher": Malicious(flag)}, path)
-    with pytest.raises(ValueError, match="not a readable checkpoint of plain tensors"):
+    with pytest.raises(ValueError, match="not a readable checkpoint of plain tensors .*open, .*save model.state_dict"):
         checkpoints.read(path)
     assert not flag.exists()
     torch.load(path, weights_only=False)  # the file is armed
     assert flag.exists()
+
+
+@pytest.mark.parametrize("core", ["numpy._core", "numpy.core"])
+def test_a_full_checkpoint_as_the_published_script_writes_it(tmp_path, core):
+    """Its optimizer takes learning rate and weight decay out of NumPy arrays, so the pickle names NumPy's scalars."""
+    backbone, _ = build_backbone("vit_nano", 8, img_size=16)
+    optimizer = torch.optim.AdamW([{"params": list(backbone.parameters())}, {"params": [], "weight_decay": 0.0}])
+    lr_schedule, wd_schedule = np.linspace(0, 5e-4, 10), 0.4 - 0.36 * np.cos(np.linspace(0, np.pi, 10))
+    for i, param_group in enumerate(optimizer.param_groups):
+        param_group["lr"] = lr_schedule[3]
+        if i == 0:
+            param_group["weight_decay"] = wd_schedule[3]
+    assert type(optimizer.state_dict()["param_groups"][0]["lr"]) is np.float64
+    args = argparse.Namespace(arch="vit_nano", patch_size=8, data_path="/x", output_dir=pathlib.Path("runs/a"))
+    torch.save({
+        "student": {f"module.backbone.{k}": v for k, v in backbone.state_dict().items()},
+        "teacher": {f"backbone.{k}": v for k, v in backbone.state_dict().items()},
+        "optimizer": optimizer.state_dict(), "epoch": 4, "args": args, "dino_loss": {"center": torch.zeros(1, 8)},
+    }, tmp_path / "w.pth", pickle_protocol=2)  # fmt: skip
+    if core == "numpy.core":  # as NumPy 1 names the same function
+        with zipfile.ZipFile(tmp_path / "w.pth") as new, zipfile.ZipFile(tmp_path / "old.pth", "w") as old:
+            for name in new.namelist():
+                old.writestr(name, new.read(name).replace(b"numpy._core.multiarray", b"numpy.core.multiarray"))
+        os.replace(tmp_path / "old.pth", tmp_path / "w.pth")
+    loaded = checkpoints.read(tmp_path / "w.pth")
+    groups = loaded["optimizer"]["param_groups"]
+    assert (groups[0]["lr"], groups[0]["weight_decay"]) == (lr_schedule[3], wd_schedule[3])
+    assert loaded["args"].output_dir == pathlib.PurePosixPath("runs/a")
+    loaded, info = backbones.load_backbone(str(tmp_path / "w.pth"))
+    assert all(torch.equal(v, loaded.state_dict()[k]) for k, v in backbone.state_dict().items())
+    assert (info["arch"], info["patch_size"]) == ("vit_nano", 8)
+
+
+@pytest.mark.parametrize("value, name", [(np.int64(3), "Int64DType"), (np.zeros(2), "_reconstruct"),
+                                         (torch.nn.Linear(1, 1), "torch.nn.modules.linear.Linear")])  # fmt: skip
+def test_what_is_not_data_is_named(tmp_path, value, name):
+    torch.save({"teacher": {}, "value": value}, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match=f"w.pth: not a readable .*it contains .*{name}, .*save model.state_dict"):
+        checkpoints.read(tmp_path / "w.pth")
+
+
+def test_files_that_are_cut_short_are_called_damaged(tmp_path):
+    path = tmp_path / "w.pth"
+    torch.save({"teacher": {"weight": torch.zeros(5000)}}, path)
+    whole = path.read_bytes()
+    torch.save({"teacher": {"weight": torch.zeros(5000)}}, path, _use_new_zipfile_serialization=False)
+    for content in (whole, path.read_bytes()):
+        for size in (0, 1, 100, len(content) // 2, len(content) - 10):
+            path.write_bytes(content[:size])
+            with pytest.raises(ValueError, match="w.pth: not a readable .* .damaged or cut short, .*: copy or [^:]*$"):
+                checkpoints.read(path)
 
 
 PICKLES = ("pickle.", "cPickle.", "dill.", "joblib.")  # an error may be raised; loads are refused
@@ -141,7 +195,7 @@ def test_backbone_from_any_layout(tmp_path, layout, capsys):
 def test_other_architecture_and_other_key_are_refused(tmp_path):
     model, _ = build_backbone("vit_tiny", 16, img_size=64)
     torch.save(model.state_dict() | {"norm_pre.weight": torch.zeros(192)}, tmp_path / "w.pth")  # no ViT of ours
-    with pytest.raises(Refused, match=r"--pretrained_weights .* of 150 tensors matched.*does --arch match the file"):
+    with pytest.raises(Refused, match=r"--pretrained_weights .* of 150 tensors matched.*give the --arch"):
         backbones.load_backbone(str(tmp_path / "w.pth"), arch="vit_small")
     torch.save({"student": model.state_dict()}, tmp_path / "s.pth")
     with pytest.raises(Refused, match="--checkpoint_key teacher: .* it has student"):

@@ -10,6 +10,7 @@ from golden_weights import GOLDEN
 from timm.models.vision_transformer import checkpoint_filter_fn as timm_vit_names
 from timm.models.xcit import checkpoint_filter_fn as timm_xcit_names
 
+import parallel
 from vision_transformer import build_backbone
 from weights import backbones, layouts
 
@@ -209,9 +210,121 @@ def test_what_is_not_known_is_left_as_it_is():
     assert layouts.recognize({}) == layouts.Weights("", None, {}, {})
 
 
-def test_prefixes_inside_a_name_stay():
-    stripped = layouts.strip_prefixes({"module.backbone.neck.module.weight": torch.zeros(1)})
-    assert list(stripped) == ["neck.module.weight"]
+@pytest.mark.parametrize("names, stripped", [
+    (["module.backbone.neck.module.weight"], ["neck.module.weight"]),  # prefixes inside a name stay
+    (["model.cls_token", "model.head.weight"], ["cls_token", "head.weight"]),
+    (["model.backbone.cls_token", "model.neck.weight"], ["cls_token"]),
+    (["model.weight", "norm.weight"], ["model.weight", "norm.weight"]),  # the network's own names
+    (["class_token", "encoder.layers.0.weight"], ["class_token", "encoder.layers.0.weight"]),  # torchvision's ViT
+    (["encoder.conv1.weight", "decoder.weight"], ["conv1.weight", "decoder.weight"]),
+    (["encoder.conv1.weight", "fc.weight"], ["conv1.weight", "fc.weight"]),
+])  # fmt: skip
+def test_prefixes_of_wrappers(names, stripped):
+    assert list(layouts.strip_prefixes({name: torch.zeros(1) for name in names})) == stripped
+
+
+@pytest.mark.parametrize("prefix", ["{}_backbone.", "module.{}.backbone.", "model.{}."])
+def test_student_and_teacher_in_one_flat_file_stay_apart(prefix):
+    values = {"teacher": 1.0, "student": 2.0}
+    state = {prefix.format(key) + "weight": torch.full((1,), value) for key, value in values.items()}
+    for key, value in values.items():
+        assert layouts.backbone_state(state, key) == {"weight": value}
+    del state[prefix.format("teacher") + "weight"]
+    with pytest.raises(layouts.BadFile, match="w.pth: no part 'teacher' in this checkpoint; it has student"):
+        layouts.backbone_state(state, "teacher", "w.pth")
+
+
+def test_flags_without_a_value_are_left_out():
+    """timm's training script stores `mean` and `in_chans` as None."""
+    assert layouts.stored_args({"args": argparse.Namespace(mean=None, arch="resnet18")}) == {"arch": "resnet18"}
+    assert layouts.stored_args({"args": None}) == layouts.stored_args({}) == {}
+
+
+def refused(path, **options):
+    with pytest.raises(parallel.Refused) as raised:
+        backbones.load_backbone(path, **options)
+    message = str(raised.value)
+    assert message.startswith(f"--pretrained_weights {path}") and "--arch" in message and "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("name", ["cls_token", "pos_embed", "norm.weight", "patch_embed.proj.bias",
+                                  "blocks.3.mlp.fc2.bias", "blocks.0.attn.qkv.bias"])  # fmt: skip
+def test_every_tensor_must_come_from_the_file(tmp_path, name):
+    state = build_backbone("vit_nano", 8, img_size=16)[0].state_dict()
+    del state[name]
+    assert f"missing: {name}" in refused(saved(state, tmp_path), arch="vit_nano", patch_size=8)
+
+
+def test_every_tensor_of_the_file_must_be_used(tmp_path):
+    state = build_backbone("vit_nano", 8, img_size=16)[0].state_dict()
+    for name in ("norm_pre.weight", "blocks.0.attn.q_norm.weight", "blocks.4.norm1.weight", "ls.gamma"):
+        extra = state | {name: torch.ones(192)}
+        assert f"unused: {name}" in refused(saved(extra, tmp_path), arch="vit_nano", patch_size=8)
+    harmless = {name: torch.ones(3) for name in (
+        "mask_token", "masked_embed", "head.weight", "head_dist.bias", "pooler.dense.bias", "decoder_blocks.0.weight",
+        "decoder_pos_embed")}  # fmt: skip
+    backbones.load_backbone(saved(state | harmless, tmp_path), arch="vit_nano", patch_size=8)
+
+
+def test_classifiers_of_the_libraries_may_be_left_over():
+    for name in timm.list_models():
+        classifiers = timm.get_pretrained_cfg(name).classifier or ()
+        for classifier in (classifiers,) if isinstance(classifiers, str) else classifiers:
+            assert layouts.HEAD.match(f"{classifier}.weight"), (name, classifier)
+    import torchvision
+
+    for arch in ("vit_b_16", "squeezenet1_0", "densenet121", "googlenet", "swin_t", "convnext_tiny", "vgg11"):
+        with torch.device("meta"):
+            options = {"init_weights": False} if arch == "googlenet" else {}
+            theirs = torchvision.models.get_model(arch, **options).state_dict()
+            own = build_backbone(arch)[0].state_dict()
+        state = layouts.recognize(layouts.backbone_state(theirs, "teacher")).state
+        assert layouts.misfit(own, state) == "" and len(own) < len(theirs), arch
+
+
+TIMM = [("vit_small_patch16_dinov3", "DINOv3"), ("deit_tiny_distilled_patch16_224", "distilled DeiT"),
+        ("vit_medium_patch16_gap_240", "missing: cls_token"), ("vit_base_patch16_clip_224", "norm before"),
+        ("beit_base_patch16_224", "relative positions")]  # fmt: skip
+
+
+@pytest.mark.parametrize("arch, kind", TIMM)
+def test_other_vits_of_timm_need_their_arch(tmp_path, arch, kind):
+    torch.manual_seed(0)
+    theirs = timm.create_model(arch, depth=2, num_classes=10)
+    path = saved(theirs.state_dict(), tmp_path)
+    assert kind in refused(path, arch="vit_small")
+    with pytest.MonkeyPatch.context() as patched:  # of two blocks, which is faster
+        create = timm.create_model
+        patched.setattr(timm, "create_model", lambda name, **options: create(name, depth=2, **options))
+        model, _ = backbones.load_backbone(path, arch=arch)
+    theirs.reset_classifier(0)
+    size = theirs.patch_embed.img_size
+    if "distilled" in arch:
+        theirs.head_dist = torch.nn.Identity()
+    x = torch.randn(2, 3, *size)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), theirs.eval()(x), rtol=1e-5, atol=1e-5)
+
+
+def test_dinov3_and_distilled_files_of_their_authors(tmp_path):
+    state = dinov2_file(registers=4)
+    state |= {"storage_tokens": state.pop("register_tokens"), "rope_embed.periods": torch.ones(16)}
+    del state["pos_embed"]
+    message = refused(saved(state, tmp_path), arch="vit_nano", patch_size=14)
+    assert "missing: pos_embed; unused: " in message and "DINOv3" in message
+    distilled = timm.create_model("deit_tiny_distilled_patch16_224", depth=4).state_dict()
+    assert "distilled DeiT" in refused(saved({"model": distilled}, tmp_path), arch="vit_nano")
+
+
+@pytest.mark.parametrize("global_pool", ["avg", "token"])
+def test_average_pooling_of_timm(tmp_path, global_pool):
+    theirs = timm.create_model("vit_tiny_patch16_224", depth=4, img_size=32, global_pool=global_pool, num_classes=0)
+    path = saved(theirs.state_dict(), tmp_path)
+    if global_pool == "avg":
+        assert "average-pooled" in refused(path)
+    else:
+        assert_same(backbones.load_backbone(path)[0], theirs.eval(), 32, 32)
 
 
 def test_linear_classifier():
