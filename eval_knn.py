@@ -45,7 +45,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--output_dir", default="",
         help="folder for eval_knn.json and the cache features/; empty: the folder of the weights, or the current one")
     add("--dump_features", default="",
-        help="folder to write trainfeat.pth, trainlabels.pth, testfeat.pth and testlabels.pth to")
+        help="folder to write trainfeat.pth, trainlabels.pth, testfeat.pth and testlabels.pth to, with features of L2 "
+             "norm 1 as the published script writes them; their norms go to trainnorms.pth and testnorms.pth")
     add("--load_features", default="",
         help="folder with such files to evaluate instead of images; no network is loaded")
 

@@ -39,7 +39,7 @@ def plain(model, batches, setting) -> None:
             tokens = model.get_intermediate_layers(x, n)
             features = torch.cat([t[:, 0] for t in tokens], 1)
             if setting.avgpool_patchtokens:
-                features = torch.cat([features, tokens[-1][:, 1:].mean(1)], 1)
+                features = torch.cat([features, tokens[-1][:, 1 + model.num_register_tokens :].mean(1)], 1)
         loss = F.cross_entropy(head(features), y)
         optimizer.zero_grad()
         loss.backward()

@@ -2,13 +2,15 @@
 
     database/, queries/, ground_truth.csv      header query,match,attack; a line per match, paths in the two folders. A
                                                query with several matches has several lines; an empty match: none
-    original/, strong/, jpeg/*/, crop/*/       INRIA Copydays: files with the same first four digits belong together
+    original/, strong/, jpeg/*/, crop/*/       INRIA Copydays: files with the same first four digits belong together;
+                                               the folders may also be named jpegqual/*/ and crops/*/
 """
 
 from __future__ import annotations
 
 import csv
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,15 +18,17 @@ from imagesets.sources import open_images
 from parallel import Refused
 
 HEADER = ("query", "match", "attack")
+COPYDAYS = {"strong": ("strong",), "jpeg": ("jpeg", "jpegqual"), "crop": ("crop", "crops")}  # groups and their folders
 
 
 class Copies(NamedTuple):
-    """Names of files below a folder; for each query the rows of its matches in the database, and its attack."""
+    """Names of files below a folder; for each query the rows of its matches in the database, and its attack; notes."""
 
     database: list[str]
     queries: list[str]
     matches: list[list[int]]
     attacks: list[str]
+    notes: Sequence[str] = ()  # on what a report should say beside its figures
 
 
 def read_copies(data_path: str) -> Copies:
@@ -82,13 +86,29 @@ def read_copydays(folder: Path, where: str) -> Copies:
     for i, name in enumerate(database):
         if row.setdefault(name[:4], i) != i:
             raise Refused(f"{where}: original/ has two images whose names begin with {name[:4]}; rename one")
-    queries, matches, attacks = [], [], []
-    for kind in (folder / "strong", *sorted(folder.glob("jpeg/*/")), *sorted(folder.glob("crop/*/"))):
-        for name in images_in(kind, where) if kind.is_dir() else ():
-            queries.append(f"{kind.relative_to(folder)}/{name}")
-            matches.append([row[name[:4]]] if name[:4] in row else [])
-            attacks.append("".join(kind.relative_to(folder).parts))
-    return Copies([f"original/{name}" for name in database], queries, matches, attacks)
+    queries, matches, attacks, notes = [], [], [], []
+    for group, names in COPYDAYS.items():
+        present = [name for name in names if (folder / name).is_dir()]
+        if len(present) > 1:
+            raise Refused(f"{where}: both {present[0]}/ and {present[1]}/ in it, which stand for the same queries; "
+                          "remove one")
+        below = folder / (present or names)[0]
+        count = len(queries)
+        for kind in [below] if group == "strong" else sorted(below.glob("*/"), key=in_numeric_order):
+            for name in images_in(kind, where) if kind.is_dir() else ():
+                queries.append(f"{kind.relative_to(folder)}/{name}")
+                matches.append([row[name[:4]]] if name[:4] in row else [])
+                attacks.append(group if kind == below else group + kind.name)
+        if len(queries) == count:
+            searched = " or ".join(f"{name}/" + "*/" * (group != "strong") for name in names)
+            notes.append(f"no {group} queries: no image in {searched}; the figures of all queries are without them")
+    return Copies([f"original/{name}" for name in database], queries, matches, attacks, notes)
+
+
+def in_numeric_order(folder: Path) -> tuple[bool, int, str]:
+    """Sort key: folders named by a number first, in numeric order, then the others by name."""
+    number = folder.name.isdecimal()
+    return not number, int(folder.name) if number else 0, folder.name
 
 
 def images_in(folder: Path, where: str) -> list[str]:

@@ -62,14 +62,13 @@ def pack(strings: Iterable[bytes]) -> np.ndarray:
 def numbered(labels: Sequence[str]) -> tuple[list[int], list[str]]:
     """Labels as text -> class numbers, and the names of the classes.
 
-    Labels that are all integers are the numbers themselves; others are numbered in the order of their names.
+    Labels are numbered in the order of their names; those that are all integers in numeric order, and 07 is 7.
     """
-    if all(re.fullmatch(r"[0-9]{1,6}", label) for label in labels):
-        numbers = [int(label) for label in labels]
-        return numbers, [str(number) for number in range(max(numbers, default=-1) + 1)]
+    if all(re.fullmatch(r"[0-9]{1,18}", label) for label in labels):
+        labels = [int(label) for label in labels]
     names = sorted(set(labels))
     number = {name: i for i, name in enumerate(names)}
-    return [number[label] for label in labels], names
+    return [number[label] for label in labels], list(map(str, names))
 
 
 # ---- Folders ----

@@ -41,8 +41,8 @@ class Torchvision:
             raise Undecodable(f"{self.name(i)}: {error}") from error
 
     @cached_property
-    def labels(self) -> Tensor | None:
-        """The targets, if they are one non-negative integer per image."""
+    def labels_and_classes(self) -> tuple[Tensor | None, list[str]]:
+        """The targets, if they are one non-negative integer per image, and the names of the classes."""
         samples = getattr(self.dataset, "samples", None) or getattr(self.dataset, "_samples", None)
         targets = [target for _, target in samples] if samples else None
         for attribute in ("targets", "labels", "_labels"):  # torchvision has no single name for them
@@ -50,16 +50,26 @@ class Torchvision:
         try:
             labels = torch.as_tensor([self.dataset[i][1] for i in range(len(self))] if targets is None else targets)
         except (TypeError, ValueError, RuntimeError):  # targets such as boxes, masks or text
-            return None
-        numbers = labels.shape == (len(self),) and not labels.is_floating_point() and labels.min() >= 0
-        return labels.long() if numbers else None
+            return None, []
+        if labels.shape != (len(self),) or labels.is_floating_point() or labels.min() < 0:
+            return None, []
+        return with_names(labels, getattr(self.dataset, "classes", None))
 
-    @cached_property
+    @property
+    def labels(self) -> Tensor | None:
+        return self.labels_and_classes[0]
+
+    @property
     def classes(self) -> list[str]:
-        if self.labels is None:
-            return []
-        names = getattr(self.dataset, "classes", None)
-        return list(map(str, names or range(int(self.labels.max()) + 1)))
+        return self.labels_and_classes[1]
+
+
+def with_names(labels: Tensor, names: Iterable | None) -> tuple[Tensor, list[str]]:
+    """Labels and the names of their classes; without names, the classes are the distinct labels, in numeric order."""
+    if names:
+        return labels.long(), list(map(str, names))
+    numbers, labels = labels.unique(return_inverse=True)
+    return labels, list(map(str, numbers.tolist()))
 
 
 def open_torchvision(where: str, value: str | None, split: str | None, in_chans: int) -> Torchvision:
@@ -155,8 +165,7 @@ def labels_of(dataset: Any) -> tuple[Tensor | None, list[str]]:
     labels = torch.as_tensor(values)
     if labels.is_floating_point() or labels.min() < 0:  # null or -1: not known
         return None, []
-    names = getattr(features[columns[0]], "names", None) or map(str, range(int(labels.max()) + 1))
-    return labels.long(), list(names)
+    return with_names(labels, getattr(features[columns[0]], "names", None))
 
 
 def open_hugging_face(where: str, folder: str, split: str | None, in_chans: int, max_pixels: int) -> HuggingFace:

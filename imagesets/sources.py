@@ -57,8 +57,8 @@ def open_images(
                         folders are not. If all images lie in two or more first-level folders, these are the classes,
                         numbered in the order of their names (empty ones too, so that the numbers of train and val
                         agree); otherwise there are no labels.
-    file.txt            one path per line, relative to the file's folder, or in all lines "path<TAB>label". Integer
-                        labels are used as they are, others are numbered in the order of their names.
+    file.txt            one path per line, relative to the file's folder, or in all lines "path<TAB>label". The
+                        labels are numbered in the order of their names, integers in numeric order.
     torchvision:NAME    the class of torchvision.datasets, in ./data or in the folder of `torchvision:NAME:FOLDER`;
                         downloaded if it isn't there.
     name-{000..099}.tar tar files by WebDataset's convention, whose samples are key.jpg and the like, with key.cls or

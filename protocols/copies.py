@@ -132,6 +132,8 @@ def evaluate_copies(
         raise Refused(f"--distractors {distractors}: one image gives no whitening; give more, or --distractors_for "
                       "database")
     output_dir = flags.prepare_output(output_dir)
+    for note in copies.notes:
+        parallel.say(note)
     forward, name = descriptor(network.forward, gem_p)
     queries, database, *others = (
         dataset_features(
@@ -147,6 +149,7 @@ def evaluate_copies(
     about = {k: v for k, v in network.about.items() if k not in ("resize_size", "crop_size")} | {
         "image_size": side, "features": name, "data_path": data_path,
         "distractors": distractors or None, "whitening": "whitening" in uses, "images": [len(queries), len(database)],
+        "notes": list(copies.notes),
     }
     results = []
     if parallel.is_main():

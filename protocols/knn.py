@@ -276,10 +276,11 @@ def knn_classifier(
         train_features, test_features: (N, D) and (M, D), normalized here. train_labels, test_labels: (N,) and (M,).
         k: number of neighbours; larger than the training set means all of it.
         T: temperature of the weights exp(cosine / T).
-        num_classes: raised to the largest label + 1 if necessary.
+        num_classes: labels below it are classes even without a training image; larger labels are further classes.
         device: where to search, by default where the training features are.
     """
-    num_classes = max(num_classes, int(train_labels.max()) + 1)
-    ranked = knn_predict(train_features, train_labels, test_features, [k], [T], num_classes, device=device)[0, 0]
-    top1, top5 = scores.hits(ranked, test_labels, min(k, len(train_features)))
+    classes = torch.cat([torch.arange(num_classes), train_labels.cpu()]).unique()
+    voters = torch.searchsorted(classes, train_labels.cpu())
+    ranked = knn_predict(train_features, voters, test_features, [k], [T], len(classes), device=device)[0, 0]
+    top1, top5 = scores.hits(classes[ranked], test_labels, min(k, len(train_features)))
     return 100 * top1.double().mean().item(), 100 * top5.double().mean().item()

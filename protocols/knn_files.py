@@ -1,7 +1,9 @@
 """Features in the published script's files: trainfeat.pth, trainlabels.pth, testfeat.pth, testlabels.pth.
 
-Beside them, features.json holds the names of the classes and what a report says about the network. A set without
-labels has no file of labels, and there is no test set where training images are classified leave-one-out.
+As published, the features have an L2 norm of 1. Beside them, trainnorms.pth and testnorms.pth hold the norms as the
+network computed them, without which a Euclidean metric and RankMe would differ, and features.json holds the names of
+the classes and what a report says about the network. A set without labels has no file of labels, and there is no test
+set where training images are classified leave-one-out.
 """
 
 from __future__ import annotations
@@ -10,6 +12,8 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import atomic
@@ -18,12 +22,12 @@ from protocols.splits import Part, check_labels
 from weights import checkpoints
 from weights.layouts import BadFile
 
-FILES = (("trainfeat.pth", "trainlabels.pth"), ("testfeat.pth", "testlabels.pth"))
+FILES = tuple(tuple(f"{part}{name}.pth" for name in ("feat", "labels", "norms")) for part in ("train", "test"))
 ABOUT = "features.json"
 
 
 def dump(folder: str | Path, parts: Sequence[Part], about: Mapping) -> None:
-    """Write the features as the network computed them, the labels, and features.json; remove files that don't apply.
+    """Write the normalized features, labels, norms, and features.json; remove files that don't apply.
 
     Args:
         parts: the training set, and the test set if there is one.
@@ -32,16 +36,23 @@ def dump(folder: str | Path, parts: Sequence[Part], about: Mapping) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for i, names in enumerate(FILES):
-        for value, name in zip(parts[i][:2] if i < len(parts) else (None, None), names, strict=True):
+        values = (None, None, None)
+        if i < len(parts):
+            features, labels, _ = parts[i]
+            values = F.normalize(features, dim=1), labels, features.norm(dim=1)
+        for value, name in zip(values, names, strict=True):
             if value is None:
                 (folder / name).unlink(missing_ok=True)
             else:
                 checkpoints.save(value, folder / name)
-    atomic.write_text(folder / ABOUT, json.dumps({"classes": parts[0].classes, "about": dict(about)}, indent=2))
+    atomic.write_text(folder / ABOUT, json.dumps(
+        {"classes": parts[0].classes, "normalized": True, "about": dict(about)}, indent=2))
 
 
 def load(folder: str | Path) -> tuple[list[Part], dict]:
     """The parts and `about` that `dump` wrote, or the parts that the published script wrote.
+
+    Features without a file of norms are returned as they are, normalized or not.
 
     Raises:
         Refused: the files are missing or damaged, or contradict each other.
@@ -52,18 +63,30 @@ def load(folder: str | Path) -> tuple[list[Part], dict]:
     classes, about = read_about(folder / ABOUT, where)
     parts = []
     for names in FILES:
-        features, labels = (read_tensor(folder / name, where) for name in names)
+        features, labels, norms = (read_tensor(folder / name, where) for name in names)
         if features is None:
             continue
         check_loaded(where, features, labels)
+        if norms is not None:
+            if not isinstance(norms, Tensor) or norms.shape != features.shape[:1]:
+                raise Refused(f"{where}: {names[2]} does not hold a norm per image; remove it, or write all files with "
+                              "--dump_features")
+            features = features * norms[:, None]
         parts.append(Part(features, None if labels is None else labels.long(), classes))
     if len({part.features.shape[1] for part in parts}) > 1:
         raise Refused(f"{where}: training features have width {parts[0].features.shape[1]}, test features "
                       f"{parts[1].features.shape[1]}; write both with one network")
-    count = max([int(p.labels.max()) + 1 for p in parts if p.labels is not None], default=0)
-    classes = classes + [str(c) for c in range(len(classes), count)]
     check_labels(where, [part.labels for part in parts])
-    return [part._replace(classes=classes) for part in parts], about
+    return number_classes(parts, classes), about
+
+
+def number_classes(parts: Sequence[Part], classes: list[str]) -> list[Part]:
+    """The parts with labels that number one list of classes: `classes`, then the distinct labels beyond that list."""
+    if parts[0].labels is None:
+        return [part._replace(classes=classes) for part in parts]
+    labels = torch.cat([torch.arange(len(classes)), *(part.labels for part in parts)]).unique()
+    names = classes + list(map(str, labels[len(classes) :].tolist()))
+    return [part._replace(labels=torch.searchsorted(labels, part.labels), classes=names) for part in parts]
 
 
 def read_tensor(path: Path, where: str) -> object:

@@ -73,9 +73,11 @@ def probe_features(model: nn.Module, n: int) -> Callable[[Tensor], Tensor]:
     if not isinstance(model, VisionTransformer):
         return model
 
+    first_patch = 1 + model.num_register_tokens
+
     def forward(x: Tensor) -> Tensor:
-        tokens = model.get_intermediate_layers(x, n)  # n of (B, 1 + patches, D)
-        return torch.cat([*(t[:, 0] for t in tokens), tokens[-1][:, 1:].mean(1)], 1)
+        tokens = model.get_intermediate_layers(x, n)  # n of (B, 1 + registers + patches, D)
+        return torch.cat([*(t[:, 0] for t in tokens), tokens[-1][:, first_patch:].mean(1)], 1)
 
     return forward
 

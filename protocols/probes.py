@@ -101,7 +101,8 @@ def with_blocks(network: Network, n_last_blocks: Sequence[int]) -> tuple[Network
     most = max(n_last_blocks)
     if most > len(model.blocks):
         raise Refused(f"--n_last_blocks {most}: the network has {len(model.blocks)} blocks; lower it")
-    about = network.about | {"output": f" {most} blocks and mean"}
+    # Part of the name of cached features, which of networks with registers once held a mean over registers too.
+    about = network.about | {"output": f" {most} blocks and mean" + " of patches" * (model.num_register_tokens > 0)}
     return network._replace(forward=linear.probe_features(model, most), about=about), most
 
 
@@ -192,14 +193,36 @@ def apply_classifier(network: Network, task: Task, training: Training, folder: P
         raise Refused(f"--linear_weights {linear_weights}: weights {tuple(weight.shape)} instead of "
                       f"{tuple(head.weight.shape)}; do --n_last_blocks, --avgpool_patchtokens and the backbone fit?")
     head.load_state_dict({"weight": weight, "bias": bias})
-    names = loaded.get("classes") or task.classes
-    if not loaded.get("classes") and len(names) != len(bias):
-        raise Refused(f"--linear_weights {linear_weights}: {len(bias)} outputs without names for the {len(names)} "
-                      "classes of --data_path; give data with all classes")
+    names = loaded.get("classes")
+    if not names:
+        names, order = unnamed_outputs(task.classes, len(bias), linear_weights)
+        task.notes.append(f"--linear_weights {linear_weights}: its outputs have no names and are taken for the classes "
+                          f"in {order}")
+        parallel.say(task.notes[-1])
     number = {name: i for i, name in enumerate(task.classes)}
     outputs = torch.tensor([number.get(name, -1) for name in names] + [-1] * (len(bias) - len(names)))
     row = {"n_last_blocks": setting.n_last_blocks, "avgpool": setting.avgpool_patchtokens}
     return [row], outputs[linear.predict(heads, eval_features(network, task.test, training, folder))[0]]
+
+
+def unnamed_outputs(classes: Sequence[str], count: int, linear_weights: str) -> tuple[list[str], str]:
+    """The classes that `count` outputs without names stand for, and the order that this assumes, for a note.
+
+    Names that are whole numbers are in numeric order: as labels, 2 comes before 10, as text it does not. Where only
+    some of the numbers below `count` occur, output i is class i. All other names are in the order of `classes`.
+
+    Raises:
+        Refused: other numbers of classes and outputs.
+    """
+    numbers = [int(name) for name in classes if name.isdecimal()]
+    numeric = len(set(numbers)) == len(classes)
+    if len(classes) == count:
+        return (sorted(classes, key=int), "numeric order") if numeric else (list(classes), "the order of their names")
+    if numeric and max(numbers) < count:
+        by_number = dict(zip(numbers, classes, strict=True))
+        return [by_number.get(i, "") for i in range(count)], "numeric order, from 0"
+    raise Refused(f"--linear_weights {linear_weights}: {count} outputs without names for the {len(classes)} classes of "
+                  "--data_path; give data with all classes")
 
 
 def logreg(network: Network, task: Task, training: Training, folder: Path) -> Outcome:

@@ -22,6 +22,7 @@ from method.rank import effective_rank
 from parallel import Refused
 
 MOST_PAIRED = 10_000  # images for RankMe and uniformity, which compares all pairs
+MOST_COUNTS = 1 << 22  # counts of values in resamples at a time, 32 MiB
 
 
 def bootstrap_interval(scores: Tensor | np.ndarray | Sequence[float], n: int = 1000, seed: int = 0
@@ -40,12 +41,23 @@ def bootstrap_interval(scores: Tensor | np.ndarray | Sequence[float], n: int = 1
     scores = np.asarray(scores, np.float64).ravel()
     if not scores.size:
         raise ValueError("no scores to compute an interval of")
+    return percentiles(resampled_means(scores, n, np.random.default_rng(seed)))
+
+
+def resampled_means(scores: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:
+    """Means of `n` resamples with replacement, (n,)."""
     # The counts of the distinct values in a resample are multinomial: for right and wrong, a resample is one binomial
     # number however many examples there are.
     values, counts = np.unique(scores, return_counts=True)
-    rng = np.random.default_rng(seed)
-    means = [rng.multinomial(scores.size, counts / scores.size) @ values / scores.size for _ in range(n)]
-    low, high = np.percentile(means, [2.5, 97.5])
+    at_once = max(1, MOST_COUNTS // values.size)
+    sums = [rng.multinomial(scores.size, counts / scores.size, min(at_once, n - done)) @ values
+            for done in range(0, n, at_once)]
+    return np.concatenate(sums) / scores.size
+
+
+def percentiles(resampled: np.ndarray) -> tuple[float, float]:
+    """The 95 % interval of a statistic, given its values in resamples."""
+    low, high = np.percentile(resampled, [2.5, 97.5])
     return float(low), float(high)
 
 
@@ -76,25 +88,36 @@ def accuracy(ranked: Sequence[Tensor], labels: Tensor, classes: Sequence[str], k
         k: as in `hits`.
 
     Returns:
-        top1; top5 (None for up to five classes); macro, the mean of the classes' top-1, whose interval takes class
-        sizes as given; spread, the standard deviation over draws in points, if there are several; per_class {name:
-        top-1}.
+        top1; top5 (None for up to five classes); macro, the mean of the classes' top-1, see `macro_percent`; spread,
+        the standard deviation over draws in points, if there are several; per_class {name: top-1}.
     """
     both = zip(*(hits(r, labels, k) for r in ranked), strict=True)
     top1, top5 = (torch.stack(right).double() for right in both)  # (draws, M)
-    counts = torch.bincount(labels, minlength=len(classes))
-    # With these weights, the mean over images is the mean over classes.
-    share = len(labels) / (counts.count_nonzero() * counts[labels])
-    right = torch.zeros(len(counts), dtype=torch.float64).index_add_(0, labels, top1.mean(0))
-    per_class = {classes[c]: 100 * (right[c] / counts[c]).item() for c in counts.nonzero().squeeze(1).tolist()}
+    mean = top1.mean(0).numpy()
+    labels = labels.numpy()
+    tested, sizes = np.unique(labels, return_counts=True)
+    by_class = np.split(mean[np.argsort(labels, kind="stable")], np.cumsum(sizes)[:-1])
     accuracies = {
-        "top1": percent(top1.mean(0)),
+        "top1": percent(mean),
         "top5": percent(top5.mean(0)) if len(classes) > 5 else None,
-        "macro": percent(top1.mean(0) * share),
+        "macro": macro_percent(by_class),
     }
     if len(ranked) > 1:
         accuracies["spread"] = 100 * top1.mean(1).std().item()
+    per_class = {classes[c]: 100 * float(right.mean()) for c, right in zip(tested, by_class, strict=True)}
     return accuracies | {"per_class": per_class}
+
+
+def macro_percent(by_class: Sequence[np.ndarray], n: int = 1000, seed: int = 0) -> dict:
+    """Mean over classes of each class's mean score, and its 95 % interval, in %: {"value", "interval"}.
+
+    The bootstrap is stratified: the images of each class are resampled by themselves, and class sizes stay. A class of
+    one image therefore adds nothing to the interval.
+    """
+    rng = np.random.default_rng(seed)
+    resampled = np.mean([resampled_means(scores, n, rng) for scores in by_class], axis=0)
+    value = np.mean([scores.mean() for scores in by_class])
+    return {"value": 100 * float(value), "interval": [100 * bound for bound in percentiles(resampled)]}
 
 
 # ---- Without labels ----
@@ -119,21 +142,30 @@ def label_free(features: Tensor, views: tuple[Tensor, Tensor] | None = None) -> 
     }
 
 
-def uniformity(features: Tensor, t: float = 2.0, rows: int = 1024) -> dict:
+def uniformity(features: Tensor, t: float = 2.0, rows: int = 1024, n: int = 1000, seed: int = 0) -> dict:
     """log mean exp(-t |x - y|^2) over pairs of different images, x and y on the unit sphere.
 
     0 if all features are equal, the worst case; about -2 t if they are spread evenly over many dimensions.
+
+    The 95 % interval is that of `n` resamples of the images. An image drawn several times is not paired with itself,
+    whose distance of 0 would make every resample look less uniform than the images are.
     """
     x = torch.nn.functional.normalize(features.double(), dim=1)
     if len(x) < 2:
         return {"value": None, "interval": None}
-    sums = torch.cat([(t * (2 * part @ x.T - 2)).exp().sum(1) for part in x.split(rows)])
-    potentials = (sums - 1) / (len(x) - 1)  # each image's mean over the others
-    mean = potentials.mean().item()
-    # Every image is in pairs on both sides: to first order, the mean over pairs varies twice as much as the mean of
-    # the potentials (Hajek's projection of a U-statistic of order two).
-    bounds = [max(mean + 2 * (bound - mean), sys.float_info.min) for bound in bootstrap_interval(potentials)]
-    return {"value": math.log(mean), "interval": [math.log(bound) for bound in bounds]}
+    drawn = np.random.default_rng(seed).multinomial(len(x), np.full(len(x), 1 / len(x)), n)
+    weights = torch.from_numpy(drawn).to(x.device, torch.float32)  # (n, N): how often an image is in a resample
+    total, resampled = 0.0, torch.zeros(n, dtype=torch.float64, device=x.device)
+    for first in range(0, len(x), rows):
+        part = x[first : first + rows]
+        kernel = (t * (2 * part @ x.T - 2)).exp()  # (rows, N)
+        kernel.diagonal(first).zero_()
+        total += kernel.sum().item()
+        resampled += (weights[:, first : first + rows] * (weights @ kernel.float().T)).sum(1, dtype=torch.float64)
+    pairs = len(x) ** 2 - weights.double().square().sum(1)
+    resampled = (resampled / pairs)[pairs > 0]
+    value = math.log(total / (len(x) * (len(x) - 1)))
+    return {"value": value, "interval": list(percentiles(resampled.log().cpu().numpy()))}
 
 
 def alignment(view1: Tensor, view2: Tensor) -> dict:

@@ -76,7 +76,7 @@ def test_copydays_layout(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (9, 9)).save(tmp_path / name)
     found = read_copies(str(tmp_path))
-    assert found.database == ["original/200000.jpg", "original/200100.jpg"]
+    assert found.database == ["original/200000.jpg", "original/200100.jpg"] and not found.notes
     assert list(zip(found.queries, found.matches, found.attacks, strict=True)) == [
         ("strong/200001.jpg", [0], "strong"), ("strong/200102.jpg", [1], "strong"), ("strong/209901.jpg", [], "strong"),
         ("jpeg/3/200000.jpg", [0], "jpeg3"), ("jpeg/75/200100.jpg", [1], "jpeg75"),
@@ -84,6 +84,28 @@ def test_copydays_layout(tmp_path):
     Image.new("RGB", (9, 9)).save(tmp_path / "original/200001.jpg")
     with pytest.raises(Refused, match="begin with 2000"):
         read_copies(str(tmp_path))
+
+
+def test_copydays_as_it_is_unpacked(tmp_path, capsys):
+    """The folders of qualities and shares in jpegqual/ and crops/, as they come in the copies in circulation."""
+    qualities, shares = (3, 5, 8, 10, 15, 20, 30, 50, 75), (10, 15, 20, 30, 40, 50, 60, 70, 80)
+    for name in ("original/200000.png", "strong/200001.png", *(f"jpegqual/{q}/200000.png" for q in qualities),
+                 *(f"crops/{share}/200000.png" for share in shares)):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (9, 9)).save(tmp_path / name)
+    found = read_copies(str(tmp_path))
+    assert found.attacks == ["strong", *(f"jpeg{q}" for q in qualities), *(f"crop{share}" for share in shares)]
+    assert found.matches == [[0]] * 19 and not found.notes
+    assert all((tmp_path / query).is_file() for query in found.queries)
+    (tmp_path / "crop").mkdir()
+    with pytest.raises(Refused, match="both crop/ and crops/ .*; remove one"):
+        read_copies(str(tmp_path))
+    (tmp_path / "crop").rmdir()
+    (tmp_path / "jpegqual").rename(tmp_path / "quality")
+    assert run("--data_path", tmp_path, "--output_dir", tmp_path / "out", *NETWORK) == 0
+    printed, about = capsys.readouterr().out, json.loads((tmp_path / "out" / "eval_copy_detection.json").read_text())
+    assert len(about["notes"]) == 1 and "no jpeg queries" in about["notes"][0] and "jpegqual/" in about["notes"][0]
+    assert about["notes"][0] in printed and about["images"] == [10, 1]
 
 
 @pytest.mark.parametrize("text, message", [

@@ -242,7 +242,9 @@ def test_list(tmp_path):
 @pytest.mark.parametrize(
     "labels, numbers, classes",
     [
-        (["3", "0", "3"], [3, 0, 3], ["0", "1", "2", "3"]),
+        (["3", "0", "3"], [1, 0, 1], ["0", "3"]),
+        (["999999", "100001", "999999"], [1, 0, 1], ["100001", "999999"]),
+        (["20231105", "9", "07"], [2, 1, 0], ["7", "9", "20231105"]),
         (["dog", "ant", "dog"], [1, 0, 1], ["ant", "dog"]),
         (["10", "9", "-1"], [1, 2, 0], ["-1", "10", "9"]),
     ],
@@ -362,6 +364,8 @@ def test_torchvision_without_root_or_labels(monkeypatch):
     assert packages.Torchvision("x", [(None, {"boxes": []})], 3).labels is None
     assert packages.Torchvision("x", [(None, 1), (None, -1)], 3).labels is None
     assert packages.Torchvision("x", [(None, 1), (None, -1)], 3).classes == []
+    sparse = packages.Torchvision("x", [(None, 999_999), (None, 100_001), (None, 999_999)], 3)
+    assert sparse.labels.tolist() == [1, 0, 1] and sparse.classes == ["100001", "999999"]
 
 
 # ---- What can't be opened ----

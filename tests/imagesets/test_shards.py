@@ -230,7 +230,7 @@ def test_one_image_per_sample_and_what_is_skipped(tmp_path, capsys):
         tar.addfile(folder)
     found = open_images(path)
     assert [int(found.load(i)[0, 0, 0]) for i in range(len(found))] == [1, 4, 5]
-    assert found.labels.tolist() == [3, 0, 1] and found.classes == ["0", "1", "2", "3"]
+    assert found.labels.tolist() == [2, 0, 1] and found.classes == ["0", "1", "3"]
     assert "1 images are left out" in capsys.readouterr().out
 
 
@@ -368,7 +368,9 @@ def hugging_face(class_folder, tmp_path_factory):
     part = dataset.select(range(9))
     datasets.DatasetDict({"train": dataset, "validation": part}).save_to_disk(folder / "both")
     datasets.DatasetDict({"train": dataset, "test": part.remove_columns("kind")}).save_to_disk(folder / "other")
-    dataset.rename_column("kind", "label").cast_column("label", datasets.Value("int64")).save_to_disk(folder / "int")
+    integers = dataset.rename_column("kind", "label").cast_column("label", datasets.Value("int64"))
+    integers.save_to_disk(folder / "int")
+    integers.map(lambda row: {"label": 10 ** (4 + row["label"])}).save_to_disk(folder / "sparse")
     dataset.remove_columns("kind").save_to_disk(folder / "none")
     dataset.remove_columns("photo").save_to_disk(folder / "blind")
     return folder, [images.load(i) for i in kept], images.labels[kept]
@@ -377,7 +379,8 @@ def hugging_face(class_folder, tmp_path_factory):
 @pytest.mark.parametrize("name, split, rows, classes", [
     ("one", None, 36, list(CLASSES)), ("one", "train", 36, list(CLASSES)), ("both", None, 36, list(CLASSES)),
     ("both", "train", 36, list(CLASSES)), ("both", "val", 9, list(CLASSES)), ("other", "val", 9, []),
-    ("int", None, 36, ["0", "1", "2"]), ("none", None, 36, []), ("both/validation", None, 9, list(CLASSES)),
+    ("int", None, 36, ["0", "1", "2"]), ("sparse", None, 36, ["10000", "100000", "1000000"]),
+    ("none", None, 36, []), ("both/validation", None, 9, list(CLASSES)),
 ])  # fmt: skip
 def test_hugging_face(hugging_face, name, split, rows, classes):
     folder, tensors, labels = hugging_face

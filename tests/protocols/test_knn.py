@@ -15,7 +15,7 @@ from processes import ENV, free_port
 
 import eval_knn
 from parallel import Refused
-from protocols import knn, knn_evaluation, scores, splits
+from protocols import knn, knn_evaluation, knn_files, scores, splits
 from protocols.features import load_network
 from protocols.knn_evaluation import KnnSettings
 from protocols.splits import Part
@@ -150,6 +150,17 @@ def test_more_than_a_thousand_classes():
     expected = oracle(train[:1600].double(), y[:1600].tolist(), train[1500:1510].double(), [20], [0.07], 1500)
     found = knn.knn_predict(train[:1600].double(), y[:1600], train[1500:1510].double(), [20], [0.07], 1500)
     assert found[0, 0].tolist() == expected[0.07, 20]
+
+
+def test_large_labels_are_not_the_number_of_classes(monkeypatch):
+    train, y, test, z = clusters()
+    expected = eval_knn.knn_classifier(train, y, test, z, 10, 0.07)
+    vote, counts = knn.vote, []
+    monkeypatch.setattr(knn, "vote", lambda *args: counts.append(args[-1]) or vote(*args))
+    assert eval_knn.knn_classifier(train, y + 10**12, test, z + 10**12, 10, 0.07, num_classes=0) == expected
+    assert eval_knn.knn_classifier(train, y + 10**12, test, z + 10**12, 1, 0.07)[0] == \
+        eval_knn.knn_classifier(train, y, test, z, 1, 0.07)[0]
+    assert counts == [6, 1006, 1000]
 
 
 def test_few_classes_few_images_large_k():
@@ -336,13 +347,34 @@ def test_features_are_kept_and_may_be_dumped_and_loaded(pictures, tmp_path, monk
     assert run("--data_path", pictures, "--output_dir", out, "--dump_features", files, *NETWORK) == 0
     first = json.loads((out / "eval_knn.json").read_text())
     assert sorted(p.name for p in files.iterdir()) == [
-        "features.json", "testfeat.pth", "testlabels.pth", "trainfeat.pth", "trainlabels.pth"]
+        "features.json", "testfeat.pth", "testlabels.pth", "testnorms.pth", "trainfeat.pth", "trainlabels.pth",
+        "trainnorms.pth"]
     monkeypatch.setattr("protocols.features.extract_features", None)  # neither of these may compute any
     assert run("--data_path", pictures, "--output_dir", out, *NETWORK) == 0
     assert run("--load_features", files, "--output_dir", tmp_path / "again", "--nb_knn", 1, 3) == 0
     for folder in (out, tmp_path / "again"):
         again = json.loads((folder / "eval_knn.json").read_text())
         assert again["results"] == first["results"] and again["weights_sha256"] == first["weights_sha256"]
+
+
+def test_dumped_features_are_normalized_as_published(tmp_path):
+    g = torch.Generator().manual_seed(0)
+    parts = [Part(50 * torch.rand(n, 1, generator=g) * torch.randn(n, 8, generator=g) + 3, torch.arange(n) % 3,
+                  list("abc")) for n in (40, 20)]
+    parts[0].features[7] = 0
+    knn_files.dump(tmp_path, parts, {"arch": "a"})
+    assert json.loads((tmp_path / "features.json").read_text())["normalized"]
+    for part, name in zip(parts, ("train", "test"), strict=True):
+        written = torch.load(tmp_path / f"{name}feat.pth")
+        expected = [row / max(sum(v * v for v in row) ** 0.5, 1e-12) for row in part.features.double().numpy()]
+        np.testing.assert_allclose(written, np.array(expected), atol=1e-6)
+    loaded, about = knn_files.load(tmp_path)
+    assert about == {"arch": "a"}
+    for part, again in zip(parts, loaded, strict=True):  # the norms too, which matter for --metric l2 and RankMe
+        torch.testing.assert_close(again.features, part.features)
+        assert torch.equal(again.labels, part.labels) and again.classes == part.classes
+    (tmp_path / "trainnorms.pth").unlink()
+    torch.testing.assert_close(knn_files.load(tmp_path)[0][0].features, torch.load(tmp_path / "trainfeat.pth"))
 
 
 def test_files_of_the_published_script(tmp_path):
@@ -353,6 +385,19 @@ def test_files_of_the_published_script(tmp_path):
     report = json.loads((tmp_path / "eval_knn.json").read_text())
     expected = eval_knn.knn_classifier(train, y, test, z, 10, 0.07)
     assert (report["results"][0]["top1"]["value"], report["results"][0]["top5"]["value"]) == pytest.approx(expected)
+
+
+def test_large_labels_in_files_of_the_published_script(tmp_path):
+    train, y, test, z = clusters(dtype=torch.float32)
+    reports = []
+    for offset in (0, 999_990):
+        for name, value in (("trainfeat", train), ("trainlabels", y), ("testfeat", test), ("testlabels", z)):
+            torch.save(value + offset if "labels" in name else value, tmp_path / f"{name}.pth")
+        assert run("--load_features", tmp_path, "--nb_knn", 10, "--device", "cpu") == 0
+        reports.append(json.loads((tmp_path / "eval_knn.json").read_text())["results"][0])
+    assert list(reports[1].pop("per_class")) == [str(999_990 + c) for c in range(6)]
+    reports[0].pop("per_class")
+    assert reports[0] == reports[1]
 
 
 X, Y = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 1, 0, 1, 1])
@@ -366,6 +411,7 @@ X, Y = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)), torch.tens
     ({"trainfeat": X[:0], "trainlabels": Y[:0]}, "features are not an (images, width) tensor; write"),
     ({"trainfeat": X[0]}, "features are not an (images, width) tensor; write"),
     ({"testfeat": X[:, :3]}, "training features have width 4, test features 3"),
+    ({"trainnorms": Y[:5]}, "trainnorms.pth does not hold a norm per image; remove it"),
     ({"trainfeat": X / 0}, "training features are not finite; give other"),
     ({"features.json": "{broken"}, "features.json is damaged; remove it"),
     ({"features.json": "[1]"}, "features.json is damaged; remove it"),

@@ -13,9 +13,10 @@ from PIL import Image
 from processes import ENV, free_port
 
 import eval_linear
+from parallel import Refused
 from protocols import finetune, linear, probes, splits
 from protocols.features import Network, load_network
-from vision_transformer import build_backbone, vit_nano
+from vision_transformer import VisionTransformer, build_backbone, vit_nano
 from weights import backbones
 
 S = linear.Setting
@@ -86,6 +87,20 @@ def test_what_a_setting_sees():
     assert torch.equal(linear.columns(features, 3, 1, True), published)
     resnet, _ = build_backbone("resnet18")
     assert linear.probe_features(resnet, 4) is resnet
+
+
+def test_the_mean_is_over_patches_and_not_over_registers():
+    torch.manual_seed(0)
+    model = VisionTransformer(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=2, num_register_tokens=4)
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        tokens, features = model.eval().get_intermediate_layers(x, 2), linear.probe_features(model, 2)(x)
+        patches = model.forward_features(x).patch_tokens
+        torch.testing.assert_close(features[:, 48:], patches.mean(dim=(1, 2)))
+        for t in tokens:
+            t[:, 1:5] = 1e6
+        model.get_intermediate_layers = lambda x, n: tokens[-n:]
+        assert torch.equal(linear.probe_features(model, 2)(x), features)
 
 
 def test_a_head_that_diverges_leaves_the_others_alone():
@@ -217,6 +232,48 @@ def test_a_published_classifier(swept, pictures, tmp_path):
     assert found["test"]["top1"] == report["test"]["top1"]
     assert run(pictures / "train", tmp_path / "out", *flags, *setting) == 2  # five outputs, four classes, no names
     assert run(tmp_path / "data", tmp_path / "out", *flags, "--n_last_blocks", 5 - n, *setting[2:]) == 2  # other width
+
+
+@pytest.mark.parametrize("classes, count, expected, order", [
+    (["0", "1", "10", "11", "2"], 5, ["0", "1", "2", "10", "11"], "numeric order"),
+    (["0", "10", "2"], 12, ["0", "", "2", *[""] * 7, "10", ""], "numeric order"),
+    (["ant", "bee", "cat"], 3, ["ant", "bee", "cat"], "the order of their names"),
+    (["class_10", "class_2"], 2, ["class_10", "class_2"], "the order of their names"),
+    (["01", "1", "2"], 3, ["01", "1", "2"], "the order of their names"),  # two names of one number
+])
+def test_classes_of_outputs_without_names(classes, count, expected, order):
+    names, said = probes.unnamed_outputs(classes, count, "linear.pth")
+    assert names == expected and order in said
+
+
+@pytest.mark.parametrize("classes", [["ant", "bee"], ["1", "3"], ["0", "1", "2", "3"]])
+def test_outputs_without_names_for_other_classes(classes):
+    with pytest.raises(Refused, match="--linear_weights linear.pth: 3 outputs without names .* give data with all"):
+        probes.unnamed_outputs(classes, 3, "linear.pth")
+
+
+def test_a_published_classifier_of_folders_with_numbers(pictures, tmp_path):
+    """Twelve classes 0, ..., 11: each image's output is the number of its folder, and 10 does not come before 2."""
+    draw_pictures(tmp_path / "data" / "train", [str(i) for i in range(12)], each=2)
+    draw_pictures(tmp_path / "data" / "val", [str(i) for i in range(12)], each=2)
+    trained = run(tmp_path / "data", tmp_path / "trained", "--epochs", 2, "--lr", 0.1)
+    ours = torch.load(tmp_path / "trained" / "linear.pth")
+    order = [ours["classes"].index(str(i)) for i in range(12)]
+    torch.save({"state_dict": {k: v[order] for k, v in ours["state_dict"].items()}}, tmp_path / "published.pth")
+    report = run(tmp_path / "data", tmp_path / "out", "--evaluate", "--linear_weights", tmp_path / "published.pth")
+    assert report["test"] == trained["test"] and len(set(trained["test"]["per_class"].values())) > 1
+    assert "no names" in report["notes"][-1] and "numeric order" in report["notes"][-1]
+
+
+def test_large_labels_are_not_the_number_of_outputs(pictures, tmp_path):
+    for part in ("train", "val"):
+        images = sorted((pictures / part).glob("[ab]*/*.png"))
+        (tmp_path / f"{part}.txt").write_text("".join(
+            f"{path}\t{100_001 if path.parent.name == 'ant' else 999_999}\n" for path in images))
+    report = run(tmp_path / "train.txt", tmp_path / "out", "--val_data_path", tmp_path / "val.txt", "--epochs", 1)
+    ours = torch.load(tmp_path / "out" / "linear.pth")
+    assert ours["classes"] == ["100001", "999999"] and len(ours["state_dict"]["linear.bias"]) == 2
+    assert list(report["test"]["per_class"]) == ["100001", "999999"]
 
 
 def stop_after(monkeypatch, module, name, calls):

@@ -57,6 +57,68 @@ def test_interval_of_uniformity_is_as_wide_as_it_varies():
     assert high - low == pytest.approx(4 * spread, rel=0.3)
 
 
+@pytest.mark.parametrize("kind", ["spread", "few", "almost all equal", "two"])
+def test_interval_of_uniformity_is_that_of_resampling(kind):
+    g = torch.Generator().manual_seed(0)
+    x = torch.nn.functional.normalize(torch.randn({"few": 8, "two": 2}.get(kind, 30), 4, generator=g).double(), dim=1)
+    if kind == "almost all equal":
+        x[2:] = x[2]
+    random, resampled = np.random.RandomState(1), []
+    for _ in range(3000):
+        drawn = random.randint(len(x), size=len(x))
+        pairs = [(i, j) for i in drawn for j in drawn if i != j]
+        if pairs:
+            i, j = np.array(pairs).T
+            resampled.append(math.log(np.exp(-2 * ((x[i] - x[j]) ** 2).sum(1).numpy()).mean()))
+    interval = scores.uniformity(x, rows=7, n=3000)["interval"]
+    np.testing.assert_allclose(interval, np.percentile(resampled, [2.5, 97.5]), atol=0.1)
+    assert interval[1] <= 1e-6
+
+
+def ranked_by(right, labels):
+    """One draw's ranking over six classes in which exactly the images in `right` are right."""
+    return torch.where(right, labels, (labels + 1) % 6)[:, None]
+
+
+def test_macro_accuracy_when_all_are_right():
+    labels = torch.tensor([0] * 150 + [1] * 2 + [2])
+    macro = scores.accuracy([ranked_by(labels >= 0, labels)] * 3, labels, list("abcdef"))["macro"]
+    assert macro == {"value": 100, "interval": [100, 100]}
+
+
+@pytest.mark.parametrize("draws", [1, 3])
+def test_interval_of_macro_accuracy_is_that_of_resampling_each_class(draws):
+    g = torch.Generator().manual_seed(0)
+    labels = torch.tensor([0] * 150 + [1] * 30 + [2] * 20)
+    right = torch.rand(draws, len(labels), generator=g) < torch.tensor([0.9, 0.5, 0.5])[labels]
+    macro = scores.accuracy([ranked_by(r, labels) for r in right], labels, list("abcdef"))["macro"]
+    mean, random = right.double().mean(0).numpy(), np.random.RandomState(1)
+    parts = [mean[labels.numpy() == c] for c in range(3)]
+    resampled = [np.mean([part[random.randint(len(part), size=len(part))].mean() for part in parts])
+                 for _ in range(5000)]
+    assert macro["value"] == pytest.approx(100 * np.mean([part.mean() for part in parts]))
+    np.testing.assert_allclose(macro["interval"], 100 * np.percentile(resampled, [2.5, 97.5]), atol=1)
+    assert 0 <= macro["interval"][0] and macro["interval"][1] <= 100
+
+
+@pytest.mark.parametrize("low", [0, -1])  # accuracies, Jaccard, precisions; the decay of J and F may be negative
+def test_interval_in_percent_is_that_of_resampling(low):
+    x = np.random.RandomState(0).uniform(low, 1, size=60) ** 3
+    random = np.random.RandomState(1)
+    resampled = [100 * x[random.randint(60, size=60)].mean() for _ in range(5000)]
+    figure = scores.percent(x)
+    assert figure["value"] == pytest.approx(100 * x.mean())
+    np.testing.assert_allclose(figure["interval"], np.percentile(resampled, [2.5, 97.5]), atol=1.5)
+
+
+def test_interval_of_alignment_is_that_of_resampling():
+    g = torch.Generator().manual_seed(0)
+    x, y = (torch.nn.functional.normalize(torch.randn(50, 4, generator=g).double(), dim=1) for _ in "xy")
+    distances, random = (x - y).square().sum(1).numpy(), np.random.RandomState(1)
+    resampled = [distances[random.randint(50, size=50)].mean() for _ in range(5000)]
+    np.testing.assert_allclose(scores.alignment(x, y)["interval"], np.percentile(resampled, [2.5, 97.5]), atol=0.05)
+
+
 def test_rank_of_features():
     g = torch.Generator().manual_seed(0)
     orthogonal = torch.linalg.qr(torch.randn(100, 7, generator=g))[0]
