@@ -132,7 +132,7 @@ def listed(what: str, known: frozenset[bytes], search: Callable[[list[tuple]], T
 def searched_or_read(what: str, known: frozenset[bytes], search: Callable[[list[tuple]], Table]) -> Table:
     path = index_path(what, known)
     table = read_index(path) if path else None
-    if table is not None and unchanged(table):
+    if table is not None and settled(table, time.time_ns()) and unchanged(table):
         report(what, f"{number_of_images(table)} images from the index {path}; delete it to search again")
         return table
     stamps: list[tuple] = []
@@ -140,15 +140,23 @@ def searched_or_read(what: str, known: frozenset[bytes], search: Callable[[list[
     table = search(stamps)
     table["watched"] = pack(path for path, *_ in stamps)
     table["stamps"] = np.array([numbers for _, *numbers in stamps], np.int64).reshape(-1, 2)
-    # A second change within one tick of the clock would leave no trace, so what was just written gets no index.
-    settled = table["stamps"][:, 0].max(initial=0) < began - SETTLED
-    if path and number_of_images(table) >= WORTH_AN_INDEX and settled:
+    if path and number_of_images(table) >= WORTH_AN_INDEX and settled(table, began):
         try:
             write_index(path, table)
             report(what, f"{number_of_images(table)} images, saved in the index {path}; delete it to search again")
         except OSError as error:
             report(what, f"no index is saved ({error.strerror}); set DINO_CACHE to a folder that can be written to")
     return table
+
+
+def settled(table: Table, now: int) -> bool:
+    """Whether the times of all folders or shards can show a later change.
+
+    The time 0, as on mounts without times, never changes. A second change within one tick of the clock leaves no trace,
+    so what was just written, or has a time in the future, gets no index.
+    """
+    times = table["stamps"][:, 0]
+    return times.min(initial=now) > 0 and times.max(initial=0) < now - SETTLED
 
 
 def report(what: str, line: str) -> None:
@@ -160,7 +168,7 @@ def number_of_images(table: Table) -> int:
     return int(np.count_nonzero(table["paths"] == 0))
 
 
-def stamp(path: bytes) -> tuple[int, int]:
+def stamp(path: str | bytes | os.PathLike) -> tuple[int, int]:
     """Time of change in ns, and size in bytes (0 for a folder)."""
     status = os.stat(path)
     return status.st_mtime_ns, 0 if os.path.isdir(path) else status.st_size
@@ -178,6 +186,18 @@ def unchanged(table: Table) -> bool:
 def table_hash(table: Table) -> str:
     """Changes when a folder or shard of the listing does."""
     return hashlib.sha256(table["watched"].tobytes() + table["stamps"].tobytes()).hexdigest()
+
+
+def files_hash(paths: Iterable[str | bytes | os.PathLike]) -> str:
+    """Changes when the path, size or time of a file does; of a file that can't be read, only the path counts."""
+    digest = hashlib.sha256()
+    for path in paths:
+        try:
+            numbers = stamp(path)
+        except OSError:
+            numbers = None
+        digest.update(os.fsencode(path) + f" {numbers}\n".encode())
+    return digest.hexdigest()
 
 
 def cache_dir() -> Path | None:

@@ -84,6 +84,7 @@ def size(path: str | os.PathLike, turned: bool = False) -> tuple[int, int]:
     try:
         with decode.pillow_limits(decode.MAX_PIXELS), Image.open(path) as image:
             width, height = image.size
+            turned = turned and image.format != "TIFF"  # Pillow itself turns TIFF files, masks too, as it opens them
             return (width, height) if turned and decode.orientation(image) >= 5 else (height, width)
     except Exception as error:
         raise Refused(f"{path}: {decode.reason(error)}; replace the file") from error

@@ -4,12 +4,15 @@ Shapes: N images in all.
 """
 
 import difflib
+import hashlib
 import inspect
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cached_property, partial
+from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import torch
 from filelock import FileLock
 from PIL import Image
@@ -17,16 +20,33 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from imagesets.decode import Reduction, Undecodable, decode, from_pil
+from imagesets.listing import files_hash
 from parallel import Refused
 
 # ---- torchvision ----
+
+FILE_LISTS = ("samples", "imgs", "_samples", "_image_files", "_images", "images", "data")  # paths, or (path, ...)
 
 
 class Torchvision:
     """A torchvision data set whose items are (PIL image, target)."""
 
-    def __init__(self, name: str, dataset: Any, in_chans: int) -> None:
-        self.dataset, self.in_chans, self._name = dataset, in_chans, name
+    def __init__(
+        self, name: str, dataset: Any, in_chans: int, arguments: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
+        self.dataset, self.in_chans, self._name, self.arguments = dataset, in_chans, name, dict(arguments)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of the class, its arguments, and its images' files or, of images in memory, their pixels."""
+        root, data = os.path.realpath(self.arguments.get("root", "")), getattr(self.dataset, "data", None)
+        digest = hashlib.sha256(f"{self._name} {self.arguments | {'root': root}} {len(self)}\n".encode())
+        if isinstance(data, np.ndarray | Tensor):
+            data = np.ascontiguousarray(data)
+            digest.update(f"{data.dtype} {data.shape}\n".encode() + data.tobytes())
+        else:
+            digest.update(files_hash(image_files(self.dataset) or files_below(self.arguments.get("root"))).encode())
+        return digest.hexdigest()
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -72,6 +92,23 @@ def with_names(labels: Tensor, names: Iterable | None) -> tuple[Tensor, list[str
     return labels, list(map(str, numbers.tolist()))
 
 
+def image_files(dataset: Any) -> list[str | os.PathLike]:
+    """The files of a torchvision data set's images, if it lists them in an attribute; else []."""
+    for attribute in FILE_LISTS:
+        items = getattr(dataset, attribute, None)
+        if isinstance(items, list) and items:
+            paths = [item[0] if isinstance(item, tuple) else item for item in items]
+            if all(isinstance(path, str | os.PathLike) and os.path.isfile(path) for path in paths):
+                return paths
+    return []
+
+
+def files_below(folder: str | None) -> list[str]:
+    """All files of a folder, at any depth, in the order of their paths; hidden ones are left out."""
+    walk = os.walk(folder, followlinks=True) if folder else ()
+    return sorted(os.path.join(top, name) for top, _, names in walk for name in names if not name.startswith("."))
+
+
 def open_torchvision(where: str, value: str | None, split: str | None, in_chans: int) -> Torchvision:
     from torchvision import datasets
 
@@ -88,7 +125,7 @@ def open_torchvision(where: str, value: str | None, split: str | None, in_chans:
             dataset = construct(partial(known[name], **folder, **choice), folder.get("root"), "download" in takes)
             if not isinstance(dataset[0][0], Image.Image):
                 raise TypeError("its items aren't (image, target)")
-            return Torchvision(f"torchvision:{name}", dataset, in_chans)
+            return Torchvision(f"torchvision:{name}", dataset, in_chans, folder | choice)
         except Exception as error:  # files or packages are missing, no network, no such split, more arguments needed
             last = error
             if not isinstance(error, ValueError):  # torchvision raises ValueError for a split that it does not have

@@ -7,7 +7,7 @@ A set of images is any object with
 
 where `reduction` is that of decode.decode. Where names and file times don't show that images have changed, also
 
-    images.fingerprint -> str
+    images.fingerprint -> str, which does: caches of features depend on it
 
 Shapes: N images in all, C channels.
 """
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from imagesets import shapes
 from imagesets.decode import MAX_PIXELS, MODES, Reduction, decode, from_pil, printable, suffixes
-from imagesets.listing import Table, Texts, images_below, listed, numbered, pack
+from imagesets.listing import Table, Texts, files_hash, images_below, listed, numbered, pack
 from imagesets.packages import open_hugging_face, open_torchvision
 from imagesets.shards import named_by, open_folder_of_shards, open_shards
 from parallel import Refused
@@ -125,6 +125,15 @@ class Files:
 
     def name(self, i: int) -> str:
         return printable(self.path(i))
+
+    @property
+    def fingerprint(self) -> str:
+        """Where a path is not valid UTF-8, so that `name` only describes it, a hash of the files; else ""."""
+        try:
+            (self.folder + self.paths.text.numpy().tobytes()).decode()
+            return ""
+        except UnicodeDecodeError:
+            return files_hash(map(self.path, range(len(self))))
 
     def load(self, i: int, reduction: Reduction | None = None) -> Tensor:
         return decode(os.fsdecode(self.path(i)), self.in_chans, self.max_pixels, reduction=reduction)

@@ -119,13 +119,13 @@ def draw_sheets(
     outputs = []
     for i in np.linspace(0, len(images) - 1, min(len(images), max_images)).astype(int).tolist():
         try:
-            image = images.load(i)
+            outputs.append(dense.look(network, images.load(i), image_size, layer))
         except decode.Undecodable as error:
             print(f"left out: {error}")
-            continue
-        outputs.append(dense.look(network, image, image_size, layer))
+        except dense.TooManyPatches as error:
+            print(f"left out: {images.name(i)}: {error}")
     if not outputs:
-        raise Refused(f"{flag}: no image can be decoded; give others")
+        raise Refused(f"{flag}: no image can be decoded and drawn; give others")
     figures = [sheets.as_picture(image) for image, _, _ in outputs]
     attentions = [attention for _, attention, _ in outputs]
     masks = [sheets.threshold_mask(a.mean(axis=0), threshold) for a in attentions] if threshold else None

@@ -18,6 +18,12 @@ from vision_transformer import VITS, VisionTransformer
 
 # ---- Sizes ----
 
+MAX_PATCHES = 2**17  # per image: a frame of 3840 x 2160 pixels in patches of 8 has 129,600
+
+
+class TooManyPatches(Refused):
+    """An image whose patches would exhaust the memory, most often a very long strip."""
+
 
 def input_sizes(
     height: int, width: int, image_size: Sequence[int], patch: int
@@ -29,7 +35,8 @@ def input_sizes(
     image is distorted.
 
     Raises:
-        Refused: more than two numbers, or one below the patch size.
+        Refused: more than two numbers, or one below the patch size; TooManyPatches, of which it is the base: more than
+            MAX_PATCHES.
     """
     if len(image_size) > 2:
         raise Refused(f"--image_size {' '.join(map(str, image_size))}: give the shorter side, or height and width")
@@ -39,7 +46,12 @@ def input_sizes(
     if len(image_size) == 1:
         shorter = image_size[0] // patch * patch
         resized = tuple(max(shorter, round(side * shorter / min(height, width))) for side in (height, width))
-    return resized, tuple(side // patch * patch for side in resized)
+    rows, columns = (side // patch for side in resized)
+    if rows * columns > MAX_PATCHES:
+        raise TooManyPatches(
+            f"--image_size {' '.join(map(str, image_size))}: an image of {width} x {height} pixels (width x height) "
+            f"makes {columns} x {rows} patches, more than {MAX_PATCHES}; lower --image_size or crop the image")
+    return resized, (rows * patch, columns * patch)
 
 
 def resize_to_patches(image: Tensor, image_size: Sequence[int], patch: int) -> Tensor:

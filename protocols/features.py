@@ -151,24 +151,34 @@ def weights_hash(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def images_hash(images: Images) -> str:
+def images_hash(images: Images, numbers: Sequence[int] | None = None) -> str:
     """SHA-256 over the names of the images, sizes and times of their files where they are files, and the first image.
 
-    The first image's pixels cover what names do not tell: channels, the size of drawn images, a changed decoder.
+    The first image's pixels cover what names do not tell: channels, the size of drawn images, a changed decoder. Sets
+    whose names are not files have a `fingerprint` of their content (`imagesets.sources`). The time 0 says nothing, as
+    on mounts without times: the content of such files is hashed.
+
+    Args:
+        numbers: of the images whose names and files are hashed; all by default.
 
     Raises:
         Refused: the first image can't be decoded.
     """
     digest = hashlib.sha256()
-    for i in range(len(images)):
+    for i in range(len(images)) if numbers is None else numbers:
         name = images.name(i)
         digest.update(name.encode())
         try:
             status = os.stat(name)
             digest.update(f" {status.st_size} {status.st_mtime_ns}\n".encode())
+            if status.st_mtime_ns == 0:
+                digest.update(Path(name).read_bytes())
         except OSError:  # no file of its own: drawn, or packed with others in one file
             digest.update(b"\n")
-    digest.update(getattr(images, "fingerprint", "").encode())  # of shards
+    whole = images
+    while hasattr(whole, "images"):  # a subset, or crops
+        whole = whole.images
+    digest.update(getattr(whole, "fingerprint", "").encode())
     if len(images):
         try:
             first = images.load(0)

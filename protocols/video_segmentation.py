@@ -63,6 +63,7 @@ def frame_size(height: int, width: int, image_size: int, patch: int) -> tuple[in
     if image_size < patch:
         raise Refused(f"--image_size {image_size}: smaller than a patch of {patch}; give {patch} or more")
     shorter = image_size // patch * patch
+    dense.input_sizes(height, width, [image_size], patch)  # refuses too many patches
     return tuple(max(1, round(side * shorter / min(height, width) / patch)) * patch for side in (height, width))
 
 

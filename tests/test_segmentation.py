@@ -15,7 +15,7 @@ from processes import ENV, free_port
 
 import eval_segmentation as script
 import parallel
-from imagesets import masks, shapes, sources
+from imagesets import decode, masks, shapes, sources
 from protocols import dense, segmentation, segmentation_scores, sheets
 from protocols.features import Network
 from vision_transformer import VisionTransformer
@@ -132,6 +132,17 @@ def test_a_turned_image_has_the_size_that_is_seen(tmp_path):
     exif[0x0112] = 6
     Image.new("RGB", (40, 56)).save(tmp_path / "images" / "a.jpg", exif=exif)
     assert masks.open_masked(str(tmp_path)).load(0)[0].shape == (3, 40, 56)
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".tif", ".png"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_size_is_that_of_the_decoded_file(tmp_path, orientation, suffix):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / f"a{suffix}"
+    Image.new("RGB", (40, 56)).save(path, exif=exif)
+    assert masks.size(path, turned=True) == decode.decode(path).shape[1:]
+    assert masks.size(path) == masks.read_labels(path).shape
 
 
 def test_palette_is_that_of_voc():

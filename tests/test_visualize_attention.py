@@ -151,6 +151,19 @@ def test_folder_becomes_a_sheet_and_what_cannot_be_read_is_named(tiny, tmp_path,
     assert "left out" in out and "broken.jpg" in out and "3 of 4 images" in out
 
 
+def test_a_strip_of_too_many_patches_is_refused_or_left_out(tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(dense, "MAX_PATCHES", 16)
+    Image.new("RGB", (96, 6)).save(tmp_path / "strip.png")
+    assert run("--image_path", tmp_path / "strip.png", "--image_size", 2 * PATCH, "--output_dir", tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and f"--image_size {2 * PATCH}: an image of 96 x 6 pixels" in error
+    assert "32 x 2 patches" in error and "lower --image_size" in error
+    assert run("--image_path", tmp_path / "strip.png", "--image_size", PATCH, "--output_dir", tmp_path / "out") == 0
+    Image.new("RGB", (40, 40)).save(tmp_path / "square.png")
+    assert run("--images", tmp_path, "--image_size", 2 * PATCH, "--output_dir", tmp_path / "out") == 0
+    assert f"left out: {tmp_path / 'strip.png'}: " in capsys.readouterr().out
+
+
 def test_of_many_images_some_are_chosen_evenly(tiny, tmp_path, monkeypatch):
     chosen = []
     original = visualize_attention.sources.open_images

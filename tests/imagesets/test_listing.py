@@ -94,6 +94,29 @@ def test_every_change_of_the_names_is_seen(tree, cache, monkeypatch, change):
     assert after == listed(tree) != before
 
 
+@pytest.mark.parametrize("seconds", [0, 4_000_000_000])
+def test_times_that_show_no_change_are_not_trusted(tree, cache, seconds):
+    def stopped():
+        for path in (tree, *tree.rglob("*")):
+            os.utime(path, (seconds, seconds))
+
+    stopped()
+    before = listed(tree)
+    assert not list(cache.iterdir())
+    touch(tree / "b/deep/new.jpg")
+    stopped()
+    assert len(listed(tree)[0]) == len(before[0]) + 1
+    age(tree)
+    listed(tree)
+    (index,) = cache.iterdir()  # as an older version may have written it
+    table = listing.read_index(index)
+    table["stamps"][:, 0] = seconds * 10**9
+    listing.write_index(index, table)
+    touch(tree / "b/deep/newer.jpg")
+    stopped()
+    assert len(listed(tree)[0]) == len(before[0]) + 2
+
+
 def test_odd_folders_and_other_ways_to_them(tmp_path, monkeypatch, capsys):
     odd = tmp_path / "{a} %s\udcff"
     for i in range(6):

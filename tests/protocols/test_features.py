@@ -2,15 +2,18 @@
 
 import os
 
+import numpy as np
 import pytest
 import torch
+import torchvision
+from PIL import Image
 from torch import nn
 from torch.utils.data import Dataset
 
 from imagesets.decode import Undecodable
 from imagesets.sources import open_images
 from parallel import Refused
-from protocols import features
+from protocols import features, splits
 from protocols.features import cached_features, extract_features, images_hash, weights_hash
 
 
@@ -163,8 +166,6 @@ def test_images_hash_follows_the_files(tmp_path):
         return open_images(f"shapes:4x{pixels}")
 
     assert images_hash(drawn(16)) == images_hash(drawn(16)) != images_hash(drawn(24))
-    from PIL import Image
-
     for name in "ab":
         Image.new("RGB", (8, 8)).save(tmp_path / f"{name}.png")
     before = images_hash(open_images(tmp_path))
@@ -174,6 +175,80 @@ def test_images_hash_follows_the_files(tmp_path):
     touched = images_hash(open_images(tmp_path))
     (tmp_path / "b.png").rename(tmp_path / "c.png")
     assert len({before, touched, images_hash(open_images(tmp_path))}) == 3
+
+
+def write_classes(folder, gray):
+    """Two classes of two images of equal file sizes and times; the first image is always the same."""
+    for i, level in enumerate((0, gray, gray, 9)):
+        path = folder / "ab"[i // 2] / f"{i}.bmp"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (level,) * 3).save(path)
+        os.utime(path, ns=(10**18, 10**18))
+
+
+def test_images_hash_of_torchvision_sets_covers_files_and_pixels(tmp_path, monkeypatch):
+    write_classes(tmp_path / "one", 50)
+    write_classes(tmp_path / "two", 60)
+    one, two = (images_hash(open_images(f"torchvision:ImageFolder:{tmp_path / name}")) for name in ("one", "two"))
+    assert one != two
+    assert one == images_hash(open_images(f"torchvision:ImageFolder:{tmp_path / 'one'}"))
+    os.utime(tmp_path / "one" / "b" / "2.bmp", ns=(10**18, 10**18 + 1))
+    assert one != images_hash(open_images(f"torchvision:ImageFolder:{tmp_path / 'one'}"))
+
+    class InMemory(Dataset):
+        data = np.zeros((3, 8, 8, 3), np.uint8)
+
+        def __init__(self, root, train=True):
+            pass
+
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, i):
+            return Image.fromarray(self.data[i]), 0
+
+    class Unlisted(InMemory):  # its files are named in no attribute
+        data = None
+
+        def __getitem__(self, i):
+            return Image.new("RGB", (8, 8)), 0
+
+    for kind in (InMemory, Unlisted):
+        monkeypatch.setattr(torchvision.datasets, kind.__name__, kind, raising=False)
+    where = f"torchvision:InMemory:{tmp_path / 'one'}"
+    before = images_hash(open_images(where))
+    assert before == images_hash(open_images(where))
+    InMemory.data = InMemory.data.copy()
+    InMemory.data[2, 7, 7, 2] = 1
+    assert before != images_hash(open_images(where))
+    where = f"torchvision:Unlisted:{tmp_path / 'one'}"
+    before = images_hash(open_images(where))
+    assert before == images_hash(open_images(where)) != images_hash(open_images(where, "val"))
+    (tmp_path / "one" / "a" / "new").touch()
+    assert before != images_hash(open_images(where))
+
+
+def test_images_hash_covers_files_with_odd_names_and_without_times(tmp_path):
+    def written(name, gray, ns):
+        Image.new("RGB", (8, 8)).save(tmp_path / "0.bmp")
+        path = os.path.join(os.fsencode(tmp_path), name)
+        with open(path, "wb") as file:
+            Image.new("RGB", (8, 8), (gray,) * 3).save(file, "BMP")
+        for file in (path, tmp_path / "0.bmp"):
+            os.utime(file, ns=(ns, ns))
+        return images_hash(open_images(tmp_path))
+
+    assert written(b"\xff.bmp", 1, 10**18) != written(b"\xff.bmp", 1, 10**18 + 1)
+    assert written(b"1.bmp", 1, 0) == written(b"1.bmp", 1, 0) != written(b"1.bmp", 2, 0)
+
+
+def test_images_hash_of_a_subset_covers_its_set(tmp_path):
+    hashes = []
+    for gray in (50, 60):
+        write_classes(tmp_path / str(gray), gray)
+        images = open_images(f"torchvision:ImageFolder:{tmp_path / str(gray)}")
+        hashes.append(images_hash(splits.ImageSubset(images, torch.tensor([0, 2]))))
+    assert hashes[0] != hashes[1]
 
 
 # ---- Pixels and views ----
