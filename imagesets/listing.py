@@ -11,6 +11,7 @@ import os
 import re
 import time
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -24,6 +25,8 @@ from imagesets.decode import printable
 VERSION = 1  # of the content of an index
 WORTH_AN_INDEX = 10_000  # images; searching for fewer takes no time
 SETTLED = 3_000_000_000  # ns; no file system's timestamps are coarser
+
+PASSED_FOLDERS = (b"@eaDir", b"__MACOSX")  # thumbnails of a NAS, and resource forks; hidden folders are passed over too
 
 Table = dict[str, np.ndarray]  # paths, watched, stamps (see `listed`), and other columns of the kind of listing
 
@@ -75,7 +78,8 @@ def numbered(labels: Sequence[str]) -> tuple[list[int], list[str]]:
 
 
 def images_below(
-    folder: bytes, prefix: bytes, known: frozenset[bytes], stamps: list[tuple], above: tuple = ()
+    folder: bytes, prefix: bytes, known: frozenset[bytes], stamps: list[tuple], others: Counter[bytes],
+    above: tuple = (),
 ) -> Iterator[bytes]:
     """Paths of the images below a folder, each preceded by `prefix`: its files, then recursively those of its folders.
 
@@ -84,6 +88,7 @@ def images_below(
     Args:
         known: lower-case suffixes of images.
         stamps: (path, time of change in ns, 0) of every folder is appended.
+        others: counts files of other suffixes, by suffix.
         above: (device, inode) of the folders above this one; a link back to one of them is not followed.
 
     Raises:
@@ -97,21 +102,35 @@ def images_below(
     files, folders = [], []
     with os.scandir(folder) as entries:
         for entry in entries:
-            if entry.name.startswith(b"."):
+            suffix = os.path.splitext(entry.name)[1].lower()
+            if entry.name.startswith(b".") or entry.name in PASSED_FOLDERS:
                 continue
             if entry.is_dir():
                 folders.append(entry.name)
-            elif os.path.splitext(entry.name)[1].lower() in known and (entry.is_file() or entry.is_symlink()):
+            elif suffix not in known:
+                others[suffix] += 1
+            elif entry.is_file() or entry.is_symlink():
                 files.append(entry.name)  # a broken link counts, as a bad image to be reported; a pipe does not
     yield from (prefix + name for name in sorted(files))
     for name in sorted(folders):
-        yield from images_below(os.path.join(folder, name), prefix + name + b"/", known, stamps, above)
+        yield from images_below(os.path.join(folder, name), prefix + name + b"/", known, stamps, others, above)
+
+
+def passed_over(others: Counter[bytes], what: str) -> str:
+    """How many files of other suffixes there are: "53 files of other suffixes are passed over (50 .dcm, 3 .txt)"."""
+    if not others:
+        return ""
+    counts = [f"{count} {printable(suffix) or 'without suffix'}" for suffix, count in others.most_common(5)]
+    more = ", ..." if len(others) > 5 else ""
+    return f"{others.total()} {what} are passed over ({', '.join(counts)}{more})"
 
 
 # ---- The index ----
 
 
-def listed(what: str, known: frozenset[bytes], search: Callable[[list[tuple]], Table]) -> Table:
+def listed(
+    what: str, known: frozenset[bytes], search: Callable[[list[tuple]], Table], columns: Iterable[str] = (),
+) -> Table:
     """`search(stamps)`, or its result from an earlier start if nothing has changed since. All processes call this.
 
     Only rank 0 searches; the others receive its table, so that all have the same listing.
@@ -119,6 +138,7 @@ def listed(what: str, known: frozenset[bytes], search: Callable[[list[tuple]], T
     Args:
         what: absolute paths of the folder or of the shards, one per line.
         known: suffixes that are searched for.
+        columns: an index of an older version that lacks one of these is not used.
         search: makes the table, of which "paths" is required. It appends to `stamps` the (path, time of change in ns,
             size in bytes) of every folder or shard as it was *before* reading it. The size of folders is 0, and their
             time changes with the names in them, not with the content of their files.
@@ -126,13 +146,15 @@ def listed(what: str, known: frozenset[bytes], search: Callable[[list[tuple]], T
     Returns:
         the table with two more columns: "watched", the packed paths of `stamps`, and "stamps", the numbers (n, 2).
     """
-    return parallel.on_main(lambda: searched_or_read(what, known, search))
+    return parallel.on_main(lambda: searched_or_read(what, known, search, set(columns)))
 
 
-def searched_or_read(what: str, known: frozenset[bytes], search: Callable[[list[tuple]], Table]) -> Table:
+def searched_or_read(
+    what: str, known: frozenset[bytes], search: Callable[[list[tuple]], Table], columns: set[str]
+) -> Table:
     path = index_path(what, known)
     table = read_index(path) if path else None
-    if table is not None and settled(table, time.time_ns()) and unchanged(table):
+    if table is not None and columns <= table.keys() and settled(table, time.time_ns()) and unchanged(table):
         report(what, f"{number_of_images(table)} images from the index {path}; delete it to search again")
         return table
     stamps: list[tuple] = []
@@ -176,6 +198,9 @@ def stamp(path: str | bytes | os.PathLike) -> tuple[int, int]:
 
 def unchanged(table: Table) -> bool:
     """Whether every folder or shard of the listing still has the time and size that it had when it was read."""
+    watched = table["watched"].tobytes()
+    if any(b"/" + name + b"\0" in watched for name in PASSED_FOLDERS):  # by an older version
+        return False
     try:
         return all(stamp(path) == tuple(then) for path, then in
                    zip(Texts(table["watched"]), table["stamps"].tolist(), strict=True))

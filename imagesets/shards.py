@@ -17,7 +17,8 @@ import re
 import shutil
 import tarfile
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -155,23 +156,38 @@ def read_shards(where: str, paths: Sequence[bytes], in_chans: int, max_pixels: i
     known = frozenset(map(os.fsencode, suffixes(in_chans)))
     real = [os.path.realpath(path) for path in paths]
     what = "\n".join(map(os.fsdecode, real))
-    table = listing.listed(what, known, lambda stamps: shards_table(where, real, known, stamps))
+    table = listing.listed(what, known, lambda stamps: shards_table(where, real, known, stamps), ["note"])
     if not table["left_out"] and not len(table["paths"]):
         raise Refused(f"{where}: no images in {len(paths)} shard(s); give shards that hold some, named key.jpg")
     if table["left_out"] and parallel.is_main():
         print(f"{where}: {table['left_out']} images are left out: only the first image of a sample is used", flush=True)
+    if note := printable(table["note"].tobytes()):
+        parallel.say(f"{where}: {note}")
     return Shards(paths, table, in_chans, max_pixels)
 
 
 def shards_table(where: str, paths: Sequence[bytes], known: frozenset[bytes], stamps: list[tuple]) -> listing.Table:
-    """Columns: paths, shard, offset, size and (if all have one) labels of the images; classes; left_out, a count."""
+    """Columns: paths, shard, offset, size and (if all have one) labels of the images; classes; left_out, a count; note,
+    which samples have no image.
+
+    Raises:
+        Refused: a shard can't be read, or the members of a sample don't follow each other.
+    """
     names, labels, left_out = bytearray(), [], 0
     rows = {"shard": array("i"), "offset": array("q"), "size": array("q")}
+    others = Counter()
     for number, path in enumerate(paths):
+        keys = set()
         stamps.append((path, *listing.stamp(path)))
         for sample in samples(where, path):
             images = [m for m in sample if os.path.splitext(os.fsencode(m.name))[1].lower() in known]
             left_out += len(images[1:])
+            if (name := key(sample[0])) in keys:
+                raise Refused(f"{where}: {printable(path)}: the members of sample {name!r} don't follow each other; "
+                              "make this shard again, as with tar --sort=name")
+            keys.add(name)
+            if not images:
+                others[os.path.splitext(os.fsencode(sample[0].name))[1].lower()] += 1
             for image in images[:1]:
                 names += os.fsencode(image.name) + b"\0"
                 rows["shard"].append(number)
@@ -179,7 +195,9 @@ def shards_table(where: str, paths: Sequence[bytes], known: frozenset[bytes], st
                 rows["size"].append(image.size)
                 labels.append(next((m.label for m in sample if m.label is not None), None))
     numbers, classes = listing.numbered(labels) if None not in labels else ([], [])
+    note = listing.passed_over(others, "samples without an image")
     return {k: np.array(v) for k, v in rows.items()} | {
+        "note": np.frombuffer(os.fsencode(note), np.uint8),
         "paths": np.frombuffer(names, np.uint8), "left_out": np.array(left_out),
         "labels": np.array(numbers, np.int64), "classes": listing.pack(name.encode() for name in classes),
     }
@@ -203,10 +221,38 @@ def samples(where: str, path: bytes) -> Iterator[list[Member]]:
 
 
 def plain_files(tar: tarfile.TarFile) -> Iterator[Member]:
+    """A link has the content of the member that it leads to, or none, as an empty file, where there is no such member.
+    """
+    every = None
     while (member := next_member(tar)) is not None:
         tar.members.clear()  # a shard may hold millions
-        if member.isreg() and not member.issparse() and not os.path.basename(member.name).startswith("."):
-            yield Member(member.name, member.offset_data, member.size, label(tar, member))
+        name = member.name
+        if os.path.basename(name).startswith("."):
+            continue
+        if member.issym() or member.islnk():
+            every = every or members_by_name(tar.name)
+            member = link_target(member, every)
+            if member is None:
+                yield Member(name, 0, 0, None)
+                continue
+        if member.isreg() and not member.issparse():
+            yield Member(name, member.offset_data, member.size, label(tar, name, member))
+
+
+def members_by_name(path: str) -> dict[str, tarfile.TarInfo]:
+    with tarfile.open(path, "r:") as tar:
+        return {os.path.normpath(member.name): member for member in tar}
+
+
+def link_target(link: tarfile.TarInfo, every: Mapping[str, tarfile.TarInfo]) -> tarfile.TarInfo | None:
+    """The member that a link leads to, through other links if need be."""
+    for _ in range(40):  # as many as Linux follows
+        folder = os.path.dirname(link.name) if link.issym() else ""  # hard links name members from the top
+        target = every.get(os.path.normpath(os.path.join(folder, link.linkname)))
+        if target is None or not (target.issym() or target.islnk()):
+            return target
+        link = target
+    return None
 
 
 def next_member(tar: tarfile.TarFile) -> tarfile.TarInfo | None:
@@ -221,9 +267,9 @@ def key(member: Member) -> str:
     return os.path.join(folder, name.partition(".")[0])
 
 
-def label(tar: tarfile.TarFile, member: tarfile.TarInfo) -> str | None:
+def label(tar: tarfile.TarFile, name: str, member: tarfile.TarInfo) -> str | None:
     """The text of a .cls member, or the field `label` or `cls` of a .json member; None for all others."""
-    suffix = os.path.splitext(member.name)[1].lower()
+    suffix = os.path.splitext(name)[1].lower()
     if suffix == ".cls":
         return tar.extractfile(member).read().decode().strip()
     if suffix != ".json":

@@ -15,6 +15,7 @@ Shapes: N images in all, C channels.
 import os
 import re
 from array import array
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import Protocol
@@ -24,9 +25,20 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+import parallel
 from imagesets import shapes
 from imagesets.decode import MAX_PIXELS, MODES, Reduction, decode, from_pil, printable, suffixes
-from imagesets.listing import Table, Texts, files_hash, images_below, listed, numbered, pack
+from imagesets.listing import (
+    PASSED_FOLDERS,
+    Table,
+    Texts,
+    files_hash,
+    images_below,
+    listed,
+    numbered,
+    pack,
+    passed_over,
+)
 from imagesets.packages import open_hugging_face, open_torchvision
 from imagesets.shards import named_by, open_folder_of_shards, open_shards
 from parallel import Refused
@@ -155,26 +167,36 @@ def open_folder(where: str, folder: str, split: str | None, in_chans: int, max_p
             return shards
         kinds = "formats that Pillow reads, .npy, .tar" if in_chans in MODES else f".npy, as --in_chans is {in_chans}"
         raise Refused(f"{where}: no images in {folder!r}; give a folder that holds some ({kinds})")
-    if labels.min() < 0 or len(np.unique(labels)) < 2:
+    if note := printable(table.get("note", np.empty(0, np.uint8)).tobytes()):  # absent in an index of an older version
+        parallel.say(f"{where}: {note}")
+    strays, numbers = np.flatnonzero(labels < 0), np.unique(labels[labels >= 0])
+    if len(strays) and len(numbers) > 1:
+        parallel.say(f"{where}: no labels, because {len(strays)} of {len(labels)} images lie beside the class folders "
+                     f"(the first: {printable(paths[strays[0]])!r}); for labels move them into these")
+    if len(strays) or len(numbers) < 2:
         return Files(folder, paths, None, [], in_chans, max_pixels)
     classes = [printable(name) for name in Texts(table["classes"])]
     return Files(folder, paths, labels, classes, in_chans, max_pixels)
 
 
 def folder_table(folder: bytes, known: frozenset[bytes], stamps: list[tuple]) -> Table:
-    """Columns: paths; labels, the number of the first-level folder, or -1 outside of them; classes, their names."""
+    """Columns: paths; labels, the number of the first-level folder, or -1 outside of them; classes, their names; note,
+    which other files there are."""
     with os.scandir(folder) as entries:
-        names = sorted(e.name for e in entries if e.is_dir() and not e.name.startswith(b"."))
+        names = sorted(e.name for e in entries
+                       if e.is_dir() and not e.name.startswith(b".") and e.name not in PASSED_FOLDERS)
     numbers = {name: number for number, name in enumerate(names)}
-    labels = array("q")
+    labels, others = array("q"), Counter()
 
     def paths() -> Iterator[bytes]:
-        for path in images_below(folder, b"", known, stamps):
+        for path in images_below(folder, b"", known, stamps, others):
             first, slash, _ = path.partition(b"/")
             labels.append(numbers[first] if slash else -1)
             yield path
 
-    return {"paths": pack(paths()), "labels": np.array(labels), "classes": pack(names)}
+    table = {"paths": pack(paths()), "labels": np.array(labels), "classes": pack(names)}
+    note = passed_over(others, "files of other suffixes")
+    return table | {"note": np.frombuffer(os.fsencode(note), np.uint8)}
 
 
 def split_folder(where: str, folder: str, split: str | None) -> str:

@@ -68,8 +68,10 @@ class Job(NamedTuple):
         return range(-(-self.images // self.per_part))
 
 
-def missing_parts(job: Job) -> list[int] | None:
+def missing_parts(job: Job, images: Images) -> list[int] | None:
     """Numbers of the parts that are still to be computed; None where the whole file exists.
+
+    After some images have been removed or repaired, the parts before them are kept and the others removed.
 
     Raises:
         Refused: the file or its parts come from other weights, images or settings, or can't be written.
@@ -81,11 +83,17 @@ def missing_parts(job: Job) -> list[int] | None:
         remove_parts(job)
         return None
     record, own = job.parts / "fingerprint.json", job.fingerprint | {"images_per_part": job.per_part}
+    hashes = part_hashes(job, images)
+    written = json.dumps(own | {"images_of_parts": hashes})
     try:
         if not record.exists():
             job.parts.mkdir(parents=True, exist_ok=True)
-            atomic.write_text(record, json.dumps(own))
+            atomic.write_text(record, written)
         before = dict(json.loads(record.read_text()))
+        old = before.pop("images_of_parts", [])  # an older version wrote none
+        if differences(before, own) == "different images" and keep_unchanged(job, old, hashes):
+            atomic.write_text(record, written)
+            before = own
     except (ValueError, TypeError, FileExistsError) as error:
         raise Refused(f"--output {job.output}: {job.parts} is not what a stopped run leaves; {remedy}") from error
     except OSError as error:
@@ -93,6 +101,23 @@ def missing_parts(job: Job) -> list[int] | None:
     if differing := differences(before, own):
         raise Refused(f"--output {job.output}: {job.parts} was begun with something else ({differing}); {remedy}")
     return [number for number in job.numbers() if not job.part(number).exists()]
+
+
+def part_hashes(job: Job, images: Images) -> list[str]:
+    """A hash of the images of each part."""
+    first = range(0, job.images, job.per_part)
+    return [images_hash(images, range(start, min(start + job.per_part, job.images))) for start in first]
+
+
+def keep_unchanged(job: Job, before: list[str], now: list[str]) -> bool:
+    """Remove the parts whose hashes differ; where this would remove all that is computed, return False instead."""
+    kept = {job.part(number) for number, (old, new) in enumerate(zip(before, now, strict=False)) if old == new}
+    computed = set(job.parts.glob("*.npy"))
+    if not before or computed and not computed & kept:
+        return False
+    for path in computed - kept:
+        path.unlink()
+    return True
 
 
 def differences(one: Mapping, other: Mapping) -> str:
@@ -154,7 +179,7 @@ def extract(
     """
     forward = token_forward(network.forward, about["tokens"])
     job = Job(output, len(images), per_part, fingerprint(network, images, about, half))
-    missing = parallel.on_main(lambda: missing_parts(job))
+    missing = parallel.on_main(lambda: missing_parts(job, images))
     if missing is None:
         parallel.say(f"{output} exists, with the same weights, images and settings: nothing to do")
         return

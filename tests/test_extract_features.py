@@ -199,7 +199,7 @@ def test_what_stands_in_the_way_is_named(tmp_path, capsys):
         assert f"--output {tmp_path / name}: " in error and message in error and error.count("\n") == 1
 
 
-def test_a_broken_picture_is_named_and_the_parts_before_it_stay(photos, tmp_path, capsys):
+def test_a_broken_picture_is_named_and_the_parts_before_it_stay(photos, tmp_path, capsys, monkeypatch):
     (tmp_path / "photos").mkdir()
     for file in photos.iterdir():
         (tmp_path / "photos" / file.name).write_bytes(file.read_bytes())
@@ -209,7 +209,32 @@ def test_a_broken_picture_is_named_and_the_parts_before_it_stay(photos, tmp_path
     assert run(*where) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and f"{broken}: " in error and "repair or remove that file" in error
-    assert (tmp_path / "p.npy.parts/000000.npy").exists() and not (tmp_path / "p.npy").exists()
+    kept = tmp_path / "p.npy.parts/000000.npy"
+    assert kept.exists() and not (tmp_path / "p.npy").exists()
+    computed, compute = [], extraction.compute_part
+    monkeypatch.setattr(extraction, "compute_part", lambda job, n, *a: computed.append(n) or compute(job, n, *a))
+    broken.unlink()  # the remedy that the message names
+    assert run(*where) == 0 and computed == [1, 2]
+    assert run("--data_path", tmp_path / "photos", "--output", tmp_path / "whole.npy", *NETWORK) == 0
+    np.testing.assert_array_equal(np.load(tmp_path / "p.npy"), np.load(tmp_path / "whole.npy"))
+    assert json.loads((tmp_path / "p.npy.json").read_text())["names"] == [
+        str(tmp_path / "photos" / f"{i:02d} é.png") for i in range(11) if i != 5]
+
+
+def test_parts_of_other_images_are_not_removed(photos, tmp_path, capsys, monkeypatch):
+    """The drawn images of two sizes have the same names."""
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    compute = extraction.compute_part
+    monkeypatch.setattr(extraction, "compute_part", lambda job, n, *a: compute(job, n, *a) if n == 0 else stop())
+    assert run("--data_path", "shapes:9x40", "--output", tmp_path / "p.npy", *NETWORK) != 0
+    capsys.readouterr()
+    for other in (photos, "shapes:9x48"):
+        assert run("--data_path", other, "--output", tmp_path / "p.npy", *NETWORK) == 2
+        error = capsys.readouterr().err
+        assert "different images" in error and "remove it, or give another --output" in error
+    assert (tmp_path / "p.npy.parts/000000.npy").exists()
 
 
 def test_a_bug_is_not_mistaken_for_bad_input(photos, tmp_path, monkeypatch):

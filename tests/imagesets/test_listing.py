@@ -8,6 +8,7 @@ import textwrap
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import ROOT
 from processes import ENV, free_port
@@ -115,6 +116,35 @@ def test_times_that_show_no_change_are_not_trusted(tree, cache, seconds):
     touch(tree / "b/deep/newer.jpg")
     stopped()
     assert len(listed(tree)[0]) == len(before[0]) + 2
+
+
+def test_what_is_passed_over_is_counted_also_from_the_index(tree, cache, capsys):
+    expected = listed(tree)
+    for name in ("a/@eaDir/00.jpg/thumb.jpg", "__MACOSX/a/00.jpg", "a/.AppleDouble/00.jpg"):
+        touch(tree / name)
+    assert listed(tree) == expected and "passed over" not in capsys.readouterr().out
+    for name in ("a/0.dcm", "b/1.DCM", "LICENSE"):
+        touch(tree / name)
+    age(tree)
+    for _ in range(2):
+        assert listed(tree) == expected
+        assert capsys.readouterr().out.endswith(
+            f"--data_path '{tree}': 3 files of other suffixes are passed over (2 .dcm, 1 without suffix)\n")
+    (index,) = cache.iterdir()  # as an older version may have written it
+    table = listing.read_index(index)
+    os.utime(tree / "__MACOSX", (10**9, 10**9))
+    table["watched"] = listing.pack([*listing.Texts(table["watched"]), os.fsencode(tree / "__MACOSX")])
+    table["stamps"] = np.concatenate([table["stamps"], [[10**18, 0]]])
+    listing.write_index(index, table)
+    listed(tree)
+    assert "from the index" not in capsys.readouterr().out
+
+
+def test_an_image_beside_class_folders_is_named(tree, capsys):
+    touch(tree / "stray.jpg")
+    assert listed(tree)[1] is None
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert "no labels" in line and "1 of 13 images" in line and "'stray.jpg'" in line and "move" in line
 
 
 def test_odd_folders_and_other_ways_to_them(tmp_path, monkeypatch, capsys):

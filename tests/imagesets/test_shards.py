@@ -234,6 +234,34 @@ def test_one_image_per_sample_and_what_is_skipped(tmp_path, capsys):
     assert "1 images are left out" in capsys.readouterr().out
 
 
+def test_links_have_the_content_of_the_member_they_lead_to(tmp_path):
+    path = shard(tmp_path / "a.tar", {"a/x.png": png(1), "a/x.cls": b"7"})
+    with tarfile.open(path, "a") as tar:
+        for name, kind, target in (("b/y.png", tarfile.LNKTYPE, "a/x.png"), ("b/y.cls", tarfile.SYMTYPE, "../a/x.cls"),
+                                   ("b/z.png", tarfile.SYMTYPE, "y.png"), ("b/z.cls", tarfile.SYMTYPE, "y.cls"),
+                                   ("c/gone.png", tarfile.SYMTYPE, "nowhere.png")):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, target
+            tar.addfile(member)
+        add(tar, "c/gone.cls", b"7")
+    found = open_images(path)
+    assert [Path(found.name(i)).name for i in range(len(found))] == ["x.png", "y.png", "z.png", "gone.png"]
+    assert [int(found.load(i)[0, 0, 0]) for i in range(3)] == [1, 1, 1] and found.labels.tolist() == [7] * 4
+    with pytest.raises(Undecodable, match="gone.png: the file is empty"):
+        found.load(3)
+
+
+def test_a_sample_in_two_places_is_refused(tmp_path):
+    path = shard(tmp_path / "a.tar", {"x.png": png(1), "y.png": png(2), "x.cls": b"1", "y.cls": b"2"})
+    with pytest.raises(Refused, match="--data_path .*a.tar: .*sample 'x'.*--sort=name"):
+        open_images(path)
+
+
+def test_samples_without_an_image_are_counted(tmp_path, capsys):
+    open_images(shard(tmp_path / "a.tar", {"x.png": png(1), "y.dcm": b"", "z.dcm": b"", "notes.txt": b""}))
+    assert "3 samples without an image are passed over (2 .dcm, 1 .txt)" in capsys.readouterr().out
+
+
 def test_long_and_odd_names(tmp_path):
     odd = ["with space/äö 图.png", "x" * 120 + "/" + "y" * 150 + ".png", "a/100%.png"]
     found = open_images(shard(tmp_path / "a b.tar", {name: png(i) for i, name in enumerate(odd)}))
