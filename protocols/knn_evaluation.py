@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 import flags
-import parallel
 from protocols import scores
 from protocols.features import Network, network_features
 from protocols.knn import knn_predict
@@ -98,9 +97,7 @@ def evaluate_knn(
         "label_free": free, "results": results,
     }
     flags.prepare_output(output_dir)
-    if parallel.is_main():
-        scores.write_results(output_dir / "eval_knn.json", **report)
-    return report
+    return scores.write_results(output_dir / "eval_knn.json", **report)
 
 
 def show_knn(report: dict) -> None:

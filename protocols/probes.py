@@ -77,9 +77,7 @@ def evaluate_linear(
         "images": [len(part) if part else 0 for part in task[:3]], "epochs": training.epochs,
         "notes": task.notes, "test": scores.accuracy([ranked], task.test.labels, task.classes), "results": rows,
     }
-    if parallel.is_main():
-        scores.write_results(output_dir / "eval_linear.json", **report)
-    return report
+    return scores.write_results(output_dir / "eval_linear.json", **report)
 
 
 def show_linear(report: dict) -> None:

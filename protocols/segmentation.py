@@ -1,7 +1,7 @@
 """Zero-shot foreground masks from the class token's attention (DINO, arXiv 2104.14294, section 4.2.2).
 
 The mask of a head is the set of patches that hold 60 % of its attention. The score is the Jaccard index (IoU) with the
-foreground at the image's own size, averaged over images. Labels are used only where a row says so:
+foreground at the image's own size, averaged over images. Labels are used only where a row mentions them:
 
     best head          the head that fits each image best, chosen with its label: the paper's figure, an upper bound
     one head           one head for all images, chosen on a validation part: what a user can have

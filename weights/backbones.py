@@ -42,7 +42,7 @@ def load_weights_into(
 ) -> None:
     """Copy the weights in a file, in any layout of `weights.layouts`, into a backbone.
 
-    Position embeddings for another image size are interpolated to the backbone's grid, and a line says so.
+    Position embeddings for another image size are interpolated to the backbone's grid, which is printed.
 
     Raises:
         Refused: no such file, not a checkpoint, no such part in it, or weights of another network.
