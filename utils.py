@@ -211,14 +211,15 @@ def losses(
 
     Returns:
         The loss to differentiate, and a dict of detached parts: scalars to log, the teacher's backbone features
-        `teacher_features` (2B, D) and its head output `teacher_output` (2B, K).
+        `teacher_features` (2B, D), its head output `teacher_output` (2B, K) and its mean `teacher_mean` (1, K).
     """
     with torch.no_grad():
         # Cloned: a CUDA graph (--compile reduce-overhead) overwrites its outputs when the next graph starts.
         teacher_features = teacher.features(crops[:1]).clone()  # (2B, D), global views only
         teacher_output = teacher.head(teacher_features).clone()  # (2B, K)
     loss = cross_entropy(student(crops), dino_loss.targets(teacher_output, epoch), dino_loss.student_temp)
-    return loss, {"loss": loss.detach(), "teacher_features": teacher_features, "teacher_output": teacher_output}
+    return loss, {"loss": loss.detach(), "teacher_features": teacher_features, "teacher_output": teacher_output,
+                  "teacher_mean": at_least_float32(teacher_output).mean(0, keepdim=True)}
 
 
 class DINOLoss(nn.Module):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -19,21 +19,26 @@ from torch import Tensor, nn
 
 import parallel
 from pretraining import sharding
-from utils import DINOLoss
 from weights import checkpoints
 
 NAME = "failure.pt"
+KEPT = ("crops", "params", "index", "masks")  # what is stored of a micro-batch
 
 
 class NonFinite(parallel.Stopped):
     """The loss or a gradient is not finite; `step` and `rank` are the first at which this happened."""
 
-    def __init__(self, step: int, rank: int, losses: list[float], last_good: str, path: str) -> None:
+    def __init__(
+        self, step: int, rank: int, losses: Mapping[str, list[float]], last_good: str, path: str, script: str
+    ) -> None:
+        """`losses`: {term: its value on each rank}."""
         self.step, self.rank = step, rank
+        terms = [name for name, values in losses.items() if name != "loss" and not all(map(math.isfinite, values))]
         super().__init__(
-            f"step {step}: loss or gradient is not finite (loss {', '.join(f'{x:g}' for x in losses)} by rank); the "
+            f"step {step}: loss or gradient is not finite (loss {', '.join(f'{x:g}' for x in losses['loss'])} by rank"
+            + (f"; not finite: {', '.join(terms)}" if terms else "") + "); the "
             f"last good checkpoint is {last_good}; try a lower --lr or --clip_grad, or --precision bf16; to find the "
-            f"cause: python main_dino.py --replay {path}", parallel.is_main())
+            f"cause: python {script} --replay {path}", parallel.is_main())
 
 
 class Beginning(NamedTuple):
@@ -56,14 +61,14 @@ class Watch:
     """
 
     def __init__(
-        self, student: nn.Module, teacher: nn.Module, dino_loss: DINOLoss, optimizer: torch.optim.Optimizer | None,
+        self, student: nn.Module, teacher: nn.Module, dino_loss: nn.Module, optimizer: torch.optim.Optimizer | None,
         momentum: np.ndarray, load: Callable[[int], Iterable[dict]], about: dict, path: str | os.PathLike,
-        device: torch.device,
+        device: torch.device, script: str = "main_dino.py",
     ) -> None:
-        self.student, self.teacher, self.dino_loss = student, teacher, dino_loss
+        self.student, self.teacher, self.dino_loss, self.script = student, teacher, dino_loss, script
         self.momentum, self.load, self.about, self.path, self.device = momentum, load, about, os.fspath(path), device
         self.first = torch.full((), -1, dtype=torch.int64, device=device)
-        self.loss = torch.zeros((), device=device)
+        self.losses: dict[str, Tensor] = {}  # at that step
         self.found = torch.zeros((), device=device)  # 1 from the first step on that is not finite
         self.scaled = optimizer is None
         if optimizer is not None:
@@ -76,15 +81,19 @@ class Watch:
         # No copy is needed: updates replace the centre, and never change it in place.
         self.beginnings[step] = Beginning(torch_rng(self.device), self.dino_loss.state_dict())
 
-    def judge(self, loss: Tensor, grad_norms: Tensor) -> None:
+    def judge(self, losses: Mapping[str, Tensor], grad_norms: Tensor) -> None:
         """Test the current step, before its update. Gradients are ignored with a gradient scaler, which handles them.
+
+        Args:
+            losses: the loss and its terms, scalars.
         """
-        bad = ~torch.isfinite(loss.detach())
+        bad = ~torch.isfinite(losses["loss"].detach())
         if not self.scaled:
             bad = bad | ~torch.isfinite(grad_norms).all()
         now = bad & (self.first < 0)
         self.first = torch.where(now, self.step, self.first)
-        self.loss = torch.where(now, loss.detach().float(), self.loss)
+        self.losses = {name: torch.where(now, value.detach().float(), self.losses.get(name, 0.0))
+                       for name, value in losses.items()}
         self.found.logical_or_(bad)
 
     def check(self, last_good: str) -> None:
@@ -94,13 +103,14 @@ class Watch:
             NonFinite: on all processes, if any of them had such a step; failure.pt has been written.
         """
         if parallel.max_over_processes(self.first).item() >= 0:
-            losses, steps = parallel.gather(self.loss[None]).tolist(), parallel.gather(self.first[None]).tolist()
+            steps = parallel.gather(self.first[None]).tolist()
+            losses = {name: parallel.gather(value[None]).tolist() for name, value in self.losses.items()}
             step = min(s for s in steps if s >= 0)
             ranks = [rank for rank, s in enumerate(steps) if s == step]
             # All ranks share a gradient that is not finite; prefer a rank whose own loss is not.
-            rank = next((r for r in ranks if not math.isfinite(losses[r])), ranks[0])
+            rank = next((r for r in ranks if not math.isfinite(losses["loss"][r])), ranks[0])
             self.save(step, rank)
-            raise NonFinite(step, rank, losses, last_good, self.path)
+            raise NonFinite(step, rank, losses, last_good, self.path, self.script)
         self.beginnings.clear()
 
     def save(self, step: int, rank: int) -> None:
@@ -113,8 +123,7 @@ class Watch:
                 "step": step, "epoch": step // self.about["steps_per_epoch"], "rank": rank, "student": student,
                 "teacher": without_updates(teacher, student, names, self.momentum[step : self.step + 1]),
                 "dino_loss": began.dino_loss, "rng": began.rng,
-                "crops": [b["crops"] for b in batches], "params": [b["params"] for b in batches],
-                "index": [b["index"] for b in batches],
+                **{key: [b[key] for b in batches] for key in KEPT if batches and key in batches[0]},
             }, self.path)  # fmt: skip
         parallel.barrier()
 

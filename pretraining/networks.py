@@ -8,9 +8,12 @@ from functools import cache
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 import parallel
 from parallel import Refused
+from pretraining import sharding
 from utils import MultiCropWrapper
 from vision_transformer import VITS, DINOHead, VisionTransformer, build_backbone
 from weights.backbones import load_weights_into
@@ -97,11 +100,34 @@ def checkpoint_gradients(backbone: nn.Module, mode: str, arch: str) -> None:
         raise Refused(f"--grad_checkpointing {mode}: not available for --arch {arch}; give blocks or choose a ViT")
 
 
-def compile_networks(student: nn.Module, teacher: nn.Module, mode: str) -> None:
-    """Compile the student as one graph, and the teacher's backbone and head, which `utils.losses` calls separately."""
-    for module in (student, *teacher.children()):
+def compile_networks(mode: str, *modules: nn.Module) -> None:
+    """Compile modules, each of which becomes a graph where it is called."""
+    for module in modules:
         # Static shapes: otherwise the batch sizes of evaluation would make training recompile with dynamic shapes.
         module.compile(mode=mode, dynamic=False)
+
+
+def shard(student: nn.Module, teacher: nn.Module, device: torch.device, dtype: torch.dtype | None, precision: str
+          ) -> bool:
+    """Shard both networks over the processes, in place. Returns whether there are several processes.
+
+    Raises:
+        Refused: the precision is fp16, where each process would see the overflows of its own part only.
+    """
+    if parallel.world_size() == 1:
+        return False
+    if dtype == torch.float16:
+        raise Refused(f"--parallel fsdp: --precision {precision} is fp16 here; choose bf16 or fp32")
+    sharding.shard(student, device)
+    sharding.shard(teacher, device)
+    return True
+
+
+def distributed(student: nn.Module, device: torch.device) -> nn.Module:
+    """The student as the loop calls it: its gradients are those of all processes."""
+    if parallel.world_size() == 1 or any(isinstance(p, DTensor) for p in student.parameters()):
+        return student
+    return DistributedDataParallel(student, device_ids=[device.index] if device.type == "cuda" else None)
 
 
 # ---- Precision ----

@@ -8,18 +8,30 @@ Shapes: B images per process and micro-batch, L local crops, V = 2 + L views, K 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 import utils
 from parallel import Refused
-from pretraining.failures import NAME
+from pretraining.failures import KEPT, NAME
 from pretraining.state import dtype_named
 from weights import checkpoints
 
-Method = tuple[nn.Module, nn.Module, utils.DINOLoss, utils.DataAugmentationDINO]
-Build = Callable[[Mapping, int], Method]
+
+class Method(NamedTuple):
+    """What a step needs, built from the flags of a run; the weights are loaded afterwards."""
+
+    student: nn.Module
+    teacher: nn.Module
+    dino_loss: nn.Module
+    finish: Callable[[list[Tensor], Tensor], list[Tensor]]  # uint8 crops, parameters -> normalized crops
+    losses: Callable[[list[Tensor], Mapping, int], tuple[Tensor, dict]]  # crops, batch, step -> loss, parts
+    details: Callable[[Any, Mapping, int], str]  # student's output, parts, step -> a look inside the loss
+
+
+Build = Callable[[Mapping, Mapping], Method]
 
 
 def replay(path: str, device: torch.device, build: Build) -> None:
@@ -27,8 +39,7 @@ def replay(path: str, device: torch.device, build: Build) -> None:
     is not finite.
 
     Args:
-        build: (settings, number of epochs), as stored in failure.pt -> student, teacher, loss and augmentation; the
-            weights are loaded afterwards.
+        build: makes the method from (flags, {"epochs", "steps_per_epoch"}), as stored in failure.pt.
 
     Raises:
         Refused: the file does not exist, or it is no failure.pt.
@@ -62,7 +73,7 @@ def largest_of(tensors: Mapping[str, Tensor]) -> tuple[float, list[str]]:
 
 def compute(failure: Mapping, build: Build, device: torch.device, dtype: torch.dtype | None) -> bool:
     """Run one step forward and backward, under autocast if `dtype` is given. Returns whether it is not finite."""
-    student, teacher, dino_loss, augmentation = build(failure["args"], failure["epochs"])
+    student, teacher, dino_loss, finish, losses, details = build(failure["args"], failure)
     for module, state in ((student, "student"), (teacher, "teacher"), (dino_loss, "dino_loss")):
         module.load_state_dict(failure[state])
         module.to(device)
@@ -70,17 +81,17 @@ def compute(failure: Mapping, build: Build, device: torch.device, dtype: torch.d
     if device.type == "cuda" and "cuda" in failure["rng"]:
         torch.cuda.set_rng_state(failure["rng"]["cuda"], device)
     outputs = {"teacher": watch_outputs(teacher), "student": watch_outputs(student)}
-    logits: list[Tensor] = []  # the student's output of each micro-batch
-    student.register_forward_hook(lambda module, inputs, output: logits.append(output.detach()))
+    student_outputs: list = []  # of each micro-batch
+    student.register_forward_hook(lambda module, inputs, output: student_outputs.append(output))
     finite = True
-    for micro, (crops, params) in enumerate(zip(failure["crops"], failure["params"], strict=True)):
-        crops = augmentation.finish([c.to(device) for c in crops], params)
+    for micro in range(len(failure["crops"])):
+        batch = {key: failure[key][micro] for key in KEPT if key in failure}
+        crops = finish([c.to(device) for c in batch["crops"]], batch["params"])
         print(f"micro-batch {micro}: crops max |x| {max(c.abs().max().item() for c in crops):g}")
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
-            loss, parts = utils.losses(student, teacher, crops, dino_loss, failure["epoch"])
+            loss, parts = losses(crops, batch, failure["step"])
         finite &= bool(torch.isfinite(loss))
-        losses = view_losses(dino_loss, logits[-1], parts["teacher_output"], failure["epoch"])
-        print(f"  loss {loss.item():g}; by the student's view: {' '.join(f'{x:g}' for x in losses.tolist())}")
+        print(f"  loss {loss.item():g}; {details(student_outputs[-1], parts, failure['step'])}")
         (loss / len(failure["crops"])).backward()
     grads = {k: p.grad for k, p in student.named_parameters() if p.grad is not None}
     bad = [report(name, magnitudes) for name, magnitudes in outputs.items()] + [report_gradients(grads)]
@@ -90,7 +101,7 @@ def compute(failure: Mapping, build: Build, device: torch.device, dtype: torch.d
 def view_losses(dino_loss: utils.DINOLoss, student_out: Tensor, teacher_out: Tensor, epoch: int) -> Tensor:
     """(V,): cross-entropy of each student view, averaged over the images and the global views it is compared with."""
     q = dino_loss.targets(teacher_out, epoch).unflatten(0, (2, -1))  # (2, B, K)
-    log_p = (student_out.float() / dino_loss.student_temp).log_softmax(-1).unflatten(0, (dino_loss.ncrops, -1))
+    log_p = (student_out.detach().float() / dino_loss.student_temp).log_softmax(-1).unflatten(0, (dino_loss.ncrops, -1))
     return torch.stack([torch.stack([-(q[i] * log_p[v]).sum(-1).mean() for i in range(2) if i != v]).mean()
                         for v in range(dino_loss.ncrops)])
 

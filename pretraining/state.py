@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,10 +13,9 @@ from torch import nn
 
 import parallel
 from parallel import Refused
-from pretraining import sharding
-from pretraining.failures import Watch
+from pretraining import failures, sharding
 from pretraining.meters import Meters, averaged
-from utils import DINOLoss, MultiCropWrapper
+from pretraining.plan import Plan
 from weights import checkpoints
 
 # Flags that may differ when a run resumes, because they do not change what it computes.
@@ -36,9 +35,9 @@ NEEDED = {
 class Run:
     """Everything that changes during training. `settings`: the flags as plain values (see `plain_settings`)."""
 
-    student: MultiCropWrapper
-    teacher: MultiCropWrapper
-    dino_loss: DINOLoss
+    student: nn.Module  # a backbone and one or two heads
+    teacher: nn.Module
+    dino_loss: nn.Module  # the state of the losses: centres
     optimizer: torch.optim.Optimizer
     device: torch.device
     dtype: torch.dtype | None  # of autocast; None: float32
@@ -51,7 +50,7 @@ class Run:
     meters: Meters = field(default_factory=Meters)  # means over the current epoch
     knn: dict[str, float] = field(default_factory=dict)  # latest and best accuracy, and the baselines
     last_saved: str = "none"
-    watch: Watch | None = None
+    watch: failures.Watch | None = None
 
     def __post_init__(self) -> None:
         self.set_precision(self.dtype)
@@ -59,6 +58,14 @@ class Run:
     def set_precision(self, dtype: torch.dtype | None) -> None:
         self.dtype = dtype
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
+
+    def watch_steps(self, plan: Plan, load: Callable[[int, int], Iterable[dict]], script: str = "main_dino.py") -> None:
+        """Watch for steps that are not finite. `load`: (first, last) -> the micro-batches of these steps."""
+        about = {"args": self.settings, "dtype": str(self.dtype), "epochs": plan.epochs,
+                 "steps_per_epoch": plan.steps_per_epoch}
+        optimizer = None if self.scaler.is_enabled() else self.optimizer
+        self.watch = failures.Watch(self.student, self.teacher, self.dino_loss, optimizer, plan.momentum,
+                                    lambda step: load(step, step + 1), about, self.folder / failures.NAME, self.device)
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)

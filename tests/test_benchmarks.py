@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 import utils
 from imagesets.sources import open_images
 from method import fused
+from pretraining.session import Ends
 from pretraining.state import Run
 
 TINY = {"arch": "vit_nano", "size": 32, "k": 64, "drop_path": 0.1}
@@ -309,10 +310,11 @@ def device_that_cannot_be_read(request, monkeypatch, tmp_path):
             "--local_crops_number 2 --batch_size_per_gpu 4 --num_workers 0 --epochs 4 --warmup_epochs 0 "
             "--freeze_last_layer 0 --log_every 100 --saveckp_freq 0 --precision fp32").split()  # fmt: skip
     args = main_dino.get_args_parser().parse_args([*argv, "--optimizer", request.param, "--output_dir", str(tmp_path)])
-    images, plan = open_images(args.data_path), main_dino.make_plan(args, 16)
+    ends = Ends(open_images(args.data_path), None, 0, 0, 0, 32, args.mean, args.std)
+    plan = main_dino.make_plan(args, 16)
     run = main_dino.make_run(args, plan, 16, torch.device("meta"))
     run.step = 1  # step 0 is a logged one
-    return main_dino, run, lambda: main_dino.train(args, run, plan, images, None, log=None)
+    return main_dino, run, lambda: main_dino.train(args, run, plan, ends, log=None)
 
 
 def run_steps(main_dino, train, monkeypatch, steps):

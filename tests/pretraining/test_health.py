@@ -67,7 +67,7 @@ def test_watch_remembers_the_first_bad_step(tmp_path):
                            {"steps_per_epoch": 5}, tmp_path / "failure.pt", torch.device("cpu"))
     for step, loss, norms in ((4, 1.0, [1.0]), (5, 2.5, [1.0, math.inf]), (6, math.nan, [1.0])):
         watch.begin(step)
-        watch.judge(torch.tensor(loss), torch.tensor(norms))
+        watch.judge({"loss": torch.tensor(loss)}, torch.tensor(norms))
         if step == 4:
             watch.check("checkpoint.pth")
             assert not optimizer.found_inf and not watch.beginnings

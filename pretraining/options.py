@@ -1,0 +1,158 @@
+"""Flags that the pretraining scripts share, and checks of what no single flag's type can see."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable, Sequence
+
+import flags
+import utils
+from imagesets.decode import MAX_PIXELS
+from parallel import Refused
+from pretraining.logs import installed
+from vision_transformer import VITS
+
+
+def add_length_flags(add: Callable) -> None:
+    """Batch size and length of a run, for the group `optimization`."""
+    add("--batch_size_per_gpu", type=flags.positive_int, default=64, help="images per process and micro-batch")
+    add("--grad_accum_steps", type=flags.positive_int, default=1,
+        help="micro-batches per optimizer step, for larger steps than fit the memory")
+    add("--epochs", type=flags.positive_int, default=100, help="passes over the images")
+    add("--steps", type=flags.count, default=0, help="length of the run in optimizer steps; 0: --epochs counts")
+    add("--use_fp16", type=flags.boolean, default=True,
+        help="half precision where the device has it; false is float32, for when the loss becomes NaN")
+
+
+def add_crop_flags(
+    parser: argparse.ArgumentParser, global_scale: tuple[float, float], local_scale: tuple[float, float]
+) -> Callable:
+    """Multi-crop views. Returns the group's `add_argument`, for further flags."""
+    add = parser.add_argument_group("crops").add_argument
+    add("--global_crops_scale", type=flags.fraction, nargs=2, default=global_scale, metavar=("LOW", "HIGH"),
+        help="share of the image's area in a global crop; without local crops use a wider range, such as 0.14 1")
+    add("--local_crops_scale", type=flags.fraction, nargs=2, default=local_scale, metavar=("LOW", "HIGH"),
+        help="share of the image's area in a local crop")
+    add("--local_crops_number", type=flags.number(int, 0, 1000), default=8,
+        help="local crops per image; more cost time and memory, 0 trains on the two global crops")
+    add("--global_crops_size", type=flags.positive_int, default=224, help="side of the global crops in pixels")
+    add("--local_crops_size", type=flags.positive_int, default=96, help="side of the local crops in pixels")
+    add("--mean", type=flags.fraction, nargs="+", default=utils.IMAGENET_MEAN,
+        help="mean of each channel, of intensities in [0, 1]; ImageNet's by default")
+    add("--std", type=flags.number(float, 0, 1, above=True), nargs="+", default=utils.IMAGENET_STD,
+        help="standard deviation of each channel")
+    add("--in_chans", type=flags.positive_int, default=3,
+        help="channels of the images; other than 3 needs --mean and --std of as many values")
+    return add
+
+
+def add_data_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("data").add_argument
+    add("--data_path", default="shapes",
+        help="folder of images, with or without class folders; a .txt list; shards-{000..099}.tar; hf:FOLDER; "
+             "torchvision:CIFAR10; shapes[:COUNT[xPIXELS]], drawn images (docs/data.md)")
+    add("--max_pixels", type=flags.positive_int, default=MAX_PIXELS,
+        help="larger images count as undecodable, against decompression bombs; raise it for very large images")
+    add("--max_bad_images", type=flags.fraction, default=0.01,
+        help="share of undecodable files above which the run stops")
+    add("--eval_knn_every", type=flags.count, default=0,
+        help="epochs between k-NN evaluations on labelled images; 0: never")
+    add("--eval_data_path", default="", help="labelled images with train and val (or test) parts; empty: --data_path")
+
+
+def add_output_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("output").add_argument
+    add("--output_dir", default=".",
+        help="folder for checkpoints and logs; a run that finds its own checkpoint there resumes")
+    add("--saveckp_freq", type=flags.count, default=20, help="epochs between checkpoints that are kept; 0: none")
+    add("--saveckp_every_steps", type=flags.count, default=0,
+        help="steps between checkpoints to resume from, for long epochs; 0: at the end of epochs only")
+    add("--saveckp_every_minutes", type=flags.non_negative, default=0,
+        help="minutes between checkpoints to resume from; 0: never")
+    add("--keep_checkpoints", type=flags.count, default=0,
+        help="keep only so many of the newest checkpoints of --saveckp_freq; 0: all")
+    add("--log_every", type=flags.positive_int, default=10, help="steps between progress lines and health checks")
+    add("--pictures_every", type=flags.count, default=0,
+        help="epochs between figures of the teacher's attention and patch tokens (PCA) on six fixed images; 0: never")
+    add("--tensorboard", action="store_true", help="write scalars and figures for TensorBoard into --output_dir")
+    add("--wandb", action="store_true",
+        help="send scalars and figures to Weights & Biases; WANDB_PROJECT and WANDB_MODE are read")
+    add("--replay", default="", metavar="FAILURE",
+        help="compute the step in a failure.pt, which a loss of NaN leaves, again with a look inside, and exit")
+    add("--seed", type=flags.seed, default=0, help="of the weights, the order of images and their views")
+
+
+def add_hardware_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("hardware")
+    add = group.add_argument
+    flags.add_precision_flags(group)
+    add("--parallel", choices=("ddp", "fsdp"), default="ddp",
+        help="with several processes: each holds the networks (ddp), or its part of them (fsdp) for networks that do "
+             "not fit one GPU")
+    add("--compile", nargs="?", const="default", choices=("default", "reduce-overhead", "max-autotune"),
+        help="torch.compile networks and colour operations: faster steps after minutes of compiling; reduce-overhead "
+             "uses CUDA graphs, for small networks")
+    add("--grad_checkpointing", nargs="?", const="blocks", choices=("blocks", "layers"),
+        help="keep less memory for the backward pass and recompute it, so that larger batches fit: whole blocks for a "
+             "fifth of the time, or layers (norms and GELU, a third of the memory) for a fiftieth")
+    flags.add_launch_flags(group)
+
+
+# ---- Checks ----
+
+
+def check_crops(
+    arch: str, patch_size: int, scales: dict[str, Sequence[float]], local_crops_number: int, global_crops_size: int,
+    local_crops_size: int, in_chans: int, statistics: dict[str, Sequence[float]],
+) -> None:
+    """Args: scales: {flag: (low, high)}; statistics: {flag: a value per channel}."""
+    for name, (low, high) in scales.items():
+        if not 0 < low <= high:
+            raise Refused(f"--{name} {low:g} {high:g}: give 0 < low <= high <= 1")
+    for name, values in statistics.items():
+        if len(values) != in_chans:
+            raise Refused(f"--{name} {' '.join(f'{v:g}' for v in values)}: --in_chans {in_chans} needs {in_chans} "
+                          "values")
+    if local_crops_number and local_crops_size > global_crops_size:
+        raise Refused(f"--local_crops_size {local_crops_size} is larger than --global_crops_size {global_crops_size}; "
+                      "make it smaller")
+    smallest = local_crops_size if local_crops_number else global_crops_size
+    if arch in VITS and patch_size > smallest:
+        flag = "local" if local_crops_number else "global"
+        raise Refused(f"--patch_size {patch_size} is larger than --{flag}_crops_size {smallest}; lower it")
+
+
+def check_length(lr: float, min_lr: float, epochs: int, steps: int, **warmups: float) -> None:
+    """Args: warmups: {flag: epochs}; with --steps, they are checked once the length of an epoch is known."""
+    if min_lr > lr:
+        raise Refused(f"--min_lr {min_lr:g} is above --lr {lr:g}; lower it")
+    for flag, length in warmups.items():
+        if not steps and length > epochs:
+            raise Refused(f"--{flag} {length:g} is longer than --epochs {epochs}; lower it")
+
+
+def check_hardware(parallel: str, precision: str, use_fp16: bool, compile: str | None, grad_accum_steps: int) -> None:
+    if parallel == "fsdp" and precision == "fp16":  # each process would see the overflows of its own part
+        raise Refused("--parallel fsdp with --precision fp16: choose --precision bf16 or fp32")
+    if precision in ("fp16", "bf16") and not use_fp16:
+        raise Refused(f"--use_fp16 false contradicts --precision {precision}; leave one of them out")
+    if compile and parallel == "fsdp":
+        raise Refused(f"--compile {compile} with --parallel fsdp is not supported; leave one of them out")
+    if compile in ("reduce-overhead", "max-autotune") and grad_accum_steps > 1:  # their outputs do not last
+        raise Refused(f"--compile {compile} with --grad_accum_steps {grad_accum_steps} is not supported: "
+                      "CUDA graphs take a micro-batch's gradients back; give --compile default")
+
+
+def check_packages(**wanted: bool) -> None:
+    """Args: wanted: {flag and name of the package: whether the flag was given}."""
+    for name, given in wanted.items():
+        if given and not installed(name):
+            raise Refused(f"--{name}: not installed; pip install {name}")
+
+
+def check_files(**paths: str) -> None:
+    """Args: paths: {flag: file of weights, or "" for none}."""
+    for flag, path in paths.items():
+        if path and not os.path.isfile(path):
+            raise Refused(f"--{flag} {path}: no such file; weights are never downloaded")

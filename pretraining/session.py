@@ -1,0 +1,172 @@
+"""What surrounds a training loop, whatever the method: resume, log, evaluate and save at the ends of epochs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import flags
+import parallel
+from imagesets.bad_images import BadImages
+from imagesets.sources import Images
+from parallel import Refused
+from pretraining import faults, monitor
+from pretraining.evaluation import KnnEvaluation
+from pretraining.faults import TO_BE_CONTINUED
+from pretraining.logs import Log
+from pretraining.meters import Clock, Meters
+from pretraining.owner import owned
+from pretraining.plan import Plan
+from pretraining.state import Run
+from weights import checkpoints
+
+Losses = Callable[[nn.Module, list[Tensor], dict], tuple[Tensor, dict]]
+
+
+class Ends(NamedTuple):
+    """What happens at the ends of epochs, and on which data."""
+
+    images: Images
+    evaluation: KnnEvaluation | None
+    eval_knn_every: int  # epochs
+    saveckp_freq: int  # epochs
+    pictures_every: int  # epochs
+    crop_size: int
+    mean: Sequence[float]
+    std: Sequence[float]
+
+
+@contextmanager
+def memory_refused():
+    """Memory that runs out while a run is set up is bad input."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not (reason := faults.out_of_memory(error)):
+            raise
+        raise Refused(reason) from error
+
+
+def description(
+    run: Run, plan: Plan, arch: str, prototypes: str, data_path: str, n_images: int, batch: int, crops: str
+) -> list[str]:
+    """What is about to run, in a few lines. `batch`: images per step, over all processes."""
+    n_params, used = sum(p.numel() for p in run.student.backbone.parameters()), plan.steps_per_epoch * batch
+    lines = [
+        f"{arch}: {n_params / 1e6:.1f} M parameters; {prototypes}; {run.device}, "
+        f"{str(run.dtype or torch.float32).removeprefix('torch.')}, {parallel.world_size()} process(es)"
+        + (", networks sharded" if run.make_backbone else ""),
+        f"{data_path}: {n_images} images, {used} used per epoch; {crops}"]
+    if used < n_images:
+        lines.append(
+            f"{n_images - used} of {n_images} images are left out of each epoch, different ones each time, as they do "
+            f"not fill a step of {batch}; a --batch_size_per_gpu that divides {n_images} uses all")
+    return [*lines, f"{plan.steps} steps of {batch} images, {plan.steps_per_epoch} per epoch; peak learning rate "
+                    f"{plan.lr.max():.2e}"]
+
+
+def carry_out(
+    run: Run, plan: Plan, ends: Ends, description: str, train: Callable[[Log], bool], tensorboard: bool = False,
+    wandb_config: Mapping | None = None,
+) -> int:
+    """Resume if there is something to resume, train, and return the exit code.
+
+    Args:
+        description: printed first.
+        train: trains from `run.step` to the end and returns True, or False if a signal ended it early.
+    """
+    latest = checkpoints.read_latest(run.folder)
+    if latest:
+        run.check_resumable(*latest)
+    flags.prepare_output(run.folder)
+    with owned(run.folder):
+        if parallel.is_main():
+            checkpoints.remove_temporary(run.folder)
+        parallel.say(description)
+        knn = dict(latest[0]["knn"]) if latest else {}
+        if ends.evaluation and "untrained" not in knn:
+            knn |= ends.evaluation.baselines(run.teacher_backbone(), run.autocast())
+        if latest:
+            parallel.say(f"resuming from {latest[1]} at step {latest[0]['step']} of {plan.steps}")
+            run.resume(*latest)
+        run.knn = knn
+        del latest  # its memory
+        log = Log(run.folder, run.epoch, run.step, plan.steps, tensorboard, wandb_config)
+        try:
+            finished = train(log)
+        finally:
+            log.close()
+        if not finished:
+            parallel.say(f"stopped by a signal and saved; start again to continue (exit code {TO_BE_CONTINUED})")
+            return TO_BE_CONTINUED
+        backbone = run.teacher_backbone()  # all processes help, where it is sharded
+        if parallel.is_main():
+            names = monitor.save_last_figures(run.folder, ends.images, backbone, ends.crop_size, ends.mean, ends.std)
+            print(f"wrote {', '.join(names)}, log.txt and {run.last_saved} in {run.folder}", flush=True)
+    return 0
+
+
+def add_gradients(
+    run: Run, student: nn.Module, losses: Losses, finish: Callable[[list[Tensor], Tensor], list[Tensor]],
+    batches: Iterator[dict], bad_images: BadImages, clock: Clock, grad_accum_steps: int,
+) -> tuple[dict[str, Tensor], dict]:
+    """Add the gradients of a step's micro-batches to the student's parameters.
+
+    Args:
+        student: run.student, or what makes its gradients those of all processes.
+        losses: (student, crops, batch) -> (loss, parts), the method.
+        finish: uint8 crops and their parameters -> normalized crops.
+
+    Returns:
+        The scalars among the parts, and all parts. Scalars and parts called `..._mean` are means over the
+        micro-batches, the others are those of the last micro-batch.
+    """
+    means: dict[str, Tensor] = {}
+    for micro in range(grad_accum_steps):
+        batch = clock.next(batches)
+        bad_images.add(batch["bad"])
+        crops = finish(batch["crops"], batch["params"])
+        last = micro == grad_accum_steps - 1
+        with nullcontext() if last or student is run.student else student.no_sync():
+            with run.autocast():
+                loss, parts = losses(student, crops, batch)
+            run.scaler.scale(loss / grad_accum_steps).backward()
+        for name, value in parts.items():
+            if name.endswith("_mean") or (isinstance(value, Tensor) and value.ndim == 0):
+                means[name] = means.get(name, 0) + value / grad_accum_steps
+    return {name: value for name, value in means.items() if value.ndim == 0}, parts | means
+
+
+def end_epoch(run: Run, plan: Plan, epoch: int, ln_k: float, ends: Ends, log: Log) -> None:
+    """k-NN when it is due, the line of the epoch, then the checkpoints.
+
+    The checkpoint to resume from is written last: after a kill before it, the rest of the epoch is repeated, and
+    with it the others are written.
+    """
+    run.watch.check(run.last_saved)
+    last, names = run.step == plan.steps, []
+    if ends.saveckp_freq and (epoch + 1) % ends.saveckp_freq == 0:
+        names.append(f"checkpoint{epoch:04d}.pth")
+    if ends.evaluation and ((epoch + 1) % ends.eval_knn_every == 0 or last):
+        top1, top5 = ends.evaluation.knn(run.teacher_backbone(), run.autocast())
+        run.knn |= {"epoch": epoch, "top1": top1, "top5": top5}
+        if run.knn["top1"] > run.knn.get("best", -1):
+            run.knn |= {"best": run.knn["top1"], "best_epoch": epoch}
+            names.append(checkpoints.BEST)
+    monitor.log_epoch(log, epoch, run.step, run.meters.means(), ln_k, run.knn if ends.evaluation else {})
+    if last or (ends.pictures_every and (epoch + 1) % ends.pictures_every == 0):
+        draw(run, ends, log, f"epoch{epoch:04d}")
+    run.meters = Meters()
+    run.save(*names, checkpoints.NAME)
+
+
+def draw(run: Run, ends: Ends, log: Log, when: str) -> None:
+    """Figures of the teacher on six fixed images, where --pictures_every asks for them."""
+    if ends.pictures_every:
+        backbone = run.teacher_backbone()  # all processes help, where it is sharded
+        if parallel.is_main():
+            log.pictures(monitor.draw(ends.images, backbone, ends.crop_size, ends.mean, ends.std), when, run.step)
