@@ -27,13 +27,14 @@ from imagesets.sources import Images, open_images
 from pretraining import faults, monitor, networks, options, session
 from pretraining.evaluation import KnnEvaluation, open_evaluation
 from pretraining.faults import TO_BE_CONTINUED, Requests  # noqa: F401 - the launcher reads the code
-from pretraining.health import health
+from pretraining.health import collapse, health
 from pretraining.logs import Log
 from pretraining.meters import Clock, Meters
 from pretraining.plan import Plan, check_warmups, steps_per_epoch
 from pretraining.replay import Method, replay, view_losses
 from pretraining.session import Ends, add_gradients
 from pretraining.state import Run, plain_settings, seed_everything
+from vision_transformer import DINOHead
 from weights import checkpoints
 
 
@@ -123,9 +124,11 @@ def make_plan(args: argparse.Namespace, n_images: int) -> Plan:
 
 
 def make_networks(args: argparse.Namespace) -> tuple[utils.MultiCropWrapper, utils.MultiCropWrapper]:
-    return networks.build_networks(
-        args.arch, args.patch_size, args.in_chans, args.global_crops_size, args.drop_path_rate, args.out_dim,
-        args.use_bn_in_head, args.norm_last_layer, args.init_from)
+    def build(rate: float) -> utils.MultiCropWrapper:
+        backbone, width = networks.make_backbone(args.arch, args.patch_size, args.in_chans, args.global_crops_size, rate)
+        return utils.MultiCropWrapper(backbone, DINOHead(width, args.out_dim, args.use_bn_in_head, args.norm_last_layer))
+
+    return networks.pair(build, args.drop_path_rate, args.init_from)
 
 
 def make_loss(args: argparse.Namespace, epochs: int) -> utils.DINOLoss:
@@ -247,7 +250,9 @@ def train(args: argparse.Namespace, run: Run, plan: Plan, ends: Ends, log: Log) 
             extra = health(parts["teacher_output"], parts["teacher_features"], parts["loss"], run.dino_loss, epoch)
             run.meters.update(**extra)
             window.update(**extra)
-            monitor.log_step(log, plan, step, window.means(), ln_k, images_per_step(args), *clock.read())
+            means = window.means()
+            warning = collapse(means["entropy"], ln_k, means["prototypes_used"])
+            monitor.log_step(log, plan, step, means, f"ln K {ln_k:.2f}", warning, images_per_step(args), *clock.read())
             window.reset()
         run.dino_loss.update_center(parts["teacher_mean"])
         run.step += 1

@@ -40,6 +40,7 @@ class DataAugmentationDINO:
         global_crops_size, local_crops_size: side of the crops in pixels.
         mean, std: one value per channel, for intensities in [0, 1].
         compiled: run `finish` through torch.compile, with fewer passes over memory (three channels only).
+        blur: probability for the first and second global crop, and for a local crop.
     """
 
     BLUR = (1.0, 0.1)  # probability for the first and second global crop
@@ -58,10 +59,11 @@ class DataAugmentationDINO:
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
         compiled: bool = False,
+        blur: Sequence[float] = (*BLUR, LOCAL_BLUR),
     ) -> None:
         self.scales = [tuple(global_crops_scale)] * 2 + [tuple(local_crops_scale)] * local_crops_number
         self.sizes = [global_crops_size] * 2 + [local_crops_size] * local_crops_number
-        self.blur = list(self.BLUR) + [self.LOCAL_BLUR] * local_crops_number
+        self.blur = [*blur[:2], *blur[2:] * local_crops_number]
         self.solarize = list(self.SOLARIZE) + [0.0] * local_crops_number
         self.mean, self.std, self.compiled = tuple(mean), tuple(std), compiled
 

@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from types import TracebackType
 from typing import Any
@@ -27,11 +27,13 @@ from imagesets.decode import Undecodable, jpeg_decoder
 from imagesets.sources import Images
 from parallel import Refused
 
+Masks = Callable[[int, int, int], Tensor]  # (epoch, micro-batch, row) -> masks of an image's global crops
+
 # ---- Batches ----
 
 
 class GlobalBatches(Sampler):
-    """This process's part of every global batch of a run: lists of B (epoch, index).
+    """This process's part of every global batch of a run: lists of B (epoch, index), or (epoch, index, m, row).
 
     Micro-batches are numbered through the whole run, so that workers are kept from epoch to epoch. Micro-batch m is
     batch s of epoch e, where (e, s) = divmod(m, batches_per_epoch). With p_e the permutation drawn from (seed, e), and
@@ -47,6 +49,7 @@ class GlobalBatches(Sampler):
         batch_size: B.
         batches_per_epoch: at most N // G, the default.
         first_batch, last_batch: m runs from first_batch to last_batch - 1; None: without end.
+        numbered: also yield the number m of the micro-batch and the image's row in it, 0 ... G - 1.
 
     Raises:
         Refused: B world_size > N.
@@ -62,6 +65,7 @@ class GlobalBatches(Sampler):
         batches_per_epoch: int | None = None,
         first_batch: int = 0,
         last_batch: int | None = None,
+        numbered: bool = False,
     ) -> None:
         most = images // (batch_size * world_size)
         if most < 1:
@@ -75,20 +79,21 @@ class GlobalBatches(Sampler):
         self.images, self.batch_size, self.seed = images, batch_size, seed
         self.rank, self.world_size = rank, world_size
         self.batches_per_epoch = batches_per_epoch or most
-        self.first_batch, self.last_batch = first_batch, last_batch
+        self.first_batch, self.last_batch, self.numbered = first_batch, last_batch, numbered
 
     def __len__(self) -> int:
         if self.last_batch is None:
             raise TypeError("a run without a last batch has no length")
         return max(0, self.last_batch - self.first_batch)
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def __iter__(self) -> Iterator[list[tuple[int, ...]]]:
         permutation = lru_cache(1)(self.permutation)
         numbers = itertools.count(self.first_batch)
         for m in numbers if self.last_batch is None else range(self.first_batch, self.last_batch):
             epoch, s = divmod(m, self.batches_per_epoch)
-            start = (s * self.world_size + self.rank) * self.batch_size
-            yield [(epoch, i) for i in permutation(epoch)[start : start + self.batch_size].tolist()]
+            start, row = (s * self.world_size + self.rank) * self.batch_size, self.rank * self.batch_size
+            indices = permutation(epoch)[start : start + self.batch_size].tolist()
+            yield [(epoch, i, m, row + j) if self.numbered else (epoch, i) for j, i in enumerate(indices)]
 
     def permutation(self, epoch: int) -> np.ndarray:
         # NumPy pads seeds with zeros: without the 1 at the end, the permutation would be drawn from the same stream as
@@ -103,20 +108,22 @@ class MultiCrop(Dataset):
     from the same random stream. bad lists the (name, reason) of images that could not be decoded; index remains the
     one that was asked for.
 
+    With `masks`, (epoch, index, m, row) -> the same and masks(epoch, m, row), those of the image's global crops (2, N).
+
     Raises:
         Unreadable: TRIES images in a row can't be decoded.
     """
 
     TRIES = 100
 
-    def __init__(self, images: Images, augmentation: Any, seed: int) -> None:
-        self.images, self.augmentation, self.seed = images, augmentation, seed
+    def __init__(self, images: Images, augmentation: Any, seed: int, masks: Masks | None = None) -> None:
+        self.images, self.augmentation, self.seed, self.masks = images, augmentation, seed, masks
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[list[Tensor], Tensor, int, list[Bad]]:
-        epoch, index = key
+    def __getitem__(self, key: tuple[int, ...]) -> tuple:
+        epoch, index, *place = key
         rng = np.random.default_rng([self.seed, epoch, index])
         bad, chosen = [], index
         while len(bad) < self.TRIES:
@@ -128,13 +135,13 @@ class MultiCrop(Dataset):
                 chosen = int(rng.integers(len(self.images)))
             else:
                 crops, params = self.augmentation.cut(image, rng)
-                return crops, params, index, bad
+                return crops, params, index, bad, *([self.masks(epoch, *place)] if self.masks else [])
         name, reason = bad[-1]
         raise Unreadable(f"--data_path: {self.TRIES} images in a row can't be decoded; remove such images. The last: "
                          f"{name}: {reason}")
 
 
-def collate(items: Sequence[tuple[list[Tensor], Tensor, int, list[Bad]]]) -> dict[str, Any]:
+def collate(items: Sequence[tuple]) -> dict[str, Any]:
     """B items of MultiCrop -> one batch.
 
     Returns:
@@ -143,8 +150,9 @@ def collate(items: Sequence[tuple[list[Tensor], Tensor, int, list[Bad]]]) -> dic
         params: float32 ((2 + L)B, 8), in the same order.
         index: int64 (B,).
         bad: list of (name, reason).
+        masks: bool (2B, N), in the order of the global crops; only where the items have masks.
     """
-    crops, params, indices, bad = zip(*items, strict=True)
+    crops, params, indices, bad, *masks = zip(*items, strict=True)
     views = list(zip(*crops, strict=True))  # [view][image]
     groups = [[crop.permute(1, 2, 0) for view in group for crop in view] for group in (views[:2], views[2:])]
     return {
@@ -153,7 +161,7 @@ def collate(items: Sequence[tuple[list[Tensor], Tensor, int, list[Bad]]]) -> dic
         "params": torch.stack(params, 1).flatten(0, 1),
         "index": torch.tensor(indices),
         "bad": list(itertools.chain.from_iterable(bad)),
-    }
+    } | ({"masks": torch.stack(masks[0], 1).flatten(0, 1)} if masks else {})
 
 
 def batches(
@@ -168,15 +176,17 @@ def batches(
     first_batch: int = 0,
     last_batch: int | None = None,
     pin_memory: bool = False,
+    masks: Masks | None = None,
 ) -> DataLoader:
-    """One process's micro-batches of a whole run, made by `collate`; see GlobalBatches for the arguments.
+    """One process's micro-batches of a whole run, made by `collate`; see GlobalBatches and MultiCrop for the arguments.
 
     When a worker dies, the iteration ends with DataLoader's RuntimeError (see parallel.worker_death).
     """
     return DataLoader(
-        MultiCrop(images, augmentation, seed),
+        MultiCrop(images, augmentation, seed, masks),
         batch_sampler=GlobalBatches(
-            len(images), batch_size, seed, rank, world_size, batches_per_epoch, first_batch, last_batch
+            len(images), batch_size, seed, rank, world_size, batches_per_epoch, first_batch, last_batch,
+            masks is not None
         ),
         **worker_options(num_workers),
         collate_fn=collate,

@@ -54,13 +54,18 @@ class KnnEvaluation(NamedTuple):
         backbone.train()
         return features
 
-    def baselines(self, backbone: nn.Module, autocast: AbstractContextManager | None) -> dict[str, float]:
-        """Top-1 of the untrained network and of raw pixels; a backbone that is not better has learned nothing.
+    def baselines(self, backbone: nn.Module, autocast: AbstractContextManager | None, name: str = "untrained"
+                  ) -> dict[str, float]:
+        """Top-1 of the network at the start and of raw pixels; a backbone that is not better has learned nothing.
 
         Raw pixels are skipped for more than MOST_PIXELS training images.
+
+        Args:
+            name: of the first figure: "untrained", or "start" for a network that starts from a file of weights.
         """
-        figures = {"untrained": self.knn(backbone, autocast)[0]}
-        line = f"20-NN before training: {figures['untrained']:.1f} % on this network's features"
+        figures = {name: self.knn(backbone, autocast)[0]}
+        what = "this network's features" if name == "untrained" else "the features of the weights it starts from"
+        line = f"20-NN before training: {figures[name]:.1f} % on {what}"
         if len(self.parts[0]) <= MOST_PIXELS:
             figures["pixels"] = self.knn(None)[0]
             line += f", {figures['pixels']:.1f} % on raw pixels"

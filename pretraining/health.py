@@ -6,12 +6,16 @@ Shapes: B images per process and micro-batch, K prototypes, D width.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from method import targets
+from method.koleo import nearest_distances
 from method.rank import effective_rank
+from method.targets import Targets
 from utils import DINOLoss
 
 
@@ -19,7 +23,7 @@ from utils import DINOLoss
 def health(
     teacher_output: Tensor, features: Tensor, loss: Tensor, dino_loss: DINOLoss, epoch: int
 ) -> dict[str, Tensor]:
-    """Statistics of one step, over the images of this process.
+    """Statistics of one step of DINO, over the images of this process.
 
     Args:
         teacher_output: (2 B, K), the teacher's output before centring.
@@ -36,30 +40,78 @@ def health(
         feature_rank: effective rank (RankMe) of the centred features, at most min(2 B, D).
         prototypes_used: number of distinct prototypes with the highest probability for a crop, at most 2 B.
     """
-    q = dino_loss.targets(teacher_output, epoch)
-    entropy = -(q * q.clamp_min(1e-30).log()).sum(-1).mean()
+    entropy, used = of_rows(dino_loss.targets(teacher_output, epoch))
+    return {"entropy": entropy, "kl": loss.detach() - entropy, "center_norm": dino_loss.center.norm(),
+            **of_features(features), "prototypes_used": used}
+
+
+@torch.no_grad()
+def health_dinov2(parts: Mapping, losses_at_start: Mapping[str, float]) -> dict[str, Tensor]:
+    """Statistics of one step of DINOv2, over the images of this process.
+
+    Args:
+        parts: of `method.dinov2.losses`.
+        losses_at_start: {dino, ibot}: value of each term for a student whose output is uniform: the weight of the term
+            times ln K, and for ibot times the share of crops with a mask.
+
+    Returns:
+        dino_left, ibot_left: terms as a fraction of `losses_at_start`. What does not leave 1 has not begun to learn.
+        entropy, kl, prototypes_used: as `health`, of class tokens; patch_entropy, patch_kl, patch_prototypes_used of
+            the masked patches.
+        neighbour_distance: mean distance of a crop's normalized feature to the nearest of the process's other images,
+            which KoLeo enlarges: 0 if all are equal, sqrt(2) if they are orthogonal.
+        feature_std, feature_rank: as `health`.
+    """
+    class_targets, patch_targets = parts["class_targets"], parts["patch_targets"]
+    features = parts["teacher_features"]
+    values = of_features(features) | {
+        "dino_left": (parts["dino_global"] + parts["dino_local"]) / losses_at_start["dino"],
+        "neighbour_distance": torch.cat([nearest_distances(crop) for crop in features.chunk(2)]).mean()}
+    values["entropy"], values["prototypes_used"] = of_rows(class_targets)
+    values["kl"] = values["dino_left"] * math.log(class_targets.scores.shape[1]) - values["entropy"]
+    if len(patch_targets.scores):
+        values["ibot_left"] = parts["ibot"] / losses_at_start["ibot"]
+        values["patch_entropy"], values["patch_prototypes_used"] = of_rows(patch_targets)
+        values["patch_kl"] = values["ibot_left"] * math.log(patch_targets.scores.shape[1]) - values["patch_entropy"]
+    return values
+
+
+def of_rows(q: Tensor | Targets) -> tuple[Tensor, Tensor]:
+    """Mean entropy in nats of rows of probabilities, and the number of distinct prototypes with a row's highest one."""
+    scores = q.scores if isinstance(q, Targets) else q
+    entropy, used = 0.0, torch.zeros(scores.shape[1], device=scores.device)
+    for first, last in targets.parts(*scores.shape, scores.device):
+        rows = q.rows(first, last) if isinstance(q, Targets) else q[first:last]
+        entropy = entropy - (rows * rows.clamp_min(1e-30).log()).sum()
+        used.index_fill_(0, rows.argmax(-1), 1.0)
+    return entropy / len(scores), used.sum()
+
+
+def of_features(features: Tensor) -> dict[str, Tensor]:
+    """Spread of features (n, D): see `health`."""
     x = features.float()
-    first_choice = torch.zeros(q.shape[1], device=q.device).index_fill_(0, q.argmax(-1), 1.0)
-    return {
-        "entropy": entropy,
-        "kl": loss.detach() - entropy,
-        "center_norm": dino_loss.center.norm(),
-        "feature_std": F.normalize(x, dim=-1).std(0).mean() * math.sqrt(x.shape[1]),
-        "feature_rank": effective_rank(x - x.mean(0)),
-        "prototypes_used": first_choice.sum(),
-    }
+    return {"feature_std": F.normalize(x, dim=-1).std(0).mean() * math.sqrt(x.shape[1]),
+            "feature_rank": effective_rank(x - x.mean(0))}
 
 
-def collapse(entropy: float, ln_k: float, prototypes_used: float) -> str | None:
+UNIFORM = "a lower --teacher_temp and --warmup_teacher_temp, or --norm_last_layer true"
+ONE = "a higher --teacher_temp, a lower --lr, or --freeze_last_layer 1 or more"
+
+
+def collapse(
+    entropy: float, ln_k: float, prototypes_used: float, uniform: str = UNIFORM, one: str = ONE, what: str = "image"
+) -> str | None:
     """A warning with flags to try if these values of `health` show a collapse, else None.
 
     There are two kinds of collapse (section 5.3): centring alone leads to the uniform output, sharpening alone to a
     single prototype. Low entropy is no collapse as long as images are assigned to different prototypes.
+
+    Args:
+        uniform, one: remedies against each kind.
+        what: what is assigned to prototypes.
     """
     if entropy > 0.995 * ln_k:
-        return ("collapse to the uniform output (entropy = ln K): the teacher gives every image the same output; try a "
-                "lower --teacher_temp and --warmup_teacher_temp, or --norm_last_layer true")
+        return f"collapse to the uniform output (entropy = ln K): the teacher gives every {what} the same output; try {uniform}"
     if entropy < 0.01 * ln_k and prototypes_used < 1.5:
-        return ("collapse to one prototype (entropy = 0): the teacher assigns every image to it; try a higher "
-                "--teacher_temp, a lower --lr, or --freeze_last_layer 1 or more")
+        return f"collapse to one prototype (entropy = 0): the teacher assigns every {what} to it; try {one}"
     return None

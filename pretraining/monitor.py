@@ -12,37 +12,37 @@ from torch import nn
 import parallel
 from imagesets.decode import Undecodable
 from imagesets.sources import Images
-from pretraining.health import collapse
 from pretraining.logs import Log, duration
 from pretraining.plan import Plan
 from protocols import attention, charts, sheets, transforms
 from vision_transformer import VisionTransformer
 
 # Values on the progress line: {name: (label, format)}; log_steps.txt has all of them.
-SHOWN = {"entropy": ("entropy", ".2f"), "kl": ("kl", ".3f"), "feature_rank": ("rank", ".1f")}
+SHOWN = {"dino_left": ("dino", ".0%"), "ibot_left": ("ibot", ".0%"), "koleo": ("koleo", ".3f"),
+         "entropy": ("entropy", ".2f"), "kl": ("kl", ".3f"), "feature_rank": ("rank", ".1f")}
 
 
 def log_step(
-    log: Log, plan: Plan, step: int, figures: Mapping[str, float], ln_k: float, images: int, seconds: float,
-    waiting: float,
+    log: Log, plan: Plan, step: int, figures: Mapping[str, float], scale: str, warning: str | None, images: int,
+    seconds: float, waiting: float,
 ) -> None:
-    """Write the progress line and a line of log_steps.txt, and warn if the values show a collapse.
+    """Write the progress line and a line of log_steps.txt, and a warning if there is one.
 
     Args:
         figures: values of the losses and of `health`.
-        ln_k: logarithm of the number of prototypes.
+        scale: what to compare the loss with, in words.
         images: images per step, over all processes.
         seconds, waiting: seconds per step and fraction of waiting time, from `Clock.read`.
     """
     epoch, eta = step // plan.steps_per_epoch, duration(seconds * (plan.steps - step - 1))
     shown = "".join(f"  {label} {figures[name]:{style}}" for name, (label, style) in SHOWN.items() if name in figures)
     log.step(
-        f"epoch {epoch} step {step + 1}/{plan.steps}  loss {figures['loss']:.4f} (ln K {ln_k:.2f}){shown}"
+        f"epoch {epoch} step {step + 1}/{plan.steps}  loss {figures['loss']:.4f} ({scale}){shown}"
         f"  lr {plan.lr[step]:.2e}  {images / seconds:.0f} images/s  data {waiting:.0%}  eta {eta}",
         {"step": step, "epoch": epoch, **figures, "lr": float(plan.lr[step]), "images_per_s": images / seconds,
          "data_wait": waiting},
     )
-    if warning := collapse(figures["entropy"], ln_k, figures["prototypes_used"]):
+    if warning:
         parallel.say(f"WARNING at step {step}: {warning}")
 
 
@@ -54,7 +54,8 @@ def log_epoch(
     console = f"epoch {epoch} done: loss {values['train_loss']:.4f}"
     if knn.get("epoch") == epoch:
         values |= {f"knn_{k}": v for k, v in knn.items() if k != "epoch"}
-        levels = [f"{name} {knn[key]:.1f} %" for key, name in (("untrained", "untrained"), ("pixels", "raw pixels"))
+        levels = [f"{name} {knn[key]:.1f} %" for key, name in (("untrained", "untrained"), ("start", "starting weights"),
+                                                           ("pixels", "raw pixels"))
                   if key in knn]
         console += f"; 20-NN top-1 {knn['top1']:.1f} %, best {knn['best']:.1f} % ({', '.join(levels)})"
     log.epoch(console, values)

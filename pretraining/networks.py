@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -14,35 +15,20 @@ from torch.nn.parallel import DistributedDataParallel
 import parallel
 from parallel import Refused
 from pretraining import sharding
-from utils import MultiCropWrapper
-from vision_transformer import VITS, DINOHead, VisionTransformer, build_backbone
+from vision_transformer import VITS, VisionTransformer, build_backbone
 from weights.backbones import load_weights_into
 
 
-def build_networks(
-    arch: str,
-    patch_size: int,
-    in_chans: int,
-    global_crops_size: int,
-    drop_path_rate: float,
-    out_dim: int,
-    use_bn_in_head: bool,
-    norm_last_layer: bool,
-    init_from: str = "",
-) -> tuple[MultiCropWrapper, MultiCropWrapper]:
+def pair(build: Callable[[float], nn.Module], drop_path_rate: float, init_from: str = "") -> tuple[nn.Module, nn.Module]:
     """A student, and a teacher with the same weights, without gradients and without stochastic depth.
 
     Args:
+        build: rate of stochastic depth -> a network with a `backbone` and heads.
         init_from: file of weights to initialize the backbones from; "": random initialization.
 
     Raises:
-        Refused: there is no such network, or the weights do not fit it.
+        Refused: the weights do not fit the network.
     """
-
-    def build(rate: float) -> MultiCropWrapper:
-        backbone, width = make_backbone(arch, patch_size, in_chans, global_crops_size, rate)
-        return MultiCropWrapper(backbone, DINOHead(width, out_dim, use_bn_in_head, norm_last_layer))
-
     student, teacher = build(drop_path_rate), build(0.0)
     if init_from:
         load_weights_into(student.backbone, init_from, flag="--init_from")
@@ -51,15 +37,15 @@ def build_networks(
 
 
 def make_backbone(
-    arch: str, patch_size: int, in_chans: int, img_size: int, drop_path_rate: float = 0.0
+    arch: str, patch_size: int, in_chans: int, img_size: int, drop_path_rate: float = 0.0, **options
 ) -> tuple[nn.Module, int]:
-    """A randomly initialized backbone and the width of its features.
+    """A randomly initialized backbone and the width of its features. `options`: of the network's constructor.
 
     Raises:
         Refused: there is no such network.
     """
     try:
-        return build_backbone(arch, patch_size, drop_path_rate, in_chans=in_chans, img_size=img_size)
+        return build_backbone(arch, patch_size, drop_path_rate, in_chans=in_chans, img_size=img_size, **options)
     except ValueError as error:  # vision_transformer imports no other module, so it can't raise Refused
         raise Refused(error) from error
 

@@ -18,6 +18,10 @@ class Plan(NamedTuple):
     lr: np.ndarray  # (steps,)
     wd: np.ndarray  # (steps,)
     momentum: np.ndarray  # (steps,), of the teacher's EMA
+    # DINOv2's, each (steps,)
+    teacher_temp: np.ndarray | None = None
+    last_layer_lr: np.ndarray | None = None
+    backbone_lr: np.ndarray | None = None
 
     @property
     def epochs(self) -> int:

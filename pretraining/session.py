@@ -88,8 +88,9 @@ def carry_out(
             checkpoints.remove_temporary(run.folder)
         parallel.say(description)
         knn = dict(latest[0]["knn"]) if latest else {}
-        if ends.evaluation and "untrained" not in knn:
-            knn |= ends.evaluation.baselines(run.teacher_backbone(), run.autocast())
+        if ends.evaluation and not {"untrained", "start"} & knn.keys():
+            name = "start" if run.settings["init_from"] else "untrained"
+            knn |= ends.evaluation.baselines(run.teacher_backbone(), run.autocast(), name)
         if latest:
             parallel.say(f"resuming from {latest[1]} at step {latest[0]['step']} of {plan.steps}")
             run.resume(*latest)
