@@ -1,4 +1,4 @@
-"""Backbones: the Vision Transformer of DINO, its projection head, and `build_backbone`, which knows every network.
+"""Backbones: the Vision Transformer of DINO and DINOv2, its projection head, and `build_backbone` for every network.
 
 Shapes: B images, N tokens (class token, registers, patches), D width, H heads, h x w patch grid, K prototypes.
 """
@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +21,9 @@ from torch.utils.checkpoint import checkpoint
 #
 # A block of width D saves 16 D values per token: 4 D are the output of GELU and 2 D the outputs of the two norms. Both
 # are cheap to recompute from the input of GELU or norm, so each pair (norm, linear) or (GELU, linear) runs as one
-# autograd function that saves only this input. A modified pair (another class, a hook) runs layer by layer; so does
-# everything under torch.compile, which decides itself what to recompute.
+# autograd function that saves only this input; so does the product of a gated MLP with the linear layer after it. A
+# modified pair (another class, a hook) runs layer by layer; so does everything under torch.compile, which decides
+# itself what to recompute.
 
 
 def is_observed(module: nn.Module) -> bool:
@@ -86,6 +86,23 @@ class GeluLinear(torch.autograd.Function):
         return torch.ops.aten.gelu_backward(grad_y.to(x.dtype), x), *grads
 
 
+class SwigluLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight, bias)
+        return F.linear(swiglu(x), weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, weight, bias = ctx.saved_tensors
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            hidden = swiglu(x)
+        grad_hidden, *grads = linear_backward(grad, hidden.detach(), weight, bias)
+        return torch.autograd.grad(hidden, x, grad_hidden.to(hidden.dtype))[0], *grads
+
+
 def linear_backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
     """Gradients of F.linear(x, weight, bias), multiplied in the dtype of `grad` (half precision under autocast)."""
     rows = grad.flatten(0, -2)
@@ -107,11 +124,20 @@ def drop_path(x: Tensor, drop_prob: float = 0.0, training: bool = False) -> Tens
 
 
 class DropPath(nn.Module):
-    """Stochastic depth per sample (Huang et al. 2016)."""
+    """Stochastic depth per sample (Huang et al. 2016).
 
-    def __init__(self, drop_prob: float = 0.0) -> None:
+    With `subset`, a Block computes its branches for `kept_rows` of the batch only, which saves their time and memory
+    (DINOv2, arXiv 2304.07193, section 5, "Efficient stochastic depth").
+    """
+
+    def __init__(self, drop_prob: float = 0.0, subset: bool = False) -> None:
         super().__init__()
         self.drop_prob = drop_prob
+        self.subset = subset
+
+    def kept_rows(self, n: int, device: torch.device) -> Tensor:
+        """Indices of the max(1, int(n (1 - drop_prob))) samples, drawn at random, that a branch is computed for."""
+        return torch.randperm(n, device=device)[: max(int(n * (1 - self.drop_prob)), 1)]
 
     def forward(self, x: Tensor) -> Tensor:
         return drop_path(x, self.drop_prob, self.training)
@@ -145,6 +171,36 @@ class Mlp(nn.Module):
         return gelu_linear(self.act, self.fc2, norm_linear(norm, self.fc1, x))
 
 
+def swiglu(x: Tensor) -> Tensor:
+    """(..., 2 h) -> (..., h): silu of the first half times the second half."""
+    gate, value = x.chunk(2, dim=-1)
+    return F.silu(gate) * value
+
+
+class SwiGLU(nn.Module):
+    """Gated MLP (Shazeer 2020) as in DINOv2's ViT-g: w3(silu(x1) * x2) with x1, x2 = w12(x); `norm` as in Mlp.
+
+    Its hidden width is two thirds of `hidden_features`, rounded up to a multiple of 8, so that it has about as many
+    parameters as an Mlp of `hidden_features`.
+    """
+
+    def __init__(self, in_features: int, hidden_features: int, drop: float = 0.0) -> None:
+        super().__init__()
+        hidden = (int(hidden_features * 2 / 3) + 7) // 8 * 8
+        self.w12 = nn.Linear(in_features, 2 * hidden)
+        self.w3 = nn.Linear(hidden, in_features)
+        self.drop = nn.Dropout(drop)
+
+    def forward(self, x: Tensor, norm: nn.Module | None = None) -> Tensor:
+        if norm is None:
+            return self.drop(self.w3(swiglu(self.w12(x))))
+        x = norm_linear(norm, self.w12, x)
+        if pairs(self.w12, nn.Linear, self.w3, x):
+            return self.drop(SwigluLinear.apply(x, self.w3.weight, self.w3.bias))
+        return self.drop(self.w3(swiglu(x)))
+
+
+FFN_LAYERS = {"mlp": Mlp, "swiglu": SwiGLU, "swiglufused": SwiGLU}  # the last is the published name
 HALF = (torch.float16, torch.bfloat16)
 LONGEST_PLAIN = 1024  # tokens; above, N x N attention weights would need too much memory
 
@@ -207,6 +263,9 @@ class Block(nn.Module):
 
     `class_token_only=True` computes only the class token's output, (B, 1, D); it still attends to every token. Saves
     three quarters of the block's FLOPs.
+
+    A list of batches (n_i, N_i, D), of crops of several sizes, gives a list. It equals separate calls, except for the
+    order in which stochastic depth draws: the attention branch of every batch, then the MLP branch of every batch.
     """
 
     recomputes_layers = False  # recompute norms and GELU in backward: VisionTransformer.set_grad_checkpointing
@@ -223,26 +282,47 @@ class Block(nn.Module):
         drop_path: float = 0.0,
         norm_layer: Callable[[int], nn.Module] = nn.LayerNorm,
         init_values: float | None = None,
+        ffn_layer: str = "mlp",
+        drop_path_subset: bool = False,
     ) -> None:
         super().__init__()
         self.norm1 = norm_layer(dim)
         self.attn = Attention(dim, num_heads, qkv_bias, qk_scale, attn_drop, drop)
-        self.ls1 = LayerScale(dim, init_values) if init_values is not None else nn.Identity()
-        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.ls1 = LayerScale(dim, init_values) if init_values else nn.Identity()
+        self.drop_path = DropPath(drop_path, drop_path_subset) if drop_path > 0 else nn.Identity()
         self.norm2 = norm_layer(dim)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop)
-        self.ls2 = LayerScale(dim, init_values) if init_values is not None else nn.Identity()
+        self.mlp = FFN_LAYERS[ffn_layer](dim, int(dim * mlp_ratio), drop)
+        self.ls2 = LayerScale(dim, init_values) if init_values else nn.Identity()
 
-    def forward(self, x: Tensor, return_attention: bool = False, class_token_only: bool = False) -> Tensor:
-        given, norm = self.given(self.attn, self.norm1, x)
-        y, attn = self.attn(given, return_attention, class_token_only, **norm)
+    def forward(
+        self, x: Tensor | list[Tensor], return_attention: bool = False, class_token_only: bool = False
+    ) -> Tensor | list[Tensor]:
         if return_attention:
-            return attn
-        if class_token_only:
-            x = x[:, :1]
-        x = x + self.drop_path(self.ls1(y))
+            return self.attend(x, True)[1]
+        batches = x if isinstance(x, list) else [x]
+        batches = [self.add(x[:, :1] if class_token_only else x, self.attention_branch, x, class_token_only)
+                   for x in batches]
+        batches = [self.add(x, self.mlp_branch, x) for x in batches]
+        return batches if isinstance(x, list) else batches[0]
+
+    def attend(self, x: Tensor, *options: bool) -> tuple[Tensor, Tensor | None]:
+        given, norm = self.given(self.attn, self.norm1, x)
+        return self.attn(given, *options, **norm)
+
+    def attention_branch(self, x: Tensor, class_token_only: bool) -> Tensor:
+        return self.ls1(self.attend(x, False, class_token_only)[0])
+
+    def mlp_branch(self, x: Tensor) -> Tensor:
         given, norm = self.given(self.mlp, self.norm2, x)
-        return x + self.drop_path(self.ls2(self.mlp(given, **norm)))
+        return self.ls2(self.mlp(given, **norm))
+
+    def add(self, residual: Tensor, branch: Callable[..., Tensor], x: Tensor, *options: bool) -> Tensor:
+        """residual + branch(x, *options), with stochastic depth in training."""
+        if not (self.training and getattr(self.drop_path, "subset", False)):
+            return residual + self.drop_path(branch(x, *options))
+        rows = self.drop_path.kept_rows(len(x), x.device)
+        y = branch(x[rows], *options).to(residual.dtype)
+        return residual.index_add(0, rows, y, alpha=len(x) / len(rows))
 
     def given(self, module: nn.Module, norm: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, nn.Module]]:
         """Arguments with which `module` computes module(norm(x)): (norm(x), {}) or (x, {"norm": norm}).
@@ -250,7 +330,7 @@ class Block(nn.Module):
         The second form fuses the norm with the module's first layer (`norm_linear`). A module with hooks, or of
         another class, gets the first form.
         """
-        if self.recomputes_layers and type(module) in (Attention, Mlp) and not is_observed(module):
+        if self.recomputes_layers and type(module) in (Attention, Mlp, SwiGLU) and not is_observed(module):
             return x, {"norm": norm}
         return norm(x), {}
 
@@ -277,29 +357,66 @@ class PatchEmbed(nn.Module):
         return self.proj(x).flatten(2).transpose(1, 2)
 
 
-class Features(NamedTuple):
-    """Output tokens of a Vision Transformer, after the last norm."""
+class Features(dict):
+    """Output tokens of a Vision Transformer under DINOv2's published keys.
 
-    cls_token: Tensor  # (B, D)
-    patch_tokens: Tensor  # (B, h, w, D)
-    registers: Tensor  # (B, R, D)
+    x_norm_clstoken (B, D), x_norm_regtokens (B, R, D), x_norm_patchtokens (B, h w, D): after the last norm;
+    x_prenorm (B, N, D): all tokens before it; masks: the masks that were given, or None.
+
+    `cls_token, patch_tokens, registers = features` unpacks the attributes of these names.
+    """
+
+    def __init__(self, tokens: Tensor, prenorm: Tensor, registers: int, grid: tuple[int, int], masks: Tensor | None):
+        super().__init__(
+            x_norm_clstoken=tokens[:, 0], x_norm_regtokens=tokens[:, 1 : 1 + registers],
+            x_norm_patchtokens=tokens[:, 1 + registers :], x_prenorm=prenorm, masks=masks)
+        self.grid = grid
+
+    @property
+    def cls_token(self) -> Tensor:
+        """(B, D)"""
+        return self["x_norm_clstoken"]
+
+    @property
+    def patch_tokens(self) -> Tensor:
+        """(B, h, w, D)"""
+        return self["x_norm_patchtokens"].unflatten(1, self.grid)
+
+    @property
+    def registers(self) -> Tensor:
+        """(B, R, D)"""
+        return self["x_norm_regtokens"]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter((self.cls_token, self.patch_tokens, self.registers))
+
+    def __missing__(self, key: object) -> Tensor:
+        if isinstance(key, int):
+            return tuple(self)[key]
+        raise KeyError(key)
 
 
 class VisionTransformer(nn.Module):
-    """Vision Transformer (Dosovitskiy et al. 2020) as DINO trains it (arXiv 2104.14294, section 3.2).
+    """Vision Transformer (Dosovitskiy et al. 2020) of DINO (arXiv 2104.14294, section 3.2) and DINOv2 (2304.07193).
 
     Args:
         img_size: side in pixels of the images that `pos_embed` is made for; it is interpolated for other sizes.
         num_classes: > 0 adds a linear classifier `head` and makes `forward` return its logits.
         qk_scale: factor of the attention scores; None: 1 / sqrt(D / H).
         num_register_tokens: extra tokens without position embedding (Darcet et al. 2023).
-        init_values: initial value of LayerScale; None: no LayerScale.
+        init_values: initial value of LayerScale (DINOv2: 1e-5); None or 0: no LayerScale.
         interpolate_antialias, interpolate_offset: how position embeddings are interpolated. Use the values of the
             weights' training: False and 0.1 for DINO and for DINOv2 without registers, True and 0 for DINOv2 with
             registers.
+        method: "dino", or "dinov2" for a network with a `mask_token`, which replaces the embeddings of masked patches.
+            Decides the initialization of the tokens too, and the form of `get_intermediate_layers`.
+        ffn_layer: "mlp", or "swiglu" (gated).
+        drop_path_uniform: the same rate of stochastic depth in all blocks; default: increasing linearly from 0.
+        drop_path_subset: see DropPath.
 
     Attributes:
         grad_checkpointing: see set_grad_checkpointing.
+        n_blocks: number of blocks; `patch_size`, `num_heads`, `num_register_tokens` as given.
     """
 
     grad_checkpointing = False
@@ -324,13 +441,21 @@ class VisionTransformer(nn.Module):
         init_values: float | None = None,
         interpolate_antialias: bool = False,
         interpolate_offset: float = 0.1,
+        method: str = "dino",
+        ffn_layer: str = "mlp",
+        drop_path_uniform: bool = False,
+        drop_path_subset: bool = False,
     ) -> None:
         super().__init__()
+        for name, value, known in (("method", method, ("dino", "dinov2")), ("ffn_layer", ffn_layer, FFN_LAYERS)):
+            if value not in known:
+                raise ValueError(f"{name} {value}: not known; choose {' or '.join(known)}")
         img_size = img_size if isinstance(img_size, int) else img_size[0]  # published code passes [224]
         if img_size < patch_size:
             raise ValueError(f"img_size {img_size} is smaller than one patch of {patch_size}")
         self.num_features = self.embed_dim = embed_dim
-        self.num_register_tokens = num_register_tokens
+        self.patch_size, self.num_heads, self.n_blocks = patch_size, num_heads, depth
+        self.num_register_tokens, self.method = num_register_tokens, method
         self.interpolate_antialias, self.interpolate_offset = interpolate_antialias, interpolate_offset
         self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
@@ -338,10 +463,12 @@ class VisionTransformer(nn.Module):
         self.register_tokens = (
             nn.Parameter(torch.zeros(1, num_register_tokens, embed_dim)) if num_register_tokens else None
         )
+        self.mask_token = nn.Parameter(torch.zeros(1, embed_dim)) if method == "dinov2" else None
         self.pos_drop = nn.Dropout(drop_rate)
         self.blocks = nn.ModuleList(
             Block(embed_dim, num_heads, mlp_ratio, qkv_bias, qk_scale, drop_rate, attn_drop_rate,
-                  drop_path_rate * i / max(depth - 1, 1), norm_layer, init_values)
+                  drop_path_rate if drop_path_uniform else drop_path_rate * i / max(depth - 1, 1), norm_layer,
+                  init_values, ffn_layer, drop_path_subset)
             for i in range(depth)
         )
         self.norm = norm_layer(embed_dim)
@@ -349,6 +476,10 @@ class VisionTransformer(nn.Module):
         for tokens in (self.cls_token, self.pos_embed, self.register_tokens):
             if tokens is not None:
                 trunc_normal_(tokens, std=0.02)
+        if method == "dinov2":
+            for tokens in (self.cls_token, self.register_tokens):
+                if tokens is not None:
+                    nn.init.normal_(tokens, std=1e-6)
         self.apply(init_linear)
 
     def interpolate_pos_encoding(self, x: Tensor, w: int, h: int) -> Tensor:
@@ -376,15 +507,26 @@ class VisionTransformer(nn.Module):
                                   antialias=self.interpolate_antialias).to(self.pos_embed.dtype)
         return torch.cat([self.pos_embed[:, :1], patch_pos.flatten(2).transpose(1, 2)], dim=1)
 
-    def prepare_tokens(self, x: Tensor) -> Tensor:
-        """Images (B, C, height, width) -> tokens (B, N, D): class token, registers, patches."""
+    def prepare_tokens(self, x: Tensor, masks: Tensor | None = None) -> Tensor:
+        """Images (B, C, height, width) -> tokens (B, N, D): class token, registers, patches.
+
+        Args:
+            masks: (B, h w) bool, True where a patch's embedding is replaced by the mask token, before its position is
+                added.
+        """
         w, h = x.shape[-2:]
         x = self.patch_embed(x)
+        if masks is not None:
+            if self.mask_token is None:
+                raise ValueError('masks: this network has no mask token; build it with method="dinov2"')
+            x = torch.where(masks.unsqueeze(-1), self.mask_token.to(x.dtype), x)
         x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
         x = x + self.interpolate_pos_encoding(x, w, h)
         if self.register_tokens is not None:
             x = torch.cat([x[:, :1], self.register_tokens.expand(x.shape[0], -1, -1), x[:, 1:]], dim=1)
         return self.pos_drop(x)
+
+    prepare_tokens_with_masks = prepare_tokens  # DINOv2's name
 
     def set_grad_checkpointing(self, enable: bool = True, layers: bool = False) -> None:
         """Save only each block's input for backward and recompute the rest (the method has timm's name).
@@ -395,9 +537,19 @@ class VisionTransformer(nn.Module):
         for block in self.blocks:
             block.recomputes_layers = enable and layers
 
-    def forward_tokens(self, x: Tensor, class_token_only: bool = False) -> Tensor:
-        """Images (B, C, height, width) -> normalized tokens (B, N, D), or the class token alone (B, 1, D)."""
-        x = self.prepare_tokens(x)
+    def forward_blocks(
+        self, x: Tensor | list[Tensor], masks: Tensor | list[Tensor | None] | None = None,
+        class_token_only: bool = False,
+    ) -> Tensor | list[Tensor]:
+        """Images (B, C, height, width) -> tokens (B, N, D) before the last norm, or the class token alone (B, 1, D).
+
+        A list of batches, with a list of masks (None: no masks), gives a list. All batches pass a block before the
+        next block, so that it is gathered once under FSDP; see Block.
+        """
+        if isinstance(x, list):
+            x = [self.prepare_tokens(x, m) for x, m in zip(x, masks or [None] * len(x), strict=True)]
+        else:
+            x = self.prepare_tokens(x, masks)
         for block in self.blocks:
             # Passed only where it is needed: a block of another class may not accept it.
             options = {"class_token_only": True} if class_token_only and block is self.blocks[-1] else {}
@@ -405,25 +557,42 @@ class VisionTransformer(nn.Module):
                 x = checkpoint(block, x, use_reentrant=False, **options)
             else:
                 x = block(x, **options)
-        return self.norm(x)
+        return x
 
-    def forward(self, x: Tensor, class_token_only: bool = False, all_tokens: bool = False) -> Tensor:
+    def forward(
+        self, x: Tensor | list[Tensor], masks: Tensor | list[Tensor | None] | None = None, is_training: bool = False,
+        class_token_only: bool = False, all_tokens: bool = False,
+    ) -> Tensor | list[Tensor] | Features | list[Features]:
         """Images (B, C, height, width) -> normalized class token (B, D), or logits (B, num_classes).
 
         Args:
+            x, masks: or lists of them; see forward_blocks. A list gives a list.
+            is_training: return forward_features(x, masks) instead.
             class_token_only: compute only the class token in the last block, which is faster in training; hooks on
                 that block then see one token.
-            all_tokens: return the normalized tokens (B, N, D) instead.
+            all_tokens: return the normalized tokens (B, N, D) instead: class token, registers, patches.
         """
-        tokens = self.forward_tokens(x, class_token_only)
-        return tokens if all_tokens else self.head(tokens[:, 0])
+        if is_training:
+            return self.forward_features(x, masks)
+        x = self.forward_blocks(x, masks, class_token_only)
+        outputs = [self.norm(tokens) for tokens in (x if isinstance(x, list) else [x])]
+        if not all_tokens:
+            outputs = [self.head(tokens[:, 0]) for tokens in outputs]
+        return outputs if isinstance(x, list) else outputs[0]
 
-    def forward_features(self, x: Tensor) -> Features:
-        """Images (B, C, height, width) -> class token (B, D), patch tokens (B, h, w, D), registers (B, R, D)."""
-        rows, columns = self.patch_embed.grid(*x.shape[-2:])
-        first_patch = 1 + self.num_register_tokens
-        x = self.forward_tokens(x)
-        return Features(x[:, 0], x[:, first_patch:].unflatten(1, (rows, columns)), x[:, 1:first_patch])
+    def forward_features(
+        self, x: Tensor | list[Tensor], masks: Tensor | list[Tensor | None] | None = None
+    ) -> Features | list[Features]:
+        """Images (B, C, height, width) -> all tokens, normalized or not; a list of batches gives a list."""
+        if isinstance(x, list):
+            prenorm = self.forward_blocks(x, masks)
+            masks = masks or [None] * len(x)
+            return [self.named(x, tokens, m) for x, tokens, m in zip(x, prenorm, masks, strict=True)]
+        return self.named(x, self.forward_blocks(x, masks), masks)
+
+    def named(self, images: Tensor, prenorm: Tensor, masks: Tensor | None) -> Features:
+        grid = self.patch_embed.grid(*images.shape[-2:])
+        return Features(self.norm(prenorm), prenorm, self.num_register_tokens, grid, masks)
 
     def get_attention_maps(self, x: Tensor, layers: Sequence[int]) -> list[Tensor]:
         """Attention weights (B, H, N, N) of each of `layers`, in that order; -1 is the last layer.
@@ -448,13 +617,51 @@ class VisionTransformer(nn.Module):
         """Attention weights (B, H, N, N) of the last layer."""
         return self.get_attention_maps(x, [-1])[0]
 
-    def get_intermediate_layers(self, x: Tensor, n: int = 1) -> list[Tensor]:
-        """Tokens (B, N, D) of each of the last n blocks, after the network's final norm."""
+    def get_intermediate_layers(
+        self, x: Tensor, n: int | Sequence[int] = 1, reshape: bool = False, return_class_token: bool = False,
+        norm: bool = True,
+    ) -> list[Tensor] | tuple[Tensor, ...] | tuple[tuple[Tensor, Tensor], ...]:
+        """Outputs of several blocks, as published for DINO or for DINOv2, whichever is the network's `method`.
+
+        Args:
+            x: images (B, C, height, width).
+            n: the last n blocks, or the numbers of the blocks, whose outputs come in the blocks' order.
+            reshape: patch tokens as a grid (B, D, h, w) instead of (B, h w, D). DINOv2 only.
+            return_class_token: pairs of patch tokens and class token (B, D). DINOv2 only.
+            norm: apply the network's last norm.
+
+        Returns:
+            DINO: a list of all tokens (B, N, D). DINOv2: a tuple of patch tokens.
+
+        Raises:
+            ValueError: a block does not exist, or the option is not this method's.
+        """
+        if self.method != "dinov2" and (reshape or return_class_token):
+            name = "reshape" if reshape else "return_class_token"
+            raise ValueError(f'{name}: not available for the networks of DINO; build the network with method="dinov2", '
+                             "or take forward_features")
+        outputs = self.block_outputs(x, n, norm)
+        if self.method != "dinov2":
+            return outputs
+        patches = [tokens[:, 1 + self.num_register_tokens :] for tokens in outputs]
+        if reshape:
+            grid = self.patch_embed.grid(*x.shape[-2:])
+            patches = [tokens.transpose(1, 2).unflatten(2, grid).contiguous() for tokens in patches]
+        if return_class_token:
+            return tuple((tokens, out[:, 0]) for tokens, out in zip(patches, outputs, strict=True))
+        return tuple(patches)
+
+    def block_outputs(self, x: Tensor, n: int | Sequence[int] = 1, norm: bool = True) -> list[Tensor]:
+        """All tokens (B, N, D) after each of the last n blocks, or of the blocks with the numbers n."""
+        depth = len(self.blocks)
+        wanted = range(max(depth - n, 0), depth) if isinstance(n, int) else n
+        if missing := [i for i in wanted if not 0 <= i < depth]:
+            raise ValueError(f"block {missing[0]} does not exist: the network has blocks 0 to {depth - 1}")
         outputs, x = [], self.prepare_tokens(x)
         for i, block in enumerate(self.blocks):
             x = block(x)
-            if i >= len(self.blocks) - n:
-                outputs.append(self.norm(x))
+            if i in wanted:
+                outputs.append(self.norm(x) if norm else x)
         return outputs
 
 
@@ -497,6 +704,11 @@ def vit_large(patch_size: int = 16, **kwargs) -> VisionTransformer:
     return _vit(1024, 16, patch_size, **{"depth": 24} | kwargs)
 
 
+def vit_giant2(patch_size: int = 16, **kwargs) -> VisionTransformer:
+    """Width 1536, 40 blocks, 24 heads, gated MLP: 1.1 billion parameters (DINOv2's ViT-g)."""
+    return _vit(1536, 24, patch_size, **{"depth": 40, "ffn_layer": "swiglu"} | kwargs)
+
+
 deit_tiny, deit_small, deit_base = vit_tiny, vit_small, vit_base
 
 
@@ -518,7 +730,8 @@ class WeightNormLinear(nn.Module):
 class DINOHead(nn.Module):
     """Projection head (section 3.2, "Network architecture"): MLP, L2 normalization, weight-normalized prototypes.
 
-    (B, in_dim) -> (B, out_dim). `norm_last_layer` fixes the norm of the prototypes at 1, which stabilizes training.
+    (B, in_dim) -> (B, out_dim). `norm_last_layer` fixes the norm of the prototypes at 1, which stabilizes training;
+    DINOv2 lets it learn.
     """
 
     def __init__(
@@ -530,12 +743,13 @@ class DINOHead(nn.Module):
         nlayers: int = 3,
         hidden_dim: int = 2048,
         bottleneck_dim: int = 256,
+        mlp_bias: bool = True,
     ) -> None:
         super().__init__()
         widths = [in_dim] + [hidden_dim] * (max(nlayers, 1) - 1) + [bottleneck_dim]
         layers: list[nn.Module] = []
         for i, (fan_in, fan_out) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
-            layers.append(nn.Linear(fan_in, fan_out))
+            layers.append(nn.Linear(fan_in, fan_out, bias=mlp_bias))
             if i < len(widths) - 2:
                 layers += [nn.BatchNorm1d(fan_out), nn.GELU()] if use_bn else [nn.GELU()]
         # Published checkpoints call the single layer of a one-layer head `mlp.weight`.
@@ -552,7 +766,7 @@ class DINOHead(nn.Module):
 
 VITS: dict[str, Callable[..., VisionTransformer]] = {
     "vit_nano": vit_nano, "vit_tiny": vit_tiny, "vit_small": vit_small, "vit_base": vit_base,
-    "vit_large": vit_large,
+    "vit_large": vit_large, "vit_giant2": vit_giant2,
     "deit_tiny": deit_tiny, "deit_small": deit_small, "deit_base": deit_base,
 }
 

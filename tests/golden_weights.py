@@ -1,4 +1,4 @@
-"""How the reference figures fill weights and inputs (tests/golden/README.md), shared by the parity tests."""
+"""How the reference figures fill weights and inputs (README.md in tests/golden and tests/golden/dinov2)."""
 
 import zlib
 from pathlib import Path
@@ -27,6 +27,8 @@ def fill(module: torch.nn.Module, prefix: str = "") -> torch.nn.Module:
             random = torch.zeros_like(random)
         elif name.endswith("weight_g") or ("norm" in name and name.endswith("weight")):
             random = 1 + 0.1 * random
+        elif name.endswith("gamma"):
+            random = 0.5 + 0.1 * random
         else:
             random = 0.04 * random
         value.copy_(random)

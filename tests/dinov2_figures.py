@@ -1,0 +1,37 @@
+"""DINOv2's reference figures and how their weights and inputs are made (tests/golden/dinov2/README.md)."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from golden_weights import GOLDEN, fill, rs
+
+__all__ = ["FOLDER", "figures", "fill", "files", "mask", "names_of", "rs"]
+FOLDER = Path(os.environ.get("DINOV2_GOLDEN") or GOLDEN / "dinov2")
+
+
+def files(pattern: str) -> list[str]:
+    """Names of the files of figures that match, to parametrize a test with; never empty."""
+    names = sorted(path.name for path in FOLDER.glob(pattern))
+    if not names:
+        raise FileNotFoundError(f"{FOLDER}: no {pattern}; DINOV2_GOLDEN names the folder of reference figures")
+    return names
+
+
+def figures(name: str) -> tuple[dict, dict[str, torch.Tensor]]:
+    """A .npz file's `config` and its arrays (those of text stay NumPy's)."""
+    with np.load(FOLDER / name) as arrays:
+        config = json.loads(str(arrays["config"]))
+        return config, {k: torch.from_numpy(arrays[k]) if arrays[k].dtype.kind in "biuf" else arrays[k]
+                        for k in arrays.files if k != "config"}  # fmt: skip
+
+
+def names_of(name: str) -> dict:
+    """The content of a .json file."""
+    return json.loads((FOLDER / name).read_text())
+
+
+def mask(seed: int, n: int, tokens: int, share: float) -> torch.Tensor:
+    return torch.from_numpy(np.random.RandomState(seed).rand(n, tokens) < share)
