@@ -125,8 +125,10 @@ def make_plan(args: argparse.Namespace, n_images: int) -> Plan:
 
 def make_networks(args: argparse.Namespace) -> tuple[utils.MultiCropWrapper, utils.MultiCropWrapper]:
     def build(rate: float) -> utils.MultiCropWrapper:
-        backbone, width = networks.make_backbone(args.arch, args.patch_size, args.in_chans, args.global_crops_size, rate)
-        return utils.MultiCropWrapper(backbone, DINOHead(width, args.out_dim, args.use_bn_in_head, args.norm_last_layer))
+        backbone, width = networks.make_backbone(
+            args.arch, args.patch_size, args.in_chans, args.global_crops_size, rate)
+        head = DINOHead(width, args.out_dim, args.use_bn_in_head, args.norm_last_layer)
+        return utils.MultiCropWrapper(backbone, head)
 
     return networks.pair(build, args.drop_path_rate, args.init_from)
 

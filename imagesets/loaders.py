@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from imagesets.bad_images import Bad, Unreadable
+from imagesets.bad_images import Unreadable
 from imagesets.decode import Undecodable, jpeg_decoder
 from imagesets.sources import Images
 from parallel import Refused

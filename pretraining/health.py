@@ -111,7 +111,8 @@ def collapse(
         what: what is assigned to prototypes.
     """
     if entropy > 0.995 * ln_k:
-        return f"collapse to the uniform output (entropy = ln K): the teacher gives every {what} the same output; try {uniform}"
+        return (f"collapse to the uniform output (entropy = ln K): the teacher gives every {what} the same output; try "
+                f"{uniform}")
     if entropy < 0.01 * ln_k and prototypes_used < 1.5:
         return f"collapse to one prototype (entropy = 0): the teacher assigns every {what} to it; try {one}"
     return None

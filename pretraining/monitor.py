@@ -54,9 +54,8 @@ def log_epoch(
     console = f"epoch {epoch} done: loss {values['train_loss']:.4f}"
     if knn.get("epoch") == epoch:
         values |= {f"knn_{k}": v for k, v in knn.items() if k != "epoch"}
-        levels = [f"{name} {knn[key]:.1f} %" for key, name in (("untrained", "untrained"), ("start", "starting weights"),
-                                                           ("pixels", "raw pixels"))
-                  if key in knn]
+        baselines = {"untrained": "untrained", "start": "starting weights", "pixels": "raw pixels"}
+        levels = [f"{name} {knn[key]:.1f} %" for key, name in baselines.items() if key in knn]
         console += f"; 20-NN top-1 {knn['top1']:.1f} %, best {knn['best']:.1f} % ({', '.join(levels)})"
     log.epoch(console, values)
 

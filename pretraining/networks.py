@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -17,9 +17,13 @@ from parallel import Refused
 from pretraining import sharding
 from vision_transformer import VITS, VisionTransformer, build_backbone
 from weights.backbones import load_weights_into
+from weights.checkpoints import refusing
+from weights.layouts import backbone_state, read, recognize, stored_args
 
 
-def pair(build: Callable[[float], nn.Module], drop_path_rate: float, init_from: str = "") -> tuple[nn.Module, nn.Module]:
+def pair(
+    build: Callable[[float], nn.Module], drop_path_rate: float, init_from: str = ""
+) -> tuple[nn.Module, nn.Module]:
     """A student, and a teacher with the same weights, without gradients and without stochastic depth.
 
     Args:
@@ -148,3 +152,57 @@ def bf16_is_faster() -> bool:
         return best
 
     return seconds(torch.bfloat16) < seconds(torch.float32)
+
+
+# ---- Heads from a file ----
+
+
+def read_heads(path: str, flag: str) -> tuple[dict, dict[str, Tensor]]:
+    """Flags of main_dinov2.py, and a teacher's tensors, from a checkpoint of it or a published teacher_checkpoint.pth.
+
+    The flags follow from the shapes of the tensors, and where the checkpoint stores flags, from those.
+
+    Raises:
+        Refused: no such file, or it has no heads.
+    """
+    with refusing(flag):
+        loaded = read(path)
+        heads = head_states(loaded, path)
+        recognized = recognize(backbone_state(loaded, "teacher", path))
+    if "dino_head.last_layer.weight_v" not in heads:
+        raise Refused(f"{flag} {path}: it has no heads, as published backbones; train heads first: main_dinov2.py "
+                      f"--init_from {path} with --freeze_backbone_epochs as long as the run (docs/recipes.md)")
+    options = recognized.options
+    settings = {
+        "arch": recognized.arch, "patch_size": options["patch_size"], "in_chans": options["in_chans"],
+        "global_crops_size": options["img_size"], "num_register_tokens": options.get("num_register_tokens", 0),
+        "layerscale": options.get("init_values", 0), "ffn_layer": options.get("ffn_layer", ""),
+        "interpolate_antialias": options.get("interpolate_antialias", False),
+        "interpolate_offset": options.get("interpolate_offset", 0.1),
+        "ibot_separate_head": "ibot_head.last_layer.weight_v" in heads,
+    }
+    for prefix, head in (("", "dino_head."), ("ibot_", "ibot_head.")):
+        if f"{head}last_layer.weight_v" in heads:
+            prototypes, bottleneck = heads[f"{head}last_layer.weight_v"].shape
+            layers = [v for k, v in heads.items() if k.startswith(f"{head}mlp.") and v.ndim == 2]
+            settings |= {f"{prefix}out_dim": prototypes, f"{prefix}head_bottleneck_dim": bottleneck,
+                         f"{prefix}head_nlayers": len(layers)}
+            if len(layers) > 1:
+                settings[f"{prefix}head_hidden_dim"] = layers[0].shape[0]
+    state = {f"backbone.{k}": v for k, v in recognized.state.items()} | heads
+    return settings | {k: v for k, v in stored_args(loaded).items() if k in settings}, state
+
+
+def fill(network: nn.Module, state: Mapping[str, Tensor], path: str, flag: str, heads_only: bool = False) -> None:
+    """Copy the tensors of `read_heads` into a network, or those of the heads.
+
+    Raises:
+        Refused: a tensor is missing, or has another shape.
+    """
+    own = {k: v for k, v in network.state_dict().items() if not (heads_only and k.startswith("backbone."))}
+    wrong = [k for k, v in own.items() if k not in state or state[k].shape != v.shape]
+    if wrong:
+        has = tuple(state[wrong[0]].shape) if wrong[0] in state else "nothing"
+        raise Refused(f"{flag} {path}: {wrong[0]} is {has} there, and {tuple(own[wrong[0]].shape)} in the network; "
+                      "give the flags of the heads that the file has")
+    network.load_state_dict({k: state[k] for k in own}, strict=False)

@@ -63,6 +63,8 @@ class Run:
         """Watch for steps that are not finite. `load`: (first, last) -> the micro-batches of these steps."""
         about = {"args": self.settings, "dtype": str(self.dtype), "epochs": plan.epochs,
                  "steps_per_epoch": plan.steps_per_epoch}
+        if plan.teacher_temp is not None:
+            about["teacher_temp"] = torch.from_numpy(plan.teacher_temp)
         optimizer = None if self.scaler.is_enabled() else self.optimizer
         self.watch = failures.Watch(self.student, self.teacher, self.dino_loss, optimizer, plan.momentum,
                                     lambda step: load(step, step + 1), about, self.folder / failures.NAME, self.device)

@@ -1,0 +1,486 @@
+"""Pretrain a Vision Transformer with DINOv2 (arXiv 2304.07193) on a folder of images, without labels.
+
+    python main_dinov2.py @presets/dinov2_shapes.txt --output_dir output/shapes2
+    torchrun --nproc_per_node=8 main_dinov2.py --arch vit_small --data_path /path/to/images --output_dir output/run
+
+A step is method/dinov2.py; defaults are those of the published short recipe (ViT-L/16, 2,048 images per step), except
+for the architecture. In brackets: the key of the published YAML files, where it has another name.
+
+Shapes: B images per process and micro-batch, L local crops, K prototypes for class tokens and K' for patches.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import flags
+import parallel
+import utils
+from imagesets import loaders
+from imagesets.bad_images import BadImages
+from imagesets.sources import Images, open_images
+from method import dinov2, masking
+from method.dinov2 import BackboneAndHeads, DINOv2Loss
+from method.groups import parameter_groups, set_lr_and_wd
+from parallel import Refused
+from pretraining import faults, memory, monitor, networks, options, session, sharding
+from pretraining.evaluation import KnnEvaluation, open_evaluation
+from pretraining.faults import TO_BE_CONTINUED, Requests  # noqa: F401 - the launcher reads the code
+from pretraining.health import collapse, health_dinov2
+from pretraining.logs import Log
+from pretraining.meters import Clock, Meters
+from pretraining.plan import Plan, check_warmups, steps_per_epoch
+from pretraining.replay import Method, replay
+from pretraining.session import Ends, add_gradients
+from pretraining.state import Run, plain_settings, seed_everything
+from vision_transformer import FFN_LAYERS, VITS, DINOHead
+from weights import checkpoints
+
+# Probabilities of blur: first global crop, second, local crops.
+BLUR = {"trained": (0.0, 0.9, 0.5), "written": (1.0, 0.1, 0.5)}
+UNIFORM = "a lower --teacher_temp and --warmup_teacher_temp, --centering sinkhorn_knopp, or half the --lr"
+ONE = ("a higher --teacher_temp, half the --lr, --drop_path_rate 0.1, --adamw_beta2 0.99, or a longer "
+       "--freeze_last_layer")
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = flags.Parser("Pretrain a Vision Transformer with DINOv2 on images without labels.", hints={
+        "--resume": "a run resumes by itself: start it again with the same --output_dir;"})
+
+    add = parser.add_argument_group("network").add_argument
+    add("--arch", default="vit_small", help=f"one of {', '.join(VITS)}")
+    add("--patch_size", type=flags.positive_int, default=16,
+        help="pixels of a patch; the published weights have 14, with --local_crops_size 98")
+    add("--ffn_layer", choices=tuple(FFN_LAYERS), default="",
+        help="mlp, or swiglu as in the published long recipes; default: the architecture's")
+    add("--num_register_tokens", type=flags.count, default=0,
+        help="tokens without position that take up what else would be stored in patch tokens; published: 0 or 4")
+    add("--layerscale", type=flags.non_negative, default=1e-5,
+        help="initial factor of each residual branch; 0: no LayerScale [student.layerscale]")
+    add("--drop_path_rate", type=flags.number(float, 0, 0.99), default=0.3,
+        help="stochastic depth of the student, computed on a part of the batch; use 0.1 or less for small networks and "
+             "unstable runs")
+    add("--drop_path_uniform", type=flags.boolean, default=True,
+        help="the same rate in all blocks; false: increasing from 0")
+    add("--interpolate_antialias", type=flags.boolean, default=False,
+        help="of position embeddings; give true and --interpolate_offset 0 to continue from published weights with "
+             "registers")
+    add("--interpolate_offset", type=flags.non_negative, default=0.1, help="see --interpolate_antialias")
+    add("--init_from", default="", help="start from the weights in this file; it is not a resume")
+    add("--init_heads", action="store_true",
+        help="take the heads from --init_from too, a checkpoint of this script or a published teacher_checkpoint.pth")
+
+    add = parser.add_argument_group("heads").add_argument
+    add("--out_dim", type=flags.number(int, 2), default=65536,
+        help="K, the number of prototypes; use a few thousand for small data sets [dino.head_n_prototypes]")
+    add("--head_bottleneck_dim", type=flags.positive_int, default=256, help="width before the prototypes")
+    add("--head_hidden_dim", type=flags.positive_int, default=2048, help="width of the hidden layers")
+    add("--head_nlayers", type=flags.positive_int, default=3, help="layers before the prototypes")
+    add("--ibot_separate_head", type=flags.boolean, default=False,
+        help="a head of their own for patch tokens, as in the long recipes; false: one head for both")
+    add("--ibot_out_dim", type=flags.count, default=0,
+        help="K', its number of prototypes; 0: as --out_dim [ibot.head_n_prototypes]")
+    add("--ibot_head_bottleneck_dim", type=flags.positive_int, default=256, help="its width before the prototypes")
+    add("--ibot_head_hidden_dim", type=flags.positive_int, default=2048, help="its width of the hidden layers")
+    add("--ibot_head_nlayers", type=flags.positive_int, default=3, help="its layers before the prototypes")
+
+    add = parser.add_argument_group("losses").add_argument
+    add("--centering", choices=("centering", "sinkhorn_knopp"), default="centering",
+        help="how the teacher's scores become targets; sinkhorn_knopp, which uses all prototypes equally, in the long "
+             "recipes and for small batches [train.centering]")
+    add("--dino_loss_weight", type=flags.non_negative, default=1.0, help="factor of the loss on class tokens")
+    add("--ibot_loss_weight", type=flags.non_negative, default=1.0,
+        help="factor of the loss on masked patches; raise it for dense tasks")
+    add("--koleo_loss_weight", type=flags.non_negative, default=0.1,
+        help="factor of the term that spreads the features of different images; lower it if it outweighs the others")
+    add("--koleo_all_processes", action="store_true",
+        help="look for the nearest neighbours among the images of all processes, for few images per process")
+    add("--mask_ratio", type=flags.fraction, nargs=2, default=(0.1, 0.5), metavar=("LOW", "HIGH"),
+        help="share of masked patches of a masked crop [ibot.mask_ratio_min_max]")
+    add("--mask_probability", type=flags.fraction, default=0.5,
+        help="share of the global crops that are masked [ibot.mask_sample_probability]")
+
+    add = parser.add_argument_group("teacher").add_argument
+    add("--momentum_teacher", type=flags.fraction, default=0.992,
+        help="of the teacher's moving average; rises to 1 over the run; use a higher value with small batches")
+    add("--warmup_teacher_temp", type=flags.positive, default=0.04, help="teacher temperature at the start")
+    add("--teacher_temp", type=flags.positive, default=0.07, help="teacher temperature after the warm-up")
+    add("--warmup_teacher_temp_epochs", type=flags.non_negative, default=30, help="epochs of the temperature's warm-up")
+    add("--distill_from", default="",
+        help="train on the targets of the frozen network and heads in this checkpoint, instead of those of the moving "
+             "average, which becomes the result only; no masks, and give --drop_path_rate 0")
+    add("--ibot_tokens", choices=("all", "masked"), default="all",
+        help="with --distill_from: patches on which the loss is taken; masked: where the masks would be")
+
+    add = parser.add_argument_group("optimization").add_argument
+    add("--lr", type=flags.positive, default=0.004,
+        help="peak learning rate for 1,024 images per step; scaled with the square root of the images per step "
+             "[optim.base_lr]")
+    add("--warmup_epochs", type=flags.non_negative, default=10, help="epochs of linear warm-up of the learning rate")
+    add("--min_lr", type=flags.non_negative, default=1e-6, help="learning rate at the end of the cosine")
+    add("--weight_decay", type=flags.non_negative, default=0.04, help="weight decay at the start")
+    add("--weight_decay_end", type=flags.non_negative, default=0.4, help="weight decay at the end of its cosine")
+    add("--layer_decay", type=flags.number(float, 0, 1, above=True), default=0.9,
+        help="factor of the learning rate from each block to the one before it; 1 in the long recipes "
+             "[optim.layerwise_decay]")
+    add("--patch_embed_lr_mult", type=flags.non_negative, default=0.2, help="factor of the patch embedding's rate")
+    add("--adamw_beta1", type=flags.fraction, default=0.9, help="of AdamW")
+    add("--adamw_beta2", type=flags.fraction, default=0.999, help="of AdamW; 0.99 for unstable runs")
+    add("--clip_grad", type=flags.non_negative, default=3.0,
+        help="largest gradient norm of the backbone and of each head; 0 turns clipping off")
+    add("--freeze_last_layer", type=flags.non_negative, default=1,
+        help="epochs in which the prototypes have learning rate 0 [optim.freeze_last_layer_epochs]")
+    add("--freeze_backbone_epochs", type=flags.non_negative, default=0,
+        help="epochs in which the backbone has learning rate 0, to train new heads on --init_from first")
+    options.add_length_flags(add)
+    add("--epoch_steps", type=flags.count, default=0,
+        help="steps that count as one of the epochs above; 0: a pass over the images. The published recipes count "
+             "1250 whatever the data [train.OFFICIAL_EPOCH_LENGTH]")
+
+    add = options.add_crop_flags(parser, global_scale=(0.32, 1.0), local_scale=(0.05, 0.32))
+    add("--blur", choices=tuple(BLUR), default="trained",
+        help="probability of blur: 0, 0.9 and 0.5 (first and second global crop, local crops) as the published weights "
+             "were trained, or 1, 0.1 and 0.5 as in DINO, which the published code was meant to do")
+    options.add_data_flags(parser)
+    options.add_output_flags(parser)
+    options.add_hardware_flags(parser)
+    return parser
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Refuses combinations that no single flag's type can see."""
+    if args.arch not in VITS:
+        raise Refused(f"--arch {args.arch}: masks replace the tokens of a Vision Transformer's patches; choose one of "
+                      f"{', '.join(VITS)}, or main_dino.py for other networks")
+    options.check_crops(
+        args.arch, args.patch_size,
+        {name: getattr(args, name) for name in ("global_crops_scale", "local_crops_scale", "mask_ratio")},
+        args.local_crops_number, args.global_crops_size, args.local_crops_size, args.in_chans,
+        {"mean": args.mean, "std": args.std})
+    options.check_length(args.lr, args.min_lr, args.epochs, args.steps, warmup_epochs=args.warmup_epochs,
+                         warmup_teacher_temp_epochs=args.warmup_teacher_temp_epochs)
+    options.check_hardware(args.parallel, args.precision, args.use_fp16, args.compile, args.grad_accum_steps)
+    if args.compile not in (None, "default"):
+        raise Refused(f"--compile {args.compile}: the number of masked patches differs from step to step, which CUDA "
+                      "graphs do not allow; give --compile default")
+    options.check_packages(tensorboard=args.tensorboard, wandb=args.wandb)
+    options.check_files(init_from=args.init_from, distill_from=args.distill_from)
+    if args.init_heads and not args.init_from:
+        raise Refused("--init_heads: give the checkpoint that has the heads as --init_from")
+    if not args.ibot_separate_head and args.ibot_out_dim not in (0, args.out_dim):
+        raise Refused(f"--ibot_out_dim {args.ibot_out_dim}: the head is the one of --out_dim {args.out_dim}; give "
+                      "--ibot_separate_head true, or leave it out")
+    if not args.distill_from and args.mask_probability * args.ibot_loss_weight == 0 and args.ibot_separate_head:
+        raise Refused(f"--mask_probability {args.mask_probability:g} and --ibot_loss_weight {args.ibot_loss_weight:g} "
+                      "leave the patch head without training; give --ibot_separate_head false")
+
+
+# ---- Setting up ----
+
+
+def make_plan(args: argparse.Namespace, n_images: int) -> Plan:
+    """Schedules by optimizer step."""
+    per_epoch = steps_per_epoch(n_images, args.batch_size_per_gpu, args.grad_accum_steps, parallel.world_size())
+    unit = args.epoch_steps or per_epoch  # steps of an epoch of the flags
+    steps = args.steps or args.epochs * unit
+    epochs = steps / unit
+    check_warmups(epochs, args.steps, warmup_epochs=args.warmup_epochs,
+                  warmup_teacher_temp_epochs=args.warmup_teacher_temp_epochs)
+    peak = args.lr * math.sqrt(images_per_step(args) / 1024)
+    lr = utils.cosine_scheduler(peak, args.min_lr, epochs, unit, warmup_epochs=args.warmup_epochs)
+
+    def frozen(n_epochs: float) -> Tensor:
+        return lr * (torch.arange(len(lr)).numpy() >= round(n_epochs * unit))
+
+    return Plan(
+        per_epoch, steps, lr=lr,
+        wd=utils.cosine_scheduler(args.weight_decay, args.weight_decay_end, epochs, unit),
+        momentum=utils.cosine_scheduler(args.momentum_teacher, 1.0, epochs, unit),
+        teacher_temp=utils.cosine_scheduler(args.teacher_temp, args.teacher_temp, epochs, unit,
+                                            args.warmup_teacher_temp_epochs, args.warmup_teacher_temp),
+        last_layer_lr=frozen(max(args.freeze_last_layer, 0)), backbone_lr=frozen(args.freeze_backbone_epochs))
+
+
+def make_network(args: argparse.Namespace, drop_path_rate: float = 0.0) -> BackboneAndHeads:
+    backbone, width = make_backbone(args, drop_path_rate)
+    dino_head = DINOHead(width, args.out_dim, False, False, args.head_nlayers, args.head_hidden_dim,
+                         args.head_bottleneck_dim)
+    ibot_head = DINOHead(width, args.ibot_out_dim or args.out_dim, False, False, args.ibot_head_nlayers,
+                         args.ibot_head_hidden_dim, args.ibot_head_bottleneck_dim)
+    return BackboneAndHeads(backbone, dino_head, ibot_head if args.ibot_separate_head else None)
+
+
+def make_backbone(args: argparse.Namespace, drop_path_rate: float = 0.0) -> tuple[nn.Module, int]:
+    ffn = {"ffn_layer": args.ffn_layer} if args.ffn_layer else {}
+    return networks.make_backbone(
+        args.arch, args.patch_size, args.in_chans, args.global_crops_size, drop_path_rate, method="dinov2",
+        drop_path_uniform=args.drop_path_uniform, drop_path_subset=True, init_values=args.layerscale,
+        num_register_tokens=args.num_register_tokens, interpolate_antialias=args.interpolate_antialias,
+        interpolate_offset=args.interpolate_offset, **ffn)
+
+
+def make_networks(args: argparse.Namespace) -> tuple[BackboneAndHeads, BackboneAndHeads]:
+    student, teacher = networks.pair(partial(make_network, args), args.drop_path_rate, args.init_from)
+    if args.init_heads:
+        networks.fill(student, networks.read_heads(args.init_from, "--init_from")[1], args.init_from, "--init_heads",
+                      heads_only=True)
+        teacher.load_state_dict(student.state_dict())
+    if args.distill_from or not args.mask_probability:
+        student.backbone.mask_token.requires_grad_(False)  # nothing is masked
+    return student, teacher
+
+
+def make_loss(args: argparse.Namespace) -> DINOv2Loss:
+    ibot_out_dim = args.ibot_out_dim if args.ibot_separate_head and args.ibot_out_dim else args.out_dim
+    return DINOv2Loss(
+        args.out_dim, ibot_out_dim, args.centering, args.dino_loss_weight, args.ibot_loss_weight,
+        args.koleo_loss_weight, args.koleo_all_processes, hide=not args.distill_from,
+        all_patches=bool(args.distill_from) and args.ibot_tokens == "all")
+
+
+def make_augmentation(args: argparse.Namespace) -> utils.DataAugmentationDINO:
+    return utils.DataAugmentationDINO(
+        args.global_crops_scale, args.local_crops_scale, args.local_crops_number, args.global_crops_size,
+        args.local_crops_size, args.mean, args.std, bool(args.compile), BLUR[args.blur])
+
+
+def make_evaluation(args: argparse.Namespace, device: torch.device) -> KnnEvaluation | None:
+    if not args.eval_knn_every:
+        return None
+    path, flag = (args.eval_data_path, "--eval_data_path") if args.eval_data_path else (args.data_path, "--data_path")
+    return open_evaluation(path, flag, args.global_crops_size, args.mean, args.std, args.in_chans,
+                           4 * args.batch_size_per_gpu, args.num_workers, device, args.max_pixels)
+
+
+def make_run(args: argparse.Namespace, plan: Plan, n_images: int, device: torch.device) -> Run:
+    """Networks, loss and optimizer at the start of a run."""
+    seed_everything(args.seed)  # the networks start the same on every process
+    student, teacher = (network.to(device) for network in make_networks(args))
+    if args.grad_checkpointing:
+        networks.checkpoint_gradients(student.backbone, args.grad_checkpointing, args.arch)
+    if args.compile:  # the heads get another number of patches in each step
+        networks.compile_networks(args.compile, student.backbone, teacher.backbone)
+    seed_everything(args.seed + parallel.rank())  # stochastic depth differs between the processes
+    dtype = networks.half_precision(args.precision, args.use_fp16, device)
+    sharded = networks.shard(student, teacher, device, dtype, args.precision) if args.parallel == "fsdp" else False
+    groups = parameter_groups(dict(student.named_children()), args.layer_decay, args.patch_embed_lr_mult)
+    optimizer = torch.optim.AdamW(groups, betas=(args.adamw_beta1, args.adamw_beta2), fused=True)
+    settings = plain_settings(vars(args), n_images) | {"method": "dinov2"}
+    return Run(student, teacher, make_loss(args).to(device), optimizer, device, dtype, plan.steps_per_epoch, settings,
+               Path(args.output_dir), args.keep_checkpoints,
+               make_backbone=(lambda: make_backbone(args)[0]) if sharded else None)
+
+
+def make_teacher(args: argparse.Namespace, run: Run) -> nn.Module:
+    """The network whose targets the student learns: its own moving average, or a frozen one (distillation)."""
+    if not args.distill_from:
+        return run.teacher
+    teacher, stored = read_teacher(args.distill_from)
+    for name in ("patch_size", "in_chans", "out_dim", "ibot_separate_head"):
+        theirs, ours = getattr(stored, name), getattr(args, name)
+        if theirs != ours:
+            raise Refused(f"--distill_from {args.distill_from}: it has --{name} {theirs}, and the student {ours}; give "
+                          f"--{name} {theirs}")
+    if args.ibot_separate_head and (stored.ibot_out_dim or stored.out_dim) != (args.ibot_out_dim or args.out_dim):
+        raise Refused(f"--distill_from {args.distill_from}: it has --ibot_out_dim {stored.ibot_out_dim}; give the same")
+    teacher = teacher.to(run.device)
+    if run.make_backbone:
+        sharding.shard(teacher, run.device)
+    return teacher
+
+
+def read_teacher(path: str) -> tuple[BackboneAndHeads, argparse.Namespace]:
+    """The frozen network with its heads in a checkpoint, and its flags."""
+    settings, state = networks.read_heads(path, "--distill_from")
+    stored = argparse.Namespace(**vars(get_args_parser().parse_args([])) | settings)
+    teacher = make_network(stored)
+    networks.fill(teacher, state, path, "--distill_from")
+    return teacher.eval().requires_grad_(False), stored
+
+
+def describe(args: argparse.Namespace, run: Run, plan: Plan, n_images: int) -> str:
+    """What is about to run, in a few lines."""
+    loss = run.dino_loss
+    heads = f"K {loss.dino_loss.center.numel()} and {loss.ibot_patch_loss.center.numel()} for patches"
+    heads += "" if args.ibot_separate_head else " (one head)"
+    lines = session.description(
+        run, plan, args.arch, heads, args.data_path, n_images, images_per_step(args),
+        f"2 x {args.global_crops_size} + {args.local_crops_number} x {args.local_crops_size} pixels")
+    lines.append(memory.estimate(
+        run.student, args.batch_size_per_gpu, args.global_crops_size, args.local_crops_size, args.local_crops_number,
+        args.mask_probability * sum(args.mask_ratio) / 2, run.dtype, args.grad_checkpointing, bool(run.make_backbone)))
+    lines.append(f"loss of an untrained student: {losses_at_start(args)['dino']:.2f} on class tokens, "
+                 f"{losses_at_start(args)['ibot']:.2f} on patches; progress lines show what is left of each")
+    unit = args.epoch_steps or plan.steps_per_epoch
+    for name in ("warmup_epochs", "warmup_teacher_temp_epochs", "freeze_last_layer", "freeze_backbone_epochs"):
+        if (share := getattr(args, name) * unit / plan.steps) > 0.2:
+            lines.append(f"WARNING: --{name} {getattr(args, name):g} is {share:.0%} of the run; lower it, unless you "
+                         "mean it")
+    if args.koleo_loss_weight and args.batch_size_per_gpu < 2 and not args.koleo_all_processes:
+        lines.append("KoLeo is left out: with --batch_size_per_gpu 1 an image has no neighbour; --koleo_all_processes")
+    return "\n".join(lines)
+
+
+def images_per_step(args: argparse.Namespace) -> int:
+    return args.batch_size_per_gpu * args.grad_accum_steps * parallel.world_size()
+
+
+def losses_at_start(args: argparse.Namespace) -> dict[str, float]:
+    """Terms of the loss for a student whose output is uniform: weight x ln K, for ibot x share of crops with a mask."""
+    loss_on_all = bool(args.distill_from) and args.ibot_tokens == "all"
+    k_patches = args.ibot_out_dim if args.ibot_separate_head and args.ibot_out_dim else args.out_dim
+    return {"dino": args.dino_loss_weight * math.log(args.out_dim),
+            "ibot": args.ibot_loss_weight * math.log(k_patches) * (1 if loss_on_all else args.mask_probability)}
+
+
+def pretrain(args: argparse.Namespace) -> int:
+    """Set up, resume if there is something to resume, train. Returns the exit code."""
+    check_args(args)
+    device = parallel.start(args.device, args.dist_url, args.dist_timeout)
+    with session.memory_refused():
+        images = open_images(args.data_path, None, args.in_chans, args.max_pixels)
+        ends = Ends(images, make_evaluation(args, device), args.eval_knn_every, args.saveckp_freq, args.pictures_every,
+                    args.global_crops_size, args.mean, args.std)
+        plan = make_plan(args, len(images))
+        run = make_run(args, plan, len(images), device)
+        teacher = make_teacher(args, run)
+    return session.carry_out(run, plan, ends, describe(args, run, plan, len(images)),
+                             lambda log: train(args, run, teacher, plan, ends, log), args.tensorboard,
+                             vars(args) if args.wandb else None)
+
+
+# ---- The loop ----
+
+
+def train(args: argparse.Namespace, run: Run, teacher: nn.Module, plan: Plan, ends: Ends, log: Log) -> bool:
+    """The training loop, from `run.step` to the plan's end. Returns False when a signal ended it early.
+
+    Raises:
+        failures.NonFinite: at the first look (logged steps, checkpoints) after a step that was not finite.
+    """
+    student, load = networks.distributed(run.student, run.device), make_loader(args, ends.images, plan, run.device)
+    run.watch_steps(plan, load, "main_dinov2.py")
+    batches, augmentation = load(run.step, plan.steps), make_augmentation(args)
+    bad_images = BadImages(len(ends.images), args.max_bad_images)
+    window, clock, requests = Meters(), Clock(), Requests(run.device, args.saveckp_every_minutes)
+    ln_k, at_start = math.log(args.out_dim), losses_at_start(args)
+    if run.step == 0:
+        session.draw(run, ends, log, "start")
+
+    def losses(student: nn.Module, crops: list[Tensor], batch: dict) -> tuple[Tensor, dict]:
+        return dinov2.losses(student, teacher, crops, batch["masks"], run.dino_loss, float(plan.teacher_temp[run.step]))
+
+    while run.step < plan.steps:
+        step, epoch = run.step, run.epoch
+        run.watch.begin(step)
+        set_lr_and_wd(run.optimizer, plan.lr[step], plan.wd[step], plan.last_layer_lr[step], plan.backbone_lr[step])
+        figures, parts = add_gradients(run, student, losses, augmentation.finish, batches, bad_images, clock,
+                                       args.grad_accum_steps)
+        run.scaler.unscale_(run.optimizer)
+        norms = [utils.clip_gradients(part, args.clip_grad, per_tensor=False) for part in run.student.children()]
+        run.watch.judge(figures, torch.cat(norms))
+        run.scaler.step(run.optimizer)
+        run.scaler.update()
+        run.optimizer.zero_grad(set_to_none=True)
+        utils.ema_update(run.student, run.teacher, plan.momentum[step])
+        window.update(**figures)
+        run.meters.update(**figures, lr=plan.lr[step], wd=plan.wd[step])
+        clock.steps += 1
+
+        if step % args.log_every == 0 or step + 1 == plan.steps:  # only here does the loop wait for the device
+            run.watch.check(run.last_saved)
+            bad_images.share()
+            extra = health_dinov2(parts, at_start)
+            run.meters.update(**extra)
+            window.update(**extra)
+            means = window.means()
+            monitor.log_step(log, plan, step, means, "of ln K:", warning(means, run.dino_loss), images_per_step(args),
+                             *clock.read())
+            window.reset()
+        run.dino_loss.update_centers(parts)
+        del parts  # the teacher's scores, before the next step needs the memory
+        run.step += 1
+        stop, save = requests.agreed(run.step)
+        if run.step % plan.steps_per_epoch == 0 or run.step == plan.steps:
+            session.end_epoch(run, plan, epoch, ln_k, ends, log)
+            clock.reset()
+        elif stop or save or (args.saveckp_every_steps and run.step % args.saveckp_every_steps == 0):
+            run.save(checkpoints.NAME)
+        if stop and run.step < plan.steps:
+            return False
+    return True
+
+
+def warning(means: Mapping[str, float], loss: DINOv2Loss) -> str | None:
+    """A line if the class tokens or the patches have collapsed."""
+    for prefix, center, what in (("", loss.dino_loss, "image"), ("patch_", loss.ibot_patch_loss, "patch")):
+        if f"{prefix}entropy" in means:
+            line = collapse(means[f"{prefix}entropy"], math.log(center.center.numel()),
+                            means[f"{prefix}prototypes_used"], UNIFORM, ONE, what)
+            if line:
+                return line
+    return None
+
+
+def make_loader(
+    args: argparse.Namespace, images: Images, plan: Plan, device: torch.device
+) -> Callable[[int, int], Iterator[dict]]:
+    """(first, last) -> the micro-batches of steps first ... last - 1, from one loader whose workers never restart."""
+    accum, augmentation, batch = args.grad_accum_steps, make_augmentation(args), images_per_step(args)
+    side = args.global_crops_size // args.patch_size
+    masks = partial(masking.image_masks, seed=args.seed, images=batch, micro_batches=accum, grid=(side, side),
+                    ratio=tuple(args.mask_ratio), probability=args.mask_probability)
+
+    def load(first: int, last: int) -> Iterator[dict]:
+        return loaders.on_device(loaders.batches(
+            images, augmentation, args.batch_size_per_gpu, args.num_workers, args.seed, parallel.rank(),
+            parallel.world_size(), batches_per_epoch=plan.steps_per_epoch * accum, first_batch=first * accum,
+            last_batch=last * accum, pin_memory=device.type == "cuda", masks=masks), device)
+
+    return load
+
+
+# ---- The script ----
+
+
+def replay_step(args: argparse.Namespace) -> None:
+    def build(settings: Mapping, about: Mapping) -> Method:
+        stored = argparse.Namespace(**settings | {"init_from": "", "init_heads": False, "compile": None})
+        student, average = make_networks(stored)
+        objective, device = make_loss(stored), parallel.pick_device(args.device)
+        teacher = read_teacher(stored.distill_from)[0].to(device) if stored.distill_from else average
+
+        def losses(crops: list[Tensor], batch: Mapping, step: int) -> tuple[Tensor, dict]:
+            return dinov2.losses(student, teacher, crops, batch["masks"], objective, float(about["teacher_temp"][step]))
+
+        def details(output: dinov2.Outputs, parts: Mapping, step: int) -> str:
+            terms = ("dino_global", "dino_local", "ibot", "koleo")
+            return "  ".join(f"{name} {parts[name].item():g}" for name in terms)
+
+        return Method(student, average, objective, make_augmentation(stored).finish, losses, details)
+
+    replay(args.replay, parallel.pick_device(args.device), build)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Returns the exit code: 0 done, 2 refused, 1 stopped by an error, 75 stopped by a signal, to be continued."""
+    work = replay_step if args.replay else pretrain
+    return flags.exit_code("main_dinov2.py", work, args, lambda error: faults.explain(error, args.output_dir))
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 1:
+        get_args_parser().error("--data_path: give a folder of images, and --output_dir; for a first trial: python "
+                                "main_dinov2.py @presets/dinov2_shapes.txt --output_dir output/shapes2; --help lists "
+                                "all flags")
+    arguments = get_args_parser().parse_args()
+    end = parallel.leave if arguments.parallel == "fsdp" else sys.exit
+    end(main(arguments))

@@ -1,0 +1,150 @@
+"""A training step of DINOv2 (arXiv 2304.07193, section 4), in the order in which it is computed.
+
+Shapes: B images, L local crops, V = 2 + L views, N patches of a global crop, D width, K prototypes for class tokens and
+K' for patches, n patches on which the iBOT loss is taken, in all 2 B global crops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from method.ibot import patch_loss
+from method.koleo import koleo
+from method.masking import masks_weight
+from method.pairs import class_loss
+from method.sinkhorn import sinkhorn_knopp
+from method.targets import Center, Targets, at_least_float32, centred
+
+
+class Outputs(NamedTuple):
+    class_scores: Tensor  # (V B, K), or (2 B, K) of the teacher
+    patch_scores: Tensor  # (n, K')
+    class_tokens: Tensor  # (2 B, D), of the global crops, before the head
+
+
+class BackboneAndHeads(nn.Module):
+    """A Vision Transformer, a head for its class tokens, and one for its patch tokens.
+
+    Args:
+        ibot_head: None: the first head serves both ("tied" heads).
+    """
+
+    def __init__(self, backbone: nn.Module, dino_head: nn.Module, ibot_head: nn.Module | None = None) -> None:
+        super().__init__()
+        self.backbone, self.dino_head, self.ibot_head = backbone, dino_head, ibot_head
+
+    def forward(self, crops: Sequence[Tensor], masks: Tensor | None, positions: Tensor) -> Outputs:
+        """[(2B, C, g, g), (LB, C, l, l)], crop-major -> the outputs of the two heads.
+
+        Args:
+            masks: (2B, N) bool, patches of the global crops that are replaced by the mask token; None: none.
+            positions: (n,) indices into the 2 B N patches, whose tokens go to the patch head.
+        """
+        tokens = self.backbone(list(crops), [masks, *[None] * (len(crops) - 1)], all_tokens=True)
+        first_patch = 1 + self.backbone.num_register_tokens
+        patches = tokens[0][:, first_patch:].flatten(0, 1)[positions]  # (n, D)
+        patch_head = self.dino_head if self.ibot_head is None else self.ibot_head
+        class_tokens = torch.cat([group[:, 0] for group in tokens])  # (V B, D)
+        return Outputs(self.dino_head(class_tokens), patch_head(patches), tokens[0][:, 0])
+
+
+class DINOv2Loss(nn.Module):
+    """How the losses are computed, and their state, the two centres.
+
+    Args:
+        out_dim, ibot_out_dim: K, K'.
+        centering: how the teacher's scores become targets: "centering" as in DINO, or "sinkhorn_knopp".
+        dino_weight, ibot_weight, koleo_weight: factors of the three losses.
+        koleo_all_processes: see `koleo.nearest_distances`.
+        hide: replace the masked patches of the student's crops by the mask token. False for distillation.
+        all_patches: take the iBOT loss on all patches, instead of the masked ones.
+    """
+
+    def __init__(
+        self,
+        out_dim: int,
+        ibot_out_dim: int,
+        centering: str = "centering",
+        dino_weight: float = 1.0,
+        ibot_weight: float = 1.0,
+        koleo_weight: float = 0.1,
+        koleo_all_processes: bool = False,
+        hide: bool = True,
+        all_patches: bool = False,
+        student_temp: float = 0.1,
+        center_momentum: float = 0.9,
+    ) -> None:
+        super().__init__()
+        self.centering, self.student_temp = centering, student_temp
+        self.dino_weight, self.ibot_weight, self.koleo_weight = dino_weight, ibot_weight, koleo_weight
+        self.koleo_all_processes, self.hide, self.all_patches = koleo_all_processes, hide, all_patches
+        self.dino_loss = Center(1, out_dim, momentum=center_momentum)
+        self.ibot_patch_loss = Center(1, 1, ibot_out_dim, momentum=center_momentum)
+
+    def targets(self, teacher: Outputs, temp: float) -> tuple[Targets, Targets]:
+        """The teacher's probabilities for class tokens (2 B, K) and patches (n, K'), never in one matrix."""
+        if self.centering == "sinkhorn_knopp":
+            return sinkhorn_knopp(teacher.class_scores, temp), sinkhorn_knopp(teacher.patch_scores, temp)
+        return (centred(teacher.class_scores, self.dino_loss.center, temp),
+                centred(teacher.patch_scores, self.ibot_patch_loss.center, temp))
+
+    def update_centers(self, parts: Mapping) -> None:
+        """Move the centres by a step's `class_mean` and `patch_mean`; its own targets were made with the old ones."""
+        if self.centering == "centering":
+            self.dino_loss.update(parts["class_mean"])
+            self.ibot_patch_loss.update(parts["patch_mean"])
+
+
+def losses(
+    student: nn.Module, teacher: BackboneAndHeads, crops: Sequence[Tensor], masks: Tensor, objective: DINOv2Loss,
+    teacher_temp: float,
+) -> tuple[Tensor, dict]:
+    """The loss of a micro-batch. Changes neither the networks nor the centres.
+
+        loss = dino_weight dino + ibot_weight ibot + koleo_weight (koleo(crop 0) + koleo(crop 1))
+
+    Args:
+        student: a BackboneAndHeads, or its DistributedDataParallel.
+        crops: [(2B, C, g, g), (LB, C, l, l)], normalized and crop-major.
+        masks: (2B, N) bool. It stays on the CPU: finding its indices there does not wait for the device.
+
+    Returns:
+        The loss to differentiate, and a dict of detached parts: the terms `dino_global`, `dino_local`, `ibot` and
+        `koleo`, which add up to `loss`; `class_targets` and `patch_targets`; `teacher_features` (2B, D); `class_mean`
+        (1, K) and `patch_mean` (1, K') of the teacher's scores, None if there are no patches.
+    """
+    dtype, device = at_least_float32(crops[0][:0]).dtype, crops[0].device
+    chosen = torch.ones_like(masks) if objective.all_patches else masks
+    positions = chosen.flatten().nonzero().squeeze(1).to(device, non_blocking=True)
+    weights = masks_weight(chosen, dtype).to(device, non_blocking=True)
+    with torch.no_grad():
+        teacher_out = teacher(crops[:1], None, positions)
+    class_targets, patch_targets = objective.targets(teacher_out, teacher_temp)
+    out = student(crops, masks.to(device, non_blocking=True) if objective.hide else None, positions)
+
+    dino, pairs = class_loss(out.class_scores, class_targets, objective.student_temp)
+    ibot = patch_loss(out.patch_scores, patch_targets, weights, len(crops[0]), objective.student_temp)
+    # One image has no neighbour. The term stays in the graph, which keeps all processes' collectives the same.
+    spread = sum(koleo(tokens, objective.koleo_all_processes) for tokens in out.class_tokens.chunk(2))
+    spread = spread * (objective.koleo_weight if has_neighbours(crops, objective) else 0.0)
+    loss = objective.dino_weight * dino + objective.ibot_weight * ibot + spread
+    return loss, {
+        "loss": loss.detach(),
+        "dino_global": objective.dino_weight * pairs["global"], "dino_local": objective.dino_weight * pairs["local"],
+        "ibot": objective.ibot_weight * ibot.detach(), "koleo": spread.detach(),
+        "class_targets": class_targets, "patch_targets": patch_targets, "teacher_features": teacher_out.class_tokens,
+        "class_mean": mean_of_rows(teacher_out.class_scores), "patch_mean": mean_of_rows(teacher_out.patch_scores),
+    }
+
+
+def has_neighbours(crops: Sequence[Tensor], objective: DINOv2Loss) -> bool:
+    """Whether KoLeo compares an image with another one: there are two images on this process, or it looks further."""
+    return len(crops[0]) > 2 or objective.koleo_all_processes
+
+
+def mean_of_rows(scores: Tensor) -> Tensor | None:
+    return at_least_float32(scores).mean(0, keepdim=True) if len(scores) else None

@@ -1,0 +1,62 @@
+"""How much memory a training step of DINOv2 will take, roughly, before it is tried."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+import parallel
+from vision_transformer import VisionTransformer
+
+# Values of width D that a block saves per token for its backward pass, by --grad_checkpointing.
+SAVED_PER_BLOCK = {None: 16, "layers": 10, "blocks": 1}
+TEMPORARY = 2**26 * 4 * 3  # bytes of the losses' float32 parts
+
+
+def estimate(
+    student: nn.Module, images: int, global_size: int, local_size: int, local_crops: int, masked: float,
+    dtype: torch.dtype | None, checkpointing: str | None, sharded: bool,
+) -> str:
+    """A line for the console.
+
+    Args:
+        student: a `method.dinov2.BackboneAndHeads`.
+        images: per process and micro-batch.
+        masked: patches in the iBOT loss, as a share of all patches of the global crops.
+        dtype: of autocast; None: float32.
+        sharded: whether the networks are split over the processes.
+    """
+    state, saved, scores = bytes_needed(student, images, global_size, local_size, local_crops, masked, dtype,
+                                        checkpointing)
+    if sharded:
+        state /= parallel.world_size()
+    total = state + saved + scores
+    return (f"memory of a process, estimated: {total / 1e9:.1f} GB (networks and optimizer {state / 1e9:.1f}, "
+            f"activations {saved / 1e9:.1f}, prototypes' scores {scores / 1e9:.1f})")
+
+
+def bytes_needed(
+    student: nn.Module, images: int, global_size: int, local_size: int, local_crops: int, masked: float,
+    dtype: torch.dtype | None, checkpointing: str | None,
+) -> tuple[float, float, float]:
+    """(networks and optimizer, activations kept for the backward pass, scores of the prototypes), in bytes."""
+    backbone: VisionTransformer = student.backbone
+    size = 4 if dtype is None else 2
+    parameters = sum(p.numel() for p in student.parameters())
+    # Student: weights, gradients and two moments; teacher: weights; under autocast, both once more in half precision.
+    state = parameters * (4 * 5 + (2 * size if dtype else 0))
+
+    def tokens(side: int) -> int:
+        return 1 + backbone.num_register_tokens + (side // backbone.patch_size) ** 2
+
+    n_tokens = images * (2 * tokens(global_size) + local_crops * tokens(local_size))
+    saved = n_tokens * backbone.embed_dim * backbone.n_blocks * SAVED_PER_BLOCK[checkpointing] * size
+    if checkpointing == "blocks":  # one block at a time is recomputed
+        saved += n_tokens * backbone.embed_dim * SAVED_PER_BLOCK[None] * size
+    patches = masked * images * 2 * (global_size // backbone.patch_size) ** 2
+    # Rows of the student's scores and their gradients, and of the teacher's scores.
+    class_rows, patch_rows = images * (2 * (2 + local_crops) + 2), 3 * patches
+    heads = (student.dino_head, student.ibot_head or student.dino_head)
+    scores = sum(rows * head.last_layer.weight_v.shape[0] * size
+                 for rows, head in zip((class_rows, patch_rows), heads, strict=True))
+    return state, saved, scores + min(TEMPORARY, 2 * scores)
