@@ -76,13 +76,18 @@ def barrier() -> None:
         dist.barrier()
 
 
-def mean_over_processes(x: Tensor) -> Tensor:
-    """Elementwise mean of a tensor over all processes (all-reduce)."""
+def sum_over_processes(x: Tensor) -> Tensor:
+    """Elementwise sum of a tensor over all processes (all-reduce)."""
     if world_size() == 1:
         return x
     x = x.clone()
     dist.all_reduce(x)
-    return x / world_size()
+    return x
+
+
+def mean_over_processes(x: Tensor) -> Tensor:
+    """Elementwise mean of a tensor over all processes (all-reduce)."""
+    return x if world_size() == 1 else sum_over_processes(x) / world_size()
 
 
 def max_over_processes(x: Tensor) -> Tensor:

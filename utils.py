@@ -14,11 +14,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from method import fused, photometric
 from method.optimizers import LARS, SGD  # noqa: F401 - LARS is part of the published utils.py
+from method.pairs import class_loss
 from method.photometric import IMAGENET_MEAN, IMAGENET_STD
+from method.targets import at_least_float32
 
 # ---- Multi-crop augmentation (section 3.1; appendix "Data augmentations", after BYOL and SwAV) ----
 
@@ -292,63 +293,7 @@ def cross_entropy(student_output: Tensor, targets: Tensor, temp: float) -> Tenso
         student_output: (V B, K) logits, crop-major, the two global views first.
         targets: (2 B, K) probabilities q of the global views, in the same order.
     """
-    return PairsOfViews.apply(student_output, targets, temp)
-
-
-class PairsOfViews(torch.autograd.Function):
-    """`cross_entropy`, computed on parts of the batch. Saves only the logits and the targets for the backward pass.
-
-    The gradient with respect to the student's logits in view v is (n_v p_v - t_v) / (temp B pairs), where t_v is the
-    sum of the q_i that v is compared with and n_v their number; backward recomputes p. The part size is chosen to fit
-    the cache of a CPU, and to bound the float32 temporaries on a GPU (benchmarks/loss.py).
-    """
-
-    PART_CPU, PART_GPU = 2**20, 2**26  # number of logits per part
-
-    @staticmethod
-    def forward(ctx, student: Tensor, targets: Tensor, temp: float) -> Tensor:
-        ctx.save_for_backward(student, targets)
-        ctx.temp = temp
-        loss = torch.zeros((), dtype=at_least_float32(student[:0]).dtype, device=student.device)
-        for _, x, q in PairsOfViews.parts(student, targets, temp):
-            log_p = F.log_softmax(x, dim=-1)
-            # Global view 0 is compared with q_1, global view 1 with q_0, and each local view with both.
-            loss -= (q.flip(0) * log_p[:2]).sum() + (q.sum(0) * log_p[2:].sum(0)).sum()
-        return loss / PairsOfViews.count(student, targets)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        student, targets = ctx.saved_tensors
-        grad = torch.empty_like(student)
-        views = grad.unflatten(0, (-1, len(targets) // 2))  # (V, B, K)
-        scale = grad_output / (ctx.temp * PairsOfViews.count(student, targets))
-        for rows, x, q in PairsOfViews.parts(student, targets, ctx.temp):
-            p = F.softmax(x, dim=-1)
-            p[:2] -= q.flip(0)
-            p[2:].mul_(2).sub_(q.sum(0))
-            views[:, rows] = p.mul_(scale)
-        return grad, None, None
-
-    @staticmethod
-    def count(student: Tensor, targets: Tensor) -> int:
-        """Pairs of views times images: 2 (V - 1) B."""
-        return 2 * len(student) - len(targets)
-
-    @staticmethod
-    def parts(student: Tensor, targets: Tensor, temp: float):
-        """Yields (slice of the images, student logits / temp (V, b, K), q (2, b, K)) for each part."""
-        images = len(targets) // 2
-        student, targets = student.unflatten(0, (-1, images)), targets.unflatten(0, (2, images))
-        most = PairsOfViews.PART_CPU if student.device.type == "cpu" else PairsOfViews.PART_GPU
-        size = max(1, most // (len(student) * student.shape[-1]))
-        for first in range(0, images, size):
-            rows = slice(first, first + size)
-            yield rows, at_least_float32(student[:, rows]) / temp, targets[:, rows]
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+    return class_loss(student_output, targets, temp)[0]
 
 
 # ---- Schedules (section 3.2, "Implementation details") ----
@@ -361,17 +306,20 @@ def cosine_scheduler(
     niter_per_ep: int,
     warmup_epochs: float = 0,
     start_warmup_value: float = 0,
+    freeze_epochs: float = 0,
 ) -> np.ndarray:
-    """Values (epochs * niter_per_ep,), one per step: linear warm-up to `base_value`, half cosine to `final_value`.
+    """Values (epochs * niter_per_ep,), one per step: zeros while frozen, linear warm-up to `base_value`, half cosine to
+    `final_value`. With final_value = base_value, it is constant after the warm-up (DINOv2's teacher temperature).
 
-    `epochs` and `warmup_epochs` may be fractional: a run of `steps` steps has steps / niter_per_ep epochs.
+    The epochs may be fractional: a run of `steps` steps has steps / niter_per_ep epochs.
     """
-    n_steps, n_warmup = round(epochs * niter_per_ep), round(warmup_epochs * niter_per_ep)
-    if n_warmup > n_steps:
-        raise ValueError(f"warm-up of {warmup_epochs:g} epochs is longer than the run of {epochs:g}")
+    n_steps, n_warmup, n_frozen = (round(n * niter_per_ep) for n in (epochs, warmup_epochs, freeze_epochs))
+    if n_frozen + n_warmup > n_steps:
+        raise ValueError(f"warm-up of {freeze_epochs + warmup_epochs:g} epochs is longer than the run of {epochs:g}")
     warmup = np.linspace(start_warmup_value, base_value, n_warmup)
-    t = np.arange(n_steps - n_warmup) / max(n_steps - n_warmup, 1)
-    return np.concatenate((warmup, final_value + 0.5 * (base_value - final_value) * (1 + np.cos(np.pi * t))))
+    n = n_steps - n_frozen - n_warmup
+    cosine = final_value + 0.5 * (base_value - final_value) * (1 + np.cos(np.pi * np.arange(n) / max(n, 1)))
+    return np.concatenate((np.zeros(n_frozen), warmup, cosine))
 
 
 # ---- Teacher (section 3.1, "Teacher network") ----

@@ -17,6 +17,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import utils
+from method.targets import PART
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 WORST = {"fp32": 1e-4, "bf16": 2e-2}  # tolerated difference of gradients, relative to the largest gradient
@@ -34,8 +35,7 @@ def at_once(s: torch.Tensor, t: torch.Tensor, center: torch.Tensor, crops: int) 
 def in_parts(s: torch.Tensor, t: torch.Tensor, center: torch.Tensor, crops: int) -> torch.Tensor:
     """at_once of some images at a time; for each part autograd keeps its inputs alone."""
     s, t = s.unflatten(0, (crops, -1)), t.unflatten(0, (2, -1))
-    most = utils.PairsOfViews.PART_CPU if s.device.type == "cpu" else utils.PairsOfViews.PART_GPU
-    size = max(1, most // (crops * s.shape[-1]))
+    size = max(1, PART[s.device.type] // (crops * s.shape[-1]))
     losses = [len(rows[0]) * checkpoint(at_once, rows.flatten(0, 1), targets.flatten(0, 1), center, crops,
                                         use_reentrant=False)
               for rows, targets in zip(s.split(size, 1), t.split(size, 1), strict=True)]

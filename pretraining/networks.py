@@ -18,7 +18,7 @@ from pretraining import sharding
 from vision_transformer import VITS, VisionTransformer, build_backbone
 from weights.backbones import load_weights_into
 from weights.checkpoints import refusing
-from weights.layouts import backbone_state, read, recognize, stored_args
+from weights.layouts import backbone_state, head_states, read, recognize, stored_args
 
 
 def pair(
@@ -167,7 +167,8 @@ def read_heads(path: str, flag: str) -> tuple[dict, dict[str, Tensor]]:
     """
     with refusing(flag):
         loaded = read(path)
-        heads = head_states(loaded, path)
+        heads = {f"{head}.{k}": v for head, state in head_states(loaded, "teacher", path).items()
+                 for k, v in state.items()}
         recognized = recognize(backbone_state(loaded, "teacher", path))
     if "dino_head.last_layer.weight_v" not in heads:
         raise Refused(f"{flag} {path}: it has no heads, as published backbones; train heads first: main_dinov2.py "

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 import utils
 from imagesets.sources import open_images
-from method import fused
+from method import fused, targets
 from pretraining.session import Ends
 from pretraining.state import Run
 
@@ -252,7 +252,7 @@ def pairs_loss(student, teacher, center, ncrops):
 @pytest.mark.parametrize("part", [1, 5 * 7 * 2, 2**20], ids=["an image", "two images", "all"])
 def test_loss_in_parts_and_its_gradient(monkeypatch, ncrops, part):
     """Five images of seven prototypes, in parts that do and do not divide them."""
-    monkeypatch.setattr(utils.PairsOfViews, "PART_CPU", part)
+    monkeypatch.setitem(targets.PART, "cpu", part)
     torch.manual_seed(0)
     student = torch.randn(5 * ncrops, 7, dtype=torch.float64, requires_grad=True)
     teacher, center = torch.randn(10, 7, dtype=torch.float64), torch.randn(1, 7, dtype=torch.float64)
