@@ -62,6 +62,7 @@ class DINOv2Loss(nn.Module):
         koleo_all_processes: see `koleo.nearest_distances`.
         hide: replace the masked patches of the student's crops by the mask token. False for distillation.
         all_patches: take the iBOT loss on all patches, instead of the masked ones.
+        sinkhorn_iterations: of Sinkhorn-Knopp.
     """
 
     def __init__(
@@ -77,9 +78,10 @@ class DINOv2Loss(nn.Module):
         all_patches: bool = False,
         student_temp: float = 0.1,
         center_momentum: float = 0.9,
+        sinkhorn_iterations: int = 3,
     ) -> None:
         super().__init__()
-        self.centering, self.student_temp = centering, student_temp
+        self.centering, self.student_temp, self.sinkhorn_iterations = centering, student_temp, sinkhorn_iterations
         self.dino_weight, self.ibot_weight, self.koleo_weight = dino_weight, ibot_weight, koleo_weight
         self.koleo_all_processes, self.hide, self.all_patches = koleo_all_processes, hide, all_patches
         self.dino_loss = Center(1, out_dim, momentum=center_momentum)
@@ -88,7 +90,8 @@ class DINOv2Loss(nn.Module):
     def targets(self, teacher: Outputs, temp: float) -> tuple[Targets, Targets]:
         """The teacher's probabilities for class tokens (2 B, K) and patches (n, K'), never in one matrix."""
         if self.centering == "sinkhorn_knopp":
-            return sinkhorn_knopp(teacher.class_scores, temp), sinkhorn_knopp(teacher.patch_scores, temp)
+            return (sinkhorn_knopp(teacher.class_scores, temp, self.sinkhorn_iterations),
+                    sinkhorn_knopp(teacher.patch_scores, temp, self.sinkhorn_iterations))
         return (centred(teacher.class_scores, self.dino_loss.center, temp),
                 centred(teacher.patch_scores, self.ibot_patch_loss.center, temp))
 
