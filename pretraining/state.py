@@ -59,7 +59,9 @@ class Run:
         self.dtype = dtype
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
 
-    def watch_steps(self, plan: Plan, load: Callable[[int, int], Iterable[dict]], script: str = "main_dino.py") -> None:
+    def watch_steps(
+        self, plan: Plan, load: Callable[[int, int], Iterable[dict]], script: str = "main_dino.py"
+    ) -> None:
         """Watch for steps that are not finite. `load`: (first, last) -> the micro-batches of these steps."""
         about = {"args": self.settings, "dtype": str(self.dtype), "epochs": plan.epochs,
                  "steps_per_epoch": plan.steps_per_epoch}
@@ -67,7 +69,8 @@ class Run:
             about["teacher_temp"] = torch.from_numpy(plan.teacher_temp)
         optimizer = None if self.scaler.is_enabled() else self.optimizer
         self.watch = failures.Watch(self.student, self.teacher, self.dino_loss, optimizer, plan.momentum,
-                                    lambda step: load(step, step + 1), about, self.folder / failures.NAME, self.device)
+                                    lambda step: load(step, step + 1), about, self.folder / failures.NAME, self.device,
+                                    script)
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)

@@ -13,18 +13,21 @@ from method.dinov2 import DINOv2Loss
 from method.groups import parameter_groups, set_lr_and_wd
 
 
-def main(out: str) -> None:
+def main(out: str, centering: str) -> None:
     config, _ = figures("train_sinkhorn_untied.npz")
     rank, world = parallel.rank(), parallel.world_size()
     share = slice(rank * 4 // world, (rank + 1) * 4 // world)
     student, teacher = network(config), network(config).requires_grad_(False)
     wrapped = DistributedDataParallel(student) if world > 1 else student
-    objective = DINOv2Loss(64, 48, "sinkhorn_knopp", koleo_all_processes=True).double()
+    objective = DINOv2Loss(64, 48, centering, koleo_all_processes=True).double()
     optimizer = torch.optim.AdamW(parameter_groups(dict(student.named_children()), 0.9))
     result, grads = {}, {}
     for step in range(3):
         crops = [rs(10 * step + i, 4, 3, size, size)[share] for i, size in enumerate((56, 56, 28, 28, 28))]
-        masks = mask(step, 8, 64, 0.3).unflatten(0, (2, 4))[:, share].flatten(0, 1)
+        masks = mask(step, 8, 64, 0.3)
+        if centering == "centering":
+            masks = torch.stack([m.roll(i) for i, m in enumerate(masks[:1].expand(8, -1))])
+        masks = masks.unflatten(0, (2, 4))[:, share].flatten(0, 1)
         loss, parts = dinov2.losses(wrapped, teacher, [torch.cat(crops[:2]), torch.cat(crops[2:])], masks, objective,
                                     0.05)
         optimizer.zero_grad()
@@ -38,6 +41,7 @@ def main(out: str) -> None:
         objective.update_centers(parts)
         for name in ("loss", "dino_local", "dino_global", "ibot", "koleo"):
             result[f"{name}{step}"] = parallel.mean_over_processes(parts[name])
+    result |= {f"centre/{k}": v for k, v in objective.state_dict().items()}
     result |= grads | {f"student/{k}": v for k, v in student.state_dict().items()}
     if parallel.is_main():
         torch.save(result, out)
@@ -45,5 +49,5 @@ def main(out: str) -> None:
 
 if __name__ == "__main__":
     parallel.start("cpu")
-    main(sys.argv[1])
+    main(*sys.argv[1:])
     parallel.stop()
