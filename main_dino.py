@@ -37,8 +37,10 @@ from pretraining.logs import Log, installed
 from pretraining.meters import Clock, Meters
 from pretraining.owner import owned
 from pretraining.plan import Plan, check_warmups, steps_per_epoch
+from pretraining.published import train_one_epoch  # noqa: F401 - published under this module's name, as the two below
 from pretraining.replay import replay
 from pretraining.state import Run, plain_settings, seed_everything
+from utils import DataAugmentationDINO, DINOLoss  # noqa: F401
 from vision_transformer import VITS
 from weights import checkpoints
 
