@@ -113,7 +113,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="channels of the images; other than 3 needs --mean and --std of as many values")
 
     add = parser.add_argument_group("data").add_argument
-    add("--data_path", default="shapes",
+    add("--data_path", default="",
         help="folder of images, with or without class folders; a .txt list; shards-{000..099}.tar; hf:FOLDER; "
              "torchvision:CIFAR10; shapes[:COUNT[xPIXELS]], drawn images (docs/data.md)")
     add("--max_pixels", type=flags.positive_int, default=MAX_PIXELS,
@@ -127,6 +127,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("output").add_argument
     add("--output_dir", default=".",
         help="folder for checkpoints and logs; a run that finds its own checkpoint there resumes")
+    add("--extend", action="store_true",
+        help="continue the run in --output_dir with a larger --epochs or --steps, or on more images: weights, "
+             "optimizer and centre are kept, the schedules from here on are those of the longer run")
     add("--saveckp_freq", type=flags.count, default=20, help="epochs between checkpoints that are kept; 0: none")
     add("--saveckp_every_steps", type=flags.count, default=0,
         help="steps between checkpoints to resume from, for long epochs; 0: at the end of epochs only")
@@ -162,6 +165,9 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def check_args(args: argparse.Namespace) -> None:
     """Refuses combinations that no single flag's type can see."""
+    if not args.data_path:
+        raise Refused("--data_path '': give a folder of images, and --output_dir; for a first trial: python "
+                      "main_dino.py @presets/shapes.txt --output_dir output/shapes; --help lists all flags")
     for name in ("global_crops_scale", "local_crops_scale"):
         low, high = getattr(args, name)
         if not 0 < low <= high:
@@ -312,9 +318,7 @@ def pretrain(args: argparse.Namespace) -> int:
         if not (reason := faults.out_of_memory(error)):
             raise
         raise Refused(reason) from error
-    latest = checkpoints.read_latest(run.folder)
-    if latest:
-        run.check_resumable(*latest)
+    latest = run.find_checkpoint(args.extend)
     flags.prepare_output(run.folder)
     with owned(run.folder):
         start(args, run, plan, len(images), evaluation, latest)
@@ -334,15 +338,16 @@ def start(
     if evaluation and "untrained" not in knn:
         knn |= evaluation.baselines(run.teacher_backbone(), run.autocast())
     if latest:
-        parallel.say(f"resuming from {latest[1]} at step {latest[0]['step']} of {plan.steps}")
         run.resume(*latest)
+        parallel.say(f"resuming from {latest[1]} at step {run.step} of {plan.steps}")
     run.knn = knn
 
 
 def train_and_report(
     args: argparse.Namespace, run: Run, plan: Plan, images: Images, evaluation: KnnEvaluation | None
 ) -> int:
-    log = Log(run.folder, run.epoch, run.step, plan.steps, args.tensorboard, vars(args) if args.wandb else None)
+    log = Log(run.folder, run.step, plan.steps, tensorboard=args.tensorboard,
+              wandb_config=vars(args) if args.wandb else None)
     try:
         finished = train(args, run, plan, images, evaluation, log)
     finally:
@@ -531,9 +536,6 @@ def main(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 1:
-        get_args_parser().error("--data_path: give a folder of images, and --output_dir; for a first trial: python "
-                                "main_dino.py @presets/shapes.txt --output_dir output/shapes; --help lists all flags")
     arguments = get_args_parser().parse_args()
     end = parallel.leave if arguments.parallel == "fsdp" else sys.exit
     end(main(arguments))
