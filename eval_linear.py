@@ -19,6 +19,7 @@ from protocols import linear
 from protocols.features import PIXELS, load_network
 from protocols.finetune import Recipe
 from protocols.probes import CLASSIFIER, evaluate_linear, show_linear
+from protocols.published import LinearClassifier, validate_network  # noqa: F401 - published under this module's name
 
 
 def share(text: str) -> float:

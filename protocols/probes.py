@@ -198,6 +198,10 @@ def apply_classifier(network: Network, task: Task, training: Training, folder: P
                           f"in {order}")
         parallel.say(task.notes[-1])
     number = {name: i for i, name in enumerate(task.classes)}
+    if not number.keys() & set(names):
+        raise Refused(f"--linear_weights {linear_weights}: none of its classes ({', '.join(names[:5])}, ...) is in "
+                      f"--data_path ({', '.join(task.classes[:5])}, ...), so every answer would be wrong; give a "
+                      "classifier of these classes")
     outputs = torch.tensor([number.get(name, -1) for name in names] + [-1] * (len(bias) - len(names)))
     row = {"n_last_blocks": setting.n_last_blocks, "avgpool": setting.avgpool_patchtokens}
     return [row], outputs[linear.predict(heads, eval_features(network, task.test, training, folder))[0]]

@@ -44,9 +44,9 @@ def sbatch(tmp_path, monkeypatch):
 
 
 def run(*words):
-    """Exit code of a command line, in this process."""
+    """Exit code of a command line, in this process; on drawn images unless it names others."""
     try:
-        return run_with_submitit.main(run_with_submitit.parse([*map(str, words)]))
+        return run_with_submitit.main(run_with_submitit.parse(["--data_path", "shapes", *map(str, words)]))
     except SystemExit as error:
         return error.code
 

@@ -252,6 +252,14 @@ def test_outputs_without_names_for_other_classes(classes):
         probes.unnamed_outputs(classes, 3, "linear.pth")
 
 
+def test_a_classifier_of_other_classes_is_refused(swept, pictures, tmp_path, capsys):
+    state = torch.load(swept[0] / "linear.pth", weights_only=True)
+    torch.save(state | {"classes": [f"other {name}" for name in state["classes"]]}, tmp_path / "linear.pth")
+    assert run(pictures, tmp_path, "--evaluate", "--linear_weights", tmp_path / "linear.pth") == 2
+    said = capsys.readouterr().err
+    assert "--linear_weights" in said and "none of its classes (other " in said and "give a classifier" in said
+
+
 def test_a_published_classifier_of_folders_with_numbers(pictures, tmp_path):
     """Twelve classes 0, ..., 11: each image's output is the number of its folder, and 10 does not come before 2."""
     draw_pictures(tmp_path / "data" / "train", [str(i) for i in range(12)], each=2)
