@@ -52,6 +52,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--linear_epochs", type=flags.positive_int, default=100, help="epochs of the linear classifiers")
     add("--linear_views", type=flags.count, default=4,
         help="random crops per image to train classifiers on; 0: new ones in each epoch, as published, and slower")
+    flags.add_arithmetic_flag(add, "that of every script's --arithmetic own, and bicubic crops for linear classifiers")
     add("--seed", type=flags.seed, default=0, help="of classifiers, of what is held out, of untrained weights")
     parser.add_argument_group("output").add_argument(
         "--output_dir", default="", help="for report.html and report.json; empty: report/ in the weights' folder, or .")
@@ -85,7 +86,8 @@ def run_knn(network: Network, args: argparse.Namespace, folder: Path) -> dict:
 
 def run_linear(network: Network, args: argparse.Namespace, folder: Path) -> dict:
     training = Training(**SWEEP, epochs=args.linear_epochs, views=args.linear_views, seed=args.seed,
-                        batch_size=args.batch_size_per_gpu, num_workers=args.num_workers)
+                        batch_size=args.batch_size_per_gpu, num_workers=args.num_workers,
+                        interpolation="bicubic" if args.arithmetic == flags.OWN else "bilinear")
     return evaluate_linear(network, args.data_path, args.val_data_path, folder, training)
 
 
@@ -96,14 +98,17 @@ PROTOCOLS = (
         network, args.segmentation_data, args.image_size, seed=args.seed, save_masks=8, output_dir=folder,
         flag="--segmentation_data"), show_segmentation, overview.segmentation_figures),
     Protocol("video segmentation", "video_data", lambda network, args, folder: evaluate_video_segmentation(
-        network, args.video_data, image_size=args.image_size, patch_size=args.patch_size, output_dir=folder / "video"),
-        show_video_segmentation, lambda r: {"J&F": r["results"][0]["J&F"]} if r["results"] else {}),
+        network, args.video_data, image_size=args.image_size, patch_size=args.patch_size, output_dir=folder / "video",
+        arithmetic=args.arithmetic), show_video_segmentation,
+        lambda r: {"J&F": r["results"][0]["J&F"]} if r["results"] else {}),
     Protocol("copy detection", "copy_data", lambda network, args, folder: evaluate_copies(
-        network, args.copy_data, batch_size=args.batch_size_per_gpu, num_workers=args.num_workers, output_dir=folder),
-        show_copies, lambda r: {name: r["results"][0][name] for name in ("mAP", "uAP")} if r["results"] else {}),
+        network, args.copy_data, image_size=network.about["crop_size"], batch_size=args.batch_size_per_gpu,
+        num_workers=args.num_workers, output_dir=folder, arithmetic=args.arithmetic), show_copies,
+        lambda r: {name: r["results"][0][name] for name in ("mAP", "uAP")} if r["results"] else {}),
     Protocol("retrieval", "retrieval_data", lambda network, args, folder: evaluate_retrieval(
         network, str(Path(args.retrieval_data).parent), Path(args.retrieval_data).name, num_workers=args.num_workers,
-        output_dir=folder), show_retrieval, lambda r: {f"mAP, {row['setting']}": row["mAP"] for row in r["results"]}),
+        output_dir=folder, arithmetic=args.arithmetic), show_retrieval,
+        lambda r: {f"mAP, {row['setting']}": row["mAP"] for row in r["results"]}),
 )
 
 

@@ -287,22 +287,25 @@ def load_network(
 def network_features(
     network: Network, images: Images, batch_size: int = 128, num_workers: int = 10,
     cache: str | os.PathLike | None = None, view: int | None = None, scale: tuple[float, float] = VIEW_SCALE,
+    interpolation: str = "bicubic",
 ) -> Tensor:
     """(N, D) features of the images' centre crops, or of random view number `view`; see `cached_features`."""
     about, mean, std = network.about, network.info["mean"], network.info["std"]
     scaled = "" if view is None or scale == VIEW_SCALE else f" scale {scale}"
-    transform = f"{about.get('resize_size')} {about['crop_size']} {mean} {std} view {view}{scaled}"
-    return dataset_features(network, input_dataset(network, images, view, scale), transform, batch_size, num_workers,
-                            cache, output=about.get("output", ""))
+    resampled = "" if view is None or interpolation == "bicubic" else f" {interpolation}"
+    transform = f"{about.get('resize_size')} {about['crop_size']} {mean} {std} view {view}{scaled}{resampled}"
+    return dataset_features(network, input_dataset(network, images, view, scale, interpolation), transform, batch_size,
+                            num_workers, cache, output=about.get("output", ""))
 
 
 def input_dataset(
-    network: Network, images: Images, view: int | None = None, scale: tuple[float, float] = VIEW_SCALE
+    network: Network, images: Images, view: int | None = None, scale: tuple[float, float] = VIEW_SCALE,
+    interpolation: str = "bicubic",
 ) -> Dataset:
-    """The images as the network sees them: centre crops, or random view number `view`."""
+    """The images as the network sees them: centre crops (always bicubic), or random view number `view`."""
     about, mean, std = network.about, network.info["mean"], network.info["std"]
     if view is not None:
-        return RandomViews(images, about["crop_size"], mean, std, view, scale)
+        return RandomViews(images, about["crop_size"], mean, std, view, scale, interpolation)
     if about["arch"] == PIXELS:
         return SmallPictures(images)
     return EvalImages(images, about["resize_size"], about["crop_size"], mean, std)

@@ -8,6 +8,7 @@ Shapes: B images, D width, n last blocks, C classes, S settings.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import os
@@ -24,6 +25,12 @@ from parallel import Refused
 from protocols.splits import Task
 from vision_transformer import VisionTransformer
 from weights import checkpoints, layouts
+
+SELECTIONS = {
+    "best": "the epoch with the highest accuracy on the test set, as published",
+    "held_out": "the epoch with the highest accuracy on the held-out images",
+    "last": "the last epoch",
+}
 
 
 class Setting(NamedTuple):
@@ -43,10 +50,12 @@ class Training(NamedTuple):
     epochs: int = 100
     views: int = 0  # random crops per image whose features are cached and trained on in turn; 0: new crops every epoch
     num_labels: int = 0  # outputs of the classifier; 0: as many as classes
-    val_freq: int = 1  # epochs between progress lines
+    val_freq: int = 1  # epochs between progress lines and, where an epoch is selected, between validations
     seed: int = 0
     batch_size: int = 128  # per process
     num_workers: int = 10  # per process
+    select_epoch: str = "last"  # a key of SELECTIONS: whose classifier is reported
+    interpolation: str = "bilinear"  # of the random crops, as published; or bicubic
 
 
 def is_setting(value: object) -> bool:
@@ -131,6 +140,28 @@ class Heads(nn.Module):
         return logits
 
 
+class BestEpochs(nn.Module):
+    """Copies of the heads as they were at their own best validated epoch, the first among equals."""
+
+    def __init__(self, heads: Heads) -> None:
+        super().__init__()
+        self.heads = copy.deepcopy(heads).requires_grad_(False)
+        self.register_buffer("right", torch.full((len(heads.heads),), -1))  # hits of each head
+        self.register_buffer("epoch", torch.zeros(len(heads.heads), dtype=torch.long))
+
+    def update(self, heads: Heads, right: Sequence[int], epoch: int) -> None:
+        """Keep the heads whose hits `right`, (S,), exceed those of all epochs before."""
+        for i, hits in enumerate(right):
+            if hits > self.right[i]:
+                self.heads.heads[i].load_state_dict(heads.heads[i].state_dict())
+                self.right[i], self.epoch[i] = hits, epoch
+
+
+def is_validated(epoch: int, training: Training) -> bool:
+    """Whether the published script validates after this epoch; epochs count from 1."""
+    return (epoch - 1) % training.val_freq == 0 or epoch == training.epochs
+
+
 # ---- Training ----
 
 
@@ -198,7 +229,7 @@ def train(
         losses = epoch_losses(done - 1).cpu()
         if not losses.isfinite().any():  # a sweep continues without the settings that diverged
             raise Refused(f"--lr {min(training.lrs):g}: the loss is no longer finite; lower it")
-        if done % training.val_freq == 0 or done == training.epochs:
+        if is_validated(done, training):
             parallel.say(f"epoch {done}/{training.epochs}: training loss {losses.min():.4f}"
                          + (f" to {losses.max():.4f}" if len(losses) > 1 else ""))
         if parallel.is_main() and (done % save_freq == 0 or done == training.epochs):
@@ -229,7 +260,8 @@ def unfinished(path: Path, run: Mapping) -> dict:
         raise Refused(f"--output_dir {path.parent}: {error}; remove it, or choose another folder") from error
     before = state.get("run") if isinstance(state, Mapping) else None
     if before != run:
-        changed = ", ".join(k for k in run if isinstance(before, Mapping) and before.get(k) != run[k])
+        keys = dict.fromkeys([*run, *before]) if isinstance(before, Mapping) else ()
+        changed = ", ".join(k for k in keys if before.get(k) != run.get(k))
         raise Refused(f"--output_dir {path.parent}: {path.name} belongs to another run"
                       + (f" (different {changed})" if changed else "") + "; remove it, or choose another folder")
     parallel.say(f"resuming after epoch {state['epoch']} of {path}")

@@ -15,7 +15,9 @@ from processes import ENV, free_port
 import eval_linear
 from parallel import Refused
 from protocols import finetune, linear, probes, splits
-from protocols.features import Network, load_network
+from protocols.features import TRAINING_SCALE, Network, load_network
+from protocols.transforms import EvalImages, RandomViews
+from utils import IMAGENET_MEAN, IMAGENET_STD, random_resized_crop_box
 from vision_transformer import VisionTransformer, build_backbone, vit_nano
 from weights import backbones
 
@@ -198,7 +200,11 @@ def test_a_sweep_is_chosen_without_the_test_set(swept):
     assert "no training images (eel)" in " ".join(report["notes"]) and len(report["weights_sha256"]) == 64
 
 
-@pytest.mark.parametrize("flags", [SWEEP, ("--logreg", "--val_share", 0.3)])
+@pytest.mark.parametrize("flags", [
+    SWEEP, ("--logreg", "--val_share", 0.3),
+    ("--select_epoch", "held_out", "--val_share", 0.4, "--lr", 3, "--epochs", 5),
+    (*SWEEP, "--select_epoch", "held_out"),
+])
 def test_what_is_chosen_does_not_depend_on_the_test_pictures(flags, pictures, tmp_path):
     """With all test pictures in another class's folder, every figure but the test set's is the same."""
     names = ["ant", "bee", "cat", "eel"]
@@ -284,6 +290,128 @@ def test_large_labels_are_not_the_number_of_outputs(pictures, tmp_path):
     assert list(report["test"]["per_class"]) == ["100001", "999999"]
 
 
+# ---- The reported epoch, and the training crops ----
+
+
+@pytest.fixture
+def epochs(monkeypatch):
+    """Weights and bias of the first head after each epoch of a run."""
+    states, train_epoch = [], linear.train_epoch
+
+    def recorded(heads, *args):
+        loss = train_epoch(heads, *args)
+        states.append([p.detach().clone() for p in (heads.heads[0].weight, heads.heads[0].bias)])
+        return loss
+
+    monkeypatch.setattr(linear, "train_epoch", recorded)
+    return states
+
+
+def accuracies_on(images, classes, states):
+    """Top-1 in % of each epoch's classifier on images in class folders, from the class tokens of four blocks."""
+    torch.manual_seed(0)
+    model, _ = build_backbone("vit_nano", 8)
+    names = [name for name in classes if (images / name).is_dir()]
+    files = [(name, path) for name in names for path in sorted((images / name).iterdir())]
+    pixels = [torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1) for _, path in files]
+    crops = [EvalImages([], 37, 32, IMAGENET_MEAN, IMAGENET_STD) for _ in files]
+    x = torch.stack([(crop.transform(image, 0) - crop.mean) / crop.std
+                     for crop, image in zip(crops, pixels, strict=True)])
+    with torch.no_grad():
+        features = torch.cat([t[:, 0] for t in model.eval().get_intermediate_layers(x, 4)], 1)
+    labels = torch.tensor([classes.index(name) for name, _ in files])
+    return [100 * ((features @ w.T + b).argmax(1) == labels).double().mean().item() for w, b in states]
+
+
+@pytest.fixture
+def hard(pictures, tmp_path):
+    """The same training images, and test images of random colours, on which accuracies go up and down."""
+    (tmp_path / "hard").mkdir()
+    (tmp_path / "hard" / "train").symlink_to(pictures / "train")
+    rng = np.random.default_rng(4)
+    for name in ("ant", "bee", "cat", "dog"):
+        (tmp_path / "hard" / "val" / name).mkdir(parents=True)
+        for i in range(8):
+            colour = tuple(rng.integers(0, 256, 3).tolist())
+            Image.new("RGB", (32, 32), colour).save(tmp_path / "hard" / "val" / name / f"{i}.png")
+    return tmp_path / "hard"
+
+
+@pytest.mark.parametrize("val_freq, validated", [(1, range(8)), (3, (0, 3, 6, 7))])
+def test_the_best_epoch_on_the_test_set_is_reported_as_published(val_freq, validated, hard, tmp_path, epochs, capsys):
+    report = run(hard, tmp_path, "--lr", 10, "--epochs", 8, "--val_freq", val_freq)
+    found = accuracies_on(hard / "val", ["ant", "bee", "cat", "dog"], epochs)
+    best = max(validated, key=lambda epoch: found[epoch])  # the first of equals
+    assert found[best] > found[-1]  # otherwise the last would do
+    assert report["test"]["top1"]["value"] == pytest.approx(found[best])
+    assert report["results"][0]["epoch"] == best + 1 and report["select_epoch"] == "best"
+    assert torch.equal(torch.load(tmp_path / "linear.pth")["state_dict"]["linear.weight"], epochs[best][0])
+    assert f"epoch {best + 1} of 8: the epoch with the highest accuracy on the test set" in capsys.readouterr().out
+
+
+def test_the_last_epoch(pictures, tmp_path, epochs):
+    report = run(pictures, tmp_path, "--lr", 3, "--epochs", 6, "--select_epoch", "last")
+    found = accuracies_on(pictures / "val", ["ant", "bee", "cat", "dog", "eel"], epochs)
+    assert report["test"]["top1"]["value"] == pytest.approx(found[-1]) and report["results"][0]["epoch"] == 6
+    assert report["images"][1] == 0
+
+
+def test_an_epoch_chosen_on_held_out_images(pictures, tmp_path, epochs):
+    report = run(pictures, tmp_path, "--lr", 3, "--epochs", 6, "--select_epoch", "held_out", "--val_share", 0.4)
+    best = report["results"][0]["epoch"] - 1
+    assert report["images"][1] == 16 and report["select_epoch"] == "held_out"
+    found = accuracies_on(pictures / "val", ["ant", "bee", "cat", "dog", "eel"], epochs)
+    assert report["test"]["top1"]["value"] == pytest.approx(found[best])
+    assert torch.equal(torch.load(tmp_path / "linear.pth")["state_dict"]["linear.weight"], epochs[best][0])
+
+
+def test_each_head_keeps_its_own_best_epoch():
+    heads = linear.Heads([S(0.1, 1, False), S(0.1, 1, False)], 4, 1, 3)
+    best, states = linear.BestEpochs(heads), []
+    for epoch, right in enumerate(((3, 5), (4, 5), (4, 6), (0, 2)), 1):
+        for head in heads.heads:
+            torch.nn.init.normal_(head.weight)
+        states.append([head.weight.detach().clone() for head in heads.heads])
+        best.update(heads, right, epoch)
+    assert best.epoch.tolist() == [2, 3] and best.right.tolist() == [4, 6]
+    assert torch.equal(best.heads.heads[0].weight, states[1][0])
+    assert torch.equal(best.heads.heads[1].weight, states[2][1])
+    again = linear.BestEpochs(heads)
+    again.load_state_dict(best.state_dict())
+    assert again.epoch.tolist() == [2, 3] and torch.equal(again.heads.heads[0].weight, states[1][0])
+
+
+def test_a_sweep_is_not_chosen_on_the_test_set(pictures, tmp_path, capsys):
+    assert run(pictures, tmp_path / "out", *SWEEP, "--select_epoch", "best") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "--select_epoch best" in error and "held_out or last" in error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_training_crops_are_resized_as_pillow_does(interpolation, pictures):
+    image = torch.from_numpy(np.array(Image.open(pictures / "train" / "ant" / "1.png"))).permute(2, 0, 1)
+    for view in range(20):
+        found = RandomViews([], 24, (0,), (1,), view, TRAINING_SCALE, interpolation).transform(image, 3)
+        rng = np.random.default_rng((3, view))
+        top, left, height, width = random_resized_crop_box(*image.shape[1:], TRAINING_SCALE, rng)
+        crop = Image.fromarray(image[:, top : top + height, left : left + width].permute(1, 2, 0).numpy())
+        expected = torch.from_numpy(np.array(crop.resize((24, 24), getattr(Image.Resampling, interpolation.upper()))))
+        expected = expected.permute(2, 0, 1).flip(-1) if rng.random() < 0.5 else expected.permute(2, 0, 1)
+        assert (found.int() - expected.int()).abs().double().mean() < 0.7  # the other interpolation differs by 2 to 3
+
+
+def test_crops_of_one_interpolation_are_not_taken_for_those_of_the_other(pictures, tmp_path, monkeypatch):
+    flags = ("--views", 1, "--epochs", 1)
+    bilinear = run(pictures, tmp_path, *flags)
+    bicubic = run(pictures, tmp_path, *flags, "--interpolation", "bicubic")
+    assert (bilinear["interpolation"], bicubic["interpolation"]) == ("bilinear", "bicubic")
+    assert bilinear["results"][0]["train_loss"] != bicubic["results"][0]["train_loss"]
+    monkeypatch.setattr("protocols.features.extract_features", None)  # both are kept
+    assert run(pictures, tmp_path, *flags)["results"] == bilinear["results"]
+    assert run(pictures, tmp_path, *flags, "--interpolation", "bicubic")["results"] == bicubic["results"]
+
+
 def stop_after(monkeypatch, module, name, calls):
     """The real function, which is interrupted at its call number `calls`."""
     real, count = getattr(module, name), iter(range(calls))
@@ -296,7 +424,8 @@ def stop_after(monkeypatch, module, name, calls):
     monkeypatch.setattr(module, name, interrupted)
 
 
-@pytest.mark.parametrize("flags", [SWEEP, ("--lr", 0.3, "--epochs", 3, "--finetune", "--warmup_epochs", 1)])
+@pytest.mark.parametrize("flags", [
+    SWEEP, ("--lr", 0.3, "--epochs", 3), ("--lr", 0.3, "--epochs", 3, "--finetune", "--warmup_epochs", 1)])
 def test_a_stopped_run_goes_on(flags, pictures, tmp_path, monkeypatch, capsys):
     whole = run(pictures, tmp_path / "whole", *flags)
     with monkeypatch.context() as patch:
@@ -419,7 +548,7 @@ def test_published_command_line():
     eval_linear.check_args(args)
     training = eval_linear.training_of(args)
     assert training._replace(num_labels=0) == linear.Training(
-        lrs=[0.001], n_last_blocks=[4], avgpool_patchtokens=[False])
+        lrs=[0.001], n_last_blocks=[4], avgpool_patchtokens=[False], select_epoch="best", interpolation="bilinear")
     default, tuned = (eval_linear.get_args_parser().parse_args(flags) for flags in ([], ["--finetune"]))
     assert eval_linear.training_of(default).lrs == [0.001] and eval_linear.training_of(tuned).lrs == [0.0005]
     assert eval_linear.recipe_of(default) == finetune.Recipe()
