@@ -44,11 +44,11 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--copy_data", default="", help="images and edited copies, as in eval_copy_detection.py; empty: left out")
     add("--retrieval_data", default="",
         help="folder of a retrieval set, as eval_image_retrieval.py wants it: PATH/roxford5k; empty: left out")
-    add = parser.add_argument_group("evaluation").add_argument
+    group = parser.add_argument_group("evaluation")
+    add = group.add_argument
     add("--baselines", action="store_true",
         help="evaluate the untrained network and raw pixels too; triples the time")
-    add("--image_size", type=flags.positive_int, default=480, metavar="PIXELS",
-        help="shorter side of the images for masks and attention sheets; lower it for small images")
+    flags.add_image_size(group)
     add("--linear_epochs", type=flags.positive_int, default=100, help="epochs of the linear classifiers")
     add("--linear_views", type=flags.count, default=4,
         help="random crops per image to train classifiers on; 0: new ones in each epoch, as published, and slower")
@@ -96,8 +96,9 @@ PROTOCOLS = (
         network, args.segmentation_data, args.image_size, seed=args.seed, save_masks=8, output_dir=folder,
         flag="--segmentation_data"), show_segmentation, overview.segmentation_figures),
     Protocol("video segmentation", "video_data", lambda network, args, folder: evaluate_video_segmentation(
-        network, args.video_data, image_size=args.image_size, patch_size=args.patch_size, output_dir=folder / "video"),
-        show_video_segmentation, lambda r: {"J&F": r["results"][0]["J&F"]} if r["results"] else {}),
+        network, args.video_data, image_size=args.image_size or 480, patch_size=args.patch_size,
+        output_dir=folder / "video"), show_video_segmentation,
+        lambda r: {"J&F": r["results"][0]["J&F"]} if r["results"] else {}),
     Protocol("copy detection", "copy_data", lambda network, args, folder: evaluate_copies(
         network, args.copy_data, batch_size=args.batch_size_per_gpu, num_workers=args.num_workers, output_dir=folder),
         show_copies, lambda r: {name: r["results"][0][name] for name in ("mAP", "uAP")} if r["results"] else {}),

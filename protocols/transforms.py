@@ -14,9 +14,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from imagesets.sources import Images
+from parallel import Refused
 from utils import random_resized_crop_box
 
 PIXELS_SIDE = 32
+MAX_PATCHES = 2**17  # per image: a frame of 3840 x 2160 pixels in patches of 8 has 129,600
 VIEW_SCALE = (0.25, 1.0)  # share of the image's area in a random view
 
 
@@ -83,6 +85,21 @@ def resized(image: Tensor, size: int) -> Tensor:
 def resize(image: Tensor, size: Sequence[int]) -> Tensor:
     """uint8 (C, H, W) -> uint8 (C, *size): bicubic with antialiasing, without regard to the aspect ratio."""
     return F.interpolate(image[None], size=tuple(size), mode="bicubic", antialias=True)[0]
+
+
+class TooManyPatches(Refused):
+    """An image whose patches would exhaust the memory, most often a very long strip."""
+
+
+def check_patches(height: int, width: int, patch: int, subject: str, remedy: str) -> None:
+    """Refuse an input of height x width pixels with more than MAX_PATCHES patches.
+
+    Args:
+        subject: the flag, its value and what it makes so large.
+    """
+    rows, columns = height // patch, width // patch
+    if rows * columns > MAX_PATCHES:
+        raise TooManyPatches(f"{subject} makes {columns} x {rows} patches, more than {MAX_PATCHES}; {remedy}")
 
 
 def center_crop(image: Tensor, height: int, width: int) -> Tensor:
