@@ -67,7 +67,9 @@ def draw_neighbours(images: Sequence[Images], parts: Sequence[Part], path: Path)
     neighbours = [[sheets.as_picture(images[0].load(j)) for j in row] for row in near.tolist()]
     same = [[train.labels is None or bool(train.labels[j] == test.labels[i]) for j in row]
             for i, row in zip(rows.tolist(), near.tolist(), strict=True)]
-    sheets.save_picture(sheets.neighbour_sheet(queries, neighbours, same), path)
+    names = [[Path(images[-1].name(i)).name, *(Path(images[0].name(j)).name for j in row)]
+             for i, row in zip(rows.tolist(), near.tolist(), strict=True)]
+    sheets.save_picture(sheets.neighbour_sheet(queries, neighbours, same, names=names), path)
 
 
 def draw_map(parts: Sequence[Part], path: Path, seed: int) -> None:
@@ -115,8 +117,9 @@ def draw(
                                "another"))
 
     def draw_sheets() -> None:
-        attention.dense.check_attention(network, [image_size], -1)
-        attention.draw_sheets(network, images[-1], [image_size], folder, max_images=SHOWN, threshold=0.6, pca=True,
+        size = [image_size] if image_size else []
+        attention.dense.check_attention(network, size, -1)
+        attention.draw_sheets(network, images[-1], size, folder, max_images=SHOWN, threshold=0.6, pca=True,
                               flag="--data_path")
 
     add("attention and PCA", draw_sheets,

@@ -27,6 +27,7 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -227,7 +228,7 @@ def draw_masks(
     rows: Sequence[int], images: masks.MaskedImages, find_masks: Callable[[Tensor], Candidates], head: int | None
 ) -> np.ndarray:
     """A sheet uint8 (height, width, 3) of the images `rows`: foreground and masks; `head` is the chosen one."""
-    cells = []
+    cells, names = [], [[Path(images.names[i]).name] for i in rows]
     for i in rows:
         image, truth, ignored = images.load(i)
         candidates = find_masks(image)
@@ -243,7 +244,7 @@ def draw_masks(
             shown |= {"random: best head": best[last, "heads"], "random: k-means": best[last, "k-means"]}
         figure = sheets.as_picture(image)
         cells.append([figure, *(sheets.mask_overlay(figure, mask) for mask in shown.values())])
-    return sheets.contact_sheet(cells, ["image", *shown], cell=200)
+    return sheets.contact_sheet(cells, ["image", *shown], cell=200, captions=names)
 
 
 def evaluate_segmentation(

@@ -309,7 +309,7 @@ def test_images_of_all_sorts(tmp_path, capsys):
     report, printed = read(tmp_path / "out"), capsys.readouterr().out
     assert report["images"] == 3 and report["held_out"] == 2
     assert "1 of 4 images have no foreground" in printed and "1 of 5 images have no mask" in printed
-    assert Image.open(tmp_path / "out" / "masks.png").size == (6 + 6 * 206, 32 + 6 + 2 * 149)
+    assert Image.open(tmp_path / "out" / "masks.png").size == (6 + 6 * 206, 32 + 6 + 2 * (149 + 20))
     assert {row["network"] for row in report["results"]} == {"random weights", "-"}
 
 
