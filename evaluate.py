@@ -137,8 +137,8 @@ def check_data(args: argparse.Namespace, in_chans: int) -> list:
 
 def run_all(
     args: argparse.Namespace, networks: Mapping[str, Network], folder: Path
-) -> tuple[list[dict], dict[str, dict], dict[str, str]]:
-    """The table of figures, the reports on this network by protocol, and what was skipped and why."""
+) -> tuple[list[dict], dict[str, dict[str, dict]], dict[str, str]]:
+    """The table of figures, the reports by protocol and network, and what was skipped and why."""
     table, reports, skipped = [], {}, {}
     for protocol in PROTOCOLS:
         if not getattr(args, protocol.data):
@@ -155,8 +155,7 @@ def run_all(
             if parallel.is_main():
                 protocol.show(report)
             figures[name] = protocol.figures(report)
-            if name == NETWORK:
-                reports[protocol.name] = report
+            reports.setdefault(protocol.name, {})[name] = report
         table += [{"protocol": protocol.name, "figure": measure}
                   | {name: figures.get(name, {}).get(measure) for name in networks}
                   for measure in figures.get(NETWORK, {})]
@@ -174,12 +173,14 @@ def evaluate(args: argparse.Namespace) -> None:
     network = networks[NETWORK]
     images = check_data(args, network.info["in_chans"])
     flags.prepare_output(folder)
-    table, reports, skipped = run_all(args, networks, folder)
+    table, all_reports, skipped = run_all(args, networks, folder)
+    reports = {protocol: by_network[NETWORK] for protocol, by_network in all_reports.items() if NETWORK in by_network}
     own = folder / NETWORK.replace(" ", "_")
     parts = knn_features(network, args, own)[0] if "k-NN" in reports else []  # from the cache
     if not parallel.is_main():
         return
-    drawn = overview.draw(folder, network, images, parts, reports.get("k-NN", {}), args.image_size, args.seed, skipped)
+    sweeps = {name: knn["results"] for name, knn in all_reports.get("k-NN", {}).items() if knn["results"]}
+    drawn = overview.draw(folder, network, images, parts, sweeps, args.image_size, args.seed, skipped)
     page = overview.page(network.about, args.data_path, table, reports, skipped, drawn, parts, own / "masks.png")
     (folder / "report.html").write_text(page, encoding="utf-8")
     scores.write_results(folder / "report.json", table, **network.about, skipped=skipped, reports=reports)
