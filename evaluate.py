@@ -44,11 +44,11 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--copy_data", default="", help="images and edited copies, as in eval_copy_detection.py; empty: left out")
     add("--retrieval_data", default="",
         help="folder of a retrieval set, as eval_image_retrieval.py wants it: PATH/roxford5k; empty: left out")
-    add = parser.add_argument_group("evaluation").add_argument
+    group = parser.add_argument_group("evaluation")
+    add = group.add_argument
     add("--baselines", action="store_true",
         help="evaluate the untrained network and raw pixels too; triples the time")
-    add("--image_size", type=flags.positive_int, default=480, metavar="PIXELS",
-        help="shorter side of the images for masks and attention sheets; lower it for small images")
+    flags.add_image_size(group)
     add("--linear_epochs", type=flags.positive_int, default=100, help="epochs of the linear classifiers")
     add("--linear_views", type=flags.count, default=4,
         help="random crops per image to train classifiers on; 0: new ones in each epoch, as published, and slower")
@@ -98,8 +98,8 @@ PROTOCOLS = (
         network, args.segmentation_data, args.image_size, seed=args.seed, save_masks=8, output_dir=folder,
         flag="--segmentation_data"), show_segmentation, overview.segmentation_figures),
     Protocol("video segmentation", "video_data", lambda network, args, folder: evaluate_video_segmentation(
-        network, args.video_data, image_size=args.image_size, patch_size=args.patch_size, output_dir=folder / "video",
-        arithmetic=args.arithmetic), show_video_segmentation,
+        network, args.video_data, image_size=args.image_size or 480, patch_size=args.patch_size,
+        output_dir=folder / "video", arithmetic=args.arithmetic), show_video_segmentation,
         lambda r: {"J&F": r["results"][0]["J&F"]} if r["results"] else {}),
     Protocol("copy detection", "copy_data", lambda network, args, folder: evaluate_copies(
         network, args.copy_data, image_size=network.about["crop_size"], batch_size=args.batch_size_per_gpu,
@@ -141,8 +141,8 @@ def check_data(args: argparse.Namespace, in_chans: int) -> list:
 
 def run_all(
     args: argparse.Namespace, networks: Mapping[str, Network], folder: Path
-) -> tuple[list[dict], dict[str, dict], dict[str, str]]:
-    """The table of figures, the reports on this network by protocol, and what was skipped and why."""
+) -> tuple[list[dict], dict[str, dict[str, dict]], dict[str, str]]:
+    """The table of figures, the reports by protocol and network, and what was skipped and why."""
     table, reports, skipped = [], {}, {}
     for protocol in PROTOCOLS:
         if not getattr(args, protocol.data):
@@ -159,8 +159,7 @@ def run_all(
             if parallel.is_main():
                 protocol.show(report)
             figures[name] = protocol.figures(report)
-            if name == NETWORK:
-                reports[protocol.name] = report
+            reports.setdefault(protocol.name, {})[name] = report
         table += [{"protocol": protocol.name, "figure": measure}
                   | {name: figures.get(name, {}).get(measure) for name in networks}
                   for measure in figures.get(NETWORK, {})]
@@ -178,12 +177,14 @@ def evaluate(args: argparse.Namespace) -> None:
     network = networks[NETWORK]
     images = check_data(args, network.info["in_chans"])
     flags.prepare_output(folder)
-    table, reports, skipped = run_all(args, networks, folder)
+    table, all_reports, skipped = run_all(args, networks, folder)
+    reports = {protocol: by_network[NETWORK] for protocol, by_network in all_reports.items() if NETWORK in by_network}
     own = folder / NETWORK.replace(" ", "_")
     parts = knn_features(network, args, own)[0] if "k-NN" in reports else []  # from the cache
     if not parallel.is_main():
         return
-    drawn = overview.draw(folder, network, images, parts, reports.get("k-NN", {}), args.image_size, args.seed, skipped)
+    sweeps = {name: knn["results"] for name, knn in all_reports.get("k-NN", {}).items() if knn["results"]}
+    drawn = overview.draw(folder, network, images, parts, sweeps, args.image_size, args.seed, skipped)
     page = overview.page(network.about, args.data_path, table, reports, skipped, drawn, parts, own / "masks.png")
     (folder / "report.html").write_text(page, encoding="utf-8")
     scores.write_results(folder / "report.json", table, **network.about, skipped=skipped, reports=reports)

@@ -263,6 +263,15 @@ def add_arithmetic_flag(add: Callable, own: str) -> None:
              "(docs/protocols.md)")
 
 
+def add_image_size(parser: argparse._ActionsContainer) -> None:
+    """Size of whole images whose patches are shown or judged; see dense.default_size."""
+    group_of(parser, "network").add_argument(
+        "--image_size", type=count, default=0, metavar="PIXELS",
+        help="shorter side of the resized image; the aspect ratio is kept; 0: 480 for a network trained on crops of "
+             "224 pixels, in proportion for others, and at most twice the images' own; raise it for finer results, "
+             "lower it if memory runs out")
+
+
 def add_launch_flags(parser: argparse._ActionsContainer, workers: bool = True) -> None:
     """Device and processes; workers=False for scripts that load images in the main process."""
     add = group_of(parser, "hardware").add_argument

@@ -21,7 +21,15 @@ from imagesets.decode import Undecodable
 from imagesets.loaders import worker_options
 from imagesets.sources import Images
 from parallel import Refused
-from protocols.transforms import PIXELS_SIDE, VIEW_SCALE, EvalImages, RandomViews, SmallPictures, Transformed
+from protocols.transforms import (
+    PIXELS_SIDE,
+    VIEW_SCALE,
+    EvalImages,
+    RandomViews,
+    SmallPictures,
+    Transformed,
+    check_patches,
+)
 from vision_transformer import VITS
 from weights import checkpoints, load_backbone
 from weights.layouts import BadFile
@@ -274,6 +282,9 @@ def load_network(
     crop = crop_size or info["global_crops_size"]
     if info["arch"] in VITS and crop < info["patch_size"]:
         raise Refused(f"{size_flag} {crop}: smaller than a patch of {info['patch_size']}; raise it")
+    if info["arch"] in VITS:
+        check_patches(crop, crop, info["patch_size"], f"{size_flag} {crop}: an image of {crop} x {crop} pixels",
+                      f"lower {size_flag}")
     if resize_size and resize_size < crop:
         raise Refused(f"--resize_size {resize_size} is smaller than --crop_size {crop}; make it larger")
     about = {

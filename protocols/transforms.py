@@ -14,9 +14,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from imagesets.sources import Images
+from parallel import Refused
 from utils import random_resized_crop_box
 
 PIXELS_SIDE = 32
+MAX_PATCHES = 2**17  # per image: a frame of 3840 x 2160 pixels in patches of 8 has 129,600
 VIEW_SCALE = (0.25, 1.0)  # share of the image's area in a random view
 
 
@@ -104,6 +106,21 @@ def opencv_neighbours(n: int, m: int, device: torch.device) -> tuple[Tensor, Ten
     first = place.floor()
     share = torch.stack([1 - (place - first), place - first])
     return torch.stack([first, first + 1]).clamp(0, n - 1).long(), (share * 2048).round().int()
+
+
+class TooManyPatches(Refused):
+    """An image whose patches would exhaust the memory, most often a very long strip."""
+
+
+def check_patches(height: int, width: int, patch: int, subject: str, remedy: str) -> None:
+    """Refuse an input of height x width pixels with more than MAX_PATCHES patches.
+
+    Args:
+        subject: the flag, its value and what it makes so large.
+    """
+    rows, columns = height // patch, width // patch
+    if rows * columns > MAX_PATCHES:
+        raise TooManyPatches(f"{subject} makes {columns} x {rows} patches, more than {MAX_PATCHES}; {remedy}")
 
 
 def center_crop(image: Tensor, height: int, width: int) -> Tensor:
