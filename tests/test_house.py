@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "weights": GROUND | {"vision_transformer", "method"},
     "protocols": SHARED | {"method", "imagesets", "weights"},
     "pretraining": SHARED | {"method", "imagesets", "weights", "protocols"},
-    "run_with_submitit": SHARED | ROOMS | {"main_dino"},
+    "run_with_submitit": SHARED | ROOMS | {"main_dino", "main_dinov2"},
 }
 SCRIPTS = {path.stem for path in ROOT.glob("*.py")} - SHARED - {"hubconf"}
 # What a user's own folder often calls its modules: none of ours may have these names.
