@@ -138,10 +138,12 @@ def training_batches(
 
 def probe(network: Network, task: Task, training: Training, folder: Path) -> Outcome:
     """Train one linear classifier per setting in one pass, choose on the held-out images, and test the chosen one."""
+    interleaved = linear.interleaves(network.forward)
     network, blocks = with_blocks(network, training.n_last_blocks)
     settings = linear.sweep(training, blocks > 0)
     torch.manual_seed(training.seed)
-    heads = linear.Heads(settings, network.info["embed_dim"], blocks, max(training.num_labels, len(task.classes)))
+    heads = linear.Heads(settings, network.info["embed_dim"], blocks, max(training.num_labels, len(task.classes)),
+                         interleaved)
     optimizer = linear.build_optimizer(heads.to(network.device), training.batch_size * parallel.world_size())
     kept: dict[int, Tensor] = {}
 
@@ -151,6 +153,7 @@ def probe(network: Network, task: Task, training: Training, folder: Path) -> Out
 
     run = linear.run_of(network.about, task, training) | {
         "settings": [list(s) for s in settings], "views": training.views}
+    run |= {} if interleaved else {"interleaved": False}
     loss = linear.train(folder / UNFINISHED, run, {"heads": heads, "optimizer": optimizer}, epoch_losses, training,
                         save_freq=10 if training.views else 1)  # epochs on cached views take little time
     rows = [{"lr": s.lr, "n_last_blocks": s.n_last_blocks, "avgpool": s.avgpool_patchtokens,
@@ -171,8 +174,9 @@ def save_classifier(heads: linear.Heads, best: int, classes: list[str], network:
     """linear.pth: the chosen classifier under the published names, its classes and its setting."""
     head, setting = heads.heads[best], heads.settings[best]
     state = {"linear.weight": head.weight.detach().cpu(), "linear.bias": head.bias.detach().cpu()}
-    checkpoints.save({"state_dict": state, "classes": list(classes), "setting": setting._asdict(),
-                      "weights_sha256": network.about["weights_sha256"]}, folder / CLASSIFIER)
+    checkpoints.save(
+        {"state_dict": state, "classes": list(classes), "setting": setting._asdict(),
+         "interleaved": heads.interleaved, "weights_sha256": network.about["weights_sha256"]}, folder / CLASSIFIER)
     (folder / UNFINISHED).unlink(missing_ok=True)
 
 
@@ -184,8 +188,10 @@ def apply_classifier(network: Network, task: Task, training: Training, folder: P
     loaded = linear.read_classifier(linear_weights)
     weight, bias = loaded["weight"], loaded["bias"]
     setting = loaded.get("setting") or linear.sweep(training)[0]
+    # A classifier of this project says which, or is older than the distinction; a published one fits its network.
+    interleaved = loaded.get("interleaved", "setting" in loaded or linear.interleaves(network.forward))
     network, blocks = with_blocks(network, [max(setting.n_last_blocks, 1)])
-    heads = linear.Heads([setting], network.info["embed_dim"], blocks, len(bias)).to(network.device)
+    heads = linear.Heads([setting], network.info["embed_dim"], blocks, len(bias), interleaved).to(network.device)
     head = heads.heads[0]
     if head.weight.shape != weight.shape:
         raise Refused(f"--linear_weights {linear_weights}: weights {tuple(weight.shape)} instead of "
