@@ -27,7 +27,6 @@ from imagesets.sources import open_images
 from parallel import Refused
 from pretraining.faults import TO_BE_CONTINUED
 
-
 SCRIPTS = {"main_dino.py": main_dino, "main_dinov2.py": main_dinov2}
 
 

@@ -147,11 +147,12 @@ def weights_hash(module: nn.Module) -> str:
     """SHA-256 over the names, types, shapes and bytes of a network's tensors.
 
     Unlike a hash of the file, it differs between student and teacher of one checkpoint, is the same for one backbone
-    stored in two files, and is defined for random weights.
+    stored in two files, and is defined for random weights. DINOv2's mask token, which has no effect on features, does
+    not count: other libraries' files lack it.
     """
     digest = hashlib.sha256()
     for name, tensor in module.state_dict().items():
-        if not isinstance(tensor, Tensor):  # extra state that a module adds to its state dict
+        if not isinstance(tensor, Tensor) or name == "mask_token":  # no tensor: extra state that a module adds
             continue
         tensor = tensor.detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())

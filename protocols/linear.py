@@ -85,16 +85,28 @@ def probe_features(model: nn.Module, n: int) -> Callable[[Tensor], Tensor]:
     first_patch = 1 + model.num_register_tokens
 
     def forward(x: Tensor) -> Tensor:
-        tokens = model.get_intermediate_layers(x, n)  # n of (B, 1 + registers + patches, D)
+        tokens = model.block_outputs(x, n)  # n of (B, 1 + registers + patches, D)
         return torch.cat([*(t[:, 0] for t in tokens), tokens[-1][:, first_patch:].mean(1)], 1)
 
     return forward
 
 
-def columns(features: Tensor, most_blocks: int, n: int, avgpool: bool) -> Tensor:
+def interleaves(model: nn.Module) -> bool:
+    """Whether classifiers of one block and the mean take the two interleaved, as DINO's published ones do.
+
+    DINOv2's take first the class token, then the mean.
+    """
+    return getattr(model, "method", "dino") == "dino"
+
+
+def columns(features: Tensor, most_blocks: int, n: int, avgpool: bool, interleaved: bool = True) -> Tensor:
     """A setting's input, out of `probe_features(model, most_blocks)`: (B, n D), or (B, (n + 1) D) with the mean.
 
-    Features of a network without such blocks (most_blocks = 0) are returned as they are.
+    Class tokens of the last n blocks, the oldest first, then the mean. Features of a network without such blocks
+    (most_blocks = 0) are returned as they are.
+
+    Args:
+        interleaved: see `interleaves`.
     """
     if not most_blocks:
         return features
@@ -103,7 +115,7 @@ def columns(features: Tensor, most_blocks: int, n: int, avgpool: bool) -> Tensor
     if not avgpool:
         return cls
     mean = features[:, most_blocks * width :]
-    if n == 1:  # interleaved, as the published classifiers of one block and the mean expect
+    if n == 1 and interleaved:
         return torch.stack([cls, mean], 2).flatten(1)
     return torch.cat([cls, mean], 1)
 
@@ -114,11 +126,14 @@ class Heads(nn.Module):
     Args:
         width: of the features of one block, D.
         blocks: maximum of n_last_blocks over the settings; 0 for a network without blocks.
+        interleaved: see `interleaves`.
     """
 
-    def __init__(self, settings: Sequence[Setting], width: int, blocks: int, n_classes: int) -> None:
+    def __init__(
+        self, settings: Sequence[Setting], width: int, blocks: int, n_classes: int, interleaved: bool = True
+    ) -> None:
         super().__init__()
-        self.settings, self.blocks = list(settings), blocks
+        self.settings, self.blocks, self.interleaved = list(settings), blocks, interleaved
         sizes = [width * (s.n_last_blocks + s.avgpool_patchtokens) if blocks else width for s in settings]
         self.heads = nn.ModuleList(nn.Linear(size, n_classes) for size in sizes)
         for head in self.heads:
@@ -132,7 +147,7 @@ class Heads(nn.Module):
             groups.setdefault((s.n_last_blocks, s.avgpool_patchtokens), []).append(i)
         logits: list[Tensor] = [features] * len(self.settings)
         for (n, avgpool), members in groups.items():
-            x = columns(features, self.blocks, n, avgpool)
+            x = columns(features, self.blocks, n, avgpool, self.interleaved)
             weight = torch.cat([self.heads[i].weight for i in members])
             bias = torch.cat([self.heads[i].bias for i in members])
             for i, rows in zip(members, F.linear(x, weight, bias).chunk(len(members), 1), strict=True):
@@ -275,7 +290,8 @@ def read_classifier(path: str | os.PathLike) -> dict:
     """A classifier of this project or a published one.
 
     Returns:
-        {"weight": (C, D), "bias": (C,)} and, where the file has them, "classes" (names) and "setting" (a Setting).
+        {"weight": (C, D), "bias": (C,)} and, where the file has them, "classes" (names), "setting" (a Setting) and
+        "interleaved" (see `interleaves`).
 
     Raises:
         Refused: no such file, or no classifier in it.
@@ -288,7 +304,7 @@ def read_classifier(path: str | os.PathLike) -> dict:
         classifier = layouts.linear_classifier(content, str(path))
     except (layouts.BadFile, OSError) as error:
         raise Refused(f"--linear_weights {error}; give a linear.pth") from error
-    about = {k: content[k] for k in ("classes", "setting") if content.get(k) is not None}
+    about = {k: content[k] for k in ("classes", "setting", "interleaved") if content.get(k) is not None}
     if "setting" in about:
         if not is_setting(about["setting"]):
             raise Refused(f"--linear_weights {path}: its setting does not hold {', '.join(Setting._fields)}; give a "

@@ -153,10 +153,12 @@ def probe(network: Network, task: Task, training: Training, folder: Path) -> Out
 
     The setting is chosen on the held-out images. So is the epoch, or on the test images, by `training.select_epoch`.
     """
+    interleaved = linear.interleaves(network.forward)
     network, blocks = with_blocks(network, training.n_last_blocks)
     settings = linear.sweep(training, blocks > 0)
     torch.manual_seed(training.seed)
-    heads = linear.Heads(settings, network.info["embed_dim"], blocks, max(training.num_labels, len(task.classes)))
+    heads = linear.Heads(settings, network.info["embed_dim"], blocks, max(training.num_labels, len(task.classes)),
+                         interleaved)
     optimizer = linear.build_optimizer(heads.to(network.device), training.batch_size * parallel.world_size())
     kept: dict[int, Tensor] = {}
     modules: dict[str, torch.nn.Module | torch.optim.Optimizer] = {"heads": heads, "optimizer": optimizer}
@@ -173,7 +175,8 @@ def probe(network: Network, task: Task, training: Training, folder: Path) -> Out
             best_epochs.update(heads, right, epoch + 1)
         return loss
 
-    loss = linear.train(folder / UNFINISHED, run_of(network, task, training, settings), modules, epoch_losses, training,
+    run = run_of(network, task, training, settings) | ({} if interleaved else {"interleaved": False})
+    loss = linear.train(folder / UNFINISHED, run, modules, epoch_losses, training,
                         save_freq=10 if training.views else 1)  # epochs on cached views take little time
     epochs = best_epochs.epoch.tolist() if judges else [training.epochs] * len(settings)
     heads = best_epochs.heads if judges else heads
@@ -208,8 +211,9 @@ def save_classifier(heads: linear.Heads, best: int, classes: list[str], network:
     """linear.pth: the chosen classifier under the published names, its classes and its setting."""
     head, setting = heads.heads[best], heads.settings[best]
     state = {"linear.weight": head.weight.detach().cpu(), "linear.bias": head.bias.detach().cpu()}
-    checkpoints.save({"state_dict": state, "classes": list(classes), "setting": setting._asdict(),
-                      "weights_sha256": network.about["weights_sha256"]}, folder / CLASSIFIER)
+    checkpoints.save(
+        {"state_dict": state, "classes": list(classes), "setting": setting._asdict(),
+         "interleaved": heads.interleaved, "weights_sha256": network.about["weights_sha256"]}, folder / CLASSIFIER)
     (folder / UNFINISHED).unlink(missing_ok=True)
 
 
@@ -221,8 +225,10 @@ def apply_classifier(network: Network, task: Task, training: Training, folder: P
     loaded = linear.read_classifier(linear_weights)
     weight, bias = loaded["weight"], loaded["bias"]
     setting = loaded.get("setting") or linear.sweep(training)[0]
+    # A classifier of this project says which, or is older than the distinction; a published one fits its network.
+    interleaved = loaded.get("interleaved", "setting" in loaded or linear.interleaves(network.forward))
     network, blocks = with_blocks(network, [max(setting.n_last_blocks, 1)])
-    heads = linear.Heads([setting], network.info["embed_dim"], blocks, len(bias)).to(network.device)
+    heads = linear.Heads([setting], network.info["embed_dim"], blocks, len(bias), interleaved).to(network.device)
     head = heads.heads[0]
     if head.weight.shape != weight.shape:
         raise Refused(f"--linear_weights {linear_weights}: weights {tuple(weight.shape)} instead of "

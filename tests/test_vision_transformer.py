@@ -301,3 +301,15 @@ def test_mlp_and_block_take_the_published_arguments():
     block.recomputes_layers = True  # fuses only GELU
     expected = copy.deepcopy(block).requires_grad_(False)(x)
     torch.testing.assert_close(block(x.requires_grad_()), expected)
+
+
+def test_layers_of_dino_keep_their_published_form():
+    """A list of all tokens; the options of DINOv2 that would change this are refused."""
+    model, x = VisionTransformer(**TINY, num_register_tokens=2).eval(), torch.randn(2, 3, 32, 40)
+    layers = model.get_intermediate_layers(x, 5)
+    assert isinstance(layers, list) and [t.shape for t in layers] == [(2, 1 + 2 + 20, 48)] * 3
+    torch.testing.assert_close(layers[-1][:, 0], model(x))
+    torch.testing.assert_close(model.norm(model.get_intermediate_layers(x, [1], norm=False)[0]), layers[1])
+    for option in ("reshape", "return_class_token"):
+        with pytest.raises(ValueError, match=f'{option}: .* method="dinov2"'):
+            model.get_intermediate_layers(x, 1, **{option: True})

@@ -87,6 +87,7 @@ def test_what_a_setting_sees():
     assert torch.equal(linear.columns(features, 3, 3, True), torch.cat([*cls, mean], 1))
     published = torch.cat((cls[2].unsqueeze(-1), mean.unsqueeze(-1)), dim=-1).reshape(2, -1)
     assert torch.equal(linear.columns(features, 3, 1, True), published)
+    assert torch.equal(linear.columns(features, 3, 1, True, interleaved=False), torch.cat([cls[2], mean], 1))
     resnet, _ = build_backbone("resnet18")
     assert linear.probe_features(resnet, 4) is resnet
 
@@ -101,7 +102,7 @@ def test_the_mean_is_over_patches_and_not_over_registers():
         torch.testing.assert_close(features[:, 48:], patches.mean(dim=(1, 2)))
         for t in tokens:
             t[:, 1:5] = 1e6
-        model.get_intermediate_layers = lambda x, n: tokens[-n:]
+        model.block_outputs = lambda x, n: tokens[-n:]
         assert torch.equal(linear.probe_features(model, 2)(x), features)
 
 
@@ -238,6 +239,25 @@ def test_a_published_classifier(swept, pictures, tmp_path):
     assert found["test"]["top1"] == report["test"]["top1"]
     assert run(pictures / "train", tmp_path / "out", *flags, *setting) == 2  # five outputs, four classes, no names
     assert run(tmp_path / "data", tmp_path / "out", *flags, "--n_last_blocks", 5 - n, *setting[2:]) == 2  # other width
+
+
+def test_classifiers_of_dinov2_take_the_mean_behind_the_class_token(pictures, tmp_path):
+    """A file of this project without the entry is older, with the two interleaved; a published one has no setting."""
+    weights, _ = build_backbone("vit_nano", 8, img_size=32, init_values=1.0, method="dinov2")
+    torch.save(weights.state_dict(), tmp_path / "w.pth")
+    flags = ("--pretrained_weights", tmp_path / "w.pth", "--n_last_blocks", 1, "--avgpool_patchtokens", True)
+    trained = run(pictures, tmp_path, *flags, "--epochs", 2, "--lr", 0.3)
+    ours = torch.load(tmp_path / "linear.pth")
+    weight = ours["state_dict"]["linear.weight"]
+    assert ours["interleaved"] is False
+    interleaved = torch.stack([weight[:, :192], weight[:, 192:]], 2).flatten(1)
+    older = {k: v for k, v in ours.items() if k != "interleaved"}
+    older["state_dict"] = ours["state_dict"] | {"linear.weight": interleaved}
+    published = {"state_dict": ours["state_dict"], "classes": ours["classes"]}
+    for file in (ours, older, published):
+        torch.save(file, tmp_path / "again.pth")
+        again = run(pictures, tmp_path / "out", *flags, "--evaluate", "--linear_weights", tmp_path / "again.pth")
+        assert again["test"] == trained["test"]
 
 
 @pytest.mark.parametrize("classes, count, expected, order", [
