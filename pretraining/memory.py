@@ -10,7 +10,6 @@ from vision_transformer import VisionTransformer
 
 # Values of width D that a block saves per token for its backward pass, by --grad_checkpointing.
 SAVED_PER_BLOCK = {None: 16, "layers": 10, "blocks": 1}
-TEMPORARY = 2**26 * 4 * 3  # bytes of the losses' float32 parts
 
 
 def estimate(
@@ -39,7 +38,10 @@ def bytes_needed(
     student: nn.Module, images: int, global_size: int, local_size: int, local_crops: int, masked: float,
     dtype: torch.dtype | None, checkpointing: str | None,
 ) -> tuple[float, float, float]:
-    """(networks and optimizer, activations kept for the backward pass, scores of the prototypes), in bytes."""
+    """(networks and optimizer, activations kept for the backward pass, scores of the prototypes and their gradients).
+
+    In bytes. Left out: the losses' parts in float32, at most 0.8 GB on a GPU, and what kernels need for a moment.
+    """
     backbone: VisionTransformer = student.backbone
     size = 4 if dtype is None else 2
     parameters = sum(p.numel() for p in student.parameters())
@@ -50,13 +52,18 @@ def bytes_needed(
         return 1 + backbone.num_register_tokens + (side // backbone.patch_size) ** 2
 
     n_tokens = images * (2 * tokens(global_size) + local_crops * tokens(local_size))
-    saved = n_tokens * backbone.embed_dim * backbone.n_blocks * SAVED_PER_BLOCK[checkpointing] * size
+    saved = backbone.n_blocks * block_bytes(backbone, n_tokens, size, checkpointing)
     if checkpointing == "blocks":  # one block at a time is recomputed
-        saved += n_tokens * backbone.embed_dim * SAVED_PER_BLOCK[None] * size
+        saved += block_bytes(backbone, n_tokens, size)
     patches = masked * images * 2 * (global_size // backbone.patch_size) ** 2
-    # Rows of the student's scores and their gradients, and of the teacher's scores.
+    # Rows of the student's scores and their gradients, and of the teacher's scores; the prototypes of unit norm.
     class_rows, patch_rows = images * (2 * (2 + local_crops) + 2), 3 * patches
     heads = (student.dino_head, student.ibot_head or student.dino_head)
-    scores = sum(rows * head.last_layer.weight_v.shape[0] * size
+    scores = sum((rows + head.last_layer.weight_v.shape[1]) * head.last_layer.weight_v.shape[0] * size
                  for rows, head in zip((class_rows, patch_rows), heads, strict=True))
-    return state, saved, scores + min(TEMPORARY, 2 * scores)
+    return state, saved, scores
+
+
+def block_bytes(backbone: VisionTransformer, n_tokens: int, size: int, checkpointing: str | None = None) -> float:
+    """What a block keeps for its backward pass, in values of `size` bytes."""
+    return n_tokens * backbone.embed_dim * SAVED_PER_BLOCK[checkpointing] * size
