@@ -59,6 +59,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--use_bn_in_head", type=flags.boolean, default=False, help="batch norm in the projection head")
     add("--drop_path_rate", type=flags.number(float, 0, 0.99), default=0.1, help="stochastic depth of the student")
     add("--init_from", default="", help="start from the weights in this file; it is not a resume")
+    add("--init_in_chans", choices=("mean", "tile"), default="",
+        help="with --init_from, for weights of other channels than --in_chans: average the first layer over its "
+             "channels, or repeat them. A heuristic: train for long enough to adapt it")
 
     add = parser.add_argument_group("teacher").add_argument
     add("--momentum_teacher", type=flags.fraction, default=0.996,
@@ -196,6 +199,9 @@ def check_args(args: argparse.Namespace) -> None:
             raise Refused(f"--{name}: not installed; pip install {name}")
     if args.init_from and not os.path.isfile(args.init_from):
         raise Refused(f"--init_from {args.init_from}: no such file; weights are never downloaded")
+    if args.init_in_chans and not args.init_from:
+        raise Refused(f"--init_in_chans {args.init_in_chans}: converts the weights of --init_from; give that too, or "
+                      "leave it out")
 
 
 # ---- Setting up ----
@@ -221,7 +227,7 @@ def make_plan(args: argparse.Namespace, n_images: int) -> Plan:
 def make_networks(args: argparse.Namespace) -> tuple[utils.MultiCropWrapper, utils.MultiCropWrapper]:
     return networks.build_networks(
         args.arch, args.patch_size, args.in_chans, args.global_crops_size, args.drop_path_rate, args.out_dim,
-        args.use_bn_in_head, args.norm_last_layer, args.init_from)
+        args.use_bn_in_head, args.norm_last_layer, args.init_from, args.init_in_chans)
 
 
 def make_loss(args: argparse.Namespace, epochs: int) -> utils.DINOLoss:
@@ -516,7 +522,7 @@ def draw(args: argparse.Namespace, run: Run, images: Images, log: Log, when: str
 
 def replay_step(args: argparse.Namespace) -> None:
     def build(settings: Mapping, epochs: int) -> tuple:
-        stored = argparse.Namespace(**settings | {"init_from": "", "compile": None})
+        stored = argparse.Namespace(**settings | {"init_from": "", "init_in_chans": "", "compile": None})
         return *make_networks(stored), make_loss(stored, epochs), make_augmentation(stored)
 
     replay(args.replay, parallel.pick_device(args.device), build)

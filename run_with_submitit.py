@@ -169,7 +169,7 @@ def check(args: argparse.Namespace) -> None:
     main_dino.check_args(args)
     backbone, _ = make_backbone(args.arch, args.patch_size, args.in_chans, args.global_crops_size)
     if args.init_from:
-        load_weights_into(backbone, args.init_from, flag="--init_from")
+        load_weights_into(backbone, args.init_from, flag="--init_from", init_in_chans=args.init_in_chans)
     if args.device != "auto" and parallel.named_device(args.device).index is not None and args.ngpus > 1:
         raise Refused(f"--device {args.device}: --ngpus {args.ngpus} processes would share that GPU; use cuda")
     if args.replay:

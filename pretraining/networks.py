@@ -26,11 +26,13 @@ def build_networks(
     use_bn_in_head: bool,
     norm_last_layer: bool,
     init_from: str = "",
+    init_in_chans: str = "",
 ) -> tuple[MultiCropWrapper, MultiCropWrapper]:
     """A student, and a teacher with the same weights, without gradients and without stochastic depth.
 
     Args:
         init_from: file of weights to initialize the backbones from; "": random initialization.
+        init_in_chans: mean or tile, for weights of another number of channels; see `backbones.converted_channels`.
 
     Raises:
         Refused: there is no such network, or the weights do not fit it.
@@ -42,7 +44,7 @@ def build_networks(
 
     student, teacher = build(drop_path_rate), build(0.0)
     if init_from:
-        load_weights_into(student.backbone, init_from, flag="--init_from")
+        load_weights_into(student.backbone, init_from, flag="--init_from", init_in_chans=init_in_chans)
     teacher.load_state_dict(student.state_dict())
     return student, teacher.requires_grad_(False)
 

@@ -89,7 +89,7 @@ def landmark_features(
     """(N, D) features of whole images, from `cache` where it has them. Sizes differ, so batches hold one image."""
     pixels = network.about["arch"] == PIXELS
     patch, mean, std = patch_multiple(network.forward), network.info["mean"], network.info["std"]
-    dataset = SmallPictures(images) if pixels else WholeImages(images, imsize, patch, mean, std)
+    dataset = SmallPictures(images, mean, std) if pixels else WholeImages(images, imsize, patch, mean, std)
     forward = multiscale(network.forward, patch) if use_multiscale and not pixels else network.forward
     transform = f"imsize {imsize} multiscale {use_multiscale} {mean} {std} {images.boxes}"
     return dataset_features(network, dataset, transform, 1, num_workers, cache, forward)

@@ -17,14 +17,12 @@ Shapes: N images, C channels, H heads, h x w patches, D width. Sizes are (height
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
 import flags
@@ -32,8 +30,7 @@ import parallel
 from imagesets import masks
 from parallel import import_optional
 from protocols import dense, scores, segmentation_scores, sheets
-from protocols.features import Network
-from vision_transformer import build_backbone
+from protocols.features import Network, untrained
 
 BOX_SIDES = tuple(round(0.3 + 0.05 * i, 2) for i in range(15))  # share of the image's sides: 0.3 to 1
 PROGRESS = 100  # images between two lines on the console
@@ -170,11 +167,7 @@ def compared_networks(network: Network, seed: int) -> dict[str, Network]:
     """The network and the same one with random weights, by their names in the table."""
     if network.about["weights"] is None:
         return {"random weights": network}
-    torch.manual_seed(seed)
-    info, positions = network.info, network.forward.pos_embed.shape[1] - 1
-    untrained, _ = build_backbone(info["arch"], info["patch_size"], in_chans=info["in_chans"],
-                                  img_size=math.isqrt(positions) * info["patch_size"])
-    return {"network": network, "random weights": network._replace(forward=untrained.to(network.device).eval())}
+    return {"network": network, "random weights": untrained(network, seed)}
 
 
 def score_images(images: masks.MaskedImages, find_masks: Callable[[Tensor], Candidates]) -> Candidates:

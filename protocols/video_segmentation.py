@@ -45,7 +45,9 @@ def patch_network(network: Network, patch_size: int) -> Network:
         Refused: the network has no patch tokens.
     """
     if network.about["arch"] == PIXELS:
-        info = {"patch_size": patch_size, "in_chans": 3, "mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+        info = network.info | {"patch_size": patch_size}
+        if info["mean"] == (0.0,) * 3:  # the default of raw pixels; cosines of patches need centred values
+            info |= {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
         return network._replace(forward=lambda x: F.pixel_unshuffle(x, patch_size).movedim(1, -1), info=info)
     if not isinstance(network.forward, VisionTransformer):
         raise Refused(f"--arch {network.about['arch']}: has no patch tokens; use one of {', '.join(VITS)}, or {PIXELS}")
