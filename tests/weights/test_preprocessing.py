@@ -162,6 +162,9 @@ def test_flags_beat_the_file_which_beats_its_neighbours_which_beat_the_default(t
     assert info["mean"] == (0.1, 0.2, 0.3) and info["std"] == tuple(STD)
     said = capsys.readouterr().out
     assert "mean 0.1 0.2 0.3 (--mean)" in said and "std 0.5 0.25 0.2 (stored in checkpoint.pth)" in said
+    about = features.load_network(path, std=[0.1] * 3).about  # what every report holds
+    assert about["mean"] == MEAN and about["std"] == [0.1] * 3
+    assert about["normalization"] == {"mean": "stored in checkpoint.pth", "std": "--std"}
     assert backbones.load_backbone(checkpoint(tmp_path))[1]["mean"] == (0.9,) * 3
     assert f"mean 0.9 0.9 0.9 ({tmp_path}/preprocessor_config.json)" in capsys.readouterr().out
     assert backbones.load_backbone(plain(tmp_path / "alone"))[1]["mean"] == (0.485, 0.456, 0.406)
