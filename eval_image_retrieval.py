@@ -46,7 +46,8 @@ def evaluate(args: argparse.Namespace) -> None:
     device = parallel.start(args.device if args.use_cuda else "cpu", args.dist_url, args.dist_timeout)
     network = features.load_network(
         args.pretrained_weights, args.arch, args.patch_size, args.checkpoint_key, device, args.imsize,
-        precision=args.precision, seed=args.seed, size_flag="--imsize")
+        precision=args.precision, seed=args.seed, size_flag="--imsize", mean=args.mean, std=args.std,
+        in_chans=args.in_chans)
     report = evaluate_retrieval(
         network, args.data_path, args.dataset, args.imsize, args.multiscale, args.num_workers, output_dir,
         args.arithmetic)

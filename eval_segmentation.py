@@ -48,7 +48,7 @@ def evaluate(args: argparse.Namespace) -> None:
     device = parallel.start(args.device, args.dist_url, args.dist_timeout)
     network = features.load_network(
         args.pretrained_weights, args.arch, args.patch_size, args.checkpoint_key, device, args.image_size,
-        seed=args.seed, size_flag="--image_size")
+        seed=args.seed, size_flag="--image_size", mean=args.mean, std=args.std, in_chans=args.in_chans)
     report = evaluate_segmentation(
         network, args.data_path, args.image_size, args.layer, args.threshold, args.val_share, args.seed,
         args.save_masks, output_dir)

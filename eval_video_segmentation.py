@@ -53,7 +53,7 @@ def evaluate(args: argparse.Namespace) -> None:
     device = parallel.start(args.device, args.dist_url, args.dist_timeout)
     network = features.load_network(
         args.pretrained_weights, args.arch, args.patch_size, args.checkpoint_key, device, args.image_size,
-        seed=args.seed, size_flag="--image_size")
+        seed=args.seed, size_flag="--image_size", mean=args.mean, std=args.std, in_chans=args.in_chans)
     report = evaluate_video_segmentation(
         network, args.data_path, args.resolution, args.image_set, args.sequences, args.merge_objects, args.image_size,
         args.patch_size, args.n_last_frames, args.size_mask_neighborhood, args.topk, args.bs, args.output_dir,

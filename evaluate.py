@@ -21,7 +21,7 @@ from imagesets import masks
 from parallel import Refused
 from protocols import overview, scores
 from protocols.copies import evaluate_copies, show_copies
-from protocols.features import PIXELS, Network, load_network
+from protocols.features import PIXELS, Network, load_network, pixel_network, untrained
 from protocols.knn_evaluation import KnnSettings, Views, compute_features, evaluate_knn, show_knn
 from protocols.landmarks import evaluate_retrieval, show_retrieval
 from protocols.linear import Training
@@ -116,15 +116,14 @@ def load_networks(args: argparse.Namespace) -> dict[str, Network]:
     """What is evaluated, by its name in the table."""
     device = parallel.start(args.device, args.dist_url, args.dist_timeout)
     network = load_network(args.pretrained_weights, args.arch, args.patch_size, args.checkpoint_key, device,
-                           args.crop_size, args.resize_size, args.precision, args.seed)
+                           args.crop_size, args.resize_size, args.precision, args.seed, mean=args.mean, std=args.std,
+                           in_chans=args.in_chans)
     networks = {NETWORK: network}
     if args.baselines and args.arch != PIXELS:
-        about = network.about
         if args.pretrained_weights:
-            networks["untrained"] = load_network(
-                "", about["arch"], about["patch_size"], args.checkpoint_key, device, about["crop_size"],
-                args.resize_size, args.precision, args.seed)
-        networks["raw pixels"] = load_network("", PIXELS, device=device)
+            networks["untrained"] = untrained(network, args.seed)
+        info = network.info
+        networks["raw pixels"] = pixel_network(device, info["mean"], info["std"], info["in_chans"])
     return networks
 
 

@@ -55,7 +55,7 @@ def extract(args: argparse.Namespace) -> None:
     device = parallel.start(args.device, args.dist_url, args.dist_timeout)
     network = load_network(
         args.pretrained_weights, args.arch, args.patch_size, args.checkpoint_key, device, args.crop_size,
-        args.resize_size, args.precision, args.seed)
+        args.resize_size, args.precision, args.seed, mean=args.mean, std=args.std, in_chans=args.in_chans)
     images = open_images(args.data_path, None, network.info["in_chans"])
     about = extraction.describe(network, args.data_path, args.tokens, args.seed, args.precision)
     extraction.extract(network, images, output, about, args.half, args.images_per_part, args.batch_size_per_gpu,

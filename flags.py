@@ -225,15 +225,16 @@ def add_network_flags(parser: argparse._ActionsContainer) -> None:
         help="shorter side in pixels of the resized image, before the centre crop; 0: crop size x 256 / 224; set it to "
              "the crop size to keep more of each image")
     add("--crop_size", type=count, default=0,
-        help="side in pixels of the centre crop; 0: the global crop size of the weights' training, else 224; raise it "
-             "if objects are small in the images")
+        help="side in pixels of the centre crop; 0: the image size stored with the weights, in ours the global crop "
+             "size of training, else 224; raise it if objects are small in the images")
     add("--batch_size_per_gpu", type=positive_int, default=128,
         help="images per process and batch; lower it if memory runs out")
 
 
 def add_weights_flags(parser: argparse._ActionsContainer, precision: bool = True) -> None:
     """The network alone, for scripts that resize and crop images in their own way."""
-    add = group_of(parser, "network").add_argument
+    group = group_of(parser, "network")
+    add = group.add_argument
     add("--pretrained_weights", default="",
         help="checkpoint or file of weights; empty: a randomly initialized network, as a baseline")
     add("--checkpoint_key", default="teacher",
@@ -241,9 +242,22 @@ def add_weights_flags(parser: argparse._ActionsContainer, precision: bool = True
     add("--arch", default="vit_small",
         help="architecture, if the weights do not name it; `pixels` compares raw 32 x 32 images, as a baseline")
     add("--patch_size", type=positive_int, default=16, help="patch size of a ViT, if the weights do not name it")
+    add_image_flags(group)
     if precision:
         add("--precision", choices=("fp32", "fp16", "bf16"), default="fp32",
             help="precision of the network; fp16 and bf16 are faster on a GPU, with slightly different features")
+
+
+def add_image_flags(parser: argparse._ActionsContainer) -> None:
+    """Channels and normalization of the network's images (see weights.preprocessing); None: as the weights say."""
+    add = group_of(parser, "network").add_argument
+    add("--mean", type=fraction, nargs="+",
+        help="mean of each channel, of intensities in [0, 1]; without it the one stored with the weights, else "
+             "ImageNet's. Give it if the weights come from code that normalizes in another way")
+    add("--std", type=number(float, 0, 1, above=True), nargs="+",
+        help="standard deviation of each channel; without it as --mean")
+    add("--in_chans", type=positive_int,
+        help="channels of the images, if the weights do not say; without it 3")
 
 
 def add_dense_flags(parser: argparse._ActionsContainer) -> None:

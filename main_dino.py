@@ -55,7 +55,7 @@ def get_args_parser() -> argparse.ArgumentParser:
              "ViT-S and long runs")
     add("--use_bn_in_head", type=flags.boolean, default=False, help="batch norm in the projection head")
     add("--drop_path_rate", type=flags.number(float, 0, 0.99), default=0.1, help="stochastic depth of the student")
-    add("--init_from", default="", help="start from the weights in this file; it is not a resume")
+    options.add_init_flags(add)
 
     add = parser.add_argument_group("teacher").add_argument
     add("--momentum_teacher", type=flags.fraction, default=0.996,
@@ -104,6 +104,7 @@ def check_args(args: argparse.Namespace) -> None:
     options.check_hardware(args.parallel, args.precision, args.use_fp16, args.compile, args.grad_accum_steps)
     options.check_packages(tensorboard=args.tensorboard, wandb=args.wandb)
     options.check_files(init_from=args.init_from)
+    options.check_init(args.init_from, args.init_in_chans)
 
 
 # ---- Setting up ----
@@ -133,7 +134,7 @@ def make_networks(args: argparse.Namespace) -> tuple[utils.MultiCropWrapper, uti
         head = DINOHead(width, args.out_dim, args.use_bn_in_head, args.norm_last_layer)
         return utils.MultiCropWrapper(backbone, head)
 
-    return networks.pair(build, args.drop_path_rate, args.init_from)
+    return networks.pair(build, args.drop_path_rate, args.init_from, args.init_in_chans)
 
 
 def make_loss(args: argparse.Namespace, epochs: int) -> utils.DINOLoss:
@@ -292,7 +293,7 @@ def make_loader(
 
 def replay_step(args: argparse.Namespace) -> None:
     def build(settings: Mapping, plan: Mapping) -> Method:
-        stored = argparse.Namespace(**settings | {"init_from": "", "compile": None})
+        stored = argparse.Namespace(**settings | {"init_from": "", "init_in_chans": "", "compile": None})
         (student, teacher), dino_loss = make_networks(stored), make_loss(stored, plan["epochs"])
 
         def losses(crops: list[Tensor], batch: Mapping, step: int) -> tuple[Tensor, dict]:

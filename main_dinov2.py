@@ -74,7 +74,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="of position embeddings; give true and --interpolate_offset 0 to continue from published weights with "
              "registers")
     add("--interpolate_offset", type=flags.non_negative, default=0.1, help="see --interpolate_antialias")
-    add("--init_from", default="", help="start from the weights in this file; it is not a resume")
+    options.add_init_flags(add)
     add("--init_heads", action="store_true",
         help="take the heads from --init_from too, a checkpoint of this script or a published teacher_checkpoint.pth")
 
@@ -174,6 +174,7 @@ def check_args(args: argparse.Namespace) -> None:
                       "graphs do not allow; give --compile default")
     options.check_packages(tensorboard=args.tensorboard, wandb=args.wandb)
     options.check_files(init_from=args.init_from, distill_from=args.distill_from)
+    options.check_init(args.init_from, args.init_in_chans)
     if args.init_heads and not args.init_from:
         raise Refused("--init_heads: give the checkpoint that has the heads as --init_from")
     if not args.ibot_separate_head and args.ibot_out_dim not in (0, args.out_dim):
@@ -229,7 +230,8 @@ def make_backbone(args: argparse.Namespace, drop_path_rate: float = 0.0) -> tupl
 
 
 def make_networks(args: argparse.Namespace) -> tuple[BackboneAndHeads, BackboneAndHeads]:
-    student, teacher = networks.pair(partial(make_network, args), args.drop_path_rate, args.init_from)
+    student, teacher = networks.pair(partial(make_network, args), args.drop_path_rate, args.init_from,
+                                     args.init_in_chans)
     if args.init_heads:
         networks.fill(student, networks.read_heads(args.init_from, "--init_from")[1], args.init_from, "--init_heads",
                       heads_only=True)
@@ -455,7 +457,8 @@ def make_loader(
 
 def replay_step(args: argparse.Namespace) -> None:
     def build(settings: Mapping, about: Mapping) -> Method:
-        stored = argparse.Namespace(**settings | {"init_from": "", "init_heads": False, "compile": None})
+        stored = argparse.Namespace(**settings | {"init_from": "", "init_in_chans": "", "init_heads": False,
+                                               "compile": None})
         student, average = make_networks(stored)
         objective, device = make_loss(stored), parallel.pick_device(args.device)
         teacher = read_teacher(stored.distill_from)[0].to(device) if stored.distill_from else average

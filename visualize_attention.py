@@ -78,7 +78,8 @@ def visualize(args: argparse.Namespace) -> None:
         return
     network = features.load_network(
         args.pretrained_weights, args.arch, args.patch_size, args.checkpoint_key, parallel.pick_device(args.device),
-        min(args.image_size, default=0), size_flag="--image_size")
+        min(args.image_size, default=0), size_flag="--image_size", mean=args.mean, std=args.std,
+        in_chans=args.in_chans)
     dense.check_attention(network, args.image_size, args.layer)
     in_chans = network.info["in_chans"]
     settings = {"image_size": args.image_size, "output_dir": args.output_dir, "layer": args.layer,

@@ -22,20 +22,21 @@ from weights.layouts import backbone_state, head_states, read, recognize, stored
 
 
 def pair(
-    build: Callable[[float], nn.Module], drop_path_rate: float, init_from: str = ""
+    build: Callable[[float], nn.Module], drop_path_rate: float, init_from: str = "", init_in_chans: str = ""
 ) -> tuple[nn.Module, nn.Module]:
     """A student, and a teacher with the same weights, without gradients and without stochastic depth.
 
     Args:
         build: rate of stochastic depth -> a network with a `backbone` and heads.
         init_from: file of weights to initialize the backbones from; "": random initialization.
+        init_in_chans: mean or tile, for weights of another number of channels; see `backbones.converted_channels`.
 
     Raises:
         Refused: the weights do not fit the network.
     """
     student, teacher = build(drop_path_rate), build(0.0)
     if init_from:
-        load_weights_into(student.backbone, init_from, flag="--init_from")
+        load_weights_into(student.backbone, init_from, flag="--init_from", init_in_chans=init_in_chans)
     teacher.load_state_dict(student.state_dict())
     return student, teacher.requires_grad_(False)
 

@@ -14,6 +14,14 @@ from pretraining.logs import installed
 from vision_transformer import VITS
 
 
+def add_init_flags(add: Callable) -> None:
+    """Weights to start from, for the group `network`."""
+    add("--init_from", default="", help="start from the weights in this file; it is not a resume")
+    add("--init_in_chans", choices=("mean", "tile"), default="",
+        help="with --init_from, for weights of other channels than --in_chans: average the first layer over its "
+             "channels, or repeat them. A heuristic: train for long enough to adapt it")
+
+
 def add_length_flags(add: Callable) -> None:
     """Batch size and length of a run, for the group `optimization`."""
     add("--batch_size_per_gpu", type=flags.positive_int, default=64, help="images per process and micro-batch")
@@ -152,6 +160,12 @@ def check_hardware(parallel: str, precision: str, use_fp16: bool, compile: str |
     if compile in ("reduce-overhead", "max-autotune") and grad_accum_steps > 1:  # their outputs do not last
         raise Refused(f"--compile {compile} with --grad_accum_steps {grad_accum_steps} is not supported: "
                       "CUDA graphs take a micro-batch's gradients back; give --compile default")
+
+
+def check_init(init_from: str, init_in_chans: str) -> None:
+    if init_in_chans and not init_from:
+        raise Refused(f"--init_in_chans {init_in_chans}: converts the weights of --init_from; give that too, or leave "
+                      "it out")
 
 
 def check_packages(**wanted: bool) -> None:

@@ -151,12 +151,11 @@ def evaluate_copies(
     output_dir = flags.prepare_output(output_dir)
     for note in copies.notes:
         parallel.say(note)
-    forward, name = descriptor(network.forward, gem_p)
+    (forward, name), mean, std = descriptor(network.forward, gem_p), info["mean"], info["std"]
     parts = {
         part: dataset_features(
-            network, SmallPictures(images) if pixels else Squares(images, side, info["mean"], info["std"]),
-            f"square {side} {info['mean']} {info['std']}", batch_size, num_workers, output_dir / "features", forward,
-            f" {name}")
+            network, SmallPictures(images, mean, std) if pixels else Squares(images, side, mean, std),
+            f"square {side} {mean} {std}", batch_size, num_workers, output_dir / "features", forward, f" {name}")
         for part, images in sets.items()}
     queries, database = parts["queries"], parts["database"]
     if "distractors" in parts:

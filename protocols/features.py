@@ -30,9 +30,10 @@ from protocols.transforms import (
     Transformed,
     check_patches,
 )
-from vision_transformer import VITS
-from weights import checkpoints, load_backbone
+from vision_transformer import VITS, build_backbone
+from weights import checkpoints, load_backbone, preprocessing
 from weights.layouts import BadFile
+from weights.preprocessing import Found
 
 PIXELS = "pixels"  # --arch of the baseline without a network: images of 32 x 32 pixels, flattened
 TRAINING_SCALE = (0.08, 1.0)  # VIEW_SCALE of the crops that classifiers are trained on
@@ -256,17 +257,19 @@ class Network(NamedTuple):
 def load_network(
     weights: str, arch: str = "vit_small", patch_size: int = 16, checkpoint_key: str = "teacher",
     device: torch.device | str = "cpu", crop_size: int = 0, resize_size: int = 0, precision: str = "fp32",
-    seed: int = 0, size_flag: str = "--crop_size",
+    seed: int = 0, size_flag: str = "--crop_size", mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None, in_chans: int | None = None,
 ) -> Network:
     """Load a frozen network.
 
     Args:
         weights: path; "" builds an untrained network from `seed`.
         arch, patch_size: used where the weights don't tell. `pixels` is the baseline of raw 32 x 32 pixels.
-        crop_size: pixels; 0 means the size of the global crops in training, or 224.
+        crop_size: pixels; 0 means the image size stored with the weights, or 224.
         resize_size: pixels of the shorter side before the crop; 0 means crop_size x 256 / 224.
         precision: fp32, fp16 or bf16.
         size_flag: the flag that errors about `crop_size` name.
+        mean, std, in_chans: instead of the stored ones, see `load_backbone`.
 
     Raises:
         Refused: missing weights, weights of another architecture, or sizes that contradict each other.
@@ -275,11 +278,9 @@ def load_network(
     if arch == PIXELS:
         if weights:
             raise Refused(f"--pretrained_weights {weights}: --arch {PIXELS} has no weights; leave one of them out")
-        info = {"embed_dim": 3 * PIXELS_SIDE**2, "in_chans": 3, "mean": (0.0,) * 3, "std": (1.0,) * 3}
-        about = {"arch": PIXELS, "weights": None, "weights_sha256": None, "crop_size": PIXELS_SIDE, "precision": "fp32"}
-        return Network(nn.Flatten(), info, about, device)
+        return pixel_network(device, mean, std, in_chans or 3)
     torch.manual_seed(seed)
-    model, info = load_backbone(weights, arch, patch_size, checkpoint_key)
+    model, info = load_backbone(weights, arch, patch_size, checkpoint_key, mean=mean, std=std, in_chans=in_chans)
     crop = crop_size or info["global_crops_size"]
     if info["arch"] in VITS and crop < info["patch_size"]:
         raise Refused(f"{size_flag} {crop}: smaller than a patch of {info['patch_size']}; raise it")
@@ -292,8 +293,33 @@ def load_network(
         "arch": info["arch"], "patch_size": info["patch_size"], "weights": weights or None,
         "checkpoint_key": checkpoint_key, "weights_sha256": weights_hash(model),
         "resize_size": resize_size or round(crop * 256 / 224), "crop_size": crop, "precision": precision,
+        "mean": list(info["mean"]), "std": list(info["std"]), "normalization": info["sources"],
     }
     return Network(model.to(device), info, about, device)
+
+
+def pixel_network(
+    device: torch.device, mean: Sequence[float] | None = None, std: Sequence[float] | None = None, in_chans: int = 3
+) -> Network:
+    """The baseline without a network: images of 32 x 32 pixels, flattened, in [0, 1] unless mean and std are given.
+
+    Raises:
+        Refused: mean or std with another number of values than channels.
+    """
+    plain = {"mean": Found(0.0, "default of raw pixels"), "std": Found(1.0, "default of raw pixels")}
+    chosen = preprocessing.normalization(plain, in_chans, f"--arch {PIXELS}", mean, std)
+    info = {"embed_dim": in_chans * PIXELS_SIDE**2, "in_chans": in_chans} | {k: v for k, (v, _) in chosen.items()}
+    about = {"arch": PIXELS, "weights": None, "weights_sha256": None, "crop_size": PIXELS_SIDE, "precision": "fp32",
+             "mean": list(info["mean"]), "std": list(info["std"])}
+    return Network(nn.Flatten(), info, about, device)
+
+
+def untrained(network: Network, seed: int) -> Network:
+    """The same network with random weights, which sees the same images: the baseline of training."""
+    torch.manual_seed(seed)
+    model, _ = build_backbone(network.info["arch"], **network.info["options"])
+    about = network.about | {"weights": None, "weights_sha256": weights_hash(model)}
+    return network._replace(forward=model.eval().requires_grad_(False).to(network.device), about=about)
 
 
 def network_features(
@@ -319,7 +345,7 @@ def input_dataset(
     if view is not None:
         return RandomViews(images, about["crop_size"], mean, std, view, scale, interpolation)
     if about["arch"] == PIXELS:
-        return SmallPictures(images)
+        return SmallPictures(images, mean, std)
     return EvalImages(images, about["resize_size"], about["crop_size"], mean, std)
 
 

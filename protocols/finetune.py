@@ -28,6 +28,7 @@ from protocols.linear import Training, run_of, train
 from protocols.splits import Task
 from vision_transformer import DropPath, VisionTransformer, build_backbone
 from weights import checkpoints
+from weights.layouts import STORED_OPTIONS
 
 UNFINISHED, TUNED = "checkpoint_finetune.pth", "finetuned.pth"
 
@@ -209,7 +210,8 @@ def save(model: Classifier, network: Network, classes: Sequence[str], folder: Pa
     info = network.info
     args = {k: list(info[k]) if isinstance(info[k], tuple) else info[k]
             for k in ("arch", "patch_size", "in_chans", "mean", "std")} | {
-        "global_crops_size": network.about["crop_size"]}
+        "global_crops_size": network.about["crop_size"]} | {
+        k: info["options"][k] for k in STORED_OPTIONS if k in info["options"]}
     linear = {f"linear.{k}": v.cpu() for k, v in model.linear.state_dict().items()}
     checkpoints.save({"teacher": model.backbone.state_dict(), "state_dict": linear, "classes": list(classes),
                       "args": args}, folder / TUNED)

@@ -99,7 +99,8 @@ def embed(paths: Sequence[str], about: dict, weights: str, device: str, batch_si
     weights = weights or about.get("weights") or ""
     network = load_network(
         weights, about["arch"], about.get("patch_size"), about.get("checkpoint_key"), parallel.pick_device(device),
-        about.get("crop_size"), about.get("resize_size"), about["precision"], about["seed"])
+        about.get("crop_size"), about.get("resize_size"), about["precision"], about["seed"], mean=about.get("mean"),
+        std=about.get("std"), in_chans=about.get("in_chans"))
     if network.about["weights_sha256"] != about["weights_sha256"]:
         raise Refused(f"--pretrained_weights {weights}: not the weights that the file's features were extracted with; "
                       "give those")

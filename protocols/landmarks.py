@@ -137,7 +137,7 @@ def landmark_features(
     pixels, own = network.about["arch"] == PIXELS, arithmetic == flags.OWN
     patch, mean, std = patch_multiple(network.forward), network.info["mean"], network.info["std"]
     input_images = WholeImages if own else Thumbnails
-    dataset = SmallPictures(images) if pixels else input_images(images, imsize, patch, mean, std)
+    dataset = SmallPictures(images, mean, std) if pixels else input_images(images, imsize, patch, mean, std)
     scaled = multiscale if own else published_multiscale
     forward = scaled(network.forward, patch) if use_multiscale and not pixels else network.forward
     transform = f"imsize {imsize} multiscale {use_multiscale} {mean} {std} {images.boxes}" + " published" * (not own)

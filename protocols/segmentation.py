@@ -23,7 +23,6 @@ Shapes: N images, C channels, H heads, h x w patches, D width. Sizes are (height
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -31,7 +30,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
 import flags
@@ -39,10 +37,9 @@ import parallel
 from imagesets import masks
 from parallel import Refused, import_optional
 from protocols import dense, scores, segmentation_scores, sheets
-from protocols.features import Network
+from protocols.features import Network, untrained
 from protocols.progress import Progress
 from protocols.transforms import TooManyPatches
-from vision_transformer import build_backbone
 
 BOX_SIDES = tuple(round(0.3 + 0.05 * i, 2) for i in range(15))  # share of the image's sides: 0.3 to 1
 
@@ -194,11 +191,7 @@ def compared_networks(network: Network, seed: int) -> dict[str, Network]:
     """The network and the same one with random weights, by their names in the table."""
     if network.about["weights"] is None:
         return {"random weights": network}
-    torch.manual_seed(seed)
-    info, positions = network.info, network.forward.pos_embed.shape[1] - 1
-    untrained, _ = build_backbone(info["arch"], info["patch_size"], in_chans=info["in_chans"],
-                                  img_size=math.isqrt(positions) * info["patch_size"])
-    return {"network": network, "random weights": network._replace(forward=untrained.to(network.device).eval())}
+    return {"network": network, "random weights": untrained(network, seed)}
 
 
 def check_sizes(images: masks.MaskedImages, image_size: int, patch: int, flag: str) -> None:

@@ -51,7 +51,9 @@ def patch_network(network: Network, patch_size: int, arithmetic: str = flags.PUB
         Refused: the network has no patch tokens.
     """
     if network.about["arch"] == PIXELS:
-        info = {"patch_size": patch_size, "in_chans": 3, "mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+        info = network.info | {"patch_size": patch_size}
+        if info["mean"] == (0.0,) * 3:  # the default of raw pixels; cosines of patches need centred values
+            info |= {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
         network = network._replace(forward=lambda x: F.pixel_unshuffle(x, patch_size).movedim(1, -1), info=info)
     elif isinstance(model := network.forward, VisionTransformer):
         network = network._replace(forward=lambda x: model.forward_features(x).patch_tokens)

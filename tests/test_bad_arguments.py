@@ -203,6 +203,9 @@ TRAINING = [
     ("--init_from {here}/picture0.png", ("--init_from {here}/picture0.png", "not a readable checkpoint")),
     ("--init_from {here}/nano.pth", ("--init_from {here}/nano.pth", "of 150 tensors", "--arch")),
     ("--init_from {here}/student.pth", ("--init_from {here}/student.pth", "teacher", "it has student")),
+    ("--init_in_chans mean", ("--init_in_chans mean", "--init_from")),
+    ("--init_from {here}/nano.pth --arch vit_nano --in_chans 4 --mean 0 0 0 0 --std 1 1 1 1",
+     ("--init_from {here}/nano.pth", "3 channel", "not 4", "--init_in_chans", "mean", "tile")),
     # Data
     ("--data_path {here}/none", ("--data_path '{here}/none'", "give")),
     ("--data_path ''", ("--data_path ''", "give")),

@@ -16,6 +16,7 @@ import utils
 from imagesets import loaders
 from parallel import Refused
 from pretraining import networks
+from vision_transformer import build_backbone
 from weights import backbones, checkpoints
 
 
@@ -90,6 +91,20 @@ def test_start_from_weights_is_not_a_resume(finished, tmp_path):
     done = launch("main_dino.py", *SMALL, "--init_from", finished[0] / "checkpoint.pth", "--steps", 1, "--out_dim", 32,
                   "--output_dir", tmp_path)  # fmt: skip
     assert done.returncode == 0 and "150 of 150 tensors matched" in done.stdout, done.stderr
+
+
+def test_start_from_weights_of_other_channels(tmp_path):
+    """Both networks start from the file, its patch embedding averaged over the three channels."""
+    old = build_backbone("vit_nano", 8, img_size=32)[0].state_dict()
+    torch.save(old, tmp_path / "w.pth")
+    networks = main_dino.make_networks(main_dino.get_args_parser().parse_args(
+        ["--arch", "vit_nano", "--patch_size", "8", "--global_crops_size", "32", "--out_dim", "8", "--in_chans", "2",
+         "--mean", "0", "0", "--std", "1", "1", "--init_from", str(tmp_path / "w.pth"), "--init_in_chans", "mean"]))
+    name = "patch_embed.proj.weight"
+    for network in networks:
+        new = network.backbone.state_dict()
+        torch.testing.assert_close(new[name], old[name].sum(1, keepdim=True).expand(-1, 2, -1, -1) / 2)
+        assert all(torch.equal(v, old[k]) for k, v in new.items() if k != name)
 
 
 @pytest.mark.parametrize("extra", [["--precision", "bf16"], ["--precision", "fp16"], ["--optimizer", "sgd"],

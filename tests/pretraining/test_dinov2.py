@@ -183,6 +183,21 @@ def test_continue_with_heads_and_with_another_size(finished, tmp_path, monkeypat
         assert after["student"]["backbone.pos_embed"].shape[1] == 1 + (size // 4) ** 2
 
 
+def test_start_from_weights_of_other_channels(tmp_path):
+    """Both networks start from the file, its patch embedding averaged over the three channels."""
+    old = vision_transformer.build_backbone(
+        "vit_nano", 4, img_size=16, method="dinov2", init_values=0.1, num_register_tokens=2)[0].state_dict()
+    torch.save(old, tmp_path / "w.pth")
+    args = main_dinov2.get_args_parser().parse_args([str(a) for a in (
+        *ARGS, "--in_chans", 2, "--mean", 0, 0, "--std", 1, 1, "--init_from", tmp_path / "w.pth", "--init_in_chans",
+        "mean")])
+    name = "patch_embed.proj.weight"
+    for network in main_dinov2.make_networks(args):
+        new = network.backbone.state_dict()
+        torch.testing.assert_close(new[name], old[name].sum(1, keepdim=True).expand(-1, 2, -1, -1) / 2)
+        assert all(torch.equal(v, old[k]) for k, v in new.items() if k != name)
+
+
 def test_distillation(finished, tmp_path):
     """The frozen teacher is of another architecture; the result is the student's moving average."""
     folder, _ = finished
@@ -228,6 +243,7 @@ BAD = [
     (["--compile", "reduce-overhead"], ["--compile reduce-overhead", "--compile default"]),
     (["--ibot_out_dim", "7", "--ibot_separate_head", "false"], ["--ibot_out_dim 7", "--ibot_separate_head true"]),
     (["--init_heads"], ["--init_heads", "--init_from"]),
+    (["--init_in_chans", "tile"], ["--init_in_chans tile", "--init_from"]),
     (["--mask_ratio", "0.5", "0.1"], ["--mask_ratio 0.5 0.1", "low <= high"]),
     (["--mask_probability", "0"], ["--mask_probability 0", "--ibot_separate_head false"]),
     (["--distill_from", "/absent"], ["--distill_from /absent", "no such file"]),
