@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
+import atomic
 from imagesets import decode, masks
 from parallel import Refused
 
@@ -94,7 +95,7 @@ def open_video(name: str, folder: Path, annotated: Path, in_chans: int = 3) -> V
     """
     if not folder.is_dir():
         raise Refused(f"sequence {name}: there is no folder {folder}; take the name out of the list")
-    frames = list(masks.by_stem(folder, decode.suffixes(in_chans)).values())
+    frames = list(masks.by_stem(folder, decode.suffixes(in_chans), atomic.outputs_in(folder)).values())
     by_stem = masks.by_stem(annotated, masks.SUFFIXES) if annotated.is_dir() else {}
     annotations = {i: by_stem[path.stem] for i, path in enumerate(frames) if path.stem in by_stem}
     if not frames:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -68,6 +68,7 @@ def write_labels(labels: np.ndarray, path: str | os.PathLike) -> None:
     image = Image.fromarray(labels.astype(np.uint8))
     image.putpalette(palette())
     Path(path).parent.mkdir(parents=True, exist_ok=True)
+    atomic.mark_output(path)
     with atomic.replacing(path) as temporary:
         image.save(temporary, format="PNG")
 
@@ -175,10 +176,11 @@ def pair(
     return [(images[stem], masks[stem]) for stem in both], notes
 
 
-def by_stem(folder: Path, suffixes: Iterable[str]) -> dict[str, Path]:
+def by_stem(folder: Path, suffixes: Iterable[str], left_out: Container[bytes] = ()) -> dict[str, Path]:
     """A folder's files with one of the suffixes, by name without suffix, in the order of the names."""
     return {path.stem: path for path in sorted(folder.iterdir())
-            if path.suffix.lower() in suffixes and not path.name.startswith(".")}
+            if path.suffix.lower() in suffixes and not path.name.startswith(".")
+            and os.fsencode(path.name) not in left_out}
 
 
 def read_foreground(path: Path, voc: bool) -> tuple[np.ndarray, np.ndarray]:

@@ -97,7 +97,9 @@ def open_shards(where: str, data_path: str, split: str | None, in_chans: int, ma
 
 def open_folder_of_shards(where: str, folder: str, in_chans: int, max_pixels: int) -> Shards | None:
     """The folder's .tar files, in the order of their names; None if it has none."""
-    names = sorted(name for name in os.listdir(os.fsencode(folder)) if name.endswith(b".tar") and name[:1] != b".")
+    own = atomic.outputs_in(folder)
+    names = sorted(name for name in os.listdir(os.fsencode(folder))
+                   if name.endswith(b".tar") and name[:1] != b"." and name not in own)
     paths = [os.path.join(os.fsencode(folder), name) for name in names]
     return read_shards(where, paths, in_chans, max_pixels) if paths else None
 
@@ -133,6 +135,7 @@ def copied(where: str, url: str) -> str:
                     part.unlink()
                 with atomic.replacing(path) as temporary:
                     copy(url, gopen, temporary)
+                    atomic.mark_output(path)
     except OSError as error:
         raise Refused(f"{where}: {url!r} could not be copied to {folder} ({str(error)[:200]}); correct it, or set "
                       "DINO_CACHE to a folder with room") from error

@@ -36,6 +36,7 @@ from imagesets.listing import (
     images_below,
     listed,
     numbered,
+    own_outputs,
     pack,
     passed_over,
 )
@@ -181,22 +182,26 @@ def open_folder(where: str, folder: str, split: str | None, in_chans: int, max_p
 
 def folder_table(folder: bytes, known: frozenset[bytes], stamps: list[tuple]) -> Table:
     """Columns: paths; labels, the number of the first-level folder, or -1 outside of them; classes, their names; note,
-    which other files there are."""
+    which other files there are. A folder that holds outputs of the project and no images is not a class."""
     with os.scandir(folder) as entries:
         names = sorted(e.name for e in entries
                        if e.is_dir() and not e.name.startswith(b".") and e.name not in PASSED_FOLDERS)
     numbers = {name: number for number, name in enumerate(names)}
-    labels, others = array("q"), Counter()
+    labels, others, own = array("q"), Counter(), []
 
     def paths() -> Iterator[bytes]:
-        for path in images_below(folder, b"", known, stamps, others):
+        for path in images_below(folder, b"", known, stamps, others, own):
             first, slash, _ = path.partition(b"/")
             labels.append(numbers[first] if slash else -1)
             yield path
 
-    table = {"paths": pack(paths()), "labels": np.array(labels), "classes": pack(names)}
-    note = passed_over(others, "files of other suffixes")
-    return table | {"note": np.frombuffer(os.fsencode(note), np.uint8)}
+    table = {"paths": pack(paths())}
+    written_to = {os.path.relpath(path, folder).partition(b"/")[0] for path in own}
+    kept = np.array([name not in written_to or numbers[name] in labels for name in names], bool)
+    order = np.append(np.cumsum(kept) - 1, -1)  # new number of each folder; the last stays -1
+    table |= {"labels": order[np.array(labels, np.int64)], "classes": pack(np.array(names, object)[kept])}
+    notes = [passed_over(others, "files of other suffixes"), own_outputs(own)]
+    return table | {"note": np.frombuffer(os.fsencode("; ".join(filter(None, notes))), np.uint8)}
 
 
 def split_folder(where: str, folder: str, split: str | None) -> str:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
+import atomic
 from parallel import Refused
 from protocols import sheets
 
@@ -140,6 +141,7 @@ def check_format(flag: str, path: str | Path) -> None:
 def save(figure: Figure, path: str | Path, flag: str) -> None:
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
+        atomic.mark_output(path)
         figure.savefig(path)
     except OSError as error:
         raise Refused(f"{flag} {path}: {error.strerror or error}; give a file that can be written") from error
@@ -195,6 +197,7 @@ def sweep_chart(rows: Sequence[Mapping], path: str | Path) -> None:
     axes.set(xscale="log", xticks=ks, xticklabels=ks, xlabel="neighbours k", ylabel="top-1 accuracy, %")
     axes.minorticks_off()
     axes.grid(alpha=0.3)
+    atomic.mark_output(path)
     figure.savefig(path, dpi=120)
 
 
@@ -222,6 +225,7 @@ def feature_map(features: np.ndarray, labels: np.ndarray, classes: Sequence[str]
             axes.scatter(*points[labels == c].T, s=8, color=colors(i), label=classes[c])
     axes.set_axis_off()
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), markerscale=2, frameon=False, fontsize=8)
+    atomic.mark_output(path)
     figure.savefig(path, dpi=120)
 
 

@@ -88,6 +88,7 @@ def missing_parts(job: Job, images: Images) -> list[int] | None:
     try:
         if not record.exists():
             job.parts.mkdir(parents=True, exist_ok=True)
+            atomic.mark_output(job.parts)
             atomic.write_text(record, written)
         before = dict(json.loads(record.read_text()))
         old = before.pop("images_of_parts", [])  # an older version wrote none

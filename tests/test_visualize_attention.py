@@ -51,7 +51,7 @@ def write_image(path, height, width, seed=0):
 
 def sizes(folder):
     """{name: (width, height)} of every figure in a folder."""
-    return {path.name: Image.open(path).size for path in sorted(folder.iterdir())}
+    return {path.name: Image.open(path).size for path in sorted(folder.glob("[!.]*"))}
 
 
 # ---- sizes
