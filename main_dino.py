@@ -26,7 +26,7 @@ import parallel
 import utils
 from imagesets import loaders
 from imagesets.bad_images import BadImages
-from imagesets.decode import MAX_PIXELS
+from imagesets.decode import Reading
 from imagesets.sources import Images, open_images
 from parallel import Refused
 from pretraining import failures, faults, monitor, networks, sharding
@@ -110,12 +110,12 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--in_chans", type=flags.positive_int, default=3,
         help="channels of the images; other than 3 needs --mean and --std of as many values")
 
-    add = parser.add_argument_group("data").add_argument
+    group = parser.add_argument_group("data")
+    add = group.add_argument
     add("--data_path", default="shapes",
         help="folder of images, with or without class folders; a .txt list; shards-{000..099}.tar; hf:FOLDER; "
              "torchvision:CIFAR10; shapes[:COUNT[xPIXELS]], drawn images (docs/data.md)")
-    add("--max_pixels", type=flags.positive_int, default=MAX_PIXELS,
-        help="larger images count as undecodable, against decompression bombs; raise it for very large images")
+    flags.add_reading_flags(group)
     add("--max_bad_images", type=flags.fraction, default=0.01,
         help="share of undecodable files above which the run stops")
     add("--eval_knn_every", type=flags.count, default=0,
@@ -235,12 +235,16 @@ def make_augmentation(args: argparse.Namespace) -> utils.DataAugmentationDINO:
         args.local_crops_size, args.mean, args.std, bool(args.compile))
 
 
+def reading_of(args: argparse.Namespace) -> Reading:
+    return Reading(args.in_chans, args.max_pixels, args.value_range)
+
+
 def make_evaluation(args: argparse.Namespace, device: torch.device) -> KnnEvaluation | None:
     if not args.eval_knn_every:
         return None
     path, flag = (args.eval_data_path, "--eval_data_path") if args.eval_data_path else (args.data_path, "--data_path")
-    return open_evaluation(path, flag, args.global_crops_size, args.mean, args.std, args.in_chans,
-                           4 * args.batch_size_per_gpu, args.num_workers, device, args.max_pixels)
+    return open_evaluation(path, flag, args.global_crops_size, args.mean, args.std, reading_of(args),
+                           4 * args.batch_size_per_gpu, args.num_workers, device)
 
 
 def make_run(args: argparse.Namespace, plan: Plan, n_images: int, device: torch.device) -> Run:
@@ -302,7 +306,7 @@ def pretrain(args: argparse.Namespace) -> int:
     device = parallel.start(args.device, args.dist_url, args.dist_timeout)
     torch.backends.cudnn.benchmark = True  # crops have fixed sizes: convolutions are chosen by trial, once
     try:
-        images = open_images(args.data_path, None, args.in_chans, args.max_pixels)
+        images = open_images(args.data_path, None, **reading_of(args).decoding())
         evaluation = make_evaluation(args, device)
         plan = make_plan(args, len(images))
         run = make_run(args, plan, len(images), device)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from imagesets.decode import Undecodable
+from imagesets.decode import Reading, Undecodable
 from imagesets.ground_truth import GroundTruth, read_ground_truth
 from imagesets.sources import Images, open_files
 from parallel import Refused
@@ -39,7 +39,7 @@ class Cropped:
         return image
 
 
-def open_landmarks(data_path: str, dataset: str, in_chans: int) -> tuple[GroundTruth, Cropped, Cropped]:
+def open_landmarks(data_path: str, dataset: str, reading: Reading) -> tuple[GroundTruth, Cropped, Cropped]:
     """Ground truth, database images and queries.
 
     Raises:
@@ -58,7 +58,7 @@ def open_landmarks(data_path: str, dataset: str, in_chans: int) -> tuple[GroundT
         if absent:
             raise Refused(f"--data_path {data_path}: {len(absent)} image(s) of {path.name} are missing, the first is "
                           f"{folder / 'jpg' / absent[0]}.jpg; put them there")
-        return Cropped(open_files(folder / "jpg", [f"{name}.jpg" for name in names], in_chans), boxes)
+        return Cropped(open_files(folder / "jpg", [f"{name}.jpg" for name in names], reading), boxes)
 
     database = open_images(truth.database, [None] * len(truth.database))
     return truth, database, open_images([q.name for q in truth.queries], [q.box for q in truth.queries])

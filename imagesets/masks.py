@@ -45,10 +45,10 @@ def read_labels(path: str | os.PathLike) -> np.ndarray:
     return labels.any(axis=-1).astype(np.uint8) if labels.ndim == 3 else labels.astype(np.int32)
 
 
-def read_image(path: Path, in_chans: int, where: str) -> Tensor:
+def read_image(path: Path, reading: decode.Reading, where: str) -> Tensor:
     """uint8 (C, height, width). Raises Refused, with `where`, for a file that can't be decoded."""
     try:
-        return decode.decode(path, in_chans)
+        return decode.decode(path, **reading.decoding())
     except decode.Undecodable as error:
         raise Refused(f"{where}: {error}; replace the file") from error
 
@@ -114,7 +114,7 @@ def is_drawn(data_path: str) -> bool:
     return re.fullmatch(r"shapes(:.*)?", data_path) is not None
 
 
-def open_masked(data_path: str, in_chans: int = 3, flag: str = "--data_path") -> MaskedImages:
+def open_masked(data_path: str, reading: decode.Reading = decode.PLAIN, flag: str = "--data_path") -> MaskedImages:
     """The images and masks that `data_path` names.
 
     shapes[:COUNT[xPIXELS]]     drawn images that no training set contains
@@ -130,8 +130,8 @@ def open_masked(data_path: str, in_chans: int = 3, flag: str = "--data_path") ->
     """
     where = f"{flag} {data_path!r}"
     if is_drawn(data_path):
-        drawn = sources.open_images(data_path, in_chans=in_chans, flag=flag)
-        held_out = sources.Shapes(sources.VAL_START, len(drawn), drawn.size, in_chans)
+        drawn = sources.open_images(data_path, flag=flag, **reading.decoding())
+        held_out = sources.Shapes(sources.VAL_START, len(drawn), drawn.size, reading.in_chans)
         return MaskedImages([held_out.name(i) for i in range(len(drawn))], partial(load_drawn, held_out), [])
     folder = Path(os.path.expanduser(data_path))
     layout = next((names for names in LAYOUTS if all((folder / name).is_dir() for name in names)), None)
@@ -139,7 +139,7 @@ def open_masked(data_path: str, in_chans: int = 3, flag: str = "--data_path") ->
         raise Refused(f"{where}: give a folder with images/ and masks/, or JPEGImages/ and SegmentationClass/, or "
                       "shapes[:COUNT[xPIXELS]]")
     voc = layout != LAYOUTS[0]
-    pairs, notes = pair(where, folder, layout, folder / VOC_LIST if voc else None, decode.suffixes(in_chans))
+    pairs, notes = pair(where, folder, layout, folder / VOC_LIST if voc else None, decode.suffixes(reading.in_chans))
     for image, mask in pairs:
         check_size(image, mask, where)
     shown = [(image, mask) for image, mask in pairs if read_foreground(mask, voc)[0].any()]
@@ -150,7 +150,7 @@ def open_masked(data_path: str, in_chans: int = 3, flag: str = "--data_path") ->
 
     def load(i: int) -> tuple[Tensor, np.ndarray, np.ndarray]:
         image, mask = shown[i]
-        return read_image(image, in_chans, where), *read_foreground(mask, voc)
+        return read_image(image, reading, where), *read_foreground(mask, voc)
 
     return MaskedImages([str(image) for image, _ in shown], load, notes)
 

@@ -27,7 +27,8 @@ from torch import Tensor
 
 import parallel
 from imagesets import shapes
-from imagesets.decode import MAX_PIXELS, MODES, Reduction, decode, from_pil, printable, suffixes
+from imagesets.decode import MAX_PIXELS, MODES, Reading, Reduction, decode, from_pil, printable, suffixes
+from imagesets.deep import Range
 from imagesets.listing import (
     PASSED_FOLDERS,
     Table,
@@ -63,6 +64,7 @@ def open_images(
     in_chans: int = 3,
     max_pixels: int = MAX_PIXELS,
     flag: str = "--data_path",
+    value_range: Range | None = None,
 ) -> Images:
     """Open the images that `data_path` names.
 
@@ -89,11 +91,13 @@ def open_images(
         in_chans: C; values other than 1, 3 or 4 only for folders and lists of .npy arrays.
         max_pixels: larger images can't be decoded (a guard against decompression bombs).
         flag: the flag to name in errors.
+        value_range: values of black and of white, for images of more than 8 bits; None: as the files declare.
 
     Raises:
         Refused: nothing is there, or it can't be read or used.
     """
-    data_path = os.fspath(data_path)
+    data_path, reading = os.fspath(data_path), Reading(
+        in_chans, max_pixels, tuple(value_range) if value_range else None)
     where = f"{flag} {data_path!r}"
     if split not in (None, "train", "val"):
         raise ValueError(f"split is {split!r}: give None, 'train' or 'val'")
@@ -101,17 +105,17 @@ def open_images(
     if kind and in_chans not in MODES:
         raise Refused(f"--in_chans {in_chans} with {where}: its images have 1, 3 or 4 channels")
     if kind and kind[1] == "hf":
-        return open_hugging_face(where, kind[2] or "", split, in_chans, max_pixels)
+        return open_hugging_face(where, kind[2] or "", split, reading)
     if kind:
-        return (open_shapes if kind[1] == "shapes" else open_torchvision)(where, kind[2], split, in_chans)
+        return (open_shapes if kind[1] == "shapes" else open_torchvision)(where, kind[2], split, reading)
     path = os.path.expanduser(data_path)
     try:
         if os.path.isdir(path):
-            return open_folder(where, path, split, in_chans, max_pixels)
+            return open_folder(where, path, split, reading)
         if os.path.isfile(path) and path.lower().endswith(".txt"):
-            return open_list(where, path, split, in_chans, max_pixels)
+            return open_list(where, path, split, reading)
         if named_by(data_path):
-            return open_shards(where, data_path, split, in_chans, max_pixels)
+            return open_shards(where, data_path, split, reading)
     except OSError as error:
         name = printable(os.fsencode(error.filename or path))
         raise Refused(f"{where}: {name!r}: {error.strerror or error}; make it readable or remove it") from error
@@ -123,10 +127,9 @@ class Files:
     """Image files, their paths relative to a folder."""
 
     def __init__(
-        self, folder: str, paths: Texts, labels: Sequence[int] | None, classes: list[str], in_chans: int,
-        max_pixels: int,
+        self, folder: str, paths: Texts, labels: Sequence[int] | None, classes: list[str], reading: Reading,
     ) -> None:
-        self.folder, self.paths, self.in_chans, self.max_pixels = os.fsencode(folder), paths, in_chans, max_pixels
+        self.folder, self.paths, self.reading = os.fsencode(folder), paths, reading
         self.labels = None if labels is None else torch.from_numpy(np.array(labels, np.int64))
         self.classes = classes
 
@@ -148,25 +151,30 @@ class Files:
         except UnicodeDecodeError:
             return files_hash(map(self.path, range(len(self))))
 
+    def content(self, i: int) -> str:
+        """The file, as `decode` takes it."""
+        return os.fsdecode(self.path(i))
+
     def load(self, i: int, reduction: Reduction | None = None) -> Tensor:
-        return decode(os.fsdecode(self.path(i)), self.in_chans, self.max_pixels, reduction=reduction)
+        return decode(self.content(i), reduction=reduction, **self.reading.decoding())
 
 
-def open_files(folder: str | os.PathLike, names: Iterable[str], in_chans: int) -> Files:
+def open_files(folder: str | os.PathLike, names: Iterable[str], reading: Reading) -> Files:
     """Files without labels, whose names are relative to `folder`."""
-    return Files(os.fspath(folder), Texts(pack(map(os.fsencode, names))), None, [], in_chans, MAX_PIXELS)
+    return Files(os.fspath(folder), Texts(pack(map(os.fsencode, names))), None, [], reading)
 
 
-def open_folder(where: str, folder: str, split: str | None, in_chans: int, max_pixels: int) -> Images:
+def open_folder(where: str, folder: str, split: str | None, reading: Reading) -> Images:
     folder = split_folder(where, folder, split)
-    known = frozenset(map(os.fsencode, suffixes(in_chans)))
+    known = frozenset(map(os.fsencode, suffixes(reading.in_chans)))
     real = os.path.realpath(folder)
     table = listed(real, known, lambda stamps: folder_table(os.fsencode(real), known, stamps))
     paths, labels = Texts(table["paths"]), table["labels"]
     if not len(paths):
-        if shards := open_folder_of_shards(where, folder, in_chans, max_pixels):
+        if shards := open_folder_of_shards(where, folder, reading):
             return shards
-        kinds = "formats that Pillow reads, .npy, .tar" if in_chans in MODES else f".npy, as --in_chans is {in_chans}"
+        chans = reading.in_chans
+        kinds = "formats that Pillow reads, .npy, .tar" if chans in MODES else f".npy, as --in_chans is {chans}"
         raise Refused(f"{where}: no images in {folder!r}; give a folder that holds some ({kinds})")
     if note := printable(table.get("note", np.empty(0, np.uint8)).tobytes()):  # absent in an index of an older version
         parallel.say(f"{where}: {note}")
@@ -175,9 +183,9 @@ def open_folder(where: str, folder: str, split: str | None, in_chans: int, max_p
         parallel.say(f"{where}: no labels, because {len(strays)} of {len(labels)} images lie beside the class folders "
                      f"(the first: {printable(paths[strays[0]])!r}); for labels move them into these")
     if len(strays) or len(numbers) < 2:
-        return Files(folder, paths, None, [], in_chans, max_pixels)
+        return Files(folder, paths, None, [], reading)
     classes = [printable(name) for name in Texts(table["classes"])]
-    return Files(folder, paths, labels, classes, in_chans, max_pixels)
+    return Files(folder, paths, labels, classes, reading)
 
 
 def folder_table(folder: bytes, known: frozenset[bytes], stamps: list[tuple]) -> Table:
@@ -214,7 +222,7 @@ def split_folder(where: str, folder: str, split: str | None) -> str:
     return folder
 
 
-def open_list(where: str, path: str, split: str | None, in_chans: int, max_pixels: int) -> Files:
+def open_list(where: str, path: str, split: str | None, reading: Reading) -> Files:
     if split == "val":
         raise Refused(f"{where}: a list has no validation part; give the validation images a list of their own")
     with open(path, "rb") as file:
@@ -225,7 +233,7 @@ def open_list(where: str, path: str, split: str | None, in_chans: int, max_pixel
     if len({len(row) for row in rows}) > 1 or len(rows[0]) > 2:
         raise Refused(f"{where}: some lines have a label and some don't; write 'path' or 'path<TAB>label' in all")
     labels, classes = numbered([printable(row[1]) for row in rows]) if len(rows[0]) == 2 else (None, [])
-    files = Files(os.path.dirname(path), Texts(pack(row[0] for row in rows)), labels, classes, in_chans, max_pixels)
+    files = Files(os.path.dirname(path), Texts(pack(row[0] for row in rows)), labels, classes, reading)
     if not os.path.isfile(files.path(0)):  # catches the usual mistake; checking all would take long
         raise Refused(f"{where}: {files.name(0)!r} isn't there; paths are relative to the list's folder")
     return files
@@ -255,10 +263,10 @@ class Shapes:
 VAL_START = 1_000_000_000  # images from here on are for validation
 
 
-def open_shapes(where: str, size: str | None, split: str | None, in_chans: int) -> Shapes:
+def open_shapes(where: str, size: str | None, split: str | None, reading: Reading) -> Shapes:
     match = re.fullmatch(r"([0-9]+)(?:x([0-9]+))?", "10000x96" if size is None else size)
     count, pixels = (int(match[1]), int(match[2] or 96)) if match else (0, 0)
     if not 1 <= count <= VAL_START or not 8 <= pixels <= 8192:
         raise Refused(f"{where}: give shapes:COUNT or shapes:COUNTxPIXELS, as in shapes:2000x96, of 8 pixels or more")
     start, count = (VAL_START, max(1, count // 4)) if split == "val" else (0, count)
-    return Shapes(start, count, pixels, in_chans)
+    return Shapes(start, count, pixels, reading.in_chans)

@@ -40,7 +40,7 @@ def draw_video(
     Raises:
         Refused: no such video, no frames, a point outside them, or nothing can be written to `output_dir`.
     """
-    frames, fps = open_video(path, fps, network.info["in_chans"])
+    frames, fps = open_video(path, fps, network.reading)
     rows = video_rows(network, frames, image_size, layer, threshold, pca, point)
     first = next(rows, None)  # before anything is written: bad flags show here
     if first is None:
@@ -88,7 +88,7 @@ def video_rows(
 # ---- Files ----
 
 
-def open_video(path: str, fps: float | None, in_chans: int) -> tuple[Iterator[Tensor], float]:
+def open_video(path: str, fps: float | None, reading: decode.Reading) -> tuple[Iterator[Tensor], float]:
     """Frames uint8 (C, height, width), decoded when they are asked for, and frames per second.
 
     Frames of a folder come in the order of the numbers in their names.
@@ -98,12 +98,13 @@ def open_video(path: str, fps: float | None, in_chans: int) -> tuple[Iterator[Te
     """
     imageio_ffmpeg = import_ffmpeg()
     if Path(path).is_dir():
-        images = sources.open_images(path, in_chans=in_chans, flag="--video")
+        images = sources.open_images(path, flag="--video", **reading.decoding())
         return folder_frames(images, path), fps or DEFAULT_FPS
     if not Path(path).is_file():
         raise Refused(f"--video {path}: no such file or folder; give a video, or a folder of frames")
-    if in_chans != 3:
-        raise Refused(f"--video {path}: a video has 3 channels, the network {in_chans}; give a folder of frames")
+    if reading.in_chans != 3:
+        raise Refused(f"--video {path}: a video has 3 channels, the network {reading.in_chans}; give a folder of "
+                      "frames")
     reader = imageio_ffmpeg.read_frames(path)
     try:
         about = next(reader)

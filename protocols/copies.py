@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 import flags
 import parallel
+from imagesets.checking import open_checked
 from imagesets.copies import read_copies
-from imagesets.sources import Images, open_files, open_images
+from imagesets.sources import Images, open_files
 from parallel import Refused
 from protocols import retrieval, scores
 from protocols.features import PIXELS, Network, dataset_features
@@ -122,12 +123,12 @@ def evaluate_copies(
     """
     info, pixels = network.info, network.about["arch"] == PIXELS
     side = PIXELS_SIDE if pixels else image_size or info["global_crops_size"]
-    copies, in_chans = read_copies(data_path), info["in_chans"]
+    copies, reading = read_copies(data_path), network.reading
     folder = os.path.expanduser(data_path)
-    sets = [open_files(folder, names, in_chans) for names in (copies.queries, copies.database)]
+    sets = [open_files(folder, names, reading) for names in (copies.queries, copies.database)]
     uses = DISTRACTORS_FOR[distractors_for] if distractors else ()
     if distractors:
-        sets.append(open_images(distractors, None, in_chans, flag="--distractors"))
+        sets.append(open_checked(distractors, None, reading, "--distractors"))
     if "whitening" in uses and len(sets[-1]) < 2:
         raise Refused(f"--distractors {distractors}: one image gives no whitening; give more, or --distractors_for "
                       "database")

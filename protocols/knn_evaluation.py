@@ -59,7 +59,7 @@ def compute_features(
     Raises:
         Refused: no such data, an image that can't be decoded, or an unusable output folder.
     """
-    images = open_parts(data_path, val_data_path, network.info["in_chans"])
+    images = open_parts(data_path, val_data_path, network.reading)
     flags.prepare_output(output_dir)
     cache = output_dir / "features"
     parts = [Part(network_features(network, i, batch_size, num_workers, cache), i.labels, i.classes) for i in images]

@@ -142,7 +142,7 @@ def evaluate_retrieval(
     Raises:
         Refused: no such data set, a file that can't be read or written.
     """
-    truth, database, queries = open_landmarks(data_path, dataset, network.info["in_chans"])
+    truth, database, queries = open_landmarks(data_path, dataset, network.reading)
     output_dir = flags.prepare_output(output_dir)
     query_features, database_features = (
         landmark_features(network, images, imsize, use_multiscale, num_workers, output_dir / "features")

@@ -58,7 +58,7 @@ def evaluate_linear(
     """
     blocks = with_blocks(network, training.n_last_blocks)[1]
     choice = protocol == "logreg" or protocol == "probe" and len(linear.sweep(training, blocks > 0)) > 1
-    task = open_task(data_path, val_data_path, network.info["in_chans"], low_shot, val_share if choice else None,
+    task = open_task(data_path, val_data_path, network.reading, low_shot, val_share if choice else None,
                      training.seed)
     if training.num_labels and training.num_labels < len(task.classes):
         raise Refused(f"--num_labels {training.num_labels}: the data have {len(task.classes)} classes; raise it, or "

@@ -239,7 +239,7 @@ def evaluate_segmentation(
     """
     import_kmeans()  # before any work
     dense.check_attention(network, [image_size], layer)
-    images = masks.open_masked(data_path, network.info["in_chans"], flag)
+    images = masks.open_masked(data_path, network.reading, flag)
     output_dir = flags.prepare_output(output_dir)
     networks = compared_networks(network, seed)
     find_masks = partial(candidate_masks, networks=networks, image_size=image_size, layer=layer, threshold=threshold,

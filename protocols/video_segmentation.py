@@ -45,7 +45,7 @@ def patch_network(network: Network, patch_size: int) -> Network:
         Refused: the network has no patch tokens.
     """
     if network.about["arch"] == PIXELS:
-        info = {"patch_size": patch_size, "in_chans": 3, "mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+        info = network.info | {"patch_size": patch_size, "in_chans": 3, "mean": IMAGENET_MEAN, "std": IMAGENET_STD}
         return network._replace(forward=lambda x: F.pixel_unshuffle(x, patch_size).movedim(1, -1), info=info)
     if not isinstance(network.forward, VisionTransformer):
         raise Refused(f"--arch {network.about['arch']}: has no patch tokens; use one of {', '.join(VITS)}, or {PIXELS}")
@@ -74,7 +74,7 @@ def frame_features(
     """Patch features float32 (h, w, D) of each frame; `batch_size` frames are in memory."""
     for first in range(0, len(video.frames), batch_size):
         numbers = range(len(video.frames))[first : first + batch_size]
-        batch = torch.stack([resize(davis.read_frame(video, i, network.info["in_chans"]), size) for i in numbers])
+        batch = torch.stack([resize(davis.read_frame(video, i, network.reading), size) for i in numbers])
         yield from network.forward(dense.normalize(batch, network.info, network.device)).float()
 
 
@@ -191,7 +191,7 @@ def evaluate_video_segmentation(
     """
     network = patch_network(network, patch_size)
     frame_size(64, 64, image_size, network.info["patch_size"])  # fail before any frame is read
-    videos = davis.find_videos(data_path, resolution, image_set, sequences, merge_objects, network.info["in_chans"])
+    videos = davis.find_videos(data_path, resolution, image_set, sequences, merge_objects, network.reading)
     output_dir = flags.prepare_output(output_dir)
     segment = partial(segment_video, network=network, image_size=image_size, n_last_frames=n_last_frames,
                       radius=size_mask_neighborhood, topk=topk, batch_size=batch_size)

@@ -90,7 +90,8 @@ def load_backbone(
         flag: the flag that names the file, for messages.
 
     Returns:
-        The network, and {arch, patch_size, embed_dim, in_chans, mean, std, global_crops_size}.
+        The network, and {arch, patch_size, embed_dim, in_chans, mean, std, global_crops_size}, and value_range of the
+        training images if one was given.
 
     Raises:
         Refused (a ValueError): no such file, not a checkpoint, no such part in it, unknown or wrong architecture.
@@ -115,6 +116,8 @@ def load_backbone(
         "std": tuple(args.get("std", IMAGENET_STD)),
         "global_crops_size": args.get("global_crops_size", 224),
     }
+    if args.get("value_range"):
+        info["value_range"] = tuple(args["value_range"])
     options = {"img_size": args["global_crops_size"]} if "global_crops_size" in args else {}
     options |= recognized.options | {k: args[k] for k in STORED_OPTIONS if k in args}
     options |= {k: info[k] for k in ("patch_size", "in_chans")}

@@ -15,6 +15,7 @@ from processes import ENV, free_port
 
 from benchmarks.listing import growth_in_a_fork
 from imagesets import listing
+from imagesets.decode import Reading
 from imagesets.sources import Files, open_images
 
 FLAT_MB = 3
@@ -287,6 +288,6 @@ def test_one_process_searches_and_all_get_its_listing(tree, tmp_path):
 def test_a_worker_that_reads_all_names_gains_no_memory():
     """A list of names, in contrast, is copied page by page as reference counts change."""
     names = [f"n{i % 1000:08d}/n{i % 1000:08d}_{i}.JPEG" for i in range(200_000)]
-    files = Files("/data", listing.Texts(listing.pack(map(str.encode, names))), None, [], 3, 100)
+    files = Files("/data", listing.Texts(listing.pack(map(str.encode, names))), None, [], Reading(3, 100))
     assert growth_in_a_fork(names.__getitem__, len(names)) > 3 * FLAT_MB
     assert growth_in_a_fork(files.path, len(names)) < FLAT_MB
