@@ -117,7 +117,7 @@ def get_args_parser() -> argparse.ArgumentParser:
              "torchvision:CIFAR10; shapes[:COUNT[xPIXELS]], drawn images (docs/data.md)")
     flags.add_reading_flags(group)
     add("--max_bad_images", type=flags.fraction, default=0.01,
-        help="share of undecodable files above which the run stops")
+        help="share of undecodable files, rounded up to whole files, above which the run stops")
     add("--eval_knn_every", type=flags.count, default=0,
         help="epochs between k-NN evaluations on labelled images; 0: never")
     add("--eval_data_path", default="", help="labelled images with train and val (or test) parts; empty: --data_path")

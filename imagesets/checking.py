@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import io
 import os
+import sys
+import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,6 +29,7 @@ from imagesets.sources import Images, open_images
 from parallel import Refused
 
 MOST_WORKERS = 16
+SECONDS = 10  # between lines of progress
 
 
 class Checked(NamedTuple):
@@ -65,7 +68,13 @@ def check(images: Images, numbers: Sequence[int] | None = None) -> list[Checked]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = 0 if len(numbers) < 100 else min(cores, MOST_WORKERS)
     loader = DataLoader(Checks(images), batch_size=None, sampler=numbers, **worker_options(workers))
-    return list(loader)
+    checked, said = [], time.monotonic()
+    for image in loader:
+        checked.append(image)
+        if time.monotonic() - said > SECONDS:
+            said = time.monotonic()
+            print(f"{len(checked)} of {len(numbers)} images decoded", file=sys.stderr, flush=True)
+    return checked
 
 
 def file_kind(source: str | bytes) -> str:
@@ -159,7 +168,7 @@ def open_checked(
                       f"{images.name(0)}: {bad[0]}")
     skipped = _skipped.setdefault(reading.skip_bad, {})
     skipped |= {images.name(i): reason for i, reason in bad.items()}
-    lines = [f"{name}\t{reason}" for name, reason in skipped.items()]
+    lines = [f"{name}\t{reason}".encode() for name, reason in skipped.items()]
     parallel.on_main(lambda: write_list(reading.skip_bad, lines, "--skip_bad"))
     if not bad:
         return images
@@ -168,9 +177,10 @@ def open_checked(
     return Chosen(images, [i for i in range(len(images)) if i not in bad])
 
 
-def write_list(path: str, lines: Sequence[str], flag: str) -> None:
+def write_list(path: str, lines: Sequence[bytes], flag: str) -> None:
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        atomic.write_text(path, "".join(line + "\n" for line in lines))
+        with atomic.replacing(path) as temporary:
+            temporary.write_bytes(b"".join(line + b"\n" for line in lines))
     except OSError as error:
         raise Refused(f"{flag} {path}: {error.strerror or error}; give a file that can be written") from error

@@ -52,7 +52,7 @@ def graph() -> dict[str, set[str]]:
 
 
 def test_there_are_few_files_at_the_top():
-    assert len(list(ROOT.glob("*.py"))) <= 20
+    assert len(list(ROOT.glob("*.py"))) <= 21  # twenty, and check_images.py
     assert {path.name for path in ROOT.iterdir() if (path / "__init__.py").is_file()} == ROOMS
 
 
