@@ -20,6 +20,7 @@ import torch
 
 import atomic
 import parallel
+from imagesets import dicom
 from imagesets.decode import printable
 
 VERSION = 1  # of the content of an index
@@ -125,7 +126,8 @@ def passed_over(others: Counter[bytes], what: str) -> str:
         return ""
     counts = [f"{count} {printable(suffix) or 'without suffix'}" for suffix, count in others.most_common(5)]
     more = ", ..." if len(others) > 5 else ""
-    return f"{others.total()} {what} are passed over ({', '.join(counts)}{more})"
+    remedy = f"; {dicom.REMEDY}" if any(os.fsencode(suffix) in others for suffix in dicom.SUFFIXES) else ""
+    return f"{others.total()} {what} are passed over ({', '.join(counts)}{more}){remedy}"
 
 
 def own_outputs(own: Sequence[bytes]) -> str:

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from imagesets.decode import Reading, Reduction, Undecodable, decode, from_pil
-from imagesets.listing import files_hash
+from imagesets.listing import files_hash, numbered
 from parallel import Refused
 
 # ---- torchvision ----
@@ -161,7 +161,7 @@ def construct(make: partial, root: str | None, downloadable: bool) -> Any:
 # ---- Hugging Face ----
 
 SPLITS = {None: ("train",), "train": ("train",), "val": ("validation", "val", "valid", "test")}
-LABELS = ("label", "labels", "target")  # integer columns of these names are labels
+LABELS = ("label", "labels", "target")  # columns of integers or text of these names are labels
 
 
 class HuggingFace:
@@ -194,19 +194,62 @@ class HuggingFace:
 
 
 def labels_of(dataset: Any) -> tuple[Tensor | None, list[str]]:
-    """Labels and names of classes: of the first ClassLabel column, else of an integer column named as in LABELS."""
+    """Labels and names of classes: of the first ClassLabel column, else of a column of integers, else of text, that is
+    named as in LABELS.
+    """
     from datasets import ClassLabel
 
     features = dataset.features
     columns = [name for name, kind in features.items() if isinstance(kind, ClassLabel)]
     columns += [name for name in LABELS if "int" in str(getattr(features.get(name), "dtype", ""))]
     if not columns:
-        return None, []
+        return text_labels(dataset)
     values = dataset.with_format("numpy", columns=columns[:1])[:][columns[0]]
     labels = torch.as_tensor(values)
     if labels.is_floating_point() or labels.min() < 0:  # null or -1: not known
         return None, []
     return with_names(labels, getattr(features[columns[0]], "names", None))
+
+
+def text_labels(dataset: Any) -> tuple[Tensor | None, list[str]]:
+    """Labels of a column of text that is named as in LABELS, numbered in the order of their names."""
+    name = next((name for name in LABELS if "string" in str(getattr(dataset.features.get(name), "dtype", ""))), None)
+    values = [] if name is None else dataset.select_columns([name])[:][name]
+    if name is None or None in values:
+        return None, []
+    numbers, classes = numbered(list(values))
+    return torch.tensor(numbers), classes
+
+
+def open_parquet(where: str, files: list[str], split: str | None, reading: Reading) -> HuggingFace:
+    """The rows of parquet files, which Hugging Face's datasets copies once to its cache."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise Refused(f"{where}: parquet files need Hugging Face's datasets: pip install datasets") from error
+    if split == "val":
+        raise Refused(f"{where}: parquet files have no validation part; give the validation images files of their own")
+    missing = [file for file in files if not os.path.isfile(file)]
+    if missing:
+        raise Refused(f"{where}: {missing[0]!r} isn't there ({len(missing)} of {len(files)} files are missing); "
+                      "correct the name")
+    try:
+        dataset = datasets.Dataset.from_parquet(files)
+    except Exception as error:  # of Arrow, of datasets itself, of the file system
+        raise Refused(f"{where}: {str(error)[:200]}; give parquet files that can be read") from error
+    column = next((name for name, kind in dataset.features.items() if isinstance(kind, datasets.Image)), None)
+    column = column or next((name for name, kind in dataset.features.items() if holds_files(kind)), None)
+    if column is None:
+        raise Refused(f"{where}: no column of images among {', '.join(dataset.features)}; it has to hold the bytes of "
+                      "image files, or {'bytes', 'path'}")
+    images = HuggingFace(files[0], dataset, column, reading)
+    images.fingerprint = files_hash(files)
+    return images
+
+
+def holds_files(kind: Any) -> bool:
+    """Whether a column holds the bytes of files, or dicts of bytes and path."""
+    return "binary" in str(getattr(kind, "dtype", "")) or isinstance(kind, dict) and "bytes" in kind
 
 
 def open_hugging_face(where: str, folder: str, split: str | None, reading: Reading) -> HuggingFace:

@@ -12,6 +12,8 @@ where `reduction` is that of decode.decode. Where names and file times don't sho
 Shapes: N images in all, C channels.
 """
 
+import csv
+import io
 import os
 import re
 from array import array
@@ -41,8 +43,9 @@ from imagesets.listing import (
     pack,
     passed_over,
 )
-from imagesets.packages import open_hugging_face, open_torchvision
-from imagesets.shards import named_by, open_folder_of_shards, open_shards
+from imagesets.packages import open_hugging_face, open_parquet, open_torchvision
+from imagesets.shards import expand, named_by, open_folder_of_shards, open_shards
+from imagesets.zipped import open_zip
 from parallel import Refused
 
 
@@ -72,8 +75,11 @@ def open_images(
                         folders are not. If all images lie in two or more first-level folders, these are the classes,
                         numbered in the order of their names (empty ones too, so that the numbers of train and val
                         agree); otherwise there are no labels.
-    file.txt            one path per line, relative to the file's folder, or in all lines "path<TAB>label". The
-                        labels are numbered in the order of their names, integers in numeric order.
+    file.txt            one path per line, relative to the file's folder, or in all lines "path<TAB>label" or "path
+                        label". The labels are numbered in the order of their names, integers in numeric order.
+    file.csv            the same in columns that a header names: path, and label if there are labels.
+    file.zip            as a folder, of the archive's members.
+    name.parquet        a column of images, and label if there are labels; name-{00..09}.parquet for several files.
     torchvision:NAME    the class of torchvision.datasets, in ./data or in the folder of `torchvision:NAME:FOLDER`;
                         downloaded if it isn't there.
     name-{000..099}.tar tar files by WebDataset's convention, whose samples are key.jpg and the like, with key.cls or
@@ -112,15 +118,19 @@ def open_images(
     try:
         if os.path.isdir(path):
             return open_folder(where, path, split, reading)
-        if os.path.isfile(path) and path.lower().endswith(".txt"):
+        if os.path.isfile(path) and path.lower().endswith((".txt", ".csv")):
             return open_list(where, path, split, reading)
+        if os.path.isfile(path) and path.lower().endswith(".zip"):
+            return open_zip(where, path, split, reading)
+        if data_path.lower().endswith(".parquet"):
+            return open_parquet(where, expand(path), split, reading)
         if named_by(data_path):
             return open_shards(where, data_path, split, reading)
     except OSError as error:
         name = printable(os.fsencode(error.filename or path))
         raise Refused(f"{where}: {name!r}: {error.strerror or error}; make it readable or remove it") from error
-    raise Refused(f"{where}: no folder or .txt list has this name; give one, or .tar shards, torchvision:NAME, "
-                  "hf:FOLDER or shapes[:COUNT[xPIXELS]]")
+    raise Refused(f"{where}: no folder, .txt or .csv list or .zip has this name; give one, or .tar shards, .parquet "
+                  "files, torchvision:NAME, hf:FOLDER or shapes[:COUNT[xPIXELS]]")
 
 
 class Files:
@@ -170,13 +180,15 @@ def open_folder(where: str, folder: str, split: str | None, reading: Reading) ->
     real = os.path.realpath(folder)
     table = listed(real, known, lambda stamps: folder_table(os.fsencode(real), known, stamps))
     paths, labels = Texts(table["paths"]), table["labels"]
+    note = printable(table.get("note", np.empty(0, np.uint8)).tobytes())  # absent in an index of an older version
     if not len(paths):
         if shards := open_folder_of_shards(where, folder, reading):
             return shards
         chans = reading.in_chans
         kinds = "formats that Pillow reads, .npy, .tar" if chans in MODES else f".npy, as --in_chans is {chans}"
-        raise Refused(f"{where}: no images in {folder!r}; give a folder that holds some ({kinds})")
-    if note := printable(table.get("note", np.empty(0, np.uint8)).tobytes()):  # absent in an index of an older version
+        raise Refused(f"{where}: no images in {folder!r}; give a folder that holds some ({kinds})"
+                      + (f". {note}" if note else ""))
+    if note:
         parallel.say(f"{where}: {note}")
     strays, numbers = np.flatnonzero(labels < 0), np.unique(labels[labels >= 0])
     if len(strays) and len(numbers) > 1:
@@ -226,17 +238,59 @@ def open_list(where: str, path: str, split: str | None, reading: Reading) -> Fil
     if split == "val":
         raise Refused(f"{where}: a list has no validation part; give the validation images a list of their own")
     with open(path, "rb") as file:
-        lines = [line.rstrip(b"\r\n") for line in file.read().removeprefix(b"\xef\xbb\xbf").split(b"\n")]
-    rows = [line.split(b"\t") for line in lines if line]
+        content = file.read().removeprefix(b"\xef\xbb\xbf")
+    folder = os.path.dirname(path)
+    rows = csv_rows(where, content) if path.lower().endswith(".csv") else text_rows(where, os.fsencode(folder), content)
+    labels, classes = numbered([printable(row[1]) for row in rows]) if len(rows[0]) == 2 else (None, [])
+    files = Files(folder, Texts(pack(row[0] for row in rows)), labels, classes, reading)
+    if not os.path.isfile(files.path(0)):  # catches the usual mistake; checking all would take long
+        raise Refused(f"{where}: {files.name(0)!r} isn't there; paths are relative to the list's folder")
+    return files
+
+
+def text_rows(where: str, folder: bytes, content: bytes) -> list[list[bytes]]:
+    """[path] or [path, label] of each line: "path", "path<TAB>label", or "path label" where the first line as a whole
+    is no file and its part before the last space is one."""
+    rows = [line.split(b"\t") for line in (line.rstrip(b"\r") for line in content.split(b"\n")) if line]
     if not rows:
         raise Refused(f"{where}: the list is empty; write one path per line")
     if len({len(row) for row in rows}) > 1 or len(rows[0]) > 2:
         raise Refused(f"{where}: some lines have a label and some don't; write 'path' or 'path<TAB>label' in all")
-    labels, classes = numbered([printable(row[1]) for row in rows]) if len(rows[0]) == 2 else (None, [])
-    files = Files(os.path.dirname(path), Texts(pack(row[0] for row in rows)), labels, classes, reading)
-    if not os.path.isfile(files.path(0)):  # catches the usual mistake; checking all would take long
-        raise Refused(f"{where}: {files.name(0)!r} isn't there; paths are relative to the list's folder")
-    return files
+    first, space, _ = rows[0][0].rstrip().rpartition(b" ")
+    if len(rows[0]) == 2 or not space or os.path.isfile(os.path.join(folder, rows[0][0])):
+        return rows
+    if not os.path.isfile(os.path.join(folder, first)):
+        return rows
+    parallel.say(f"{where}: lines are read as 'path label', split at the last space, as {printable(rows[0][0])!r} is "
+                 "no file")
+    split = [row[0].rstrip().rpartition(b" ") for row in rows]
+    if bad := [row[0] for row, (path, _, label) in zip(rows, split, strict=True) if not path or not label]:
+        raise Refused(f"{where}: {printable(bad[0])!r} has no label and the first line has one; write 'path label' in "
+                      "all")
+    return [[path.rstrip(), label] for path, _, label in split]
+
+
+PATH_COLUMNS = ("path", "image", "file", "filename", "file_name", "filepath", "image_path")
+LABEL_COLUMNS = ("label", "class", "target", "category")
+
+
+def csv_rows(where: str, content: bytes) -> list[list[bytes]]:
+    """[path] or [path, label] of each row of a CSV file, whose header names the columns."""
+    text = content.decode("utf-8", "surrogateescape")
+    head = text.partition("\n")[0]
+    rows = list(csv.reader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=head.count)))
+    rows = [row for row in rows if any(cell.strip() for cell in row)]
+    names = [cell.strip().lower() for cell in rows[0]] if rows else []
+    path = next((names.index(name) for name in PATH_COLUMNS if name in names), None)
+    if path is None or len(rows) < 2:
+        raise Refused(f"{where}: give a header with a column path, and label if there are labels, and a row per image; "
+                      f"the first line is {head.strip()[:80]!r}")
+    label = next((names.index(name) for name in LABEL_COLUMNS if name in names), None)
+    columns = [path] if label is None else [path, label]
+    for number, row in enumerate(rows[1:], 2):
+        if len(row) <= max(columns) or not all(row[c].strip() for c in columns):
+            raise Refused(f"{where}: row {number} has no {' or no '.join(names[c] for c in columns)}; complete it")
+    return [[row[c].strip().encode("utf-8", "surrogateescape") for c in columns] for row in rows[1:]]
 
 
 class Shapes:
