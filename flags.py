@@ -220,7 +220,8 @@ def add_data_flags(parser: Parser, default: str = "shapes") -> Callable:
     group = parser.add_argument_group("data")
     add = group.add_argument
     add("--data_path", default=default,
-        help="folder with train/ and val/ (or test/), a single folder, a .txt list, torchvision:CIFAR10, or shapes")
+        help="folder with train/ and val/ (or test/), a single folder, a .txt or .csv list, torchvision:CIFAR10, or "
+             "shapes")
     add("--val_data_path", default="",
         help="test images outside of --data_path, all of which is then used for training")
     add_reading_flags(group, skip_bad=True)
