@@ -129,8 +129,8 @@ def open_images(
     except OSError as error:
         name = printable(os.fsencode(error.filename or path))
         raise Refused(f"{where}: {name!r}: {error.strerror or error}; make it readable or remove it") from error
-    raise Refused(f"{where}: no folder, .txt or .csv list or .zip has this name; give one, or .tar shards, .parquet "
-                  "files, torchvision:NAME, hf:FOLDER or shapes[:COUNT[xPIXELS]]")
+    raise Refused(f"{where}: no folder or .txt list has this name, nor a .csv or .zip; give one, or .tar shards, "
+                  ".parquet files, torchvision:NAME, hf:FOLDER or shapes[:COUNT[xPIXELS]]")
 
 
 class Files:

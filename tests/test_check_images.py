@@ -10,7 +10,7 @@ from imagesets.sources import open_images
 
 @pytest.fixture
 def folder(tmp_path):
-    """Two classes of three colour images, one of them cut short, a text file named .png, and a .dcm file."""
+    """Two classes of three colour images, one of them cut short, a text file named .png, and a .raw file."""
     rng = np.random.default_rng(0)
     for i in range(6):
         path = tmp_path / "set" / ("cat", "dog é")[i % 2] / f"{i} a.{'png' if i < 4 else 'jpg'}"
@@ -18,7 +18,7 @@ def folder(tmp_path):
         Image.fromarray(rng.integers(0, 255, (40 + i, 50, 3), np.uint8)).save(path)
     path.write_bytes(path.read_bytes()[:600])
     (path.parent / "text.png").write_text("no image")
-    (path.parent / "scan.dcm").write_bytes(b"x")
+    (path.parent / "scan.raw").write_bytes(b"x")
     return tmp_path / "set"
 
 
@@ -31,7 +31,7 @@ def run(capsys, *flags) -> tuple[int, str]:
 def test_what_is_said_of_a_folder(folder, capsys):
     code, said = run(capsys, folder)
     assert code == 0 and "7 images, 2 of which can't be decoded; 2 classes (cat, dog é)" in said
-    assert "by suffix: 5 .png, 2 .jpg" in said and "1 .dcm" in said
+    assert "by suffix: 5 .png, 2 .jpg" in said and "1 .raw" in said
     assert "by format: 4 PNG, 3 channels, 8 bits; 1 JPEG, 3 channels, 8 bits" in said
     assert "height x width: 40 x 50 to 44 x 50" in said
     for name in ("5 a.jpg", "text.png"):

@@ -124,13 +124,13 @@ def test_what_is_passed_over_is_counted_also_from_the_index(tree, cache, capsys)
     for name in ("a/@eaDir/00.jpg/thumb.jpg", "__MACOSX/a/00.jpg", "a/.AppleDouble/00.jpg"):
         touch(tree / name)
     assert listed(tree) == expected and "passed over" not in capsys.readouterr().out
-    for name in ("a/0.dcm", "b/1.DCM", "LICENSE"):
+    for name in ("a/0.raw", "b/1.RAW", "LICENSE"):
         touch(tree / name)
     age(tree)
     for _ in range(2):
         assert listed(tree) == expected
         assert capsys.readouterr().out.endswith(
-            f"--data_path '{tree}': 3 files of other suffixes are passed over (2 .dcm, 1 without suffix)\n")
+            f"--data_path '{tree}': 3 files of other suffixes are passed over (2 .raw, 1 without suffix)\n")
     (index,) = cache.iterdir()  # as an older version may have written it
     table = listing.read_index(index)
     os.utime(tree / "__MACOSX", (10**9, 10**9))
