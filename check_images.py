@@ -17,7 +17,6 @@ from collections.abc import Sequence
 
 import flags
 from imagesets import checking
-from imagesets.decode import MODES
 from imagesets.sources import Files, Images, open_images
 from parallel import Refused
 
@@ -73,7 +72,8 @@ def channels(images: Images) -> int:
     step = max(1, len(images) // SAMPLE)
     kinds = {checking.file_kind(images.content(i)) for i in range(0, len(images), step)} - {""}
     numbers = {int(kind.split(", ")[1].split()[0]) for kind in kinds}
-    return numbers.pop() if len(numbers) == 1 and not numbers & (set(MODES) - {1}) else 3
+    arrays = all(kind.startswith("NPY") for kind in kinds)  # of image files, all but grey ones become RGB
+    return numbers.pop() if len(numbers) == 1 and (arrays or numbers == {1}) else 3
 
 
 def labels(images: Images) -> str:

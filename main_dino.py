@@ -26,7 +26,6 @@ import parallel
 import utils
 from imagesets import loaders
 from imagesets.bad_images import BadImages
-from imagesets.decode import Reading
 from imagesets.sources import Images, open_images
 from parallel import Refused
 from pretraining import failures, faults, monitor, networks, sharding
@@ -235,16 +234,12 @@ def make_augmentation(args: argparse.Namespace) -> utils.DataAugmentationDINO:
         args.local_crops_size, args.mean, args.std, bool(args.compile))
 
 
-def reading_of(args: argparse.Namespace) -> Reading:
-    return Reading(args.in_chans, args.max_pixels, args.value_range)
-
-
 def make_evaluation(args: argparse.Namespace, device: torch.device) -> KnnEvaluation | None:
     if not args.eval_knn_every:
         return None
     path, flag = (args.eval_data_path, "--eval_data_path") if args.eval_data_path else (args.data_path, "--data_path")
-    return open_evaluation(path, flag, args.global_crops_size, args.mean, args.std, reading_of(args),
-                           4 * args.batch_size_per_gpu, args.num_workers, device)
+    return open_evaluation(path, flag, args.global_crops_size, args.mean, args.std, args.in_chans,
+                           4 * args.batch_size_per_gpu, args.num_workers, device, args.max_pixels, args.value_range)
 
 
 def make_run(args: argparse.Namespace, plan: Plan, n_images: int, device: torch.device) -> Run:
@@ -306,7 +301,7 @@ def pretrain(args: argparse.Namespace) -> int:
     device = parallel.start(args.device, args.dist_url, args.dist_timeout)
     torch.backends.cudnn.benchmark = True  # crops have fixed sizes: convolutions are chosen by trial, once
     try:
-        images = open_images(args.data_path, None, **reading_of(args).decoding())
+        images = open_images(args.data_path, None, args.in_chans, args.max_pixels, value_range=args.value_range)
         evaluation = make_evaluation(args, device)
         plan = make_plan(args, len(images))
         run = make_run(args, plan, len(images), device)

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 import parallel
-from imagesets.decode import Reading
+from imagesets.decode import MAX_PIXELS
+from imagesets.deep import Range
 from imagesets.sources import Images, open_images
 from parallel import Refused
 from protocols.features import extract_features, pixel_features
@@ -69,15 +70,16 @@ class KnnEvaluation(NamedTuple):
 
 
 def open_evaluation(
-    path: str, flag: str, crop_size: int, mean: Sequence[float], std: Sequence[float], reading: Reading,
-    batch_size: int, num_workers: int, device: torch.device,
+    path: str, flag: str, crop_size: int, mean: Sequence[float], std: Sequence[float], in_chans: int,
+    batch_size: int, num_workers: int, device: torch.device, max_pixels: int = MAX_PIXELS,
+    value_range: Range | None = None,
 ) -> KnnEvaluation:
     """The k-NN evaluation on the data set at `path`, the value of `flag`.
 
     Raises:
         Refused: there is no train or val part, or one of them has no labels.
     """
-    parts = tuple(open_images(path, part, flag=flag, **reading.decoding()) for part in ("train", "val"))
+    parts = tuple(open_images(path, part, in_chans, max_pixels, flag, value_range) for part in ("train", "val"))
     for images, part in zip(parts, ("train", "val"), strict=True):
         if images.labels is None:
             raise Refused(f"{flag} {path}: its {part} part has no labels; --eval_knn_every needs train/ and val/ "

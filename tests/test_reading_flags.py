@@ -7,7 +7,9 @@ import pytest
 import torch
 from conftest import ROOT
 from PIL import Image
+from processes import SMALL
 
+import check_images
 import eval_knn
 import extract_features
 import main_dino
@@ -118,3 +120,26 @@ def test_a_set_of_bad_images_alone_is_refused(damaged, tmp_path):
         path.write_bytes(b"x")
     with pytest.raises(Refused, match="--data_path .*none of the 6 images"):
         open_checked(damaged, "train", Reading(skip_bad=str(tmp_path / "bad.txt")))
+
+
+def test_multispectral_images_from_file_to_evaluation(tmp_path, capsys):
+    """The way that docs/channels.md describes, with the flags that check_images.py prints."""
+    rng = np.random.default_rng(0)
+    for i in range(8):
+        path = tmp_path / "tiles" / "ab"[i % 2] / f"{i}.npy"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.save(path, rng.integers(-100, 10_000, (40, 40, 4)).astype(np.int16))
+    tiles, out = str(tmp_path / "tiles"), tmp_path / "run"
+    ranged = ["--value_range", "0", "10000"]
+    assert check_images.main(check_images.get_args_parser().parse_args([tiles, *ranged])) == 0
+    pasted = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("--in_chans 4 --mean"))
+    trained = [*SMALL, "--arch", "vit_nano", "--data_path", tiles, "--output_dir", str(out), *ranged, *pasted.split(),
+               "--batch_size_per_gpu", "4", "--steps", "1", "--num_workers", "0"]
+    assert main_dino.main(main_dino.get_args_parser().parse_args(trained)) == 0
+    flags = ["--pretrained_weights", str(out / "checkpoint.pth"), "--data_path", tiles, "--num_workers", "0",
+             "--device", "cpu", "--nb_knn", "1"]
+    assert eval_knn.evaluate(eval_knn.get_args_parser().parse_args(flags))["results"]
+    network = load_network(str(out / "checkpoint.pth"))
+    image = open_images(tiles, **network.reading.decoding()).load(0)
+    first = np.load(tmp_path / "tiles" / "a" / "0.npy").clip(0, 10_000)
+    assert (image.permute(1, 2, 0).numpy() == np.rint(first * 0.0255)).mean() > 0.99  # ties are rounded either way
