@@ -1,5 +1,8 @@
 """What the project writes is never read as data, wherever it is written."""
 
+import sys
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -10,6 +13,7 @@ import extract_features
 import visualize_attention
 from imagesets import masks
 from imagesets.sources import open_images
+from pretraining import logs
 from protocols import charts, sheets
 
 NANO = ["--arch", "vit_nano", "--patch_size", "8", "--device", "cpu"]
@@ -78,3 +82,14 @@ def test_a_run_that_writes_into_its_images_resumes(photos):
     again = launch("main_dino.py", *flags)
     assert again.returncode == 0 and "resuming from" in again.stdout and "6 images" in again.stdout, again.stderr
     assert "2 outputs of these scripts are left out (attention.png, curves.png)" in again.stdout
+
+
+def test_figures_that_wandb_keeps_are_no_data(photos, monkeypatch):
+    run = SimpleNamespace(id="x", define_metric=lambda *args, **kwargs: None)
+    fake = SimpleNamespace(Error=RuntimeError, init=lambda **kwargs: run)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    before = listed(photos)
+    logs.start_wandb(photos, {})
+    (photos / "wandb" / "files").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(photos / "wandb" / "files" / "pca.png")
+    assert listed(photos) == before
