@@ -13,7 +13,7 @@ import sys
 
 import flags
 import parallel
-from imagesets.checking import open_checked
+from imagesets import checking
 from parallel import Refused
 from protocols import attention, attention_video, dense, features
 
@@ -74,7 +74,7 @@ def visualize(args: argparse.Namespace) -> None:
     if args.video is not None:
         attention_video.draw_video(network, args.video, fps=args.fps, point=args.point, **settings)
     elif args.images is not None:
-        images = open_checked(args.images, None, network.reading, "--images")
+        images = checking.open_checked(args.images, None, network.reading, "--images")
         attention.draw_sheets(
             network, images, max_images=args.max_images, flag=f"--images {args.images}", **settings)
     else:

@@ -166,9 +166,10 @@ def significant_bits(values: np.ndarray, bits: Sequence[int]) -> Sequence[int]:
     cameras and microscopes often hold the plain values: none exceeds 2^n - 1, and not all of them are what scaling can
     give.
     """
-    if not bits or all(n in (0, 16) for n in bits):
+    bits = bits[: values.shape[-1]]
+    if len(bits) < values.shape[-1] or not all(0 < n <= 16 for n in bits) or min(bits) == 16:  # broken, or no news
         return ()
-    bits = np.array(bits[: values.shape[-1]])
+    bits = np.array(bits)
     if (values > 2**bits - 1).any():
         return ()
     top = values.astype(np.int64) >> (16 - bits)

@@ -166,7 +166,7 @@ def test_a_strip_of_too_many_patches_is_refused_or_left_out(tiny, tmp_path, caps
 
 def test_of_many_images_some_are_chosen_evenly(tiny, tmp_path, monkeypatch):
     chosen = []
-    original = visualize_attention.sources.open_images
+    original = visualize_attention.checking.open_checked
 
     def spying(*args, **options):
         source = original(*args, **options)
@@ -174,7 +174,7 @@ def test_of_many_images_some_are_chosen_evenly(tiny, tmp_path, monkeypatch):
         source.load = lambda i: (chosen.append(i), load(i))[1]
         return source
 
-    monkeypatch.setattr(visualize_attention.sources, "open_images", spying)
+    monkeypatch.setattr(visualize_attention.checking, "open_checked", spying)
     run("--images", "shapes:9x32", "--max_images", 3, "--output_dir", tmp_path, "--image_size", 32)
     assert chosen == [0, 4, 8]
 

@@ -91,6 +91,8 @@ def test_significant_bits_of_a_png():
     assert (pixels(deep_png(alpha, sBIT=b"\x0c\x0c\x0c\x10")) == np.rint(colour * (255 / 4095))).all()
     assert (pixels(deep_png(np.dstack([TWELVE, alpha[..., 3]]), sBIT=b"\x0c\x10"))
             == expected[..., None]).all()
+    for broken in (b"", b"\x0c\x0c", b"\x00\x0c\x0c", b"\xff\xff\xff"):
+        assert (pixels(deep_png(colour, sBIT=broken)) == colour >> 8).all()
     assert (pixels(deep_png(colour)) == colour >> 8).all()  # nothing declared: 16 bits
 
 
