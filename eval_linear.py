@@ -138,7 +138,8 @@ def evaluate(args: argparse.Namespace) -> dict:
     device = parallel.start(args.device, args.dist_url, args.dist_timeout)
     network = load_network(
         args.pretrained_weights, args.arch, args.patch_size, args.checkpoint_key, device, args.crop_size,
-        args.resize_size, args.precision, args.seed, mean=args.mean, std=args.std, in_chans=args.in_chans)
+        args.resize_size, args.precision, args.seed, mean=args.mean, std=args.std,
+        in_chans=args.in_chans, max_pixels=args.max_pixels, value_range=args.value_range, skip_bad=args.skip_bad)
     report = evaluate_linear(
         network, args.data_path, args.val_data_path, folder, training_of(args), protocol, args.low_shot,
         args.val_share, linear_weights, recipe_of(args))

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import parallel
+from imagesets.decode import MAX_PIXELS
 from parallel import Refused, Stopped, worker_death
 
 PRESETS = Path(__file__).parent / "presets"
@@ -198,6 +199,15 @@ def check_folder(path: str | os.PathLike, flag: str = "--output_dir") -> Path:
     return Path(path)
 
 
+class Range(argparse.Action):
+    """Two numbers, LOW < HIGH."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        if not values[0] < values[1]:
+            parser.error(f"{self.option_strings[0]} {values[0]:g} {values[1]:g}: give LOW HIGH with LOW < HIGH")
+        setattr(namespace, self.dest, values)
+
+
 # ---- Flags that several scripts share. `parser` may be a group of the caller: argparse can't nest groups. ----
 
 
@@ -208,12 +218,34 @@ def group_of(parser: argparse._ActionsContainer, title: str) -> argparse._Action
 
 def add_data_flags(parser: Parser, default: str = "shapes") -> Callable:
     """Training and test images of a classification. Returns the group's `add_argument`, for further flags."""
-    add = parser.add_argument_group("data").add_argument
+    group = parser.add_argument_group("data")
+    add = group.add_argument
     add("--data_path", default=default,
-        help="folder with train/ and val/ (or test/), a single folder, a .txt list, torchvision:CIFAR10, or shapes")
+        help="folder with train/ and val/ (or test/), a single folder, a .txt or .csv list, torchvision:CIFAR10, or "
+             "shapes")
     add("--val_data_path", default="",
         help="test images outside of --data_path, all of which is then used for training")
+    add_reading_flags(group, skip_bad=True)
     return add
+
+
+def add_reading_flags(parser: argparse._ActionsContainer, skip_bad: bool = False) -> None:
+    """How images are read, in training and evaluation (decode.Reading).
+
+    Args:
+        skip_bad: whether images may be left out; a data set with a ground truth needs all of its images.
+    """
+    add = group_of(parser, "data").add_argument
+    add("--max_pixels", type=positive_int, default=MAX_PIXELS,
+        help="larger images count as undecodable, against decompression bombs; raise it for very large images")
+    add("--value_range", type=number(float), nargs=2, metavar=("LOW", "HIGH"), action=Range,
+        help="values of black and of white in images of more than 8 bits: give it for float images and for data that "
+             "use a part of 16 bits (docs/data.md); without it, what the files declare, and in evaluation the range "
+             "that the weights were trained with")
+    if skip_bad:
+        add("--skip_bad", default="", metavar="FILE",
+            help="leave out images that can't be decoded and list them, with the reasons, in this file; every image is "
+                 "decoded once more for it. Without it, the first such image is an error")
 
 
 def add_network_flags(parser: argparse._ActionsContainer) -> None:

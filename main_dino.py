@@ -23,6 +23,7 @@ import parallel
 import utils
 from imagesets import loaders
 from imagesets.bad_images import BadImages
+from imagesets.decode import Reading
 from imagesets.sources import Images, open_images
 from pretraining import faults, monitor, networks, options, session
 from pretraining.evaluation import KnnEvaluation, open_evaluation
@@ -148,12 +149,16 @@ def make_augmentation(args: argparse.Namespace) -> utils.DataAugmentationDINO:
         args.local_crops_size, args.mean, args.std, bool(args.compile))
 
 
+def reading_of(args: argparse.Namespace) -> Reading:
+    return Reading(args.in_chans, args.max_pixels, args.value_range)
+
+
 def make_evaluation(args: argparse.Namespace, device: torch.device) -> KnnEvaluation | None:
     if not args.eval_knn_every:
         return None
     path, flag = (args.eval_data_path, "--eval_data_path") if args.eval_data_path else (args.data_path, "--data_path")
-    return open_evaluation(path, flag, args.global_crops_size, args.mean, args.std, args.in_chans,
-                           4 * args.batch_size_per_gpu, args.num_workers, device, args.max_pixels)
+    return open_evaluation(path, flag, reading_of(args), args.global_crops_size, args.mean, args.std,
+                           4 * args.batch_size_per_gpu, args.num_workers, device)
 
 
 def make_run(args: argparse.Namespace, plan: Plan, n_images: int, device: torch.device) -> Run:
@@ -201,7 +206,7 @@ def pretrain(args: argparse.Namespace) -> int:
     device = parallel.start(args.device, args.dist_url, args.dist_timeout)
     torch.backends.cudnn.benchmark = True  # crops have fixed sizes: convolutions are chosen by trial, once
     with session.memory_refused():
-        images = open_images(args.data_path, None, args.in_chans, args.max_pixels)
+        images = open_images(args.data_path, None, **reading_of(args).decoding())
         ends = Ends(images, make_evaluation(args, device), args.eval_knn_every, args.saveckp_freq, args.pictures_every,
                     args.global_crops_size, args.mean, args.std)
         plan = make_plan(args, len(images))

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 
 import flags
 import utils
-from imagesets.decode import MAX_PIXELS
 from parallel import Refused
 from pretraining.logs import installed
 from vision_transformer import VITS
@@ -56,14 +55,14 @@ def add_crop_flags(
 
 
 def add_data_flags(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("data").add_argument
+    group = parser.add_argument_group("data")
+    add = group.add_argument
     add("--data_path", default="",
-        help="folder of images, with or without class folders; a .txt list; shards-{000..099}.tar; hf:FOLDER; "
-             "torchvision:CIFAR10; shapes[:COUNT[xPIXELS]], drawn images (docs/data.md)")
-    add("--max_pixels", type=flags.positive_int, default=MAX_PIXELS,
-        help="larger images count as undecodable, against decompression bombs; raise it for very large images")
+        help="folder of images, with or without class folders; a .txt or .csv list; a .zip; shards-{000..099}.tar; "
+             ".parquet files; hf:FOLDER; torchvision:CIFAR10; shapes[:COUNT[xPIXELS]], drawn images (docs/data.md)")
+    flags.add_reading_flags(group)
     add("--max_bad_images", type=flags.fraction, default=0.01,
-        help="share of undecodable files above which the run stops")
+        help="share of undecodable files, rounded up to whole files, above which the run stops")
     add("--eval_knn_every", type=flags.count, default=0,
         help="epochs between k-NN evaluations on labelled images; 0: never")
     add("--eval_data_path", default="", help="labelled images with train and val (or test) parts; empty: --data_path")

@@ -30,18 +30,18 @@ PAGE = 16  # images on a sheet
 # ---- One image ----
 
 
-def load_image(path: str | None, in_chans: int) -> Tensor:
+def load_image(path: str | None, reading: decode.Reading) -> Tensor:
     """An image file as uint8 (C, height, width); without a path, the first image of the drawn set.
 
     Raises:
         Refused: no such file, or one that can't be decoded.
     """
     if path is None:
-        return decode.from_array(shapes.draw(0, 480)[0], in_chans)
+        return decode.from_array(shapes.draw(0, 480)[0], reading.in_chans)
     if not Path(path).is_file():
         raise Refused(f"--image_path {path}: no such file; give a folder of images to --images")
     try:
-        return decode.decode(path, in_chans)
+        return decode.decode(path, **reading.decoding())
     except decode.Undecodable as error:
         raise Refused(f"--image_path {error}; give another image") from error
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
+import atomic
 from parallel import Refused
 from protocols import sheets
 
@@ -143,6 +144,7 @@ def check_format(flag: str, path: str | Path) -> None:
 def save(figure: Figure, path: str | Path, flag: str) -> None:
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
+        atomic.mark_output(path)
         figure.savefig(path)
     except OSError as error:
         raise Refused(f"{flag} {path}: {error.strerror or error}; give a file that can be written") from error
@@ -210,6 +212,7 @@ def sweep_chart(networks: Mapping[str, Sequence[Mapping]], path: str | Path) -> 
     axes.grid(alpha=0.3)
     if len(networks) > 1:
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(networks), frameon=False)
+    atomic.mark_output(path)
     figure.savefig(path, dpi=120)
 
 
@@ -238,6 +241,7 @@ def feature_map(features: np.ndarray, labels: np.ndarray, classes: Sequence[str]
     axes.set_axis_off()
     axes.margins(0.01)
     figure.legend(loc="outside right center", markerscale=2, frameon=False, fontsize=9)
+    atomic.mark_output(path)
     figure.savefig(path, dpi=120)
 
 

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 import parallel
-from imagesets.decode import Undecodable
+from imagesets.decode import MAX_PIXELS, PLAIN, Reading, Undecodable
+from imagesets.deep import Range
 from imagesets.loaders import worker_options
 from imagesets.sources import Images
 from parallel import Refused
@@ -189,6 +190,8 @@ def images_hash(images: Images, numbers: Sequence[int] | None = None) -> str:
     while hasattr(whole, "images"):  # a subset, or crops
         whole = whole.images
     digest.update(getattr(whole, "fingerprint", "").encode())
+    if value_range := getattr(getattr(whole, "reading", None), "value_range", None):  # the first image may have 8 bits
+        digest.update("value_range {:g} {:g}".format(*value_range).encode())
     if len(images):
         try:
             first = images.load(0)
@@ -248,6 +251,12 @@ class Network(NamedTuple):
     about: dict  # for reports, plain values: arch, weights, weights_sha256, crop_size, precision ...
     device: torch.device
 
+    @property
+    def reading(self) -> Reading:
+        """How images for the network are decoded."""
+        return Reading(self.info["in_chans"], self.info.get("max_pixels", MAX_PIXELS), self.info.get("value_range"),
+                       self.info.get("skip_bad", ""))
+
     def autocast(self) -> AbstractContextManager:
         """A context that computes in the network's precision."""
         dtype = PRECISIONS[self.about["precision"]]
@@ -258,7 +267,8 @@ def load_network(
     weights: str, arch: str = "vit_small", patch_size: int = 16, checkpoint_key: str = "teacher",
     device: torch.device | str = "cpu", crop_size: int = 0, resize_size: int = 0, precision: str = "fp32",
     seed: int = 0, size_flag: str = "--crop_size", mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None, in_chans: int | None = None,
+    std: Sequence[float] | None = None, in_chans: int | None = None, max_pixels: int = MAX_PIXELS,
+    value_range: Range | None = None, skip_bad: str = "",
 ) -> Network:
     """Load a frozen network.
 
@@ -270,17 +280,19 @@ def load_network(
         precision: fp32, fp16 or bf16.
         size_flag: the flag that errors about `crop_size` name.
         mean, std, in_chans: instead of the stored ones, see `load_backbone`.
+        max_pixels, value_range, skip_bad: see `decode.Reading`; no value_range is that of the weights' training.
 
     Raises:
         Refused: missing weights, weights of another architecture, or sizes that contradict each other.
     """
-    device = torch.device(device)
+    device, value_range = torch.device(device), tuple(value_range) if value_range else None
     if arch == PIXELS:
         if weights:
             raise Refused(f"--pretrained_weights {weights}: --arch {PIXELS} has no weights; leave one of them out")
-        return pixel_network(device, mean, std, in_chans or 3)
+        return pixel_network(device, Reading(in_chans or 3, max_pixels, value_range, skip_bad), mean, std)
     torch.manual_seed(seed)
     model, info = load_backbone(weights, arch, patch_size, checkpoint_key, mean=mean, std=std, in_chans=in_chans)
+    info |= {"max_pixels": max_pixels, "value_range": value_range or info.get("value_range"), "skip_bad": skip_bad}
     crop = crop_size or info["global_crops_size"]
     if info["arch"] in VITS and crop < info["patch_size"]:
         raise Refused(f"{size_flag} {crop}: smaller than a patch of {info['patch_size']}; raise it")
@@ -299,7 +311,8 @@ def load_network(
 
 
 def pixel_network(
-    device: torch.device, mean: Sequence[float] | None = None, std: Sequence[float] | None = None, in_chans: int = 3
+    device: torch.device, reading: Reading = PLAIN, mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
 ) -> Network:
     """The baseline without a network: images of 32 x 32 pixels, flattened, in [0, 1] unless mean and std are given.
 
@@ -307,8 +320,9 @@ def pixel_network(
         Refused: mean or std with another number of values than channels.
     """
     plain = {"mean": Found(0.0, "default of raw pixels"), "std": Found(1.0, "default of raw pixels")}
-    chosen = preprocessing.normalization(plain, in_chans, f"--arch {PIXELS}", mean, std)
-    info = {"embed_dim": in_chans * PIXELS_SIDE**2, "in_chans": in_chans} | {k: v for k, (v, _) in chosen.items()}
+    chosen = preprocessing.normalization(plain, reading.in_chans, f"--arch {PIXELS}", mean, std)
+    info = {"embed_dim": reading.in_chans * PIXELS_SIDE**2} | reading._asdict() | {
+        key: value for key, (value, _) in chosen.items()}
     about = {"arch": PIXELS, "weights": None, "weights_sha256": None, "crop_size": PIXELS_SIDE, "precision": "fp32",
              "mean": list(info["mean"]), "std": list(info["std"])}
     return Network(nn.Flatten(), info, about, device)

@@ -209,7 +209,7 @@ def save(model: Classifier, network: Network, classes: Sequence[str], folder: Pa
     """finetuned.pth: the backbone under `teacher`, where evaluation scripts look for it, and the classifier."""
     info = network.info
     args = {k: list(info[k]) if isinstance(info[k], tuple) else info[k]
-            for k in ("arch", "patch_size", "in_chans", "mean", "std")} | {
+            for k in ("arch", "patch_size", "in_chans", "mean", "std", "value_range") if k in info} | {
         "global_crops_size": network.about["crop_size"]} | {
         k: info["options"][k] for k in STORED_OPTIONS if k in info["options"]}
     linear = {f"linear.{k}": v.cpu() for k, v in model.linear.state_dict().items()}

@@ -196,7 +196,7 @@ def evaluate_retrieval(
         check_patches(imsize, imsize, patch, f"--imsize {imsize}: an image of {imsize} x {imsize} pixels",
                       "lower --imsize")
     truth, database, queries = open_landmarks(
-        data_path, dataset, network.info["in_chans"], crop_queries=arithmetic == flags.OWN)
+        data_path, dataset, network.reading, crop_queries=arithmetic == flags.OWN)
     output_dir = flags.prepare_output(output_dir)
     query_features, database_features = (
         landmark_features(network, images, imsize, use_multiscale, num_workers, output_dir / "features", arithmetic)

@@ -216,6 +216,7 @@ def write_results(path: str | Path, results: Sequence[Mapping], **about) -> dict
         return report
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        atomic.mark_output(path)
         atomic.write_text(path, text)
     except OSError as error:
         reason = error.strerror or error

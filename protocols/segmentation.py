@@ -268,7 +268,7 @@ def evaluate_segmentation(
     """
     import_kmeans()  # before any work
     dense.check_attention(network, [image_size] if image_size else (), layer)
-    images = masks.open_masked(data_path, network.info["in_chans"], flag)
+    images = masks.open_masked(data_path, network.reading, flag)
     image_size = image_size or dense.default_size(network, [min(size) for size in images.sizes])
     check_sizes(images, image_size, network.info["patch_size"], flag)
     parallel.say(f"{len(images.names)} images, shorter side resized to {image_size} pixels")

@@ -96,7 +96,7 @@ def frame_features(
     shrink = resize if arithmetic == flags.OWN else resize_as_opencv
     for first in range(0, len(video.frames), batch_size):
         numbers = range(len(video.frames))[first : first + batch_size]
-        batch = torch.stack([shrink(davis.read_frame(video, i, network.info["in_chans"]), size) for i in numbers])
+        batch = torch.stack([shrink(davis.read_frame(video, i, network.reading), size) for i in numbers])
         yield from network.forward(dense.normalize(batch, network.info, network.device)).float()
 
 
@@ -217,7 +217,7 @@ def evaluate_video_segmentation(
     """
     network = patch_network(network, patch_size, arithmetic)
     frame_size(64, 64, image_size, network.info["patch_size"])  # fail before any frame is read
-    videos = davis.find_videos(data_path, resolution, image_set, sequences, merge_objects, network.info["in_chans"])
+    videos = davis.find_videos(data_path, resolution, image_set, sequences, merge_objects, network.reading)
     output_dir = flags.prepare_output(output_dir)
     segment = partial(segment_video, network=network, image_size=image_size, n_last_frames=n_last_frames,
                       radius=size_mask_neighborhood, topk=topk, batch_size=batch_size, arithmetic=arithmetic)

@@ -114,6 +114,8 @@ TRAINING = [
     ("--seed -1", ("--seed", "-1", "at least 0")),
     ("--seed 18446744073709551616", ("--seed", "18446744073709551616", "at most")),
     ("--max_pixels 0", ("--max_pixels", "0", "at least 1")),
+    ("--value_range 5 5", ("--value_range", "5 5", "LOW < HIGH")),
+    ("--value_range -1000 nan", ("--value_range", "nan", "finite")),
     ("--lr nan", ("--lr", "nan", "above 0")),
     ("--lr inf", ("--lr", "inf", "above 0")),
     ("--lr 1e999", ("--lr", "1e999", "above 0")),

@@ -152,7 +152,8 @@ def load_backbone(
 
     Returns:
         The network, and {arch, patch_size, embed_dim, in_chans, mean, std, global_crops_size, options: the arguments
-        of `build_backbone`, sources: where mean and std come from}.
+        of `build_backbone`, sources: where mean and std come from}, and value_range of the training images if one was
+        given.
 
     Raises:
         Refused (a ValueError): no such file, not a checkpoint, no such part in it, unknown or wrong architecture, or
@@ -178,6 +179,8 @@ def load_backbone(
         "in_chans": channels or in_chans or 3,
         "global_crops_size": found["image_size"].value if "image_size" in found else 224,
     }
+    if args.get("value_range"):
+        info["value_range"] = tuple(args["value_range"])
     normalization = preprocessing.normalization(found, info["in_chans"], file, mean, std)
     info |= {key: value for key, (value, _) in normalization.items()}
     info["sources"] = {key: source for key, (_, source) in normalization.items()}

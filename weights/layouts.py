@@ -72,7 +72,8 @@ SHARD = re.compile(r".*_flat_param")
 SHARD_REMEDY = ("one process's part of a run that was sharded over GPUs (FSDP), not the whole weights: give the run's "
                 "teacher_checkpoint.pth, in eval/training_N/")
 # What is read of the metadata of a safetensors file; each value is JSON.
-METADATA = ("arch", "patch_size", "in_chans", "mean", "std", "global_crops_size", *STORED_OPTIONS)
+METADATA = ("arch", "patch_size", "in_chans", "mean", "std", "value_range", "global_crops_size",
+            *STORED_OPTIONS)  # fmt: skip
 
 
 class BadFile(ValueError):

@@ -236,7 +236,7 @@ def test_baselines_see_the_images_of_the_network(tmp_path, in_chans):
     assert untrained.info == network.info and untrained.about["weights"] is None
     assert untrained.about["weights_sha256"] != network.about["weights_sha256"]
 
-    pixels = features.pixel_network("cpu", network.info["mean"], network.info["std"], in_chans)
+    pixels = features.pixel_network("cpu", network.reading, network.info["mean"], network.info["std"])
     rng = np.random.default_rng(0)
     (tmp_path / "images").mkdir()
     arrays = [rng.integers(0, 256, (32, 32, 4), np.uint8) for _ in range(3)]
