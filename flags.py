@@ -153,6 +153,10 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
 
+class Default(float):
+    """A flag's default number that may give way to what a network supports; the same number, if given, may not."""
+
+
 def boolean(text: str) -> bool:
     words = {"true": True, "1": True, "on": True, "yes": True, "false": False, "0": False, "off": False, "no": False}
     if text.lower() not in words:

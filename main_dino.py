@@ -39,6 +39,7 @@ from pretraining.state import Run, plain_settings, seed_everything
 from utils import DataAugmentationDINO, DINOLoss  # noqa: F401
 from vision_transformer import DINOHead
 from weights import checkpoints
+from weights.backbones import supported_drop_path_rate
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -55,7 +56,8 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="keep the norm of the prototypes at 1, which stabilizes training; false can give better features with "
              "ViT-S and long runs")
     add("--use_bn_in_head", type=flags.boolean, default=False, help="batch norm in the projection head")
-    add("--drop_path_rate", type=flags.number(float, 0, 0.99), default=0.1, help="stochastic depth of the student")
+    add("--drop_path_rate", type=flags.number(float, 0, 0.99), default=flags.Default(0.1),
+        help="stochastic depth of the student; the default is 0 for networks without it")
     options.add_init_flags(add)
 
     add = parser.add_argument_group("teacher").add_argument
@@ -109,6 +111,13 @@ def check_args(args: argparse.Namespace) -> None:
 
 
 # ---- Setting up ----
+
+
+def with_supported_rate(args: argparse.Namespace) -> argparse.Namespace:
+    """A copy of the flags, in which --drop_path_rate is one that the network supports."""
+    rate = supported_drop_path_rate(args.arch, float(args.drop_path_rate), args.in_chans,
+                                    isinstance(args.drop_path_rate, flags.Default))
+    return argparse.Namespace(**vars(args) | {"drop_path_rate": rate})
 
 
 def make_plan(args: argparse.Namespace, n_images: int) -> Plan:
@@ -168,6 +177,8 @@ def make_run(args: argparse.Namespace, plan: Plan, n_images: int, device: torch.
     sizes = {"global_crops_size": args.global_crops_size} | (
         {"local_crops_size": args.local_crops_size} if args.local_crops_number else {})
     networks.check_crop_sizes(student.backbone, args.arch, args.in_chans, **sizes)
+    networks.check_batch_norm(student.backbone, args.arch, args.in_chans, args.batch_size_per_gpu,
+                              args.global_crops_size, args.local_crops_size, args.local_crops_number, device)
     student, teacher = networks.on_device(student, device), networks.on_device(teacher, device)
     if args.grad_checkpointing:
         networks.checkpoint_gradients(student.backbone, args.grad_checkpointing, args.arch)
@@ -204,6 +215,7 @@ def pretrain(args: argparse.Namespace) -> int:
     """Set up, resume if there is something to resume, train. Returns the exit code."""
     check_args(args)
     device = parallel.start(args.device, args.dist_url, args.dist_timeout)
+    args = with_supported_rate(args)
     torch.backends.cudnn.benchmark = True  # crops have fixed sizes: convolutions are chosen by trial, once
     with session.memory_refused():
         images = open_images(args.data_path, None, **reading_of(args).decoding())

@@ -16,7 +16,7 @@ import parallel
 from parallel import Refused
 from pretraining import sharding
 from vision_transformer import VITS, VisionTransformer, build_backbone
-from weights.backbones import load_weights_into
+from weights.backbones import load_weights_into, normalizes_single_values
 from weights.checkpoints import refusing
 from weights.layouts import backbone_state, head_states, read, recognize, stored_args
 
@@ -69,6 +69,26 @@ def check_crop_sizes(backbone: nn.Module, arch: str, in_chans: int, **sizes: int
             raise Refused(f"--{flag} {size}: --arch {arch} does not accept this size ({reason}); choose another size "
                           "or another network") from error
     backbone.train()
+
+
+def check_batch_norm(
+    backbone: nn.Module, arch: str, in_chans: int, batch_size: int, global_size: int, local_size: int, n_local: int,
+    device: torch.device,
+) -> None:
+    """Batch norm needs more than one value per channel; fail before training starts.
+
+    The network sees all crops of one size together: two global ones per image, so that only a single local one can be
+    alone. Synchronized batch norm counts those of all processes.
+
+    Args:
+        batch_size: images per process.
+    """
+    alone = n_local * batch_size == 1 and local_size != global_size
+    synchronized = parallel.world_size() > 1 and device.type == "cuda"
+    if alone and not synchronized and normalizes_single_values(backbone, in_chans, local_size):
+        raise Refused(f"--batch_size_per_gpu 1 with --local_crops_number 1: batch norm in --arch {arch} needs more "
+                      f"than one value per channel, and one crop of {local_size} pixels gives one; raise either, or "
+                      "--local_crops_size")
 
 
 def on_device(network: nn.Module, device: torch.device) -> nn.Module:

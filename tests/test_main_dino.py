@@ -262,6 +262,34 @@ def test_an_epoch_without_a_step_is_refused(tmp_path, capsys, accum, remedy):
     assert "--batch_size_per_gpu 8: 7 images" in said and remedy in said and not (tmp_path / "o").exists()
 
 
+CONVOLUTIONAL = ("--data_path", "shapes:8x64", "--device", "cpu", "--num_workers", 0, "--steps", 1, "--out_dim", 64,
+                 "--warmup_epochs", 0, "--local_crops_number", 1, "--global_crops_size", 64, "--local_crops_size", 32)
+
+
+@pytest.mark.parametrize("batch, code", [(1, 2), (2, 0)])
+def test_a_crop_too_small_for_batch_norm_is_refused_before_training(batch, code, tmp_path, capsys):
+    flags = (*CONVOLUTIONAL, "--arch", "resnet18", "--batch_size_per_gpu", batch, "--output_dir", tmp_path / "out")
+    assert main_dino.main(main_dino.get_args_parser().parse_args([*map(str, flags)])) == code
+    error = capsys.readouterr().err
+    assert (tmp_path / "out").exists() == (code == 0)
+    if code:
+        assert error.count("\n") == 1 and "resnet18" in error and "32 pixels" in error
+        assert "--batch_size_per_gpu 1" in error and "raise" in error and "--local_crops_size" in error
+
+
+def test_the_default_rate_of_stochastic_depth_gives_way(tmp_path, capsys):
+    flags = (*CONVOLUTIONAL, "--arch", "selecsls42", "--batch_size_per_gpu", 2, "--output_dir", tmp_path / "out")
+    parse = main_dino.get_args_parser().parse_args
+    assert main_dino.main(parse([*map(str, flags), "--drop_path_rate", "0.1"])) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "--drop_path_rate 0.1" in error and "give 0" in error
+    assert not (tmp_path / "out").exists()
+    assert main_dino.main(parse([*map(str, flags)])) == 0
+    assert "--drop_path_rate 0 instead of the default 0.1" in capsys.readouterr().out
+    stored = checkpoints.read(tmp_path / "out" / "checkpoint.pth")["args"]["drop_path_rate"]
+    assert stored == 0 and type(stored) is float
+
+
 def test_non_finite_loss_stops_the_run(tmp_path):
     extra = ["--lr", 1e30, "--clip_grad", 0, "--freeze_last_layer", 0]
     done = launch("main_dino.py", *SMALL, *extra, "--output_dir", tmp_path)

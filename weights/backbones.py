@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 import parallel
 from parallel import Refused
@@ -130,6 +131,60 @@ def resized_positions(model: VisionTransformer, positions: Tensor) -> Tensor:
                              interpolate_offset=model.interpolate_offset,
                              interpolate_antialias=model.interpolate_antialias)
     return VisionTransformer.interpolate_pos_encoding(source, own, size, size)
+
+
+# ---- What a network supports in training ----
+
+
+def supported_drop_path_rate(arch: str, rate: float, in_chans: int = 3, is_default: bool = False) -> float:
+    """The rate to build a network with.
+
+    A network without stochastic depth gets 0 if the rate is a flag's default, which is printed. torchvision's networks
+    then keep the default, which has no effect on them: earlier runs have stored it.
+
+    Raises:
+        Refused: the network has no stochastic depth, but the rate was given.
+    """
+    if not rate or arch in VITS:
+        return rate
+    import torchvision  # takes seconds to import; ViTs do not need it
+
+    known = arch in torchvision.models.list_models(module=torchvision.models)
+    try:
+        model, _ = build_backbone(arch, drop_path_rate=rate, in_chans=in_chans)
+        supported = not known or any(isinstance(m, torchvision.ops.StochasticDepth) for m in model.modules())
+    except ValueError:
+        try:
+            build_backbone(arch, in_chans=in_chans)
+        except ValueError as error:  # not because of the rate
+            raise Refused(error) from error
+        supported = False
+    if supported or (is_default and known):
+        return rate
+    if not is_default:
+        raise Refused(f"--drop_path_rate {rate:g}: --arch {arch} has no stochastic depth; leave the flag out or give 0")
+    parallel.say(f"--drop_path_rate 0 instead of the default {rate:g}: {arch} has no stochastic depth")
+    return 0.0
+
+
+@torch.no_grad()
+def normalizes_single_values(model: nn.Module, in_chans: int, size: int) -> bool:
+    """Whether batch norm meets one value per channel in a batch of one image of `size` x `size` pixels.
+
+    Its variance is 0 then, and torch refuses to train.
+    """
+    single: list[bool] = []
+    hooks = [module.register_forward_pre_hook(lambda m, x: single.append(x[0].numel() == x[0].shape[1]))
+             for module in model.modules() if isinstance(module, _BatchNorm)]
+    training = model.training
+    try:
+        if hooks:
+            model.eval()(torch.zeros(1, in_chans, size, size, device=next(model.parameters()).device))
+    finally:
+        model.train(training)
+        for hook in hooks:
+            hook.remove()
+    return any(single)
 
 
 def load_backbone(

@@ -77,6 +77,19 @@ class Broken(Numbers):
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("first", [True, False])
+def test_an_image_of_182_million_pixels_is_named_in_one_line(first, num_workers, tmp_path):
+    """Above Pillow's limit; it is the image whose pixels are in the hash of the images, or another."""
+    name = "a.png" if first else "z.png"
+    Image.new("1", (13500, 13500)).save(tmp_path / name)
+    Image.new("RGB", (40, 40)).save(tmp_path / "b.png")
+    network = features.load_network("", "vit_nano", 8, crop_size=32)
+    with pytest.raises(Refused, match=f"{name}: .*182250000 pixels.* remove that file") as refused:
+        features.network_features(network, open_images(str(tmp_path)), 2, num_workers, tmp_path / "cache")
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
 def test_an_image_that_cannot_be_decoded_is_named_in_one_line(num_workers):
     with pytest.raises(Refused) as raised:
         extract_features(corners, Broken(5, Undecodable("three.png: not an image")), 2, num_workers)

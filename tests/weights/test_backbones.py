@@ -186,3 +186,48 @@ def test_init_from_says_the_normalization_of_its_weights(tmp_path, capsys):
     backbones.load_weights_into(model, str(tmp_path / "w.pth"), flag="--init_from")
     said = capsys.readouterr().out
     assert "mean 0.5 0.5 0.5" in said and "std 0.25 0.25 0.25" in said and "--mean" in said
+
+
+# ---- What a network supports in training ----
+
+
+@pytest.mark.parametrize("arch", ["hrnet_w18_small", "selecsls42", "inception_v4"])
+def test_a_default_rate_gives_way_where_there_is_no_stochastic_depth(arch, capsys):
+    assert backbones.supported_drop_path_rate(arch, 0.1, is_default=True) == 0
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1 and "--drop_path_rate 0" in said and "0.1" in said and arch in said
+    with pytest.raises(Refused, match=f"--drop_path_rate 0.1: --arch {arch} .*give 0"):
+        backbones.supported_drop_path_rate(arch, 0.1)
+    assert backbones.supported_drop_path_rate(arch, 0.0) == 0
+
+
+@pytest.mark.parametrize("arch", ["vit_nano", "swin_t", "resnet26"])
+def test_stochastic_depth_that_a_network_has(arch, capsys):
+    for is_default in (True, False):
+        assert backbones.supported_drop_path_rate(arch, 0.3, is_default=is_default) == 0.3
+    assert not capsys.readouterr().out
+
+
+def test_torchvisions_networks_without_stochastic_depth():
+    """They ignore the rate: the default stays what earlier runs stored, a given one is refused."""
+    assert backbones.supported_drop_path_rate("resnet18", 0.1, is_default=True) == 0.1
+    with pytest.raises(Refused, match="--drop_path_rate 0.2: --arch resnet18 has no stochastic depth"):
+        backbones.supported_drop_path_rate("resnet18", 0.2)
+    with pytest.raises(Refused, match="--arch resnet81: no such network"):
+        backbones.supported_drop_path_rate("resnet81", 0.1, is_default=True)
+
+
+@pytest.mark.parametrize("arch, size, single", [
+    ("resnet18", 32, True), ("resnet18", 33, False), ("resnet18", 64, False), ("resnet26", 32, True),
+    ("vit_nano", 16, False)])
+def test_batch_norm_of_one_value_is_what_torch_refuses_to_train(arch, size, single):
+    model, _ = build_backbone(arch, img_size=16)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    assert backbones.normalizes_single_values(model.train(), 3, size) == single and model.training
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    if single:
+        with pytest.raises(ValueError, match="more than 1 value"):
+            model(torch.zeros(1, 3, size, size))
+    else:
+        model(torch.zeros(1, 3, size, size))
