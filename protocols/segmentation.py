@@ -276,8 +276,10 @@ def evaluate_segmentation(
     import_kmeans()  # before any work
     dense.check_attention(network, [image_size] if image_size else (), layer)
     images = masks.open_masked(data_path, network.info["in_chans"], flag)
-    image_size = image_size or dense.default_size(network, [min(size) for size in images.sizes])
-    check_sizes(images, image_size, network.info["patch_size"], flag)
+    patch = network.info["patch_size"]
+    image_size = image_size or dense.default_size(
+        network.info["global_crops_size"], patch, [min(size) for size in images.sizes])
+    check_sizes(images, image_size, patch, flag)
     parallel.say(f"{len(images.names)} images, shorter side resized to {image_size} pixels")
     output_dir = flags.prepare_output(output_dir)
     networks = compared_networks(network, seed)

@@ -200,8 +200,7 @@ def test_an_error_of_one_process_is_raised_in_all(monkeypatch):
     (224, 16, [130, 150, 140], 272),  # twice 140, in whole patches
 ])
 def test_default_size_follows_the_weights_and_the_data(crop, patch, sides, expected):
-    network = Network(None, {"global_crops_size": crop, "patch_size": patch}, {}, None)
-    assert dense.default_size(network, sides) == expected
+    assert dense.default_size(crop, patch, sides) == expected
 
 
 # ---- The script ----
