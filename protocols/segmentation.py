@@ -27,6 +27,7 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import repeat
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,7 +41,7 @@ from imagesets import masks
 from parallel import Refused, import_optional
 from protocols import dense, scores, segmentation_scores, sheets
 from protocols.features import Network
-from protocols.progress import Progress
+from protocols.progress import progress
 from protocols.transforms import TooManyPatches
 from vision_transformer import build_backbone
 
@@ -212,13 +213,12 @@ def check_sizes(images: masks.MaskedImages, image_size: int, patch: int, flag: s
 
 def score_images(images: masks.MaskedImages, find_masks: Callable[[Tensor], Candidates]) -> Measured:
     """MEASURES (N, candidates, 3) of the masks that `find_masks` makes of each image; the processes share them."""
-    progress = Progress(len(images.names), "images")
+    steps = progress(repeat(None), len(images.names), "images segmented", size=parallel.world_size())
 
     def work(i: int) -> Measured:
+        next(steps)
         image, truth, ignored = images.load(i)
-        measured = measure(find_masks(image), truth, ignored)
-        progress.done(parallel.world_size())  # the other processes are as far
-        return measured
+        return measure(find_masks(image), truth, ignored)
 
     per_image = parallel.map_shared(work, len(images.names))
     return {key: np.stack([one[key] for one in per_image]) for key in per_image[0]}
