@@ -32,7 +32,7 @@ from imagesets.landmarks import Cropped, open_landmarks
 from imagesets.sources import Images
 from protocols import retrieval, scores
 from protocols.features import PIXELS, Network, dataset_features
-from protocols.transforms import SmallPictures, Transformed, check_patches, resize
+from protocols.transforms import SmallPictures, Transformed, resize
 
 SETTINGS = {  # relevant images, and images removed from the ranking
     "easy": (("easy",), ("hard", "junk")),
@@ -192,9 +192,6 @@ def evaluate_retrieval(
     Raises:
         Refused: no such data set, a file that can't be read or written.
     """
-    if (patch := patch_multiple(network.forward)) > 1:
-        check_patches(imsize, imsize, patch, f"--imsize {imsize}: an image of {imsize} x {imsize} pixels",
-                      "lower --imsize")
     truth, database, queries = open_landmarks(
         data_path, dataset, network.reading, crop_queries=arithmetic == flags.OWN)
     output_dir = flags.prepare_output(output_dir)

@@ -34,7 +34,7 @@ def test_a_run_leaves_checkpoint_log_curve_and_attention_picture(finished):
     out, stdout = finished
     names = {p.name for p in out.iterdir()}
     assert {"checkpoint.pth", "checkpoint_best.pth", "checkpoint0000.pth", "checkpoint0001.pth", "log.txt",
-            "log_steps.txt", "curves.png", "attention.png"} <= names  # fmt: skip
+            "log_steps.txt", "curves.png", "attention.png", "pca.png"} <= names  # fmt: skip
     assert any(name.startswith("events.out") for name in names)
     lines = json_lines(out / "log.txt")
     assert [line["epoch"] for line in lines] == [0, 1]

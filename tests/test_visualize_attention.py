@@ -173,6 +173,20 @@ def test_a_strip_of_too_many_patches_is_refused_or_left_out(tiny, tmp_path, caps
     assert f"left out: {tmp_path / 'strip.png'}: " in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("size, flags, message", [
+    ((24, 400), (), "an image of 400 x 24 pixels (width x height) makes 50 x 3 patches, more than 16; lower --image_"),
+    ((24, 400), ("--resize", 16), "--image_size 16: an image of 400 x 24 pixels"),
+    ((6, 40), (), "40 x 6 pixels (width x height) is smaller than a patch of 8; give --image_size 8 or more"),
+])
+def test_frames_of_too_many_patches_or_none_are_refused(tiny, tmp_path, capsys, monkeypatch, size, flags, message):
+    pytest.importorskip("imageio_ffmpeg", reason="needs imageio-ffmpeg: pip install imageio-ffmpeg")
+    monkeypatch.setattr(transforms, "MAX_PATCHES", 16)
+    write_image(tmp_path / "in" / "0.png", *size)
+    assert run("--video", tmp_path / "in", "--output_dir", tmp_path / "out", *flags) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and message in error and not (tmp_path / "out").exists()
+
+
 def test_of_many_images_some_are_chosen_evenly(tiny, tmp_path, monkeypatch):
     chosen = []
     original = visualize_attention.checking.open_checked
