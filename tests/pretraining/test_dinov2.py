@@ -146,7 +146,7 @@ def test_masks_depend_on_seed_epoch_and_step_alone():
 
 @pytest.mark.parametrize("extra, processes, absent", [
     (["--batch_size_per_gpu", 1], 2, {"neighbour_distance"}),
-    (["--batch_size_per_gpu", 1, "--grad_accum_steps", 3], 1, {"neighbour_distance"}),
+    (["--batch_size_per_gpu", 1, "--grad_accum_steps", 3, "--koleo_all_processes"], 1, {"neighbour_distance"}),
     ([*CENTERING, "--mask_probability", 0], 1, {"ibot_left", "patch_kl", "patch_entropy"}),
     ([*CENTERING, "--dino_loss_weight", 0, "--ibot_loss_weight", 0], 1, {"dino_left", "kl", "ibot_left", "patch_kl"}),
 ], ids=["on one of two processes", "in one of three micro-batches", "anywhere", "weights of 0"])  # fmt: skip
@@ -157,7 +157,8 @@ def test_steps_without_masked_patches(tmp_path, extra, processes, absent):
     assert run.wait() == [0] * processes, run.output()
     for logged in json_lines(tmp_path / "log_steps.txt"):
         assert all(math.isfinite(value) for value in logged.values()) and not absent & logged.keys()
-        if not {"patch_entropy"} & absent and "patch_entropy" in logged:
+        assert (logged["koleo"] == 0) == ("neighbour_distance" in absent)
+        if "patch_entropy" not in absent and "patch_entropy" in logged:
             assert 0 < logged["patch_entropy"] <= math.log(32) + 1e-3 and logged["patch_prototypes_used"] >= 1
 
 
