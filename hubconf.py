@@ -149,40 +149,40 @@ def dino_resnet50(pretrained=True, weights=None, **kwargs):
 
 
 def dinov2_vits14(pretrained=True, weights=None, **kwargs):
-    """ViT-S/14, (B, 3, height, width) -> (B, 384). ImageNet-1k: 20-NN 79.0 %, linear 81.1 %."""
+    """ViT-S/14, (B, 3, height, width) -> (B, 384). ImageNet-1k: k-NN 79.0 %, linear 81.1 %."""
     return _make("dinov2_vits14", pretrained, weights, kwargs)
 
 
 def dinov2_vitb14(pretrained=True, weights=None, **kwargs):
-    """ViT-B/14, (B, 3, height, width) -> (B, 768). ImageNet-1k: 20-NN 82.1 %, linear 84.5 %."""
+    """ViT-B/14, (B, 3, height, width) -> (B, 768). ImageNet-1k: k-NN 82.1 %, linear 84.5 %."""
     return _make("dinov2_vitb14", pretrained, weights, kwargs)
 
 
 def dinov2_vitl14(pretrained=True, weights=None, **kwargs):
-    """ViT-L/14, (B, 3, height, width) -> (B, 1024). ImageNet-1k: 20-NN 83.5 %, linear 86.3 %."""
+    """ViT-L/14, (B, 3, height, width) -> (B, 1024). ImageNet-1k: k-NN 83.5 %, linear 86.3 %."""
     return _make("dinov2_vitl14", pretrained, weights, kwargs)
 
 
 def dinov2_vitg14(pretrained=True, weights=None, **kwargs):
-    """ViT-g/14, (B, 3, height, width) -> (B, 1536). ImageNet-1k: 20-NN 83.5 %, linear 86.5 %."""
+    """ViT-g/14, (B, 3, height, width) -> (B, 1536). ImageNet-1k: k-NN 83.5 %, linear 86.5 %."""
     return _make("dinov2_vitg14", pretrained, weights, kwargs)
 
 
 def dinov2_vits14_reg(pretrained=True, weights=None, **kwargs):
-    """ViT-S/14 with 4 registers, (B, 3, height, width) -> (B, 384). ImageNet-1k: 20-NN 79.1 %, linear 80.9 %."""
+    """ViT-S/14 with 4 registers, (B, 3, height, width) -> (B, 384). ImageNet-1k: k-NN 79.1 %, linear 80.9 %."""
     return _make("dinov2_vits14_reg", pretrained, weights, kwargs)
 
 
 def dinov2_vitb14_reg(pretrained=True, weights=None, **kwargs):
-    """ViT-B/14 with 4 registers, (B, 3, height, width) -> (B, 768). ImageNet-1k: 20-NN 82.0 %, linear 84.6 %."""
+    """ViT-B/14 with 4 registers, (B, 3, height, width) -> (B, 768). ImageNet-1k: k-NN 82.0 %, linear 84.6 %."""
     return _make("dinov2_vitb14_reg", pretrained, weights, kwargs)
 
 
 def dinov2_vitl14_reg(pretrained=True, weights=None, **kwargs):
-    """ViT-L/14 with 4 registers, (B, 3, height, width) -> (B, 1024). ImageNet-1k: 20-NN 83.8 %, linear 86.7 %."""
+    """ViT-L/14 with 4 registers, (B, 3, height, width) -> (B, 1024). ImageNet-1k: k-NN 83.8 %, linear 86.7 %."""
     return _make("dinov2_vitl14_reg", pretrained, weights, kwargs)
 
 
 def dinov2_vitg14_reg(pretrained=True, weights=None, **kwargs):
-    """ViT-g/14 with 4 registers, (B, 3, height, width) -> (B, 1536). ImageNet-1k: 20-NN 83.7 %, linear 87.1 %."""
+    """ViT-g/14 with 4 registers, (B, 3, height, width) -> (B, 1536). ImageNet-1k: k-NN 83.7 %, linear 87.1 %."""
     return _make("dinov2_vitg14_reg", pretrained, weights, kwargs)

@@ -18,7 +18,7 @@ from protocols import attention, charts, dense, sheets, transforms
 from vision_transformer import VisionTransformer
 
 # Values on the progress line: {name: (label, format)}; log_steps.txt has all of them.
-SHOWN = {"dino_left": ("dino", ".0%"), "ibot_left": ("ibot", ".0%"), "koleo": ("koleo", ".3f"),
+SHOWN = {"dino_left": ("dino left", ".0%"), "ibot_left": ("ibot left", ".0%"), "koleo": ("koleo", ".3f"),
          "entropy": ("entropy", ".2f"), "kl": ("kl", ".3f"), "feature_rank": ("rank", ".1f")}
 
 
@@ -30,14 +30,14 @@ def log_step(
 
     Args:
         figures: values of the losses and of `health`.
-        scale: what to compare the loss with, in words.
+        scale: what to compare the loss with, in words; may be empty.
         images: images per step, over all processes.
         seconds, waiting: seconds per step and fraction of waiting time, from `Clock.read`.
     """
     epoch, eta = step // plan.steps_per_epoch, duration(seconds * (plan.steps - step - 1))
     shown = "".join(f"  {label} {figures[name]:{style}}" for name, (label, style) in SHOWN.items() if name in figures)
     log.step(
-        f"epoch {epoch} step {step + 1}/{plan.steps}  loss {figures['loss']:.4f} ({scale}){shown}"
+        f"epoch {epoch} step {step + 1}/{plan.steps}  loss {figures['loss']:.4f}{f' ({scale})' if scale else ''}{shown}"
         f"  lr {plan.lr[step]:.2e}  {images / seconds:.0f} images/s  data {waiting:.0%}  eta {eta}",
         {"step": step, "epoch": epoch, **figures, "lr": float(plan.lr[step]), "images_per_s": images / seconds,
          "data_wait": waiting},

@@ -193,7 +193,7 @@ def read_heads(path: str, flag: str) -> tuple[dict, dict[str, Tensor]]:
         recognized = recognize(backbone_state(loaded, "teacher", path))
     if "dino_head.last_layer.weight_v" not in heads:
         raise Refused(f"{flag} {path}: it has no heads, as published backbones; train heads first: main_dinov2.py "
-                      f"--init_from {path} with --freeze_backbone_epochs as long as the run (docs/recipes.md)")
+                      f"--init_from {path} with --freeze_backbone_epochs as long as the run (docs/dinov2.md)")
     options = recognized.options
     settings = {
         "arch": recognized.arch, "patch_size": options["patch_size"], "in_chans": options["in_chans"],

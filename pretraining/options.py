@@ -15,7 +15,8 @@ from vision_transformer import VITS
 
 def add_init_flags(add: Callable) -> None:
     """Weights to start from, for the group `network`."""
-    add("--init_from", default="", help="start from the weights in this file; it is not a resume")
+    add("--init_from", default="",
+        help="start from the backbone in this file, such as published weights; not needed to resume a run")
     add("--init_in_chans", choices=("mean", "tile"), default="",
         help="with --init_from, for weights of other channels than --in_chans: average the first layer over its "
              "channels, or repeat them. A heuristic: train for long enough to adapt it")
