@@ -1,7 +1,7 @@
 """Copy detection as on INRIA Copydays (Douze et al. 2009; DINO, arXiv 2104.14294, section 4.2.1, table 4).
 
     python eval_copy_detection.py --pretrained_weights output/run/checkpoint.pth --data_path copies
-    python eval_copy_detection.py --pretrained_weights output/run/checkpoint.pth --data_path copydays \
+    python eval_copy_detection.py --pretrained_weights output/run/checkpoint.pth --data_path copydays \\
         --whitening_path some_images --distractors_path other_images
 
 Prints mAP and uAP, of all queries and by attack, and writes them to eval_copy_detection.json. --data_path is Copydays,
@@ -29,7 +29,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     network.add_argument("--seed", type=flags.seed, default=0, help="of an untrained network")
     network.add_argument("--gem_p", type=flags.positive, default=4.0,
                          help="power of the mean over patch tokens; 1 is the plain mean")
-    add = parser.add_argument_group("data").add_argument
+    data = parser.add_argument_group("data")
+    flags.add_reading_flags(data, skip_bad=True)
+    add = data.add_argument
     add("--data_path", required=True, help="folder with database/, queries/ and ground_truth.csv, or Copydays")
     add("--distractors_path", default="",
         help="folder or .txt list of images that join the database, to make the search harder; without copies of it")
@@ -55,7 +57,8 @@ def evaluate(args: argparse.Namespace) -> None:
     device = parallel.start(args.device if args.use_cuda else "cpu", args.dist_url, args.dist_timeout)
     network = features.load_network(
         args.pretrained_weights, args.arch, args.patch_size, args.checkpoint_key, device, args.image_size,
-        precision=args.precision, seed=args.seed, size_flag="--image_size")
+        precision=args.precision, seed=args.seed, size_flag="--image_size", mean=args.mean, std=args.std,
+        in_chans=args.in_chans, max_pixels=args.max_pixels, value_range=args.value_range, skip_bad=args.skip_bad)
     report = evaluate_copies(
         network, args.data_path, args.distractors_path, args.whitening_path, args.gem_p, args.image_size,
         args.batch_size_per_gpu, args.num_workers, output_dir, args.arithmetic)
