@@ -36,7 +36,8 @@ LARGE_PANELS = (
     ("Loss", "nats", {
         "train_loss": ("loss", "-"), "train_entropy": ("teacher entropy", "--"), "train_ln_k": ("ln K", ":")}),
     ("k-NN on held-out images", "top-1 %", {
-        "knn_top1": ("teacher", "-"), "knn_untrained": ("untrained network", "--"), "knn_pixels": ("raw pixels", ":")}),
+        "knn_top1": ("teacher", "-"), "knn_untrained": ("untrained network", "--"),
+        "knn_start": ("starting weights", "--"), "knn_pixels": ("raw pixels", ":")}),
 )
 SMALL_PANELS = (
     ("Learning rate", "per step", {"train_lr": ("", "-")}),
@@ -46,10 +47,14 @@ SMALL_PANELS = (
     ("Std of features", "1: even on the sphere", {"train_feature_std": ("", "-")}),
     ("Prototypes in use", "of a step's images", {"train_prototypes_used": ("", "-")}),
     ("KL teacher to student", "nats", {"train_kl": ("", "-")}),
+    ("Loss left", "share of ln K", {"train_dino_left": ("class tokens", "-"), "train_ibot_left": ("patches", "--")}),
+    ("KoLeo term", "nats", {"train_koleo": ("", "-")}),
+    ("Entropy of patches", "nats", {"train_patch_entropy": ("", "-")}),
+    ("Prototypes in use by patches", "of a step's patches", {"train_patch_prototypes_used": ("", "-")}),
     ("Norm of the centre", "L2", {"train_center_norm": ("", "-")}),
 )
-LEVELS = {"knn_untrained", "knn_pixels", "train_ln_k"}  # one value per run, a horizontal line
-STARTS = {"knn_top1": "knn_untrained"}  # curves that begin before the first epoch, with the value of another key
+LEVELS = {"knn_untrained", "knn_start", "knn_pixels", "train_ln_k"}  # one value per run, a horizontal line
+STARTS = {"knn_top1": ("knn_untrained", "knn_start")}  # curves that begin before training, with another key's value
 FORMATS = (".png", ".svg", ".pdf")
 COLUMNS = 4  # small panels per row; the large ones share the same width
 
@@ -180,8 +185,9 @@ def _draw_panel(axes: Axes, panel: tuple, runs: list[dict], font: int) -> None:
 def curve(run: Mapping, key: str) -> tuple[np.ndarray, np.ndarray]:
     """Epochs done and values of a key of a `read_log`; with the value before training, if the log has it."""
     epochs, values = run[key]
-    if STARTS.get(key) in run:
-        return np.append(0, epochs + 1), np.append(run[STARTS[key]][1][0], values)
+    for start in STARTS.get(key, ()):
+        if start in run:
+            return np.append(0, epochs + 1), np.append(run[start][1][0], values)
     return epochs + 1, values
 
 
