@@ -37,6 +37,10 @@ FULL = {key: lambda e: 1.0 + e for key in (
     "train_ln_k": lambda e: 8.3, "knn_untrained": lambda e: 30.0, "knn_pixels": lambda e: 35.0}
 
 
+DINOV2 = {key: lambda e: 1.0 + e for key in (
+    "train_dino_left", "train_ibot_left", "train_koleo", "train_patch_entropy", "train_patch_prototypes_used")}
+
+
 @pytest.mark.parametrize("keys", [[], ["train_lr"], ["knn_top1", "knn_pixels"], ["train_ln_k"], list(FULL)])
 def test_curves_draw_what_the_log_has(tmp_path, keys):
     log = write_log(tmp_path / "log.txt", **{key: FULL[key] for key in keys})
@@ -70,10 +74,13 @@ def test_the_accuracy_starts_at_the_untrained_value_and_epochs_stand_at_their_en
     assert teacher.get_xydata().tolist() == [[0, 30], [2, 51], [4, 53], [6, 55]]  # untrained: 30
     assert panels["Loss"].lines[0].get_xydata().tolist() == [[e + 1, 8 - e] for e in range(6)]
     assert figure.get_suptitle() == "run7"
+    started = {key: value for key, value in FULL.items() if key != "knn_untrained"} | {"knn_start": lambda e: 44.0}
+    panels, _ = drawn_axes(monkeypatch, [write_log(tmp_path / "log.txt", 3, **started)], tmp_path / "curves.png")
+    assert panels["k-NN on held-out images"].lines[0].get_xydata()[0].tolist() == [0, 44]
 
 
 def test_every_panel_has_its_axes_named_and_no_legend_lies_on_curves(tmp_path, monkeypatch):
-    log = write_log(tmp_path / "log.txt", **FULL | {"train_momentum": lambda e: 0.99})
+    log = write_log(tmp_path / "log.txt", **FULL | {"train_momentum": lambda e: 0.99} | DINOV2)
     panels, figure = drawn_axes(monkeypatch, [log], tmp_path / "curves.png")
     assert len(panels) == len(charts.LARGE_PANELS) + len(charts.SMALL_PANELS)
     figure.canvas.draw()
