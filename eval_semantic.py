@@ -45,9 +45,10 @@ def get_args_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("linear layer").add_argument
     add("--n_last_blocks", type=flags.positive_int, nargs="+", default=[1],
         help="number of last blocks whose tokens are concatenated, 1 or 4; several make a sweep")
-    add("--lr", type=flags.positive, nargs="+", default=[1e-3],
-        help="peak learning rate of AdamW; several make a sweep")
-    add("--steps", type=flags.positive_int, default=600, help="training steps; 40,000 for ADE20K")
+    add("--lr", type=flags.positive, nargs="+", default=[1e-2],
+        help="peak learning rate of AdamW; 0.001 for tens of thousands of steps; several make a sweep")
+    add("--steps", type=flags.positive_int, default=400,
+        help="training steps; raise it for large data: the published evaluations take 40,000")
     add("--batch_size", type=flags.positive_int, default=16,
         help="training images per step, of all processes together; lower it if memory runs out")
     add("--warmup_steps", type=flags.count, default=0,

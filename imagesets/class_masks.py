@@ -55,7 +55,7 @@ class ClassMasks(NamedTuple):
 
 
 def open_class_masks(
-    data_path: str, val_data_path: str = "", in_chans: int = 3, foreground: bool = False
+    data_path: str, val_data_path: str = "", in_chans: int = 3, foreground: bool = False, flag: str = "--data_path"
 ) -> list[ClassMasks]:
     """Training images and, if the data have any, test images.
 
@@ -73,27 +73,28 @@ def open_class_masks(
     Args:
         val_data_path: a folder with images/ and masks/, or drawn images: test images from elsewhere.
         foreground: two classes, background (0) and object (all others).
+        flag: how errors name `data_path`.
 
     Raises:
         Refused: no such data; images and masks that don't fit; classes out of range.
     """
     if val_data_path:
-        parts = [open_parts(data_path, in_chans)[0], *open_parts(val_data_path, in_chans, "--val_data_path")[-1:]]
+        parts = [open_parts(data_path, in_chans, flag)[0], *open_parts(val_data_path, in_chans, "--val_data_path")[-1:]]
     else:
-        parts = open_parts(data_path, in_chans)
+        parts = open_parts(data_path, in_chans, flag)
     classes = max((part.classes for part in parts), key=len)
     if any(part.classes != classes[: len(part.classes)] for part in parts):
-        raise Refused(f"--val_data_path {val_data_path!r}: its classes differ from those of --data_path; give images "
+        raise Refused(f"--val_data_path {val_data_path!r}: its classes differ from those of {flag}; give images "
                       "with the same classes")
     if foreground and not parts[0].zero:
-        raise Refused(f"--foreground with --data_path {data_path!r}: its class 0 is not the background; leave the flag "
+        raise Refused(f"--foreground with {flag} {data_path!r}: its class 0 is not the background; leave the flag "
                       "out")
     if foreground:
         parts = [part._replace(read=partial(read_foreground, part.read)) for part in parts]
         classes = ["background", "object"]
     if len(classes) < 2:
-        raise Refused(f"--data_path {data_path!r}: its masks hold one class, {classes[0]!r} ({VOID} is ignored); give "
-                      "masks with the number of a class in each pixel, 0 and 1 for two classes")
+        raise Refused(f"{flag} {data_path!r}: its masks hold one class, {classes[0]!r} ({VOID} is ignored); give masks "
+                      "with the number of a class in each pixel, 0 and 1 for two classes")
     return [part._replace(classes=list(classes)) for part in parts]
 
 

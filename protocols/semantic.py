@@ -38,7 +38,7 @@ LARGEST_CROP = 512  # pixels, unless a flag says otherwise
 MEASURED = 100  # training images whose sizes decide the crop
 WINDOWS = 8  # windows of an image per forward pass
 TEST_SHARE = 0.2  # of the images, where there is no test set
-KMEANS = "k-means of patch tokens"
+KMEANS = "k-means"  # of the network's patch tokens
 
 
 class Geometry(NamedTuple):
@@ -195,7 +195,7 @@ def choose(settings: Sequence[Setting], miou: Sequence[float]) -> list[int]:
 def evaluate_semantic(
     network: Network, data_path: str, val_data_path: str = "", geometry: Geometry | None = None,
     recipe: Recipe | None = None, foreground: bool = False, baselines: bool = False, val_share: float = 0.1,
-    save_pictures: int = 0, output_dir: str | os.PathLike = ".",
+    save_pictures: int = 0, output_dir: str | os.PathLike = ".", flag: str = "--data_path",
 ) -> dict:
     """Train and test. Writes eval_semantic.json and, with `save_pictures`, semantic.png. All processes call this.
 
@@ -205,6 +205,7 @@ def evaluate_semantic(
         baselines: evaluate the untrained network, raw pixels and k-means too.
         val_share: share of the training images to choose a setting on; none are held out without a choice.
         save_pictures: number of test images to draw.
+        flag: how errors name `data_path`.
 
     Returns:
         What eval_semantic.json holds, without the command: sizes, notes, settings (a row per setting), results (a row
@@ -221,7 +222,7 @@ def evaluate_semantic(
                       "give a multiple of their number")
     if baselines:
         import_kmeans()  # before any work
-    images = open_class_masks(data_path, val_data_path, network.info["in_chans"], foreground)
+    images = open_class_masks(data_path, val_data_path, network.info["in_chans"], foreground, flag)
     networks = compared(network, baselines, recipe.seed)
     settings = sweep(networks, recipe)
     choice = len(settings) > len(networks)
@@ -230,8 +231,8 @@ def evaluate_semantic(
                       "and one --n_last_blocks")
     train_images, held, test, notes = split(images, val_share if choice else 0, recipe.seed)
     geometry = fitted_to(geometry, train_images, tokens.patch_size(network))
-    for flag, size in (("--crop_size", geometry.crop), ("--window_size", geometry.window)):
-        tokens.check_tokens(network, max(recipe.n_last_blocks), size, flag)
+    for size_flag, size in (("--crop_size", geometry.crop), ("--window_size", geometry.window)):
+        tokens.check_tokens(network, max(recipe.n_last_blocks), size, size_flag)
     output_dir = flags.prepare_output(output_dir)
     for note in notes:
         parallel.say(note)

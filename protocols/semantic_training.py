@@ -38,9 +38,9 @@ class Setting(NamedTuple):
 class Recipe(NamedTuple):
     """How the layers are trained. Every lr x n_last_blocks is a setting."""
 
-    lrs: Sequence[float] = (1e-3,)
+    lrs: Sequence[float] = (1e-2,)
     n_last_blocks: Sequence[int] = (1,)
-    steps: int = 600
+    steps: int = 400
     batch_size: int = 16  # of all processes
     warmup_steps: int = 0
     weight_decay: float = 1e-3
@@ -154,7 +154,6 @@ def train(
     """
     device = next(iter(networks.values())).device
     most = {name: max(s.n_last_blocks for s in settings if s.features == name) for name in networks}
-    torch.manual_seed(recipe.seed)
     layers: list[nn.Module] = []
     groups = []
     schedule = cosine_scheduler(1, 0, recipe.steps, 1, recipe.warmup_steps)
@@ -165,6 +164,7 @@ def train(
         outputs = {name: [gathered(x) for x in tokens.patch_tokens(network, images, most[name])]
                    for name, network in networks.items()}
         if optimizer is None:  # the first features tell the widths
+            torch.manual_seed(recipe.seed)  # here: the loader has drawn numbers
             for s in settings:
                 width = sum(x.shape[1] for x in outputs[s.features][-s.n_last_blocks :])
                 layers.append(linear_layer(width, n_classes, recipe.dropout).to(device))

@@ -20,12 +20,15 @@ PIXELS_PATCH = 8  # pixels per side of what stands for a patch token in the base
 
 
 def patch_size(network: Network) -> int:
-    """Pixels per side of a patch token."""
-    if network.about["arch"] == PIXELS:
+    """Pixels per side of a patch token. Raises Refused for a network that has none."""
+    arch, model = network.about["arch"], network.forward
+    if arch == PIXELS:
         return network.info.get("patch_size", PIXELS_PATCH)
-    model = network.forward
     if isinstance(model, VisionTransformer):
         return model.patch_size
+    if not hasattr(model, "forward_intermediates"):
+        raise Refused(f"--arch {arch}: has no patch tokens that could be read; give a Vision Transformer, of this "
+                      "project or of timm")
     return model.feature_info[-1]["reduction"]  # timm
 
 
@@ -42,22 +45,19 @@ def check_tokens(network: Network, blocks: int, size: int, size_flag: str) -> No
     Raises:
         Refused: the network has no patch tokens, not so many blocks, or doesn't take images of this size.
     """
-    arch, model = network.about["arch"], network.forward
-    if arch != PIXELS and not isinstance(model, VisionTransformer) and not hasattr(model, "forward_intermediates"):
-        raise Refused(f"--arch {arch}: has no patch tokens that could be read; give a Vision Transformer, of this "
-                      "project or of timm")
+    patch = patch_size(network)
     if blocks > block_count(network):
         raise Refused(f"--n_last_blocks {blocks}: the network has {block_count(network)} blocks; lower it")
-    if size < patch_size(network):
-        raise Refused(f"{size_flag} {size}: smaller than a patch of {patch_size(network)}; raise it")
+    if size < patch:
+        raise Refused(f"{size_flag} {size}: smaller than a patch of {patch}; raise it")
     image = torch.zeros(1, network.info["in_chans"], size, size, dtype=torch.uint8)
     try:
         patch_tokens(network, image, blocks)
     except (RuntimeError, ValueError, AssertionError) as error:  # timm asserts
-        if isinstance(model, VisionTransformer):
+        if isinstance(network.forward, VisionTransformer):
             raise
         reason = " ".join(str(error).split())[:200]
-        raise Refused(f"{size_flag} {size}: {arch} refuses it ({reason}); give another one") from error
+        raise Refused(f"{size_flag} {size}: {network.about['arch']} refuses it ({reason}); give another one") from error
 
 
 def margins(height: int, width: int, patch: int) -> tuple[int, int, int, int]:

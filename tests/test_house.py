@@ -52,7 +52,8 @@ def graph() -> dict[str, set[str]]:
 
 
 def test_there_are_few_files_at_the_top():
-    assert len(list(ROOT.glob("*.py"))) <= 20
+    # Twenty, and one each for main_dinov2.py and eval_semantic.py.
+    assert len(list(ROOT.glob("*.py"))) <= 22
     assert {path.name for path in ROOT.iterdir() if (path / "__init__.py").is_file()} == ROOMS
 
 
