@@ -22,6 +22,7 @@ from imagesets.masks import VOID
 from parallel import Refused
 from protocols import tokens, transforms
 from protocols.features import Network, available_cores, refused_image
+from protocols.segmentation import import_kmeans
 from utils import cosine_scheduler
 
 PROGRESS = 10  # lines on the console, and the share of the steps that a training loss is averaged over
@@ -205,9 +206,7 @@ def kmeans_layer(
     There are as many clusters as classes, matched one to one so that the sum of their IoU on the training images is
     largest. The score of a cluster with centre c is 2 c x - |c|^2, which is largest for the nearest centre.
     """
-    from scipy.optimize import linear_sum_assignment
-
-    from protocols.segmentation import import_kmeans
+    from scipy.optimize import linear_sum_assignment  # scikit-learn needs scipy too
 
     steps = -(-min(images, len(crops.images.items)) // batch_size)
     maps, labels = [], []
