@@ -31,6 +31,8 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="pixels of the longer side; smaller images keep their size; the published command has 512")
     add("--multiscale", type=flags.boolean, default=False,
         help="average the features over scales 1, 0.71 and 0.5, as the published command does; 1.75 times the pixels")
+    flags.add_arithmetic_flag(add, "crops queries to their boxes, lets the network see images to their edges, and "
+                                   "normalizes the features of each scale")
     parser.add_argument_group("output").add_argument(
         "--output_dir", default="", help="for the results and features/; empty: the weights' folder, or .")
     flags.add_launch_flags(parser)
@@ -46,7 +48,8 @@ def evaluate(args: argparse.Namespace) -> None:
         args.pretrained_weights, args.arch, args.patch_size, args.checkpoint_key, device, args.imsize,
         precision=args.precision, seed=args.seed, size_flag="--imsize")
     report = evaluate_retrieval(
-        network, args.data_path, args.dataset, args.imsize, args.multiscale, args.num_workers, output_dir)
+        network, args.data_path, args.dataset, args.imsize, args.multiscale, args.num_workers, output_dir,
+        args.arithmetic)
     if parallel.is_main():
         show_retrieval(report)
         print(f"wrote {output_dir / 'eval_image_retrieval.json'}", flush=True)

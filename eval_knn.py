@@ -14,10 +14,18 @@ import sys
 
 import flags
 import parallel
-from protocols import knn_files
+from protocols import knn_files, published
 from protocols.features import load_network
-from protocols.knn import knn_classifier  # noqa: F401 - published under this module's name
+from protocols.knn import knn_classifier  # noqa: F401 - published under this module's name, as extract_features
 from protocols.knn_evaluation import KnnSettings, compute_features, evaluate_knn, show_knn
+from protocols.published import extract_features  # noqa: F401
+
+
+def __getattr__(name: str) -> type:
+    """The published ReturnIndexDataset, whose base class takes seconds to import."""
+    if name == "ReturnIndexDataset":
+        return published.ReturnIndexDataset
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def get_args_parser() -> argparse.ArgumentParser:

@@ -4,7 +4,8 @@
     torchrun --nproc_per_node=8 eval_linear.py --pretrained_weights output/run/checkpoint.pth --data_path images
 
 Several values of --lr, --n_last_blocks or --avgpool_patchtokens make a sweep: all classifiers are trained in one pass,
-the best is chosen on a held-out part of the training set, and the test set is used once, for it alone.
+the best is chosen on a held-out part of the training set, and the test set is used once, for it alone. One setting is
+reported as the published script does: at the epoch that is best on the test set (see --select_epoch).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from protocols import linear
 from protocols.features import PIXELS, load_network
 from protocols.finetune import Recipe
 from protocols.probes import CLASSIFIER, evaluate_linear, show_linear
+from protocols.published import LinearClassifier, validate_network  # noqa: F401 - published under this module's name
 
 
 def share(text: str) -> float:
@@ -45,7 +47,14 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="peak learning rate for a batch of 256, scaled linearly with the batch; several make a sweep (default: "
              "0.001, and 0.0005 with --finetune)")
     add("--epochs", type=flags.positive_int, default=100, help="epochs of training")
-    add("--val_freq", type=flags.positive_int, default=1, help="epochs between progress lines")
+    add("--val_freq", type=flags.positive_int, default=1,
+        help="epochs between progress lines, and between validations of which the best counts")
+    add("--select_epoch", choices=tuple(linear.SELECTIONS), default=None,
+        help="which epoch's accuracy is reported: best on the test set, as published, which is optimistic; best on "
+             "held_out training images; or the last. Default: best, but last for a sweep, whose setting is chosen on "
+             "held-out images (docs/protocols.md)")
+    add("--interpolation", choices=("bilinear", "bicubic"), default="bilinear",
+        help="of the random crops to train on: bilinear as published; bicubic as images are resized for testing")
     add("--views", type=flags.count, default=0,
         help="random crops per image whose features are computed once and trained on in turn, which makes many epochs "
              "cheap; 0: new crops in every epoch, as published")
@@ -102,9 +111,12 @@ def check_args(args: argparse.Namespace) -> str:
 
 
 def training_of(args: argparse.Namespace) -> linear.Training:
+    lrs = args.lr or [5e-4 if args.finetune else 1e-3]
+    several = max(map(len, (lrs, args.n_last_blocks, args.avgpool_patchtokens))) > 1
     return linear.Training(
-        args.lr or [5e-4 if args.finetune else 1e-3], args.n_last_blocks, args.avgpool_patchtokens, args.epochs,
-        args.views, args.num_labels, args.val_freq, args.seed, args.batch_size_per_gpu, args.num_workers)
+        lrs, args.n_last_blocks, args.avgpool_patchtokens, args.epochs, args.views, args.num_labels, args.val_freq,
+        args.seed, args.batch_size_per_gpu, args.num_workers, args.select_epoch or ("last" if several else "best"),
+        args.interpolation)
 
 
 def recipe_of(args: argparse.Namespace) -> Recipe:

@@ -19,7 +19,9 @@ from protocols.segmentation import evaluate_segmentation, show_segmentation
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = flags.Parser("Zero-shot foreground masks from the class token's attention.")
-    flags.add_dense_flags(parser)
+    network = parser.add_argument_group("network")
+    flags.add_weights_flags(network, precision=False)
+    flags.add_image_size(network)
     add = parser.add_argument_group("data").add_argument
     add("--data_path", default="shapes:200x96",
         help="folder with images/ and masks/, or with JPEGImages/ and SegmentationClass/ (VOC), or drawn images: "

@@ -30,6 +30,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--image_set", default="", help="list in ImageSets/; empty: 2017/val, 2016/val, or every sequence")
     add("--sequences", nargs="+", default=[], metavar="NAME", help="only these of the list, for a trial")
     add("--merge_objects", action="store_true", help="one object per video, as in DAVIS 2016: all objects are merged")
+    flags.add_arithmetic_flag(add, "keeps the aspect ratio of frames to half a patch, resizes them with antialiasing, "
+                                   "and labels them at their own size")
     add("--bs", type=flags.positive_int, default=6, help="frames per batch; lower it if memory runs out")
     add = parser.add_argument_group("propagation", "The defaults are the published ones.").add_argument
     add("--n_last_frames", type=flags.count, default=7,
@@ -54,7 +56,8 @@ def evaluate(args: argparse.Namespace) -> None:
         seed=args.seed, size_flag="--image_size")
     report = evaluate_video_segmentation(
         network, args.data_path, args.resolution, args.image_set, args.sequences, args.merge_objects, args.image_size,
-        args.patch_size, args.n_last_frames, args.size_mask_neighborhood, args.topk, args.bs, args.output_dir)
+        args.patch_size, args.n_last_frames, args.size_mask_neighborhood, args.topk, args.bs, args.output_dir,
+        args.arithmetic)
     if parallel.is_main():
         show_video_segmentation(report)
         print(f"wrote {Path(args.output_dir, 'eval_video_segmentation.json')} and <sequence>/<frame>.png beside it")

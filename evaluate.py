@@ -49,16 +49,17 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--copy_data", default="", help="images and edited copies, as in eval_copy_detection.py; empty: left out")
     add("--retrieval_data", default="",
         help="folder of a retrieval set, as eval_image_retrieval.py wants it: PATH/roxford5k; empty: left out")
-    add = parser.add_argument_group("evaluation").add_argument
+    group = parser.add_argument_group("evaluation")
+    add = group.add_argument
     add("--baselines", action="store_true",
         help="evaluate the untrained network and raw pixels too; triples the time")
-    add("--image_size", type=flags.positive_int, default=480, metavar="PIXELS",
-        help="shorter side of the images for masks and attention sheets; lower it for small images")
+    flags.add_image_size(group)
     add("--linear_epochs", type=flags.positive_int, default=100, help="epochs of the linear classifiers")
     add("--linear_views", type=flags.count, default=4,
         help="random crops per image to train classifiers on; 0: new ones in each epoch, as published, and slower")
     add("--semantic_steps", type=flags.positive_int, default=400,
         help="training steps of the linear layers for --semantic_data; raise it for large data")
+    flags.add_arithmetic_flag(add, "that of every script's --arithmetic own, and bicubic crops for linear classifiers")
     add("--seed", type=flags.seed, default=0, help="of classifiers, of what is held out, of untrained weights")
     parser.add_argument_group("output").add_argument(
         "--output_dir", default="", help="for report.html and report.json; empty: report/ in the weights' folder, or .")
@@ -92,7 +93,8 @@ def run_knn(network: Network, args: argparse.Namespace, folder: Path) -> dict:
 
 def run_linear(network: Network, args: argparse.Namespace, folder: Path) -> dict:
     training = Training(**SWEEP, epochs=args.linear_epochs, views=args.linear_views, seed=args.seed,
-                        batch_size=args.batch_size_per_gpu, num_workers=args.num_workers)
+                        batch_size=args.batch_size_per_gpu, num_workers=args.num_workers,
+                        interpolation="bicubic" if args.arithmetic == flags.OWN else "bilinear")
     return evaluate_linear(network, args.data_path, args.val_data_path, folder, training)
 
 
@@ -107,14 +109,17 @@ PROTOCOLS = (
                                                     num_workers=args.num_workers),
         output_dir=folder, flag="--semantic_data"), show_semantic, overview.semantic_figures),
     Protocol("video segmentation", "video_data", lambda network, args, folder: evaluate_video_segmentation(
-        network, args.video_data, image_size=args.image_size, patch_size=args.patch_size, output_dir=folder / "video"),
-        show_video_segmentation, lambda r: {"J&F": r["results"][0]["J&F"]} if r["results"] else {}),
+        network, args.video_data, image_size=args.image_size or 480, patch_size=args.patch_size,
+        output_dir=folder / "video", arithmetic=args.arithmetic), show_video_segmentation,
+        lambda r: {"J&F": r["results"][0]["J&F"]} if r["results"] else {}),
     Protocol("copy detection", "copy_data", lambda network, args, folder: evaluate_copies(
-        network, args.copy_data, batch_size=args.batch_size_per_gpu, num_workers=args.num_workers, output_dir=folder),
-        show_copies, lambda r: {name: r["results"][0][name] for name in ("mAP", "uAP")} if r["results"] else {}),
+        network, args.copy_data, image_size=network.about["crop_size"], batch_size=args.batch_size_per_gpu,
+        num_workers=args.num_workers, output_dir=folder, arithmetic=args.arithmetic), show_copies,
+        lambda r: {name: r["results"][0][name] for name in ("mAP", "uAP")} if r["results"] else {}),
     Protocol("retrieval", "retrieval_data", lambda network, args, folder: evaluate_retrieval(
         network, str(Path(args.retrieval_data).parent), Path(args.retrieval_data).name, num_workers=args.num_workers,
-        output_dir=folder), show_retrieval, lambda r: {f"mAP, {row['setting']}": row["mAP"] for row in r["results"]}),
+        output_dir=folder, arithmetic=args.arithmetic), show_retrieval,
+        lambda r: {f"mAP, {row['setting']}": row["mAP"] for row in r["results"]}),
 )
 
 
@@ -148,8 +153,8 @@ def check_data(args: argparse.Namespace, in_chans: int) -> list:
 
 def run_all(
     args: argparse.Namespace, networks: Mapping[str, Network], folder: Path
-) -> tuple[list[dict], dict[str, dict], dict[str, str]]:
-    """The table of figures, the reports on this network by protocol, and what was skipped and why."""
+) -> tuple[list[dict], dict[str, dict[str, dict]], dict[str, str]]:
+    """The table of figures, the reports by protocol and network, and what was skipped and why."""
     table, reports, skipped = [], {}, {}
     for protocol in PROTOCOLS:
         if not getattr(args, protocol.data):
@@ -166,8 +171,7 @@ def run_all(
             if parallel.is_main():
                 protocol.show(report)
             figures[name] = protocol.figures(report)
-            if name == NETWORK:
-                reports[protocol.name] = report
+            reports.setdefault(protocol.name, {})[name] = report
         table += [{"protocol": protocol.name, "figure": measure}
                   | {name: figures.get(name, {}).get(measure) for name in networks}
                   for measure in figures.get(NETWORK, {})]
@@ -185,12 +189,14 @@ def evaluate(args: argparse.Namespace) -> None:
     network = networks[NETWORK]
     images = check_data(args, network.info["in_chans"])
     flags.prepare_output(folder)
-    table, reports, skipped = run_all(args, networks, folder)
+    table, all_reports, skipped = run_all(args, networks, folder)
+    reports = {protocol: by_network[NETWORK] for protocol, by_network in all_reports.items() if NETWORK in by_network}
     own = folder / NETWORK.replace(" ", "_")
     parts = knn_features(network, args, own)[0] if "k-NN" in reports else []  # from the cache
     if not parallel.is_main():
         return
-    drawn = overview.draw(folder, network, images, parts, reports.get("k-NN", {}), args.image_size, args.seed, skipped)
+    sweeps = {name: knn["results"] for name, knn in all_reports.get("k-NN", {}).items() if knn["results"]}
+    drawn = overview.draw(folder, network, images, parts, sweeps, args.image_size, args.seed, skipped)
     page = overview.page(network.about, args.data_path, table, reports, skipped, drawn, parts, own / "masks.png")
     (folder / "report.html").write_text(page, encoding="utf-8")
     scores.write_results(folder / "report.json", table, **network.about, skipped=skipped, reports=reports)

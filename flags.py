@@ -14,6 +14,7 @@ import parallel
 from parallel import Refused, Stopped, worker_death
 
 PRESETS = Path(__file__).parent / "presets"
+PUBLISHED, OWN = ARITHMETICS = ("published", "own")  # of an evaluation, see `add_arithmetic_flag`
 
 
 def exit_code(
@@ -253,6 +254,22 @@ def add_dense_flags(parser: argparse._ActionsContainer) -> None:
         "--image_size", type=positive_int, default=480, metavar="PIXELS",
         help="shorter side of the resized image, rounded down to whole patches; the aspect ratio is kept; raise it for "
              "finer results, lower it if memory runs out")
+
+
+def add_arithmetic_flag(add: Callable, own: str) -> None:
+    """Choice between the published script's arithmetic and this project's; `own` says what the latter does."""
+    add("--arithmetic", choices=ARITHMETICS, default=PUBLISHED,
+        help=f"published: computes as the published script does, for figures to compare with the paper's; own: {own} "
+             "(docs/protocols.md)")
+
+
+def add_image_size(parser: argparse._ActionsContainer) -> None:
+    """Size of whole images whose patches are shown or judged; see dense.default_size."""
+    group_of(parser, "network").add_argument(
+        "--image_size", type=count, default=0, metavar="PIXELS",
+        help="shorter side of the resized image; the aspect ratio is kept; 0: 480 for a network trained on crops of "
+             "224 pixels, in proportion for others, and at most twice the images' own; raise it for finer results, "
+             "lower it if memory runs out")
 
 
 def add_launch_flags(parser: argparse._ActionsContainer, workers: bool = True) -> None:

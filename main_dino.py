@@ -31,9 +31,11 @@ from pretraining.health import collapse, health
 from pretraining.logs import Log
 from pretraining.meters import Clock, Meters
 from pretraining.plan import Plan, check_warmups, steps_per_epoch
+from pretraining.published import train_one_epoch  # noqa: F401 - published under this module's name, as the two below
 from pretraining.replay import Method, replay, view_losses
 from pretraining.session import Ends, add_gradients
 from pretraining.state import Run, plain_settings, seed_everything
+from utils import DataAugmentationDINO, DINOLoss  # noqa: F401
 from vision_transformer import DINOHead
 from weights import checkpoints
 
@@ -92,6 +94,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def check_args(args: argparse.Namespace) -> None:
     """Refuses combinations that no single flag's type can see."""
+    options.check_data_path(args.data_path, "main_dino.py @presets/shapes.txt --output_dir output/shapes")
     options.check_crops(
         args.arch, args.patch_size, {name: getattr(args, name) for name in ("global_crops_scale", "local_crops_scale")},
         args.local_crops_number, args.global_crops_size, args.local_crops_size, args.in_chans,
@@ -203,7 +206,7 @@ def pretrain(args: argparse.Namespace) -> int:
         plan = make_plan(args, len(images))
         run = make_run(args, plan, len(images), device)
     return session.carry_out(run, plan, ends, describe(args, run, plan, len(images)),
-                             lambda log: train(args, run, plan, ends, log), args.tensorboard,
+                             lambda log: train(args, run, plan, ends, log), args.extend, args.tensorboard,
                              vars(args) if args.wandb else None)
 
 
@@ -311,9 +314,6 @@ def main(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 1:
-        get_args_parser().error("--data_path: give a folder of images, and --output_dir; for a first trial: python "
-                                "main_dino.py @presets/shapes.txt --output_dir output/shapes; --help lists all flags")
     arguments = get_args_parser().parse_args()
     end = parallel.leave if arguments.parallel == "fsdp" else sys.exit
     end(main(arguments))

@@ -160,6 +160,7 @@ def check_args(args: argparse.Namespace) -> None:
     if args.arch not in VITS:
         raise Refused(f"--arch {args.arch}: masks replace the tokens of a Vision Transformer's patches; choose one of "
                       f"{', '.join(VITS)}, or main_dino.py for other networks")
+    options.check_data_path(args.data_path, "main_dinov2.py @presets/dinov2_shapes.txt --output_dir output/shapes2")
     options.check_crops(
         args.arch, args.patch_size,
         {name: getattr(args, name) for name in ("global_crops_scale", "local_crops_scale", "mask_ratio")},
@@ -353,8 +354,8 @@ def pretrain(args: argparse.Namespace) -> int:
         run = make_run(args, plan, len(images), device)
         teacher = make_teacher(args, run)
     return session.carry_out(run, plan, ends, describe(args, run, plan, len(images)),
-                             lambda log: train(args, run, teacher, plan, ends, log), args.tensorboard,
-                             vars(args) if args.wandb else None)
+                             lambda log: train(args, run, teacher, plan, ends, log), args.extend,
+                             args.tensorboard, vars(args) if args.wandb else None)
 
 
 # ---- The loop ----
@@ -385,8 +386,9 @@ def train(args: argparse.Namespace, run: Run, teacher: nn.Module, plan: Plan, en
         figures, parts = add_gradients(run, student, losses, augmentation.finish, batches, bad_images, clock,
                                        args.grad_accum_steps)
         run.scaler.unscale_(run.optimizer)
-        norms = [utils.clip_gradients(part, args.clip_grad, per_tensor=False) for part in run.student.children()]
-        run.watch.judge(figures, torch.cat(norms))
+        norms = [norm for part in run.student.children()
+                 for norm in utils.clip_gradients(part, args.clip_grad, per_tensor=False)]
+        run.watch.judge(figures, norms)
         run.scaler.step(run.optimizer)
         run.scaler.update()
         run.optimizer.zero_grad(set_to_none=True)
@@ -477,10 +479,6 @@ def main(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 1:
-        get_args_parser().error("--data_path: give a folder of images, and --output_dir; for a first trial: python "
-                                "main_dinov2.py @presets/dinov2_shapes.txt --output_dir output/shapes2; --help lists "
-                                "all flags")
     arguments = get_args_parser().parse_args()
     end = parallel.leave if arguments.parallel == "fsdp" else sys.exit
     end(main(arguments))

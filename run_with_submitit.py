@@ -2,13 +2,16 @@
 
     python run_with_submitit.py --nodes 2 --ngpus 8 --partition gpu --arch vit_small \\
         --data_path /path/to/imagenet/train --output_dir output/vits16
+    python run_with_submitit.py main_dinov2.py @presets/dinov2_vitl16_short.txt --nodes 4 --ngpus 8 --partition gpu ...
 
-Also accepts every flag of main_dino.py, and @presets. `--cluster local --ngpus 2` starts the processes on this host.
+Also accepts every flag of main_dino.py, or of the script named first, and @presets. `--cluster local --ngpus 2` starts
+the processes on this host.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import re
 import signal
@@ -18,16 +21,20 @@ from pathlib import Path
 
 import flags
 import main_dino
+import main_dinov2
 import parallel
 from imagesets.sources import open_images
 from parallel import Refused
-from pretraining.networks import make_backbone
-from weights.backbones import load_weights_into
+from pretraining.faults import TO_BE_CONTINUED
+
+SCRIPTS = {"main_dino.py": main_dino, "main_dinov2.py": main_dinov2}
 
 
-def get_args_parser() -> argparse.ArgumentParser:
-    parser = main_dino.get_args_parser()
-    parser.description = "Pretrain a backbone in a Slurm job. Flags: those of main_dino.py, and the group `job` below."
+def get_args_parser(script: str = "main_dino.py") -> argparse.ArgumentParser:
+    parser = SCRIPTS[script].get_args_parser()
+    parser.description = f"Pretrain a backbone in a Slurm job. Flags: those of {script}, and the group `job` below."
+    parser.add_argument("script", nargs="?", choices=tuple(SCRIPTS), default=script,
+        help="first argument: the script that trains; its flags are accepted")
     add = parser.add_argument_group("job").add_argument
     add("--cluster", choices=("slurm", "local", "debug"), default="slurm",
         help="slurm: submit a job; local: start processes on this host; debug: train in this process")
@@ -62,8 +69,11 @@ def get_args_parser() -> argparse.ArgumentParser:
 class Training:
     """The callable that every process of the job runs, and that submitit requeues."""
 
-    def __init__(self, folder: str) -> None:
+    script = "main_dino.py"  # of jobs that were submitted before there was another one
+
+    def __init__(self, folder: str, script: str) -> None:
         self.folder = folder  # folder of the scripts; the job starts in the folder it was submitted from
+        self.script = script
 
     def __call__(self, args: argparse.Namespace) -> int:
         """Train to the end, or until the run has saved and the job is requeued.
@@ -74,8 +84,7 @@ class Training:
         and submitit's handler is called immediately.
         """
         sys.path.insert(0, self.folder)
-        import main_dino
-
+        script = importlib.import_module(self.script.removesuffix(".py"))
         requeue, warnings = signal.getsignal(signal.SIGUSR2), []
 
         def ask_to_save(number: int, frame) -> None:
@@ -85,11 +94,11 @@ class Training:
         if callable(requeue):
             signal.signal(signal.SIGUSR1, lambda number, frame: requeue(signal.SIGUSR2, frame))
             signal.signal(signal.SIGUSR2, ask_to_save)
-        code = main_dino.main(with_job_number(args))
-        if code == main_dino.TO_BE_CONTINUED and callable(requeue) and (warnings or still_running()):
+        code = script.main(with_job_number(args))
+        if code == TO_BE_CONTINUED and callable(requeue) and (warnings or still_running()):
             requeue(signal.SIGUSR2, None)  # does not return in the first process, and does nothing in the others
-        elif code not in (0, main_dino.TO_BE_CONTINUED):
-            raise RuntimeError(f"main_dino.py ended with exit code {code}: the reason is printed above, or by another "
+        elif code not in (0, TO_BE_CONTINUED):
+            raise RuntimeError(f"{self.script} ended with exit code {code}: the reason is printed above, or by another "
                                "process")
         return code
 
@@ -125,12 +134,13 @@ def still_running() -> bool:
 
 def parse(argv: list[str]) -> list[argparse.Namespace]:
     """The flags of each task of a job array, with %a replaced by its number; without an array, of the only task."""
-    args = get_args_parser().parse_args([word.replace("%a", "0") for word in argv])
+    script = argv[0] if argv and argv[0] in SCRIPTS else "main_dino.py"
+    args = get_args_parser(script).parse_args([word.replace("%a", "0") for word in argv])
     try:
         tasks, _ = array(sbatch_options(args.slurm))
     except Refused as error:
         get_args_parser().error(str(error))
-    return [get_args_parser().parse_args([word.replace("%a", str(i)) for word in argv]) for i in range(tasks)]
+    return [get_args_parser(script).parse_args([word.replace("%a", str(i)) for word in argv]) for i in range(tasks)]
 
 
 def sbatch_options(words: list[str]) -> dict[str, str | bool]:
@@ -166,14 +176,13 @@ def check(args: argparse.Namespace) -> None:
     Raises:
         Refused: a flag is wrong.
     """
-    main_dino.check_args(args)
-    backbone, _ = make_backbone(args.arch, args.patch_size, args.in_chans, args.global_crops_size)
-    if args.init_from:
-        load_weights_into(backbone, args.init_from, flag="--init_from")
+    script = SCRIPTS[args.script]
+    script.check_args(args)
+    script.make_networks(args)
     if args.device != "auto" and parallel.named_device(args.device).index is not None and args.ngpus > 1:
         raise Refused(f"--device {args.device}: --ngpus {args.ngpus} processes would share that GPU; use cuda")
     if args.replay:
-        raise Refused(f"--replay {args.replay}: not possible in a job; run python main_dino.py --replay here")
+        raise Refused(f"--replay {args.replay}: not possible in a job; run python {args.script} --replay here")
     flags.check_folder(args.output_dir)
     if args.job_dir:
         flags.check_folder(args.job_dir, "--job_dir")
@@ -234,7 +243,7 @@ def submit(tasks: list[argparse.Namespace]) -> list:
     args, folders = tasks[0], {os.path.abspath(task.output_dir) for task in tasks}
     check(args)
     for task in tasks[1:]:
-        main_dino.check_args(task)
+        SCRIPTS[task.script].check_args(task)
     if len(folders) < len(tasks) and "%j" not in args.output_dir and array(sbatch_options(args.slurm))[1] > 1:
         raise Refused(f"--output_dir {args.output_dir}: the tasks of the array would write to it at the same time; "
                       "put %a into its name, or run one task at a time with array=0-N%1")
@@ -248,15 +257,15 @@ def submit(tasks: list[argparse.Namespace]) -> list:
         executor = submitit.AutoExecutor(job_dir, args.cluster, **timeouts)
         flags.prepare_output(submitit.core.utils.JobPaths.get_first_id_independent_folder(job_dir), "--job_dir")
         executor.update_parameters(**job_parameters(args))
-        run = Training(str(Path(__file__).resolve().parent))
+        run = Training(str(Path(__file__).resolve().parent), args.script)
         return executor.map_array(run, [training_flags(task) for task in tasks])
     except RuntimeError as error:  # no srun, or sbatch's refusal
         raise Refused(f"--cluster {args.cluster}: {error}") from error
 
 
 def training_flags(args: argparse.Namespace) -> argparse.Namespace:
-    """The flags of main_dino.py, without those of the job; a checkpoint stores only the former."""
-    names = vars(main_dino.get_args_parser().parse_args([]))
+    """The flags of the script, without those of the job; a checkpoint stores only the former."""
+    names = vars(SCRIPTS[args.script].get_args_parser().parse_args([]))
     return argparse.Namespace(**{k: v for k, v in vars(args).items() if k in names})
 
 

@@ -5,6 +5,7 @@ Shapes: B images, G = 2 global and L local crops, V = G + L views, K prototypes,
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import math
 from collections.abc import Sequence
@@ -14,11 +15,13 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.init import trunc_normal_  # noqa: F401 - part of the published utils.py, as LARS and the two below
 
 from method import fused, photometric
-from method.optimizers import LARS, SGD  # noqa: F401 - LARS is part of the published utils.py
+from method.optimizers import LARS, SGD  # noqa: F401
 from method.pairs import class_loss
 from method.photometric import IMAGENET_MEAN, IMAGENET_STD
+from method.pillow import GaussianBlur, Solarization  # noqa: F401
 from method.targets import at_least_float32
 
 # ---- Multi-crop augmentation (section 3.1; appendix "Data augmentations", after BYOL and SwAV) ----
@@ -375,15 +378,16 @@ def build_optimizer(name: str, model: nn.Module) -> torch.optim.Optimizer:
 
 
 @torch.no_grad()
-def clip_gradients(model: nn.Module, clip: float, per_tensor: bool = True) -> Tensor:
+def clip_gradients(model: nn.Module, clip: float, per_tensor: bool = True) -> list[Tensor]:
     """Clip the L2 norm of each parameter's gradient to `clip`, as DINO does, or with per_tensor=False the total norm.
 
     Returns:
-        The norms before clipping, (number of gradients,), on the device (no synchronization). clip = 0 only measures.
+        The norms before clipping, a scalar on the device for each gradient (no synchronization). clip = 0 only
+        measures.
     """
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     if not grads:
-        return torch.zeros(0)
+        return []
     parts = [local_part(g) for g in grads]
     norms = torch.stack(torch._foreach_norm(parts))
     if any(part is not g for part, g in zip(parts, grads, strict=True)):  # sharded over the processes
@@ -394,7 +398,7 @@ def clip_gradients(model: nn.Module, clip: float, per_tensor: bool = True) -> Te
         reference = norms if per_tensor else torch.linalg.vector_norm(norms).expand_as(norms)
         factors = (clip / (reference + 1e-6)).clamp(max=1.0)
         torch._foreach_mul_(parts, list(factors.unbind()))
-    return norms
+    return list(norms.unbind())
 
 
 def local_part(x: Tensor) -> Tensor:
@@ -408,3 +412,24 @@ def cancel_gradients_last_layer(epoch: int, model: nn.Module, freeze_last_layer:
         for name, param in model.named_parameters():
             if "last_layer" in name:
                 param.grad = None
+
+
+# ---- Names of the published utils.py that stand on rooms below this file ----
+
+ELSEWHERE = {
+    "bool_flag": "flags.boolean", "get_rank": "parallel.rank", "get_world_size": "parallel.world_size",
+    "is_main_process": "parallel.is_main",
+    **{name: f"pretraining.published.{name}" for name in (
+        "fix_random_seeds", "has_batchnorms", "init_distributed_mode", "restart_from_checkpoint", "MetricLogger",
+        "SmoothedValue")},
+    **{name: f"protocols.published.{name}" for name in (
+        "load_pretrained_weights", "PCA", "compute_map", "multi_scale")},
+}
+
+
+def __getattr__(name: str) -> object:
+    """Imports a name of ELSEWHERE when code written for the published utils.py asks for it; this project never does."""
+    if name not in ELSEWHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, _, attribute = ELSEWHERE[name].rpartition(".")
+    return getattr(importlib.import_module(module), attribute)

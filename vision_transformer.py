@@ -155,13 +155,21 @@ class LayerScale(nn.Module):
 
 
 class Mlp(nn.Module):
-    """fc2(GELU(fc1(x))); with `norm`, fc2(GELU(fc1(norm(x))))."""
+    """fc2(act(fc1(x))); with `norm`, fc2(act(fc1(norm(x)))). Widths that are not given are `in_features`."""
 
-    def __init__(self, in_features: int, hidden_features: int, drop: float = 0.0) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int | None = None,
+        out_features: int | None = None,
+        act_layer: Callable[[], nn.Module] = nn.GELU,
+        drop: float = 0.0,
+    ) -> None:
         super().__init__()
+        hidden_features = hidden_features or in_features
         self.fc1 = nn.Linear(in_features, hidden_features)
-        self.act = nn.GELU()
-        self.fc2 = nn.Linear(hidden_features, in_features)
+        self.act = act_layer()
+        self.fc2 = nn.Linear(hidden_features, out_features or in_features)
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor, norm: nn.Module | None = None) -> Tensor:
@@ -280,6 +288,7 @@ class Block(nn.Module):
         drop: float = 0.0,
         attn_drop: float = 0.0,
         drop_path: float = 0.0,
+        act_layer: Callable[[], nn.Module] = nn.GELU,
         norm_layer: Callable[[int], nn.Module] = nn.LayerNorm,
         init_values: float | None = None,
         ffn_layer: str = "mlp",
@@ -291,7 +300,8 @@ class Block(nn.Module):
         self.ls1 = LayerScale(dim, init_values) if init_values else nn.Identity()
         self.drop_path = DropPath(drop_path, drop_path_subset) if drop_path > 0 else nn.Identity()
         self.norm2 = norm_layer(dim)
-        self.mlp = FFN_LAYERS[ffn_layer](dim, int(dim * mlp_ratio), drop)
+        options = {"act_layer": act_layer} if FFN_LAYERS[ffn_layer] is Mlp else {}
+        self.mlp = FFN_LAYERS[ffn_layer](dim, int(dim * mlp_ratio), drop=drop, **options)
         self.ls2 = LayerScale(dim, init_values) if init_values else nn.Identity()
 
     def forward(
@@ -467,8 +477,9 @@ class VisionTransformer(nn.Module):
         self.pos_drop = nn.Dropout(drop_rate)
         self.blocks = nn.ModuleList(
             Block(embed_dim, num_heads, mlp_ratio, qkv_bias, qk_scale, drop_rate, attn_drop_rate,
-                  drop_path_rate if drop_path_uniform else drop_path_rate * i / max(depth - 1, 1), norm_layer,
-                  init_values, ffn_layer, drop_path_subset)
+                  drop_path_rate if drop_path_uniform else drop_path_rate * i / max(depth - 1, 1),
+                  norm_layer=norm_layer, init_values=init_values, ffn_layer=ffn_layer,
+                  drop_path_subset=drop_path_subset)
             for i in range(depth)
         )
         self.norm = norm_layer(embed_dim)

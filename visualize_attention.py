@@ -28,13 +28,21 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--images", help="folder or list of images, or shapes:COUNT; draws a sheet with a row per image")
     add("--max_images", type=flags.positive_int, default=16,
         help="rows of the sheet; of a larger set, evenly spaced images are drawn")
-    add("--video", help="video file, or folder of frames in the order of their numbers")
+    add("--video", "--input_path",
+        help="video file, or folder of frames in the order of their numbers; flags and files of the published "
+             "video_generation.py, and attention.mp4 with the frames beside their maps")
+    add("--video_only", action="store_true",
+        help="only make video.mp4 of the images in the folder --video, such as attention/; needs no weights")
+    add("--video_format", choices=sorted(attention_video.CODECS, reverse=True), default="mp4",
+        help="of the videos that are written; avi for players that lack H.264")
     add("--fps", type=flags.positive,
-        help="frames per second of the video that is written; default: the source's, "
+        help="frames per second of the videos that are written; default: the source's, "
              f"{attention_video.DEFAULT_FPS:g} for a folder of frames")
-    add("--image_size", type=flags.positive_int, nargs="+", default=[480], metavar="PIXELS",
+    add("--image_size", "--resize", type=flags.positive_int, nargs="+", default=[], metavar="PIXELS",
         help="one number: shorter side, the aspect ratio is kept; two: exact height and width; raise it for finer "
-             "maps, lower it to save memory")
+             "maps, lower it to save memory. Default: 480 480 for one image, whatever its proportions, and a video's "
+             "own size, both as published; for --images 480 on the shorter side for a network trained on crops of 224 "
+             "pixels, in proportion for others")
     add = parser.add_argument_group("figures").add_argument
     add("--layer", type=int, default=-1,
         help="block whose attention is drawn, from 0; negative ones count from the last")
@@ -45,7 +53,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--point", type=flags.non_negative, nargs=2, metavar=("X", "Y"),
         help="also draw every patch's similarity to the one at this pixel of the image (of a video's first frame, and "
              "followed from there)")
-    parser.add_argument_group("output").add_argument("--output_dir", default=".", help="folder for the figures")
+    parser.add_argument_group("output").add_argument(
+        "--output_dir", "--output_path", default=".", help="folder for the figures")
     parser.add_argument_group("hardware").add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     return parser
 
@@ -56,21 +65,27 @@ def check_args(args: argparse.Namespace) -> None:
         raise Refused(f"--{given[0]} and --{given[1]}: give one of them")
     if args.images is not None and args.point:
         raise Refused("--point with --images: a point belongs to one image; use --image_path or --video")
+    if args.video_only and args.video is None:
+        raise Refused("--video_only: makes a video of a folder of images; give the folder to --video")
     flags.check_folder(args.output_dir)
 
 
 def visualize(args: argparse.Namespace) -> None:
     """Draw what the flags ask for. Raises Refused for bad input."""
     check_args(args)
+    if args.video_only:
+        attention_video.make_video(args.video, args.output_dir, args.fps, args.video_format)
+        return
     network = features.load_network(
         args.pretrained_weights, args.arch, args.patch_size, args.checkpoint_key, parallel.pick_device(args.device),
-        min(args.image_size), size_flag="--image_size")
+        min(args.image_size, default=0), size_flag="--image_size")
     dense.check_attention(network, args.image_size, args.layer)
     in_chans = network.info["in_chans"]
     settings = {"image_size": args.image_size, "output_dir": args.output_dir, "layer": args.layer,
                 "threshold": args.threshold, "pca": args.pca}
     if args.video is not None:
-        attention_video.draw_video(network, args.video, fps=args.fps, point=args.point, **settings)
+        attention_video.draw_video(
+            network, args.video, fps=args.fps, video_format=args.video_format, point=args.point, **settings)
     elif args.images is not None:
         images = sources.open_images(args.images, in_chans=in_chans, flag="--images")
         attention.draw_sheets(

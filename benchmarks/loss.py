@@ -1,6 +1,9 @@
-"""The loss alone, forward and backward, with K = 65,536 and ten crops: `ours`, the double loop of naive.py, and the
-same algebra (logsumexp and inner products) differentiated by autograd, on all logits at once and in ours' parts, each
-of which torch.utils.checkpoint recomputes.
+"""The losses alone, targets, forward and backward, with K = 65,536.
+
+Class tokens of ten crops (DINO): `ours`, the double loop of naive.py, and the same algebra (logsumexp and inner
+products) differentiated by autograd, on all logits at once and in ours' parts, each of which torch.utils.checkpoint
+recomputes. Masked patches (iBOT, with Sinkhorn-Knopp, as many as 16 x 16 patches have at DINOv2's mask ratios): `ours`,
+and the algorithms as the papers have them, on all logits at once.
 
     python benchmarks/loss.py                                            # 8 images, float32 logits
     python benchmarks/loss.py --device cuda --precision bf16 --batch 128
@@ -17,9 +20,12 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import utils
+from method.ibot import patch_loss
+from method.sinkhorn import sinkhorn_knopp
 from method.targets import PART
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+MASKED = 0.5 * 0.3  # half of the global crops are masked, 0.1 to 0.5 of their patches
 WORST = {"fp32": 1e-4, "bf16": 2e-2}  # tolerated difference of gradients, relative to the largest gradient
 
 
@@ -42,7 +48,20 @@ def in_parts(s: torch.Tensor, t: torch.Tensor, center: torch.Tensor, crops: int)
     return torch.stack(losses).sum() / s.shape[1]
 
 
-def variants(crops: int, k: int, device: str) -> dict:
+def naive_patch_loss(s: torch.Tensor, t: torch.Tensor, weights: torch.Tensor, crops: int) -> torch.Tensor:
+    """- sum_j w_j <q_j, log p_j> / crops, with q of Sinkhorn-Knopp; normal scores do not overflow at 0.07."""
+    with torch.no_grad():
+        q = (t.float() / 0.07).exp().T
+        k, n = q.shape
+        q /= q.sum()
+        for _ in range(3):
+            q /= q.sum(1, keepdim=True) * k
+            q /= q.sum(0, keepdim=True) * n
+        q = (q * n).T
+    return -(weights * (q * (s.float() / 0.1).log_softmax(-1)).sum(-1)).sum() / crops
+
+
+def class_variants(crops: int, k: int, device: str) -> dict:
     loss = utils.DINOLoss(k, crops, 0.04, 0.04, 0, 1).to(device)
     return {
         "naive": lambda s, t: naive.dino_loss(s.chunk(crops), t.chunk(2), loss.center),
@@ -61,11 +80,19 @@ def agree(results: dict, precision: str) -> None:
             raise SystemExit(f"the variants differ: losses {loss} and {other}, gradients by {worst:.2g} of the largest")
 
 
-def measure(args) -> dict:
-    crops, dtype = 2 + args.local, PRECISIONS[args.precision]
-    student = (3 * torch.randn(crops * args.batch, args.out_dim, device=args.device)).to(dtype).requires_grad_()
-    teacher = torch.randn(2 * args.batch, args.out_dim, device=args.device).to(dtype)
-    functions, results, counted = variants(crops, args.out_dim, args.device), {}, {}
+def patch_variants(patches: int, crops: int, device: str) -> dict:
+    weights = torch.rand(patches, device=device)
+    return {
+        "naive": lambda s, t: naive_patch_loss(s, t, weights, crops),
+        "ours": lambda s, t: patch_loss(s, sinkhorn_knopp(t, 0.07), weights, crops),
+    }
+
+
+def measure(args, title: str, functions: dict, rows: int, teacher_rows: int) -> dict:
+    dtype = PRECISIONS[args.precision]
+    student = (3 * torch.randn(rows, args.out_dim, device=args.device)).to(dtype).requires_grad_()
+    teacher = torch.randn(teacher_rows, args.out_dim, device=args.device).to(dtype)
+    results, counted = {}, {}
     for name, function in functions.items():
         kept = bench.kept_bytes(lambda function=function: function(student, teacher))
         student.grad = None
@@ -84,13 +111,13 @@ def measure(args) -> dict:
         functions[name](student, teacher).backward()
 
     times = bench.in_turns({n: (lambda n=n: run(n)) for n in functions}, args.rounds, args.device)
-    rows = {n: row | counted[n] for n, row in bench.summary(times, "naive").items()}
+    table = {n: row | counted[n] for n, row in bench.summary(times, "naive").items()}
     logits = student.numel() * student.element_size()
-    print(f"{args.batch} images, {crops} crops, K {args.out_dim}: the student's logits are {logits / 1e6:.0f} MB")
+    print(f"{title}, {args.batch} images, K {args.out_dim}: the student's logits are {logits / 1e6:.0f} MB")
     bench.table([*bench.TIMES, "kept MB", "peak MB"],
                 [[*cells, row["kept"] / 1e6, row["peak"] and row["peak"] / 1e6]
-                 for cells, row in zip(bench.time_rows(rows), rows.values(), strict=True)])
-    return rows
+                 for cells, row in zip(bench.time_rows(table), table.values(), strict=True)])
+    return table
 
 
 def get_args_parser():
@@ -107,7 +134,13 @@ def main(args) -> int:
         args.batch, args.local, args.out_dim, args.rounds = 2, 2, 64, 1
     torch.manual_seed(0)
     bench.header(f"loss, {args.precision} logits", args.device)
-    bench.record(args, "loss", variants=measure(args))
+    crops, patches = 2 + args.local, max(1, int(2 * args.batch * MASKED * 256))
+    bench.record(
+        args, "loss",
+        variants=measure(args, f"class tokens of {crops} crops", class_variants(crops, args.out_dim, args.device),
+                         crops * args.batch, 2 * args.batch),
+        patches=measure(args, f"{patches} masked patches", patch_variants(patches, 2 * args.batch, args.device),
+                        patches, patches))
     return 0
 
 

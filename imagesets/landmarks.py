@@ -39,8 +39,10 @@ class Cropped:
         return image
 
 
-def open_landmarks(data_path: str, dataset: str, in_chans: int) -> tuple[GroundTruth, Cropped, Cropped]:
-    """Ground truth, database images and queries.
+def open_landmarks(
+    data_path: str, dataset: str, in_chans: int, crop_queries: bool = True
+) -> tuple[GroundTruth, Cropped, Cropped]:
+    """Ground truth, database images and queries, which are cropped to their boxes or left whole.
 
     Raises:
         Refused: no ground truth, or images of it are missing.
@@ -61,4 +63,5 @@ def open_landmarks(data_path: str, dataset: str, in_chans: int) -> tuple[GroundT
         return Cropped(open_files(folder / "jpg", [f"{name}.jpg" for name in names], in_chans), boxes)
 
     database = open_images(truth.database, [None] * len(truth.database))
-    return truth, database, open_images([q.name for q in truth.queries], [q.box for q in truth.queries])
+    return truth, database, open_images(
+        [q.name for q in truth.queries], [q.box if crop_queries else None for q in truth.queries])

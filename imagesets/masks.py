@@ -113,9 +113,11 @@ def check_size(image: Path, mask: Path, where: str) -> None:
 
 
 class MaskedImages(NamedTuple):
-    """Item i: its name, and load(i) -> (image uint8 (C, height, width), foreground, ignored pixels)."""
+    """Item i: its name, its (height, width), and load(i) -> (image uint8 (C, height, width), foreground, ignored
+    pixels)."""
 
     names: list[str]
+    sizes: list[tuple[int, int]]
     load: Callable[[int], tuple[Tensor, np.ndarray, np.ndarray]]
     notes: list[str]
 
@@ -143,7 +145,8 @@ def open_masked(data_path: str, in_chans: int = 3, flag: str = "--data_path") ->
     if is_drawn(data_path):
         drawn = sources.open_images(data_path, in_chans=in_chans, flag=flag)
         held_out = sources.Shapes(sources.VAL_START, len(drawn), drawn.size, in_chans)
-        return MaskedImages([held_out.name(i) for i in range(len(drawn))], partial(load_drawn, held_out), [])
+        names, sizes = [held_out.name(i) for i in range(len(drawn))], [(drawn.size, drawn.size)] * len(drawn)
+        return MaskedImages(names, sizes, partial(load_drawn, held_out), [])
     folder = Path(os.path.expanduser(data_path))
     layout = next((names for names in LAYOUTS if all((folder / name).is_dir() for name in names)), None)
     if layout is None:
@@ -151,9 +154,13 @@ def open_masked(data_path: str, in_chans: int = 3, flag: str = "--data_path") ->
                       "shapes[:COUNT[xPIXELS]]")
     voc = layout != LAYOUTS[0]
     pairs, notes = pair(where, folder, layout, folder / VOC_LIST if voc else None, decode.suffixes(in_chans))
+    shown, sizes = [], []
     for image, mask in pairs:
         check_size(image, mask, where)
-    shown = [(image, mask) for image, mask in pairs if read_foreground(mask, voc)[0].any()]
+        foreground, _ = read_foreground(mask, voc)
+        if foreground.any():
+            shown.append((image, mask))
+            sizes.append(foreground.shape)
     if not shown:
         raise Refused(f"{where}: every mask is empty; give images with a foreground")
     if empty := len(pairs) - len(shown):
@@ -163,7 +170,7 @@ def open_masked(data_path: str, in_chans: int = 3, flag: str = "--data_path") ->
         image, mask = shown[i]
         return read_image(image, in_chans, where), *read_foreground(mask, voc)
 
-    return MaskedImages([str(image) for image, _ in shown], load, notes)
+    return MaskedImages([str(image) for image, _ in shown], sizes, load, notes)
 
 
 def pair(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -44,17 +44,27 @@ class LARS(SGD):
     """Layer-wise adaptive rate scaling (You et al. 2017), with momentum.
 
     d of a matrix is scaled by eta |p| / |d|. For vectors (biases, norms), d is the gradient, without weight decay.
+
+    Args:
+        weight_decay_filter, lars_adaptation_filter: functions of a parameter; where they are true, it gets no weight
+            decay, or its d is not scaled, like a vector.
     """
 
+    filters: tuple[Callable | None, ...] = (None, None)  # not kept in copies and checkpoints
+
     def __init__(
-        self, params: Iterable, lr: float = 0, weight_decay: float = 0, momentum: float = 0.9, eta: float = 0.001
+        self, params: Iterable, lr: float = 0, weight_decay: float = 0, momentum: float = 0.9, eta: float = 0.001,
+        weight_decay_filter: Callable[[Tensor], bool] | None = None,
+        lars_adaptation_filter: Callable[[Tensor], bool] | None = None,
     ) -> None:
         defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "eta": eta}
         torch.optim.Optimizer.__init__(self, params, defaults)
+        self.filters = weight_decay_filter, lars_adaptation_filter
 
     def direction(self, p: Tensor, group: dict) -> Tensor:
-        if p.ndim == 1:
-            return p.grad
-        d = super().direction(p, group)
+        undecayed, unscaled = (p.ndim == 1 or bool(spares and spares(p)) for spares in self.filters)
+        d = p.grad if undecayed else super().direction(p, group)
+        if unscaled:
+            return d
         p_norm, d_norm = torch.linalg.vector_norm(p), torch.linalg.vector_norm(d)
         return d * torch.where((p_norm > 0) & (d_norm > 0), group["eta"] * p_norm / d_norm, 1.0)

@@ -80,14 +80,17 @@ def open_evaluation(
     """The k-NN evaluation on the data set at `path`, the value of `flag`.
 
     Raises:
-        Refused: there is no train or val part, or one of them has no labels.
+        Refused: there is no train or val part, one of them has no labels, or they have no class in common.
     """
-    parts = tuple(open_images(path, part, in_chans, max_pixels, flag) for part in ("train", "val"))
-    for images, part in zip(parts, ("train", "val"), strict=True):
-        if images.labels is None:
-            raise Refused(f"{flag} {path}: its {part} part has no labels; --eval_knn_every needs train/ and val/ "
-                          "folders of class folders")
-    # Match classes by name: a part may lack some of them.
-    train, val = match_classes(*(Part(torch.empty(0), images.labels, images.classes) for images in parts))
+    try:
+        parts = tuple(open_images(path, part, in_chans, max_pixels, flag) for part in ("train", "val"))
+        for images, part in zip(parts, ("train", "val"), strict=True):
+            if images.labels is None:
+                raise Refused(f"{flag} {path}: its {part} part has no labels")
+        # Match classes by name: a part may lack some of them.
+        train, val = match_classes(*(Part(torch.empty(0), images.labels, images.classes) for images in parts), flag)
+    except Refused as error:
+        raise Refused(f"{error}; evaluation during training needs train/ and val/ folders of class folders: name them "
+                      "with --eval_data_path, or give --eval_knn_every 0 to train without it") from error
     return KnnEvaluation(parts, (train.labels, val.labels), len(train.classes), crop_size, mean, std, batch_size,
                          num_workers, device)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -81,15 +81,15 @@ class Watch:
         # No copy is needed: updates replace the centre, and never change it in place.
         self.beginnings[step] = Beginning(torch_rng(self.device), self.dino_loss.state_dict())
 
-    def judge(self, losses: Mapping[str, Tensor], grad_norms: Tensor) -> None:
+    def judge(self, losses: Mapping[str, Tensor], grad_norms: Sequence[Tensor]) -> None:
         """Test the current step, before its update. Gradients are ignored with a gradient scaler, which handles them.
 
         Args:
             losses: the loss and its terms, scalars.
         """
         bad = ~torch.isfinite(losses["loss"].detach())
-        if not self.scaled:
-            bad = bad | ~torch.isfinite(grad_norms).all()
+        if not self.scaled and len(grad_norms):
+            bad = bad | ~torch.isfinite(torch.stack(list(grad_norms))).all()
         now = bad & (self.first < 0)
         self.first = torch.where(now, self.step, self.first)
         self.losses = {name: torch.where(now, value.detach().float(), self.losses.get(name, 0.0))

@@ -30,17 +30,17 @@ class Log:
     """
 
     def __init__(
-        self, folder: Path, first_epoch: int, first_step: int, steps: int, tensorboard: bool = False,
-        wandb_config: dict | None = None,
+        self, folder: Path, first_step: int, steps: int, *, tensorboard: bool = False, wandb_config: dict | None = None
     ) -> None:
-        """`first_epoch` and `first_step`: where the run starts or resumes. `wandb_config`: sent to W&B; None: off."""
+        """`first_step`: where the run starts or resumes. `wandb_config`: sent to W&B; None: off."""
         self.folder = folder
         self.writer = self.wandb = None
         if not parallel.is_main():
             return
         self.lines = Lines(steps)
-        for name, key, first in (("log.txt", "epoch", first_epoch), ("log_steps.txt", "step", first_step)):
-            drop_lines_from(self.folder / name, key, first)
+        # A line of log.txt holds the number of steps done, one of log_steps.txt the number of its step, from 0.
+        for name, first in (("log.txt", first_step + 1), ("log_steps.txt", first_step)):
+            drop_lines_from(self.folder / name, first)
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -120,11 +120,11 @@ def start_wandb(folder: Path, config: dict):
     return run
 
 
-def drop_lines_from(path: Path, key: str, first: int) -> None:
-    """Remove lines with `key` >= `first`, which a killed run wrote after its last checkpoint and will write again."""
+def drop_lines_from(path: Path, first: int) -> None:
+    """Remove lines with "step" >= `first`, which a killed run wrote after its last checkpoint and will write again."""
     def kept(line: str) -> bool:
         try:
-            return json.loads(line)[key] < first
+            return json.loads(line)["step"] < first
         except (ValueError, KeyError, TypeError):  # truncated, or not a line of a run
             return False
 

@@ -49,7 +49,7 @@ def add_crop_flags(
 
 def add_data_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("data").add_argument
-    add("--data_path", default="shapes",
+    add("--data_path", default="",
         help="folder of images, with or without class folders; a .txt list; shards-{000..099}.tar; hf:FOLDER; "
              "torchvision:CIFAR10; shapes[:COUNT[xPIXELS]], drawn images (docs/data.md)")
     add("--max_pixels", type=flags.positive_int, default=MAX_PIXELS,
@@ -65,6 +65,9 @@ def add_output_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("output").add_argument
     add("--output_dir", default=".",
         help="folder for checkpoints and logs; a run that finds its own checkpoint there resumes")
+    add("--extend", action="store_true",
+        help="continue the run in --output_dir with a larger --epochs or --steps, or on more images: weights, "
+             "optimizer and centre are kept, the schedules from here on are those of the longer run")
     add("--saveckp_freq", type=flags.count, default=20, help="epochs between checkpoints that are kept; 0: none")
     add("--saveckp_every_steps", type=flags.count, default=0,
         help="steps between checkpoints to resume from, for long epochs; 0: at the end of epochs only")
@@ -100,6 +103,13 @@ def add_hardware_flags(parser: argparse.ArgumentParser) -> None:
 
 
 # ---- Checks ----
+
+
+def check_data_path(data_path: str, first_trial: str) -> None:
+    """Args: first_trial: a command that works without images of one's own."""
+    if not data_path:
+        raise Refused("--data_path '': give a folder of images, and --output_dir; for a first trial: python "
+                      f"{first_trial}; --help lists all flags")
 
 
 def check_crops(

@@ -70,18 +70,17 @@ def description(
 
 
 def carry_out(
-    run: Run, plan: Plan, ends: Ends, description: str, train: Callable[[Log], bool], tensorboard: bool = False,
-    wandb_config: Mapping | None = None,
+    run: Run, plan: Plan, ends: Ends, description: str, train: Callable[[Log], bool], extend: bool = False,
+    tensorboard: bool = False, wandb_config: Mapping | None = None,
 ) -> int:
     """Resume if there is something to resume, train, and return the exit code.
 
     Args:
         description: printed first.
+        extend: the run may be longer than the checkpoint's, or on more images.
         train: trains from `run.step` to the end and returns True, or False if a signal ended it early.
     """
-    latest = checkpoints.read_latest(run.folder)
-    if latest:
-        run.check_resumable(*latest)
+    latest = run.find_checkpoint(extend)
     flags.prepare_output(run.folder)
     with owned(run.folder):
         if parallel.is_main():
@@ -92,11 +91,11 @@ def carry_out(
             name = "start" if run.settings["init_from"] else "untrained"
             knn |= ends.evaluation.baselines(run.teacher_backbone(), run.autocast(), name)
         if latest:
-            parallel.say(f"resuming from {latest[1]} at step {latest[0]['step']} of {plan.steps}")
             run.resume(*latest)
+            parallel.say(f"resuming from {latest[1]} at step {run.step} of {plan.steps}")
         run.knn = knn
         del latest  # its memory
-        log = Log(run.folder, run.epoch, run.step, plan.steps, tensorboard, wandb_config)
+        log = Log(run.folder, run.step, plan.steps, tensorboard=tensorboard, wandb_config=wandb_config)
         try:
             finished = train(log)
         finally:

@@ -23,8 +23,10 @@ FREE_FLAGS = {
     "data_path", "output_dir", "saveckp_freq", "saveckp_every_steps", "saveckp_every_minutes", "keep_checkpoints",
     "eval_knn_every", "eval_data_path", "log_every", "pictures_every", "tensorboard", "wandb", "device",
     "num_workers", "dist_url", "dist_timeout", "local_rank", "compile", "grad_checkpointing", "max_bad_images",
-    "init_from", "batch_size_per_gpu", "grad_accum_steps", "world_size", "replay", "max_pixels", "parallel",
+    "init_from", "batch_size_per_gpu", "grad_accum_steps", "world_size", "replay", "max_pixels", "parallel", "extend",
 }
+
+LENGTH = {"epochs", "steps", "images"}  # what a run may change with --extend: its length and its images
 
 NEEDED = {
     "student", "teacher", "optimizer", "fp16_scaler", "dino_loss", "step", "precision", "args", "rng", "meters", "knn",
@@ -59,7 +61,9 @@ class Run:
         self.dtype = dtype
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
 
-    def watch_steps(self, plan: Plan, load: Callable[[int, int], Iterable[dict]], script: str = "main_dino.py") -> None:
+    def watch_steps(
+        self, plan: Plan, load: Callable[[int, int], Iterable[dict]], script: str = "main_dino.py"
+    ) -> None:
         """Watch for steps that are not finite. `load`: (first, last) -> the micro-batches of these steps."""
         about = {"args": self.settings, "dtype": str(self.dtype), "epochs": plan.epochs,
                  "steps_per_epoch": plan.steps_per_epoch}
@@ -67,7 +71,8 @@ class Run:
             about["teacher_temp"] = torch.from_numpy(plan.teacher_temp)
         optimizer = None if self.scaler.is_enabled() else self.optimizer
         self.watch = failures.Watch(self.student, self.teacher, self.dino_loss, optimizer, plan.momentum,
-                                    lambda step: load(step, step + 1), about, self.folder / failures.NAME, self.device)
+                                    lambda step: load(step, step + 1), about, self.folder / failures.NAME, self.device,
+                                    script)
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
@@ -118,19 +123,66 @@ class Run:
         self.last_saved = names[-1]
         parallel.barrier()
 
-    def check_resumable(self, state: Mapping, path: Path) -> None:
+    def find_checkpoint(self, extend: bool = False) -> tuple[dict, Path] | None:
+        """The checkpoint in the run's folder to `resume` from, and its path; None if there is none.
+
+        Args:
+            extend: the run may be longer than the checkpoint's, or on more images.
+
+        Raises:
+            Refused: the checkpoint is of another run, or unreadable; with `extend` also if there is none.
+        """
+        latest = checkpoints.read_latest(self.folder)
+        if latest:
+            self.check_resumable(*latest, extend)
+        elif extend:
+            raise Refused(f"--extend: no {checkpoints.NAME} in --output_dir {self.folder} to continue; leave --extend "
+                          "out to start a run")
+        return latest
+
+    def check_resumable(self, state: Mapping, path: Path, extend: bool = False) -> None:
         """Raise Refused if this run can't continue from the checkpoint `state`, read from `path`."""
         if not NEEDED <= state.keys():
             raise Refused(f"--output_dir {path.parent}: {path.name} lacks state that a resume needs; to start "
                           f"from its weights, give --init_from {path} and another folder")
-        changed = [f"{k} {state['args'].get(k)} -> {v}" for k, v in self.settings.items()
-                   if k not in FREE_FLAGS and state["args"].get(k) != v]
-        if changed:
-            raise Refused(f"--output_dir {path.parent}: {path.name} belongs to a run with different hyperparameters "
-                          f"({', '.join(changed)}); choose another folder, or the same flags to resume")
+        changed = self.changed(state)
+        if not changed or extend and changed.keys() <= LENGTH:
+            self.check_extension(state, changed)
+            return
+        shown = ", ".join(f"{k} {old} -> {new}" for k, (old, new) in changed.items())
+        remedy = "choose another folder, or the same flags to resume"
+        if changed.keys() <= LENGTH:
+            remedy += "; to continue that run for longer or on more images, add --extend"
+        raise Refused(f"--output_dir {path.parent}: {path.name} belongs to a run with different hyperparameters "
+                      f"({shown}); {remedy}")
+
+    def changed(self, state: Mapping) -> dict[str, tuple]:
+        """{flag: (the checkpoint's value, this run's)} of the flags that determine what a run computes."""
+        return {k: (state["args"].get(k), v) for k, v in self.settings.items()
+                if k not in FREE_FLAGS and state["args"].get(k) != v}
+
+    def check_extension(self, state: Mapping, changed: Mapping[str, tuple]) -> None:
+        """Raise Refused if the run that `changed` describes is not longer, or has fewer images for each epoch."""
+        if not changed:
+            return
+        if steps_per_epoch_of(state) > self.steps_per_epoch:
+            raise Refused(f"--extend: {self.settings['images']} images are fewer than the {state['args']['images']} so "
+                          "far; give all of them, or start another run with --init_from")
+        steps = self.settings["steps"] or self.settings["epochs"] * self.steps_per_epoch
+        if steps <= self.step_after(state):
+            flag = "steps" if self.settings["steps"] else "epochs"
+            done = self.step_after(state) / (1 if flag == "steps" else self.steps_per_epoch)
+            raise Refused(f"--extend: --{flag} {self.settings[flag]} is not more than the {done:g} done; raise it")
+
+    def step_after(self, state: Mapping) -> int:
+        """The step at which this run continues: as many epochs, of its own images, as the checkpoint's run has done."""
+        before = steps_per_epoch_of(state)
+        if before == self.steps_per_epoch:
+            return state["step"]
+        return round(state["step"] * self.steps_per_epoch / before)
 
     def resume(self, state: Mapping, path: Path) -> None:
-        """Load a checkpoint's state, which `check_resumable` has accepted."""
+        """Load a checkpoint's state, which `find_checkpoint` has accepted."""
         sharding.load(self.student, state["student"])
         sharding.load(self.teacher, state["teacher"])
         sharding.load_optimizer(self.optimizer, state["optimizer"])
@@ -138,7 +190,7 @@ class Run:
         if self.settings["precision"] == "auto":  # keep the precision, even if this hardware would choose another one
             self.set_precision(dtype_named(state["precision"]))
         self.scaler.load_state_dict(state["fp16_scaler"])
-        self.knn, self.step, self.last_saved = dict(state["knn"]), state["step"], path.name
+        self.knn, self.step, self.last_saved = dict(state["knn"]), self.step_after(state), path.name
         if len(state["rng"]) == parallel.world_size():
             checkpoints.set_rng_state(state["rng"][parallel.rank()], self.device)
             self.meters.load_state_dict(state["meters"][parallel.rank()], self.device)
@@ -147,6 +199,26 @@ class Run:
             self.meters.load_state_dict(averaged(state["meters"]), self.device)
             parallel.say(f"{len(state['rng'])} -> {parallel.world_size()} processes: equal up to rounding, not bit by "
                          "bit, and stochastic depth draws other random numbers")
+        if changed := self.changed(state):
+            self.say_extended(state, changed)
+
+    def say_extended(self, state: Mapping, changed: Mapping[str, tuple]) -> None:
+        shown = ", ".join(f"{k} {old} -> {new}" for k, (old, new) in changed.items())
+        counted = "" if self.step == state["step"] else (
+            f"; after {state['step'] / steps_per_epoch_of(state):.4g} epochs, step {state['step']} is now counted as "
+            f"step {self.step}")
+        if counted:
+            self.meters = Meters()  # of an epoch of other images
+        parallel.say(
+            f"--extend: {shown}{counted}. Weights, optimizer and centre continue; learning rate, weight decay, teacher "
+            "momentum and teacher temperature are from here on those of the longer run. It is not the run that the "
+            "same flags give from the start, which would have followed them all along"
+            + (", on all images" if "images" in changed else ""))
+
+
+def steps_per_epoch_of(state: Mapping) -> int:
+    """Steps per epoch of the run that wrote a checkpoint."""
+    return state["args"]["images"] // state["args"]["global_batch"]
 
 
 def plain_settings(flags: Mapping, n_images: int) -> dict:

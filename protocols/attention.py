@@ -19,8 +19,12 @@ from imagesets.sources import Images
 from parallel import Refused
 from protocols import dense, sheets
 from protocols.features import Network
+from protocols.transforms import TooManyPatches
 
+PUBLISHED_SIZE = (480, 480)  # of the published script's figures
+MASK_SIDE = 500  # pixels of its figures of masks, whatever the image's proportions
 PCA_PAIRS = 4  # pairs of image and colours in a row of the PCA sheet
+PAGE = 16  # images on a sheet
 
 
 # ---- One image ----
@@ -48,9 +52,11 @@ def draw_image(
 ) -> None:
     """Write img.png, attn-mean.png, overlay.png, attn-head*.png and what else is asked for.
 
+    img.png, attn-head*.png and the size of mask_th*_head*.png are those of the published script.
+
     Args:
         image: uint8 (C, height, width).
-        image_size: see `dense.input_sizes`.
+        image_size: see `dense.input_sizes`; empty: 480 x 480, as published.
         threshold: also mask_th*_head*.png, the patches that hold this share of a head's attention.
         pca: also pca.png, the first three principal components of the patch tokens.
         point: pixel (x, y) of the image; also similarity.png, the cosine similarity of all patches to its patch.
@@ -58,15 +64,17 @@ def draw_image(
     Raises:
         Refused: the point lies outside the image, or nothing can be written to `output_dir`.
     """
-    patch = network.info["patch_size"]
+    patch, image_size = network.info["patch_size"], image_size or PUBLISHED_SIZE
     position = dense.patch_of_point(point, *image.shape[-2:], image_size, patch) if point else None
-    image, attention, tokens = dense.look(network, image, image_size, layer)
+    image, attention, tokens = dense.look(network, image, image_size, layer, bilinear=True)
     figure, mean = sheets.as_picture(image), attention.mean(axis=0)
-    figures = {"img": figure, "attn-mean": heat_figure(mean, figure), "overlay": sheets.attention_overlay(figure, mean)}
+    figures = {"img": stretched(network, image), "attn-mean": heat_figure(mean, figure),
+               "overlay": sheets.attention_overlay(figure, mean)}
     figures |= {f"attn-head{i}": heat_figure(head, figure) for i, head in enumerate(attention)}
     if threshold:
         masks = sheets.threshold_mask(attention, threshold)
-        figures |= {f"mask_th{threshold}_head{i}": sheets.mask_overlay(figure, m) for i, m in enumerate(masks)}
+        square = sheets.resize(figure, MASK_SIDE, MASK_SIDE)
+        figures |= {f"mask_th{threshold}_head{i}": sheets.mask_overlay(square, m) for i, m in enumerate(masks)}
     if pca:
         figures["pca"] = enlarge(sheets.pca_picture(tokens), figure)
     if position:
@@ -83,9 +91,17 @@ def save(figures: Mapping[str, np.ndarray], output_dir: str | os.PathLike) -> No
         sheets.save_picture(figure, folder / f"{name}.png")
 
 
-def heat_figure(values: np.ndarray, figure: np.ndarray) -> np.ndarray:
+def stretched(network: Network, image: Tensor) -> np.ndarray:
+    """An image uint8 (C, h, w) as the network gets it: its normalized values, scaled from their smallest to their
+    largest over all channels, as a figure."""
+    x = dense.normalize(image, network.info, torch.device("cpu"))
+    x = (x - x.min()) / (x.max() - x.min()).clamp(min=1e-5)
+    return sheets.as_picture((255 * x + 0.5).clamp(0, 255).to(torch.uint8))
+
+
+def heat_figure(values: np.ndarray, figure: np.ndarray, colormap: str = sheets.COLORMAP) -> np.ndarray:
     """A map (h, w) as colours from its smallest to its largest value, each patch a square, at the figure's size."""
-    return enlarge(sheets.heatmap(sheets.scale(values, 100)), figure)
+    return enlarge(sheets.heatmap(sheets.scale(values, 100), colormap), figure)
 
 
 def enlarge(colors: np.ndarray, figure: np.ndarray) -> np.ndarray:
@@ -107,37 +123,54 @@ def draw_sheets(
 ) -> None:
     """Write attention_sheet.png, a row per image, and with `pca` also pca_sheet.png, with one basis for all images.
 
+    More than PAGE images are continued in attention_sheet_2.png and so on.
+
     Args:
         images: of a larger set, `max_images` evenly spaced ones are drawn.
-        image_size: see `dense.input_sizes`.
+        image_size: see `dense.input_sizes`; empty: see `dense.default_size`.
         threshold: also a column of masks, the patches that hold this share of the mean attention.
         flag: how errors name the images.
 
     Raises:
         Refused: no image can be decoded, or nothing can be written to `output_dir`.
     """
-    outputs = []
+    drawn, outputs = [], []
     for i in np.linspace(0, len(images) - 1, min(len(images), max_images)).astype(int).tolist():
         try:
-            outputs.append(dense.look(network, images.load(i), image_size, layer))
+            drawn.append((images.name(i), images.load(i)))
         except decode.Undecodable as error:
             print(f"left out: {error}")
-        except dense.TooManyPatches as error:
-            print(f"left out: {images.name(i)}: {error}")
+    size = image_size or [dense.default_size(network, [min(image.shape[1:]) for _, image in drawn] or [0])]
+    for name, image in drawn:
+        try:
+            outputs.append((Path(name).name, *dense.look(network, image, size, layer, bilinear=True)))
+        except TooManyPatches as error:
+            print(f"left out: {name}: {error}")
     if not outputs:
         raise Refused(f"{flag}: no image can be decoded and drawn; give others")
-    figures = [sheets.as_picture(image) for image, _, _ in outputs]
-    attentions = [attention for _, attention, _ in outputs]
+    names, shown, attentions, tokens = zip(*outputs, strict=True)
+    figures = [sheets.as_picture(image) for image in shown]
     masks = [sheets.threshold_mask(a.mean(axis=0), threshold) for a in attentions] if threshold else None
-    drawn = {"attention_sheet": sheets.attention_sheet(figures, attentions, masks)}
-    if pca:
-        colors = pca_figures([tokens for _, _, tokens in outputs], figures)
-        cells = [cell for pair in zip(figures, colors, strict=True) for cell in pair]
-        columns = 2 * min(PCA_PAIRS, len(figures))
-        drawn["pca_sheet"] = sheets.contact_sheet([cells[i:i + columns] for i in range(0, len(cells), columns)])
-    save(drawn, output_dir)
-    print(f"{len(outputs)} of {len(images)} images: {' and '.join(f'{name}.png' for name in drawn)} written to "
+    colors = pca_figures(tokens, figures) if pca else None
+    pages = {}
+    for first in range(0, len(outputs), PAGE):
+        page, end = slice(first, first + PAGE), f"_{first // PAGE + 1}" if first else ""
+        pages[f"attention_sheet{end}"] = sheets.attention_sheet(
+            figures[page], attentions[page], masks and masks[page], names=names[page])
+        if pca:
+            pages[f"pca_sheet{end}"] = pca_sheet(figures[page], colors[page], names[page])
+    save(pages, output_dir)
+    print(f"{len(outputs)} of {len(images)} images: {' and '.join(f'{name}.png' for name in pages)} written to "
           f"{output_dir}")
+
+
+def pca_sheet(figures: Sequence[np.ndarray], colors: Sequence[np.ndarray], names: Sequence[str]) -> np.ndarray:
+    """Figures beside their patch tokens as colours, with their names below, a few pairs in a row."""
+    cells = [cell for pair in zip(figures, colors, strict=True) for cell in pair]
+    captions = [caption for name in names for caption in (name, "")]
+    columns = 2 * min(PCA_PAIRS, len(figures))
+    rows, captions = ([x[i:i + columns] for i in range(0, len(x), columns)] for x in (cells, captions))
+    return sheets.contact_sheet(rows, captions=captions)
 
 
 def pca_figures(tokens: Sequence[np.ndarray], figures: Sequence[np.ndarray]) -> list[np.ndarray]:

@@ -38,16 +38,17 @@ LARGE_PANELS = (
         "knn_top1": ("teacher", "-"), "knn_untrained": ("untrained network", "--"), "knn_pixels": ("raw pixels", ":")}),
 )
 SMALL_PANELS = (
-    ("Learning rate", "", {"train_lr": ("", "-")}),
-    ("Weight decay", "", {"train_wd": ("", "-")}),
-    ("Teacher momentum", "", {"train_momentum": ("", "-")}),
-    ("Effective rank of features", "", {"train_feature_rank": ("", "-")}),
-    ("Std of features", "", {"train_feature_std": ("", "-")}),
-    ("Prototypes in use", "", {"train_prototypes_used": ("", "-")}),
-    ("KL teacher to student", "", {"train_kl": ("", "-")}),
-    ("Norm of the centre", "", {"train_center_norm": ("", "-")}),
+    ("Learning rate", "per step", {"train_lr": ("", "-")}),
+    ("Weight decay", "coefficient", {"train_wd": ("", "-")}),
+    ("Teacher momentum", "per step", {"train_momentum": ("", "-")}),
+    ("Effective rank of features", "dimensions", {"train_feature_rank": ("", "-")}),
+    ("Std of features", "1: even on the sphere", {"train_feature_std": ("", "-")}),
+    ("Prototypes in use", "of a step's images", {"train_prototypes_used": ("", "-")}),
+    ("KL teacher to student", "nats", {"train_kl": ("", "-")}),
+    ("Norm of the centre", "L2", {"train_center_norm": ("", "-")}),
 )
 LEVELS = {"knn_untrained", "knn_pixels", "train_ln_k"}  # one value per run, a horizontal line
+STARTS = {"knn_top1": "knn_untrained"}  # curves that begin before the first epoch, with the value of another key
 FORMATS = (".png", ".svg", ".pdf")
 COLUMNS = 4  # small panels per row; the large ones share the same width
 
@@ -99,7 +100,7 @@ def run_names(paths: Sequence[str | Path]) -> list[str]:
 
 
 def training_curves(logs: Sequence[str | Path], out: str | Path) -> None:
-    """Draw the curves of one or several runs in one figure, one colour per run.
+    """Draw the curves of one or several runs in one figure, one colour per run. Values of an epoch stand at its end.
 
     Args:
         logs: log.txt files, or folders that hold one. Keys that are not logged are left out.
@@ -116,8 +117,8 @@ def training_curves(logs: Sequence[str | Path], out: str | Path) -> None:
                     for panels in (LARGE_PANELS, SMALL_PANELS))
     if not large and not small:
         raise Refused(f"log {logs[0]}: nothing to draw but epochs; give the log.txt that main_dino.py writes")
-    heights = [3.6] * bool(large) + [1.9] * -(-len(small) // COLUMNS)
-    figure = Figure(figsize=(11, sum(heights) + 0.3 + 0.3 * (len(runs) > 1)), dpi=130)
+    heights = [3.8] * bool(large) + [2.1] * -(-len(small) // COLUMNS)
+    figure = Figure(figsize=(11, sum(heights) + 0.6), dpi=130)
     figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.08, wspace=0.02, hspace=0.03)
     cells = figure.add_gridspec(len(heights), COLUMNS, height_ratios=heights)
     for i, panel in enumerate(large):
@@ -125,8 +126,10 @@ def training_curves(logs: Sequence[str | Path], out: str | Path) -> None:
         _draw_panel(figure.add_subplot(cells[0, i * span:(i + 1) * span]), panel, runs, 10)
     for i, panel in enumerate(small):
         _draw_panel(figure.add_subplot(cells[bool(large) + i // COLUMNS, i % COLUMNS]), panel, runs, 8)
-    if len(runs) > 1:
-        names = run_names(logs)
+    names = run_names(logs)
+    if len(runs) == 1:
+        figure.suptitle(names[0], fontsize=12, color=INK)
+    else:
         handles = [_line(COLORS[i % len(COLORS)], "-") for i in range(len(runs))]
         figure.legend(handles, names, loc="outside upper left", ncols=min(len(names), 4), frameon=False, fontsize=10)
     save(figure, out, "--out")
@@ -153,14 +156,13 @@ def _draw_panel(axes: Axes, panel: tuple, runs: list[dict], font: int) -> None:
             if key in run and key in LEVELS:
                 axes.axhline(run[key][1][-1], linestyle=style, color=GREY if shared else color, linewidth=1.6)
             elif key in run:
-                axes.plot(*run[key], style, color=color, linewidth=1.6, clip_on=False,
+                axes.plot(*curve(run, key), style, color=color, linewidth=1.6, clip_on=False,
                           marker="o" if len(run[key][0]) <= 30 else None, markersize=font / 4)
-    axes.set_title(title, fontsize=font + 1, color=INK, loc="left")
+    axes.set_title(title, fontsize=font + 1, color=INK, loc="left", pad=22 if len(keys) > 1 else None)
     axes.set_ylabel(unit, fontsize=font, color=INK)
-    axes.set_xlabel("epoch" if font == 10 else "", fontsize=font, color=INK)
+    axes.set_xlabel("epochs done", fontsize=font, color=INK)
     axes.tick_params(labelsize=font - 1, colors=INK, length=0)
-    first, last = (end(run["epoch"][0][side] for run in runs) for end, side in ((min, 0), (max, -1)))
-    axes.set_xlim(first, max(last, first + 1))
+    axes.set_xlim(0, max(run["epoch"][0][-1] for run in runs) + 1)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.ticklabel_format(axis="y", useOffset=False)
     axes.grid(color=GRID, linewidth=0.6)
@@ -169,8 +171,16 @@ def _draw_panel(axes: Axes, panel: tuple, runs: list[dict], font: int) -> None:
     if len(keys) > 1:  # with several runs, colours stand for runs and line styles for keys
         plain = COLORS[0] if len(runs) == 1 else INK
         handles = [_line(GREY if key in LEVELS else plain, style) for key, _, style in drawn]
-        axes.legend(handles, [label for _, label, _ in drawn], fontsize=font - 1, framealpha=0.8, edgecolor="none",
-                    labelcolor=INK)
+        axes.legend(handles, [label for _, label, _ in drawn], fontsize=font - 1, frameon=False, labelcolor=INK,
+                    loc="lower left", bbox_to_anchor=(0, 1), ncols=len(drawn), borderpad=0, borderaxespad=0.3)
+
+
+def curve(run: Mapping, key: str) -> tuple[np.ndarray, np.ndarray]:
+    """Epochs done and values of a key of a `read_log`; with the value before training, if the log has it."""
+    epochs, values = run[key]
+    if STARTS.get(key) in run:
+        return np.append(0, epochs + 1), np.append(run[STARTS[key]][1][0], values)
+    return epochs + 1, values
 
 
 def _line(color: str, style: str) -> Line2D:
@@ -182,19 +192,24 @@ def _line(color: str, style: str) -> Line2D:
 # ---------------------------------------------------------------- charts of an evaluation
 
 
-def sweep_chart(rows: Sequence[Mapping], path: str | Path) -> None:
-    """Top-1 accuracy in % against k, with its interval, from the results in eval_knn.json."""
+def sweep_chart(networks: Mapping[str, Sequence[Mapping]], path: str | Path) -> None:
+    """Top-1 accuracy in % against k, with its interval, from each network's results in eval_knn.json."""
     from matplotlib.figure import Figure
 
-    ks = [row["k"] for row in rows]
-    values = np.array([row["top1"]["value"] for row in rows])
-    low, high = np.array([row["top1"]["interval"] for row in rows]).T
-    figure = Figure(figsize=(6, 3), layout="constrained")
+    figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
-    axes.errorbar(ks, values, (np.maximum(values - low, 0), np.maximum(high - values, 0)), marker="o", capsize=3)
+    for (name, rows), color in zip(networks.items(), cycle(COLORS), strict=False):
+        ks = [row["k"] for row in rows]
+        values = np.array([row["top1"]["value"] for row in rows])
+        low, high = np.array([row["top1"]["interval"] for row in rows]).T
+        axes.errorbar(ks, values, (np.maximum(values - low, 0), np.maximum(high - values, 0)), marker="o", capsize=3,
+                      color=color, label=name)
+    ks = sorted({row["k"] for rows in networks.values() for row in rows})
     axes.set(xscale="log", xticks=ks, xticklabels=ks, xlabel="neighbours k", ylabel="top-1 accuracy, %")
     axes.minorticks_off()
     axes.grid(alpha=0.3)
+    if len(networks) > 1:
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(networks), frameon=False)
     figure.savefig(path, dpi=120)
 
 
@@ -211,7 +226,7 @@ def feature_map(features: np.ndarray, labels: np.ndarray, classes: Sequence[str]
     unit = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
     perplexity = min(30.0, (len(features) - 1) / 3)
     points = TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(unit)
-    figure = Figure(figsize=(8, 6), layout="constrained")
+    figure = Figure(figsize=(9, 7), layout="constrained")
     axes = figure.subplots()
     largest = np.argsort(-np.bincount(labels, minlength=len(classes)), kind="stable")[:MOST_COLORS]
     rest = ~np.isin(labels, largest)
@@ -221,7 +236,8 @@ def feature_map(features: np.ndarray, labels: np.ndarray, classes: Sequence[str]
         if (labels == c).any():
             axes.scatter(*points[labels == c].T, s=8, color=colors(i), label=classes[c])
     axes.set_axis_off()
-    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), markerscale=2, frameon=False, fontsize=8)
+    axes.margins(0.01)
+    figure.legend(loc="outside right center", markerscale=2, frameon=False, fontsize=9)
     figure.savefig(path, dpi=120)
 
 

@@ -5,6 +5,10 @@ features: the class token concatenated with the generalized mean (GeM) of the pa
 images to learn that from. mAP averages over the queries that have a match; uAP (micro-AP) ranks all pairs of query and
 database image together, those of queries without a match included.
 
+    arithmetic    mAP                                      whitening
+    published     trapezoid rule, over the 20 nearest      retrieval.fit_published_whitening
+    own           mean precision, over the whole ranking   retrieval.fit_whitening
+
 Shapes: Q queries, M database images (with distractors), D width, B images per batch, C channels.
 """
 
@@ -27,7 +31,8 @@ from protocols.features import PIXELS, Network, dataset_features
 from protocols.transforms import PIXELS_SIDE, SmallPictures, Transformed, resize
 from vision_transformer import VisionTransformer
 
-DISTRACTORS_FOR = {"both": ("whitening", "database"), "whitening": ("whitening",), "database": ("database",)}
+NEAREST = 20  # database images that the published average precision looks at
+PUBLISHED_SIDE = 320  # pixels, the default of the published script, whose weights were trained on crops of 224
 
 
 # ---- Features ----
@@ -63,7 +68,9 @@ def descriptor(model: nn.Module, gem_p: float) -> tuple[Callable[[Tensor], Tenso
 # ---- Figures ----
 
 
-def measure(similarity: np.ndarray, matches: Sequence[Sequence[int]], attacks: Sequence[str]) -> list[dict]:
+def measure(
+    similarity: np.ndarray, matches: Sequence[Sequence[int]], attacks: Sequence[str], arithmetic: str = flags.PUBLISHED
+) -> list[dict]:
     """mAP and uAP in %, of all queries and by attack, in the order in which the attacks first occur.
 
     Args:
@@ -78,15 +85,23 @@ def measure(similarity: np.ndarray, matches: Sequence[Sequence[int]], attacks: S
     groups = {"all": np.arange(len(similarity))}
     if len(names) > 1:
         groups |= {name: np.flatnonzero(np.array(attacks) == name) for name in names}
-    return [{"attack": name, "queries": len(rows)} | figures(similarity[rows], relevant[rows])
+    return [{"attack": name, "queries": len(rows)} | figures(similarity[rows], relevant[rows], arithmetic)
             for name, rows in groups.items()]
 
 
-def figures(similarity: np.ndarray, relevant: np.ndarray) -> dict:
+def precision(similarity: np.ndarray, relevant: np.ndarray, arithmetic: str) -> float:
+    """Average precision of one query, from (M,) similarities and bool (M,), some of which are true."""
+    right = relevant[retrieval.ranking(similarity)]
+    if arithmetic == flags.OWN:
+        return retrieval.average_precision(np.flatnonzero(right))
+    return retrieval.average_precision_trapezoid(np.flatnonzero(right[:NEAREST]), int(right.sum()))
+
+
+def figures(similarity: np.ndarray, relevant: np.ndarray, arithmetic: str) -> dict:
     """mAP and uAP in % with their intervals, from (Q, M) similarities and bool (Q, M)."""
     if not relevant.any():
         return {"mAP": None, "uAP": None}
-    precisions = [retrieval.average_precision(np.flatnonzero(right[retrieval.ranking(score)]))
+    precisions = [precision(score, right, arithmetic)
                   for score, right in zip(similarity, relevant, strict=True) if right.any()]
     low, high = retrieval.micro_interval(similarity, relevant)
     micro = 100 * retrieval.micro_average_precision(similarity, relevant)
@@ -97,8 +112,9 @@ def figures(similarity: np.ndarray, relevant: np.ndarray) -> dict:
 
 
 def evaluate_copies(
-    network: Network, data_path: str, distractors: str = "", distractors_for: str = "both", gem_p: float = 4.0,
+    network: Network, data_path: str, distractors_path: str = "", whitening_path: str = "", gem_p: float = 4.0,
     image_size: int = 0, batch_size: int = 64, num_workers: int = 10, output_dir: str | os.PathLike = ".",
+    arithmetic: str = flags.PUBLISHED,
 ) -> dict:
     """Copy detection, measured. Writes eval_copy_detection.json and the cache of features, features/.
 
@@ -107,11 +123,13 @@ def evaluate_copies(
     Args:
         network: any; computes in its precision.
         data_path: see `imagesets.copies`.
-        distractors: folder or list of other images, without copies of the database's; "" for none.
-        distractors_for: key of `DISTRACTORS_FOR`: the whitening is learned from them, they join the database, or both.
+        distractors_path: folder or list of images that join the database, without copies of it; "" for none.
+        whitening_path: folder or list of images that the whitening is learned from; "" for none.
         gem_p: power of the mean over patch tokens.
-        image_size: pixels per side of the network's input; 0 is the size of the weights' global crops.
+        image_size: pixels per side of the network's input; 0: PUBLISHED_SIDE for weights trained on crops of 224
+            pixels, as all are whose file doesn't say; otherwise the size of their crops.
         batch_size: images per process and batch.
+        arithmetic: "published" or "own", see above.
 
     Returns:
         What eval_copy_detection.json holds, without the command: settings and {"results": a line per attack}, which
@@ -121,40 +139,46 @@ def evaluate_copies(
         Refused: no such images, no whitening, a file that can't be read or written.
     """
     info, pixels = network.info, network.about["arch"] == PIXELS
-    side = PIXELS_SIDE if pixels else image_size or info["global_crops_size"]
+    side = PIXELS_SIDE if pixels else image_size or default_side(info["global_crops_size"])
     copies, in_chans = read_copies(data_path), info["in_chans"]
     folder = os.path.expanduser(data_path)
-    sets = [open_files(folder, names, in_chans) for names in (copies.queries, copies.database)]
-    uses = DISTRACTORS_FOR[distractors_for] if distractors else ()
-    if distractors:
-        sets.append(open_images(distractors, None, in_chans, flag="--distractors"))
-    if "whitening" in uses and len(sets[-1]) < 2:
-        raise Refused(f"--distractors {distractors}: one image gives no whitening; give more, or --distractors_for "
-                      "database")
+    sets = {name: open_files(folder, names, in_chans)
+            for name, names in (("queries", copies.queries), ("database", copies.database))}
+    sets |= {name: open_images(path, None, in_chans, flag=f"--{name}_path")
+             for name, path in (("distractors", distractors_path), ("whitening", whitening_path)) if path}
+    if "whitening" in sets and len(sets["whitening"]) < 2:
+        raise Refused(f"--whitening_path {whitening_path}: one image gives no whitening; give more, or leave it out")
     output_dir = flags.prepare_output(output_dir)
     for note in copies.notes:
         parallel.say(note)
     forward, name = descriptor(network.forward, gem_p)
-    queries, database, *others = (
-        dataset_features(
+    parts = {
+        part: dataset_features(
             network, SmallPictures(images) if pixels else Squares(images, side, info["mean"], info["std"]),
             f"square {side} {info['mean']} {info['std']}", batch_size, num_workers, output_dir / "features", forward,
             f" {name}")
-        for images in sets)
-    if "database" in uses:
-        database = torch.cat([database, *others])
-    if "whitening" in uses:
-        whitening = retrieval.fit_whitening(others[0])
+        for part, images in sets.items()}
+    queries, database = parts["queries"], parts["database"]
+    if "distractors" in parts:
+        database = torch.cat([database, parts["distractors"]])
+    if "whitening" in parts:
+        fit = retrieval.fit_whitening if arithmetic == flags.OWN else retrieval.fit_published_whitening
+        whitening = fit(parts["whitening"])
         queries, database = (retrieval.whiten(part, whitening) for part in (queries, database))
     about = {k: v for k, v in network.about.items() if k not in ("resize_size", "crop_size")} | {
         "image_size": side, "features": name, "data_path": data_path,
-        "distractors": distractors or None, "whitening": "whitening" in uses, "images": [len(queries), len(database)],
+        "distractors": distractors_path or None, "whitening": bool(whitening_path),
+        "whitening_path": whitening_path or None, "arithmetic": arithmetic, "images": [len(queries), len(database)],
         "notes": list(copies.notes),
     }
     results = []
     if parallel.is_main():
-        results = measure(retrieval.similarities(queries, database), copies.matches, copies.attacks)
+        results = measure(retrieval.similarities(queries, database), copies.matches, copies.attacks, arithmetic)
     return scores.write_results(output_dir / "eval_copy_detection.json", results, **about)
+
+
+def default_side(global_crops_size: int) -> int:
+    return PUBLISHED_SIDE if global_crops_size == 224 else global_crops_size
 
 
 def show_copies(report: Mapping) -> None:
@@ -162,5 +186,5 @@ def show_copies(report: Mapping) -> None:
     queries, database = report["images"]
     print(f"{queries} queries, {database} database images; features: {report['features']}"
           + (", whitened" if report["whitening"] else ""))
-    print("in %, with 95 % bootstrap intervals over queries")
+    print(f"in %, with 95 % bootstrap intervals over queries; {report['arithmetic']} arithmetic")
     print(scores.table(report["results"]), flush=True)

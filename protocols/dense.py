@@ -9,55 +9,70 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from parallel import Refused
 from protocols.features import Network
-from protocols.transforms import resize
+from protocols.transforms import check_patches, resize
 from vision_transformer import VITS, VisionTransformer
 
 # ---- Sizes ----
 
-MAX_PATCHES = 2**17  # per image: a frame of 3840 x 2160 pixels in patches of 8 has 129,600
+PUBLISHED_SIZE = 480 / 224  # shorter side of the published attention maps' images, per side of the training crops
 
 
-class TooManyPatches(Refused):
-    """An image whose patches would exhaust the memory, most often a very long strip."""
+def default_size(network: Network, sides: Sequence[int]) -> int:
+    """Shorter side of the network's input, in pixels and whole patches, where no size is asked for.
+
+    480 for crops of 224 pixels in training, as published, and in proportion for others; at most twice the median of the
+    images' shorter `sides`, which have no more detail, and at least the crops' size.
+    """
+    crop, patch = network.info["global_crops_size"], network.info["patch_size"]
+    return max(crop, min(int(crop * PUBLISHED_SIZE), 2 * int(np.median(sides)))) // patch * patch
 
 
 def input_sizes(
     height: int, width: int, image_size: Sequence[int], patch: int
 ) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Size to which an image is resized, and size of the crop of it that the network gets.
+    """Size to which an image is resized, and size of the crop of it that the network gets; as published.
 
-    One number in `image_size` is the shorter side, rounded down to whole patches; the aspect ratio is kept. Two numbers
-    are the exact height and width. The crop drops the incomplete patches at the right and bottom edge, so that no
-    image is distorted.
+    One number in `image_size` is the shorter side; the longer one keeps the aspect ratio, rounded down. Two numbers are
+    the exact height and width; none keeps the image's own size. The crop drops the incomplete patches at the right and
+    bottom edge.
 
     Raises:
-        Refused: more than two numbers, or one below the patch size; TooManyPatches, of which it is the base: more than
-            MAX_PATCHES.
+        Refused: more than two numbers, or a side below the patch size; TooManyPatches, of which it is the base: more
+            than MAX_PATCHES.
     """
     if len(image_size) > 2:
         raise Refused(f"--image_size {' '.join(map(str, image_size))}: give the shorter side, or height and width")
-    if min(image_size) < patch:
+    if image_size and min(image_size) < patch:
         raise Refused(f"--image_size {min(image_size)}: smaller than a patch of {patch}; give {patch} or more")
-    resized = tuple(image_size)
+    resized = tuple(image_size) or (height, width)
     if len(image_size) == 1:
-        shorter = image_size[0] // patch * patch
-        resized = tuple(max(shorter, round(side * shorter / min(height, width))) for side in (height, width))
-    rows, columns = (side // patch for side in resized)
-    if rows * columns > MAX_PATCHES:
-        raise TooManyPatches(
-            f"--image_size {' '.join(map(str, image_size))}: an image of {width} x {height} pixels (width x height) "
-            f"makes {columns} x {rows} patches, more than {MAX_PATCHES}; lower --image_size or crop the image")
-    return resized, (rows * patch, columns * patch)
+        resized = tuple(image_size[0] * side // min(height, width) for side in (height, width))
+    subject = f"an image of {width} x {height} pixels (width x height)"
+    if min(resized) < patch:
+        raise Refused(f"--image_size: {subject} is smaller than a patch of {patch}; give --image_size {patch} or more")
+    subject = " ".join(["--image_size", *map(str, image_size)]) + f": {subject}"
+    check_patches(*resized, patch, subject, "lower --image_size or crop the image")
+    return resized, tuple(side // patch * patch for side in resized)
 
 
-def resize_to_patches(image: Tensor, image_size: Sequence[int], patch: int) -> Tensor:
-    """uint8 (C, height, width) -> uint8 (C, h * patch, w * patch), bicubic with antialiasing; see `input_sizes`."""
+def resize_to_patches(image: Tensor, image_size: Sequence[int], patch: int, bilinear: bool = False) -> Tensor:
+    """uint8 (C, height, width) -> uint8 (C, h * patch, w * patch), with antialiasing; see `input_sizes`.
+
+    Bicubic as in training, or `bilinear` by Pillow, which is what the published script shows its network.
+    """
     resized, cropped = input_sizes(*image.shape[-2:], image_size, patch)
-    return resize(image, resized)[:, : cropped[0], : cropped[1]]
+    if bilinear:
+        channels = [Image.fromarray(channel).resize(resized[::-1], Image.Resampling.BILINEAR)
+                    for channel in image.numpy()]
+        image = torch.from_numpy(np.stack([np.asarray(channel) for channel in channels]))
+    else:
+        image = resize(image, resized)
+    return image[:, : cropped[0], : cropped[1]]
 
 
 def patches_to_pixels(maps: np.ndarray, height: int, width: int, image_size: Sequence[int], patch: int) -> np.ndarray:
@@ -141,14 +156,14 @@ def attention_and_tokens(model: nn.Module, x: Tensor, layer: int = -1) -> tuple[
 
 @torch.no_grad()
 def look(
-    network: Network, image: Tensor, image_size: Sequence[int], layer: int = -1
+    network: Network, image: Tensor, image_size: Sequence[int], layer: int = -1, bilinear: bool = False
 ) -> tuple[Tensor, np.ndarray, np.ndarray]:
-    """Show a VisionTransformer one image, uint8 (C, height, width).
+    """Show a VisionTransformer one image, uint8 (C, height, width), resized by `resize_to_patches`.
 
     Returns:
         The resized and cropped image uint8 (C, h * patch, w * patch); attention (H, h, w); patch tokens (h, w, D).
     """
-    image = resize_to_patches(image, image_size, network.info["patch_size"])
+    image = resize_to_patches(image, image_size, network.info["patch_size"], bilinear)
     x = normalize(image, network.info, network.device)[None]
     attention, tokens = attention_and_tokens(network.forward, x, layer)
     return image, attention[0].numpy(), tokens[0].numpy()

@@ -21,7 +21,15 @@ from imagesets.decode import Undecodable
 from imagesets.loaders import worker_options
 from imagesets.sources import Images
 from parallel import Refused
-from protocols.transforms import PIXELS_SIDE, VIEW_SCALE, EvalImages, RandomViews, SmallPictures, Transformed
+from protocols.transforms import (
+    PIXELS_SIDE,
+    VIEW_SCALE,
+    EvalImages,
+    RandomViews,
+    SmallPictures,
+    Transformed,
+    check_patches,
+)
 from vision_transformer import VITS
 from weights import checkpoints, load_backbone
 from weights.layouts import BadFile
@@ -139,11 +147,12 @@ def weights_hash(module: nn.Module) -> str:
     """SHA-256 over the names, types, shapes and bytes of a network's tensors.
 
     Unlike a hash of the file, it differs between student and teacher of one checkpoint, is the same for one backbone
-    stored in two files, and is defined for random weights.
+    stored in two files, and is defined for random weights. DINOv2's mask token, which has no effect on features, does
+    not count: other libraries' files lack it.
     """
     digest = hashlib.sha256()
     for name, tensor in module.state_dict().items():
-        if not isinstance(tensor, Tensor):  # extra state that a module adds to its state dict
+        if not isinstance(tensor, Tensor) or name == "mask_token":  # no tensor: extra state that a module adds
             continue
         tensor = tensor.detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -274,6 +283,9 @@ def load_network(
     crop = crop_size or info["global_crops_size"]
     if info["arch"] in VITS and crop < info["patch_size"]:
         raise Refused(f"{size_flag} {crop}: smaller than a patch of {info['patch_size']}; raise it")
+    if info["arch"] in VITS:
+        check_patches(crop, crop, info["patch_size"], f"{size_flag} {crop}: an image of {crop} x {crop} pixels",
+                      f"lower {size_flag}")
     if resize_size and resize_size < crop:
         raise Refused(f"--resize_size {resize_size} is smaller than --crop_size {crop}; make it larger")
     about = {
@@ -287,22 +299,25 @@ def load_network(
 def network_features(
     network: Network, images: Images, batch_size: int = 128, num_workers: int = 10,
     cache: str | os.PathLike | None = None, view: int | None = None, scale: tuple[float, float] = VIEW_SCALE,
+    interpolation: str = "bicubic",
 ) -> Tensor:
     """(N, D) features of the images' centre crops, or of random view number `view`; see `cached_features`."""
     about, mean, std = network.about, network.info["mean"], network.info["std"]
     scaled = "" if view is None or scale == VIEW_SCALE else f" scale {scale}"
-    transform = f"{about.get('resize_size')} {about['crop_size']} {mean} {std} view {view}{scaled}"
-    return dataset_features(network, input_dataset(network, images, view, scale), transform, batch_size, num_workers,
-                            cache, output=about.get("output", ""))
+    resampled = "" if view is None or interpolation == "bicubic" else f" {interpolation}"
+    transform = f"{about.get('resize_size')} {about['crop_size']} {mean} {std} view {view}{scaled}{resampled}"
+    return dataset_features(network, input_dataset(network, images, view, scale, interpolation), transform, batch_size,
+                            num_workers, cache, output=about.get("output", ""))
 
 
 def input_dataset(
-    network: Network, images: Images, view: int | None = None, scale: tuple[float, float] = VIEW_SCALE
+    network: Network, images: Images, view: int | None = None, scale: tuple[float, float] = VIEW_SCALE,
+    interpolation: str = "bicubic",
 ) -> Dataset:
-    """The images as the network sees them: centre crops, or random view number `view`."""
+    """The images as the network sees them: centre crops (always bicubic), or random view number `view`."""
     about, mean, std = network.about, network.info["mean"], network.info["std"]
     if view is not None:
-        return RandomViews(images, about["crop_size"], mean, std, view, scale)
+        return RandomViews(images, about["crop_size"], mean, std, view, scale, interpolation)
     if about["arch"] == PIXELS:
         return SmallPictures(images)
     return EvalImages(images, about["resize_size"], about["crop_size"], mean, std)

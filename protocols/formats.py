@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from parallel import Refused, Stopped
 from protocols import scores
-from vision_transformer import XCITS, VisionTransformer
+from vision_transformer import XCITS, SwiGLU, VisionTransformer
 from weights import backbones
 from weights.layouts import to_timm_registers
 
@@ -193,12 +193,16 @@ def timm_vit(model: VisionTransformer, about: dict) -> tuple[str, dict, dict[str
         "img_size": about["image_size"], "patch_size": about["patch_size"], "embed_dim": model.embed_dim,
         "depth": len(model.blocks), "num_heads": model.blocks[0].attn.num_heads, "dynamic_img_size": True,
     }
-    state = dict(model.state_dict())
+    state = {k: v for k, v in model.state_dict().items() if k != "mask_token"}
     if not isinstance(model.blocks[0].ls1, nn.Identity):
         kwargs["init_values"] = 1.0
     if model.num_register_tokens:
         kwargs |= {"reg_tokens": model.num_register_tokens, "no_embed_class": True}
         state = to_timm_registers(state)
+    if isinstance(model.blocks[0].mlp, SwiGLU):
+        kwargs["mlp_ratio"] = model.blocks[0].mlp.w12.out_features / model.embed_dim
+        state = {k.replace(".w12.", ".fc1.").replace(".w3.", ".fc2."): v for k, v in state.items()}
+        return "vit_giant_patch14_dinov2", kwargs, state
     size = {192: "tiny", 384: "small", 1024: "large"}.get(model.embed_dim, "base")
     return f"vit_{size}_patch16_224", kwargs, state
 
@@ -241,27 +245,29 @@ def to_hf(
 HF_BLOCK = {"attn.proj": "attention.output.dense"}
 HF_VIT = HF_BLOCK | {"norm1": "layernorm_before", "norm2": "layernorm_after", "mlp.fc1": "intermediate.dense",
                      "mlp.fc2": "output.dense"}  # fmt: skip
-HF_DINOV2 = HF_BLOCK | {"ls1.gamma": "layer_scale1.lambda1", "ls2.gamma": "layer_scale2.lambda1"}
+HF_DINOV2 = HF_BLOCK | {"ls1.gamma": "layer_scale1.lambda1", "ls2.gamma": "layer_scale2.lambda1",
+                        "mlp.w12": "mlp.weights_in", "mlp.w3": "mlp.weights_out"}  # fmt: skip
 
 
 def hf_vit(model: VisionTransformer) -> tuple[str, dict, dict]:
     """Name of the library's class, further options of its configuration, and its names for the parts of a block."""
-    ratio = model.blocks[0].mlp.fc1.out_features // model.embed_dim
+    gated = isinstance(model.blocks[0].mlp, SwiGLU)
+    ratio = 4 if gated else model.blocks[0].mlp.fc1.out_features // model.embed_dim
+    kwargs = {"mlp_ratio": ratio} | ({"use_swiglu_ffn": True} if gated else {})
     if model.num_register_tokens:
-        kwargs = {"mlp_ratio": ratio, "num_register_tokens": model.num_register_tokens}
-        return "Dinov2WithRegistersModel", kwargs, HF_DINOV2
-    if not isinstance(model.blocks[0].ls1, nn.Identity):
-        return "Dinov2Model", {"mlp_ratio": ratio}, HF_DINOV2
+        return "Dinov2WithRegistersModel", kwargs | {"num_register_tokens": model.num_register_tokens}, HF_DINOV2
+    if gated or model.mask_token is not None or not isinstance(model.blocks[0].ls1, nn.Identity):
+        return "Dinov2Model", kwargs, HF_DINOV2
     return "ViTModel", {"intermediate_size": ratio * model.embed_dim}, HF_VIT
 
 
 def hf_state(model: VisionTransformer, names: dict[str, str]) -> dict[str, Tensor]:
     """Tensors under the names that the library uses in its files, which all of its versions read."""
     top = {"cls_token": "embeddings.cls_token", "pos_embed": "embeddings.position_embeddings",
-           "register_tokens": "embeddings.register_tokens"}  # fmt: skip
+           "register_tokens": "embeddings.register_tokens", "mask_token": "embeddings.mask_token"}  # fmt: skip
     state = dict(model.state_dict())
     if names is HF_DINOV2:
-        state["embeddings.mask_token"] = torch.zeros(1, model.embed_dim)
+        state.setdefault("mask_token", torch.zeros(1, model.embed_dim))
         for i in range(len(model.blocks)):  # the library's network always has LayerScale: factors of 1 if ours has none
             for j in "12":
                 state.setdefault(f"blocks.{i}.ls{j}.gamma", torch.ones(model.embed_dim))

@@ -60,14 +60,17 @@ def compute_features(
         Refused: no such data, an image that can't be decoded, or an unusable output folder.
     """
     images = open_parts(data_path, val_data_path, network.info["in_chans"])
+    cache, labelled = output_dir / "features", images[0].labels is not None
+    parts = [Part(torch.empty(0), i.labels, i.classes) for i in images]
+    if len(parts) == 2 and labelled:
+        parts = match_classes(*parts)
     flags.prepare_output(output_dir)
-    cache = output_dir / "features"
-    parts = [Part(network_features(network, i, batch_size, num_workers, cache), i.labels, i.classes) for i in images]
-    labelled = parts[0].labels is not None
+    parts = [part._replace(features=network_features(network, i, batch_size, num_workers, cache))
+             for part, i in zip(parts, images, strict=True)]
     views = None
     if label_free or not labelled:
         views = tuple(network_features(network, images[0], batch_size, num_workers, cache, view) for view in (0, 1))
-    return match_classes(*parts) if len(parts) == 2 and labelled else parts, views
+    return parts, views
 
 
 def evaluate_knn(

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import atomic
 from parallel import Refused
-from protocols.splits import Part, check_labels
+from protocols.splits import Part, check_common_class, check_labels
 from weights import checkpoints
 from weights.layouts import BadFile
 
@@ -77,7 +77,10 @@ def load(folder: str | Path) -> tuple[list[Part], dict]:
         raise Refused(f"{where}: training features have width {parts[0].features.shape[1]}, test features "
                       f"{parts[1].features.shape[1]}; write both with one network")
     check_labels(where, [part.labels for part in parts])
-    return number_classes(parts, classes), about
+    parts = number_classes(parts, classes)
+    if len(parts) == 2 and parts[0].labels is not None:
+        check_common_class(*parts, where)
+    return parts, about
 
 
 def number_classes(parts: Sequence[Part], classes: list[str]) -> list[Part]:

@@ -1,12 +1,16 @@
 """Image retrieval on revisited Oxford and Paris (Radenovic et al. 2018; DINO, arXiv 2104.14294, table 3).
 
-Each query, cropped to its box, ranks the database by the cosine similarity of features. An image of the query's
-landmark is easy, hard or junk for it:
+Each query ranks the database by the cosine similarity of features. An image of the query's landmark is easy, hard or
+junk for it:
 
     setting    relevant      removed from the ranking
     easy       easy          hard, junk
     medium     easy, hard    junk
     hard       hard          easy, junk
+
+    arithmetic    query           longer side              rest of a patch         several scales
+    published     whole image     shrunk by Pillow         cut at right, bottom    features averaged as they are
+    own           its box         resized with its image   resized with its image  features on the unit sphere averaged
 
 Shapes: Q queries, M database images, N images, D width, B images per batch, C channels.
 """
@@ -19,6 +23,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
 import flags
@@ -27,7 +32,7 @@ from imagesets.landmarks import Cropped, open_landmarks
 from imagesets.sources import Images
 from protocols import retrieval, scores
 from protocols.features import PIXELS, Network, dataset_features
-from protocols.transforms import SmallPictures, Transformed, resize
+from protocols.transforms import SmallPictures, Transformed, check_patches, resize
 
 SETTINGS = {  # relevant images, and images removed from the ranking
     "easy": (("easy",), ("hard", "junk")),
@@ -58,6 +63,28 @@ class WholeImages(Transformed):
         return resize(image, [whole_patches(factor * side, self.patch) for side in image.shape[1:]])
 
 
+class Thumbnails(Transformed):
+    """The image shrunk to at most `imsize` x `imsize` pixels by Pillow's `thumbnail`, as in the published script.
+
+    The sides are whatever keeps the proportions best. A side below `patch`, for which the published script stops with
+    an error, is enlarged to it.
+    """
+
+    def __init__(
+        self, images: Images, imsize: int, patch: int, mean: Sequence[float], std: Sequence[float]
+    ) -> None:
+        super().__init__(images, mean, std)
+        self.imsize, self.patch = imsize, patch
+
+    def transform(self, image: Tensor, index: int) -> Tensor:
+        channels = [Image.fromarray(channel.numpy()) for channel in image]
+        for channel in channels:
+            channel.thumbnail((self.imsize, self.imsize), Image.Resampling.LANCZOS)
+        image = torch.from_numpy(np.stack([np.asarray(channel) for channel in channels]))
+        return resize(image, [max(side, self.patch) for side in image.shape[1:]]) if min(
+            image.shape[1:]) < self.patch else image
+
+
 def whole_patches(pixels: float, patch: int) -> int:
     """The nearest positive multiple of `patch`."""
     return max(1, round(pixels / patch)) * patch
@@ -82,16 +109,38 @@ def multiscale(forward: Callable[[Tensor], Tensor], patch: int) -> Callable[[Ten
     return at_all_scales
 
 
+def published_multiscale(forward: Callable[[Tensor], Tensor], patch: int) -> Callable[[Tensor], Tensor]:
+    """(B, C, h, w) -> (B, D) on the unit sphere: the mean over three scales of the features as they are.
+
+    Images are resized by a factor, bilinearly without antialiasing, to sides rounded down. The norms of the features
+    weigh the scales.
+    """
+
+    def at_all_scales(images: Tensor) -> Tensor:
+        parts = []
+        for scale in SCALES:
+            size = [max(int(scale * side), patch) for side in images.shape[-2:]]
+            whole = min(images.shape[-2:]) * scale >= patch  # else the network could not see it
+            how = {"scale_factor": scale} if whole else {"size": size}
+            smaller = images if scale == 1 else F.interpolate(images, **how, mode="bilinear", align_corners=False)
+            parts.append(forward(smaller).to(images.dtype))
+        return F.normalize(torch.stack(parts).mean(0), dim=1)
+
+    return at_all_scales
+
+
 def landmark_features(
     network: Network, images: Cropped, imsize: int, use_multiscale: bool, num_workers: int,
-    cache: str | os.PathLike | None,
+    cache: str | os.PathLike | None, arithmetic: str = flags.PUBLISHED,
 ) -> Tensor:
-    """(N, D) features of whole images, from `cache` where it has them. Sizes differ, so batches hold one image."""
-    pixels = network.about["arch"] == PIXELS
+    """(N, D) features of images, from `cache` where it has them. Sizes differ, so batches hold one image."""
+    pixels, own = network.about["arch"] == PIXELS, arithmetic == flags.OWN
     patch, mean, std = patch_multiple(network.forward), network.info["mean"], network.info["std"]
-    dataset = SmallPictures(images) if pixels else WholeImages(images, imsize, patch, mean, std)
-    forward = multiscale(network.forward, patch) if use_multiscale and not pixels else network.forward
-    transform = f"imsize {imsize} multiscale {use_multiscale} {mean} {std} {images.boxes}"
+    input_images = WholeImages if own else Thumbnails
+    dataset = SmallPictures(images) if pixels else input_images(images, imsize, patch, mean, std)
+    scaled = multiscale if own else published_multiscale
+    forward = scaled(network.forward, patch) if use_multiscale and not pixels else network.forward
+    transform = f"imsize {imsize} multiscale {use_multiscale} {mean} {std} {images.boxes}" + " published" * (not own)
     return dataset_features(network, dataset, transform, 1, num_workers, cache, forward)
 
 
@@ -124,7 +173,7 @@ def measure(ranked: np.ndarray, queries: Sequence[Query]) -> list[dict]:
 
 def evaluate_retrieval(
     network: Network, data_path: str, dataset: str, imsize: int = 224, use_multiscale: bool = False,
-    num_workers: int = 10, output_dir: str | os.PathLike = ".",
+    num_workers: int = 10, output_dir: str | os.PathLike = ".", arithmetic: str = flags.PUBLISHED,
 ) -> dict:
     """Landmark retrieval, measured. Writes eval_image_retrieval.json and the cache of features, features/.
 
@@ -135,6 +184,7 @@ def evaluate_retrieval(
         data_path, dataset: see `imagesets.landmarks`.
         imsize: pixels of the longer side; smaller images keep their size.
         use_multiscale: average the features over three scales.
+        arithmetic: "published" or "own", see above.
 
     Returns:
         What eval_image_retrieval.json holds, without the command: settings and {"results": a line per setting}.
@@ -142,15 +192,19 @@ def evaluate_retrieval(
     Raises:
         Refused: no such data set, a file that can't be read or written.
     """
-    truth, database, queries = open_landmarks(data_path, dataset, network.info["in_chans"])
+    if (patch := patch_multiple(network.forward)) > 1:
+        check_patches(imsize, imsize, patch, f"--imsize {imsize}: an image of {imsize} x {imsize} pixels",
+                      "lower --imsize")
+    truth, database, queries = open_landmarks(
+        data_path, dataset, network.info["in_chans"], crop_queries=arithmetic == flags.OWN)
     output_dir = flags.prepare_output(output_dir)
     query_features, database_features = (
-        landmark_features(network, images, imsize, use_multiscale, num_workers, output_dir / "features")
+        landmark_features(network, images, imsize, use_multiscale, num_workers, output_dir / "features", arithmetic)
         for images in (queries, database))
     ranked = retrieval.ranking(retrieval.similarities(query_features, database_features))
     about = {k: v for k, v in network.about.items() if k not in ("resize_size", "crop_size")} | {
         "data_path": data_path, "dataset": dataset, "imsize": imsize, "multiscale": use_multiscale,
-        "images": len(database), "queries": len(queries),
+        "arithmetic": arithmetic, "images": len(database), "queries": len(queries),
     }
     return scores.write_results(output_dir / "eval_image_retrieval.json", measure(ranked, truth.queries), **about)
 
@@ -158,5 +212,5 @@ def evaluate_retrieval(
 def show_retrieval(report: Mapping) -> None:
     """Print the table of `evaluate_retrieval`'s report."""
     print(f"{report['dataset']}: {report['queries']} queries, {report['images']} images; in %, with 95 % bootstrap "
-          "intervals")
+          f"intervals; {report['arithmetic']} arithmetic")
     print(scores.table(report["results"]), flush=True)

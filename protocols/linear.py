@@ -8,6 +8,7 @@ Shapes: B images, D width, n last blocks, C classes, S settings.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import os
@@ -24,6 +25,12 @@ from parallel import Refused
 from protocols.splits import Task
 from vision_transformer import VisionTransformer
 from weights import checkpoints, layouts
+
+SELECTIONS = {
+    "best": "the epoch with the highest accuracy on the test set, as published",
+    "held_out": "the epoch with the highest accuracy on the held-out images",
+    "last": "the last epoch",
+}
 
 
 class Setting(NamedTuple):
@@ -43,10 +50,12 @@ class Training(NamedTuple):
     epochs: int = 100
     views: int = 0  # random crops per image whose features are cached and trained on in turn; 0: new crops every epoch
     num_labels: int = 0  # outputs of the classifier; 0: as many as classes
-    val_freq: int = 1  # epochs between progress lines
+    val_freq: int = 1  # epochs between progress lines and, where an epoch is selected, between validations
     seed: int = 0
     batch_size: int = 128  # per process
     num_workers: int = 10  # per process
+    select_epoch: str = "last"  # a key of SELECTIONS: whose classifier is reported
+    interpolation: str = "bilinear"  # of the random crops, as published; or bicubic
 
 
 def is_setting(value: object) -> bool:
@@ -76,16 +85,28 @@ def probe_features(model: nn.Module, n: int) -> Callable[[Tensor], Tensor]:
     first_patch = 1 + model.num_register_tokens
 
     def forward(x: Tensor) -> Tensor:
-        tokens = model.get_intermediate_layers(x, n)  # n of (B, 1 + registers + patches, D)
+        tokens = model.block_outputs(x, n)  # n of (B, 1 + registers + patches, D)
         return torch.cat([*(t[:, 0] for t in tokens), tokens[-1][:, first_patch:].mean(1)], 1)
 
     return forward
 
 
-def columns(features: Tensor, most_blocks: int, n: int, avgpool: bool) -> Tensor:
+def interleaves(model: nn.Module) -> bool:
+    """Whether classifiers of one block and the mean take the two interleaved, as DINO's published ones do.
+
+    DINOv2's take first the class token, then the mean.
+    """
+    return getattr(model, "method", "dino") == "dino"
+
+
+def columns(features: Tensor, most_blocks: int, n: int, avgpool: bool, interleaved: bool = True) -> Tensor:
     """A setting's input, out of `probe_features(model, most_blocks)`: (B, n D), or (B, (n + 1) D) with the mean.
 
-    Features of a network without such blocks (most_blocks = 0) are returned as they are.
+    Class tokens of the last n blocks, the oldest first, then the mean. Features of a network without such blocks
+    (most_blocks = 0) are returned as they are.
+
+    Args:
+        interleaved: see `interleaves`.
     """
     if not most_blocks:
         return features
@@ -94,7 +115,7 @@ def columns(features: Tensor, most_blocks: int, n: int, avgpool: bool) -> Tensor
     if not avgpool:
         return cls
     mean = features[:, most_blocks * width :]
-    if n == 1:  # interleaved, as the published classifiers of one block and the mean expect
+    if n == 1 and interleaved:
         return torch.stack([cls, mean], 2).flatten(1)
     return torch.cat([cls, mean], 1)
 
@@ -105,11 +126,14 @@ class Heads(nn.Module):
     Args:
         width: of the features of one block, D.
         blocks: maximum of n_last_blocks over the settings; 0 for a network without blocks.
+        interleaved: see `interleaves`.
     """
 
-    def __init__(self, settings: Sequence[Setting], width: int, blocks: int, n_classes: int) -> None:
+    def __init__(
+        self, settings: Sequence[Setting], width: int, blocks: int, n_classes: int, interleaved: bool = True
+    ) -> None:
         super().__init__()
-        self.settings, self.blocks = list(settings), blocks
+        self.settings, self.blocks, self.interleaved = list(settings), blocks, interleaved
         sizes = [width * (s.n_last_blocks + s.avgpool_patchtokens) if blocks else width for s in settings]
         self.heads = nn.ModuleList(nn.Linear(size, n_classes) for size in sizes)
         for head in self.heads:
@@ -123,12 +147,34 @@ class Heads(nn.Module):
             groups.setdefault((s.n_last_blocks, s.avgpool_patchtokens), []).append(i)
         logits: list[Tensor] = [features] * len(self.settings)
         for (n, avgpool), members in groups.items():
-            x = columns(features, self.blocks, n, avgpool)
+            x = columns(features, self.blocks, n, avgpool, self.interleaved)
             weight = torch.cat([self.heads[i].weight for i in members])
             bias = torch.cat([self.heads[i].bias for i in members])
             for i, rows in zip(members, F.linear(x, weight, bias).chunk(len(members), 1), strict=True):
                 logits[i] = rows
         return logits
+
+
+class BestEpochs(nn.Module):
+    """Copies of the heads as they were at their own best validated epoch, the first among equals."""
+
+    def __init__(self, heads: Heads) -> None:
+        super().__init__()
+        self.heads = copy.deepcopy(heads).requires_grad_(False)
+        self.register_buffer("right", torch.full((len(heads.heads),), -1))  # hits of each head
+        self.register_buffer("epoch", torch.zeros(len(heads.heads), dtype=torch.long))
+
+    def update(self, heads: Heads, right: Sequence[int], epoch: int) -> None:
+        """Keep the heads whose hits `right`, (S,), exceed those of all epochs before."""
+        for i, hits in enumerate(right):
+            if hits > self.right[i]:
+                self.heads.heads[i].load_state_dict(heads.heads[i].state_dict())
+                self.right[i], self.epoch[i] = hits, epoch
+
+
+def is_validated(epoch: int, training: Training) -> bool:
+    """Whether the published script validates after this epoch; epochs count from 1."""
+    return (epoch - 1) % training.val_freq == 0 or epoch == training.epochs
 
 
 # ---- Training ----
@@ -198,7 +244,7 @@ def train(
         losses = epoch_losses(done - 1).cpu()
         if not losses.isfinite().any():  # a sweep continues without the settings that diverged
             raise Refused(f"--lr {min(training.lrs):g}: the loss is no longer finite; lower it")
-        if done % training.val_freq == 0 or done == training.epochs:
+        if is_validated(done, training):
             parallel.say(f"epoch {done}/{training.epochs}: training loss {losses.min():.4f}"
                          + (f" to {losses.max():.4f}" if len(losses) > 1 else ""))
         if parallel.is_main() and (done % save_freq == 0 or done == training.epochs):
@@ -229,7 +275,8 @@ def unfinished(path: Path, run: Mapping) -> dict:
         raise Refused(f"--output_dir {path.parent}: {error}; remove it, or choose another folder") from error
     before = state.get("run") if isinstance(state, Mapping) else None
     if before != run:
-        changed = ", ".join(k for k in run if isinstance(before, Mapping) and before.get(k) != run[k])
+        keys = dict.fromkeys([*run, *before]) if isinstance(before, Mapping) else ()
+        changed = ", ".join(k for k in keys if before.get(k) != run.get(k))
         raise Refused(f"--output_dir {path.parent}: {path.name} belongs to another run"
                       + (f" (different {changed})" if changed else "") + "; remove it, or choose another folder")
     parallel.say(f"resuming after epoch {state['epoch']} of {path}")
@@ -243,7 +290,8 @@ def read_classifier(path: str | os.PathLike) -> dict:
     """A classifier of this project or a published one.
 
     Returns:
-        {"weight": (C, D), "bias": (C,)} and, where the file has them, "classes" (names) and "setting" (a Setting).
+        {"weight": (C, D), "bias": (C,)} and, where the file has them, "classes" (names), "setting" (a Setting) and
+        "interleaved" (see `interleaves`).
 
     Raises:
         Refused: no such file, or no classifier in it.
@@ -256,7 +304,7 @@ def read_classifier(path: str | os.PathLike) -> dict:
         classifier = layouts.linear_classifier(content, str(path))
     except (layouts.BadFile, OSError) as error:
         raise Refused(f"--linear_weights {error}; give a linear.pth") from error
-    about = {k: content[k] for k in ("classes", "setting") if content.get(k) is not None}
+    about = {k: content[k] for k in ("classes", "setting", "interleaved") if content.get(k) is not None}
     if "setting" in about:
         if not is_setting(about["setting"]):
             raise Refused(f"--linear_weights {path}: its setting does not hold {', '.join(Setting._fields)}; give a "

@@ -5,9 +5,12 @@ Shapes: N images, D width.
 
 from __future__ import annotations
 
+import platform
 import shlex
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -72,7 +75,9 @@ def draw_neighbours(images: Sequence[Images], parts: Sequence[Part], path: Path)
     neighbours = [[sheets.as_picture(images[0].load(j)) for j in row] for row in near.tolist()]
     same = [[train.labels is None or bool(train.labels[j] == test.labels[i]) for j in row]
             for i, row in zip(rows.tolist(), near.tolist(), strict=True)]
-    sheets.save_picture(sheets.neighbour_sheet(queries, neighbours, same), path)
+    names = [[Path(images[-1].name(i)).name, *(Path(images[0].name(j)).name for j in row)]
+             for i, row in zip(rows.tolist(), near.tolist(), strict=True)]
+    sheets.save_picture(sheets.neighbour_sheet(queries, neighbours, same, names=names), path)
 
 
 def draw_map(parts: Sequence[Part], path: Path, seed: int) -> None:
@@ -84,14 +89,15 @@ def draw_map(parts: Sequence[Part], path: Path, seed: int) -> None:
 
 
 def draw(
-    folder: Path, network: Network, images: Sequence[Images], parts: Sequence[Part], knn: Mapping, image_size: int,
-    seed: int, skipped: dict[str, str],
+    folder: Path, network: Network, images: Sequence[Images], parts: Sequence[Part],
+    sweeps: Mapping[str, Sequence[Mapping]], image_size: int, seed: int, skipped: dict[str, str],
 ) -> dict[str, list[str]]:
     """Draw into `folder` what the evaluations allow; what can't be drawn is added to `skipped`, with the reason.
 
     Args:
         images, parts: training and test images, and their features; `parts` is empty where there is no k-NN.
-        knn: the k-NN report, or {}.
+        sweeps: by network, the results of its k-NN report; {} without labels.
+        image_size: see `attention.draw_sheets`; 0: its default.
 
     Returns:
         The drawings as parts of the page, by section.
@@ -106,8 +112,8 @@ def draw(
         else:
             drawn[name] = [report.figure(folder / file, caption) for file, caption in files]
 
-    if knn.get("results"):
-        add("sweep", lambda: charts.sweep_chart(knn["results"], folder / "k_sweep.png"),
+    if sweeps:
+        add("sweep", lambda: charts.sweep_chart(sweeps, folder / "k_sweep.png"),
             ("k_sweep.png", "top-1 accuracy for every k, with its 95 % interval"))
     if parts and len(parts[-1].features) >= 5:
         add("map of the features", lambda: draw_map(parts, folder / "tsne.png", seed),
@@ -120,8 +126,9 @@ def draw(
                                "another"))
 
     def draw_sheets() -> None:
-        attention.dense.check_attention(network, [image_size], -1)
-        attention.draw_sheets(network, images[-1], [image_size], folder, max_images=SHOWN, threshold=0.6, pca=True,
+        size = [image_size] if image_size else []
+        attention.dense.check_attention(network, size, -1)
+        attention.draw_sheets(network, images[-1], size, folder, max_images=SHOWN, threshold=0.6, pca=True,
                               flag="--data_path")
 
     add("attention and PCA", draw_sheets,
@@ -131,6 +138,18 @@ def draw(
 
 
 # ---- The page ----
+
+
+def circumstances() -> dict[str, str]:
+    """The date and the versions that figures depend on."""
+    versions = [f"{name} {version(name)}" for name in ("torch", "torchvision", "numpy")]
+    return {"date": time.strftime("%Y-%m-%d %H:%M %Z"),
+            "versions": ", ".join([f"Python {platform.python_version()}", *versions])}
+
+
+def notes(evaluated: Mapping) -> list[str]:
+    """The notes of a protocol's report, as parts of the page."""
+    return [report.note(text) for text in evaluated.get("notes", [])]
 
 
 def page(
@@ -147,21 +166,24 @@ def page(
     lines = [{k: v for k, v in row.items() if k != "per_class"} for row in knn.get("results", [])]
     wrong = confusions(parts) if lines else []
     facts = {k: about[k] for k in FACTS if about.get(k) is not None}
+    facts |= {"data": data_path, "command": shlex.join(sys.argv)} | circumstances()
     return report.page("Evaluation of frozen features", [
-        ("What was evaluated", [report.facts(facts | {"data": data_path, "command": shlex.join(sys.argv)})]),
+        ("What was evaluated", [report.facts(facts)]),
         ("Figures, with 95 % bootstrap intervals", [report.table(table), report.note(
             "Accuracies, Jaccard indices, J&F and average precisions in %. Segmentation: best head chooses with the "
             "ground truth of each image; one head was chosen on other images.")]),
-        ("k-NN", drawn.get("sweep", []) + [report.table(lines)] + [report.note(n) for n in knn.get("notes", [])]),
+        ("k-NN", drawn.get("sweep", []) + [report.table(lines)] + notes(knn)),
         ("Confused classes", [report.table(wrong)] if wrong else []),
         ("Linear classifiers", [report.table(reports["linear"]["results"]), report.note(
-            "Only the chosen one was evaluated on the test set.")] if "linear" in reports else []),
+            "Only the chosen one was evaluated on the test set."), *notes(reports["linear"])]
+         if "linear" in reports else []),
         ("Map of the features", drawn.get("map of the features", [])),
         ("Nearest neighbours", drawn.get("neighbours", [])),
         ("Attention and patch tokens", drawn.get("attention and PCA", [])),
         ("Foreground masks", [report.table(segmented["results"])] + (
             [report.figure(masks, "images, their foreground, and masks from the attention")] if masks.is_file() else []
-        ) if segmented else []),
-        *((name.capitalize(), [report.table(reports[name]["results"])]) for name in OTHERS if name in reports),
+        ) + notes(segmented) if segmented else []),
+        *((name.capitalize(), [report.table(reports[name]["results"])] + notes(reports[name]))
+          for name in OTHERS if name in reports),
         ("Skipped", [report.facts(skipped)] if skipped else []),
     ])

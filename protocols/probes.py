@@ -50,14 +50,20 @@ def evaluate_linear(
         val_share: share of the training images held out to choose a setting by; none are held out without a choice.
 
     Returns:
-        The network's `about` and protocol, data_path, val_data_path, images (training, held out, test), epochs, notes,
-        test (`scores.accuracy` of the test images), results (a row per setting).
+        The network's `about` and protocol, data_path, val_data_path, images (training, held out, test), epochs,
+        select_epoch and interpolation (of a probe), notes, test (`scores.accuracy` of the test images), results (a row
+        per setting).
 
     Raises:
-        Refused: bad data, settings that don't fit the network, a loss that is not finite, or an unusable folder.
+        Refused: bad data, settings that don't fit the network or the choice of an epoch, a loss that is not finite, or
+            an unusable folder.
     """
     blocks = with_blocks(network, training.n_last_blocks)[1]
-    choice = protocol == "logreg" or protocol == "probe" and len(linear.sweep(training, blocks > 0)) > 1
+    several = len(linear.sweep(training, blocks > 0)) > 1
+    if protocol == "probe" and several and training.select_epoch == "best":
+        raise Refused("--select_epoch best with several settings: a setting would be chosen on the test set; give "
+                      "held_out or last, or one setting")
+    choice = protocol == "logreg" or protocol == "probe" and (several or training.select_epoch == "held_out")
     task = open_task(data_path, val_data_path, network.info["in_chans"], low_shot, val_share if choice else None,
                      training.seed)
     if training.num_labels and training.num_labels < len(task.classes):
@@ -75,6 +81,8 @@ def evaluate_linear(
     report = network.about | {
         "protocol": protocol, "data_path": str(data_path), "val_data_path": val_data_path or None,
         "images": [len(part) if part else 0 for part in task[:3]], "epochs": training.epochs,
+        **({"select_epoch": training.select_epoch, "interpolation": training.interpolation}
+           if protocol == "probe" else {}),
         "notes": task.notes, "test": scores.accuracy([ranked], task.test.labels, task.classes), "results": rows,
     }
     return scores.write_results(output_dir / "eval_linear.json", **report)
@@ -84,6 +92,10 @@ def show_linear(report: dict) -> None:
     """Print the tables of a report. Its notes have been printed before the work began."""
     if len(report["results"]) > 1:
         print(scores.table(report["results"]))
+    if "select_epoch" in report:
+        chosen = next((row for row in report["results"] if row.get("chosen")), report["results"][0])
+        print(f"epoch {chosen['epoch']} of {report['epochs']}: {linear.SELECTIONS[report['select_epoch']]}; "
+              f"{report['interpolation']} training crops" + " as published" * (report["interpolation"] == "bilinear"))
     print("on the test set, in %, with its 95 % bootstrap interval")
     print(scores.table([{k: v for k, v in report["test"].items() if k != "per_class"}]))
 
@@ -123,12 +135,12 @@ def training_batches(
         view = epoch % training.views
         if view not in kept:
             kept[view] = network_features(network, part, training.batch_size, training.num_workers,
-                                          folder / "features", view, TRAINING_SCALE)
+                                          folder / "features", view, TRAINING_SCALE, training.interpolation)
         features = (to_device(kept[view][rows], network.device) for rows in batches)
     else:
         features = feature_batches(
-            network.forward, input_dataset(network, part, epoch, TRAINING_SCALE), order.tolist(),
-            training.batch_size, training.num_workers, network.device, network.autocast())
+            network.forward, input_dataset(network, part, epoch, TRAINING_SCALE, training.interpolation),
+            order.tolist(), training.batch_size, training.num_workers, network.device, network.autocast())
     for x, rows in zip(features, batches, strict=True):
         yield x, to_device(part.labels[rows], network.device)
 
@@ -137,24 +149,40 @@ def training_batches(
 
 
 def probe(network: Network, task: Task, training: Training, folder: Path) -> Outcome:
-    """Train one linear classifier per setting in one pass, choose on the held-out images, and test the chosen one."""
+    """Train one linear classifier per setting in one pass, choose one and its epoch, and test that.
+
+    The setting is chosen on the held-out images. So is the epoch, or on the test images, by `training.select_epoch`.
+    """
+    interleaved = linear.interleaves(network.forward)
     network, blocks = with_blocks(network, training.n_last_blocks)
     settings = linear.sweep(training, blocks > 0)
     torch.manual_seed(training.seed)
-    heads = linear.Heads(settings, network.info["embed_dim"], blocks, max(training.num_labels, len(task.classes)))
+    heads = linear.Heads(settings, network.info["embed_dim"], blocks, max(training.num_labels, len(task.classes)),
+                         interleaved)
     optimizer = linear.build_optimizer(heads.to(network.device), training.batch_size * parallel.world_size())
     kept: dict[int, Tensor] = {}
+    modules: dict[str, torch.nn.Module | torch.optim.Optimizer] = {"heads": heads, "optimizer": optimizer}
+    judges = {"best": task.test, "held_out": task.held, "last": None}[training.select_epoch]
+    if judges:
+        modules["best"] = best_epochs = linear.BestEpochs(heads)
+        judged = eval_features(network, judges, training, folder)
 
     def epoch_losses(epoch: int) -> Tensor:
         batches = training_batches(network, task.train, training, folder, epoch, kept)
-        return linear.train_epoch(heads, optimizer, epoch, training.epochs, batches)
+        loss = linear.train_epoch(heads, optimizer, epoch, training.epochs, batches)
+        if judges and linear.is_validated(epoch + 1, training):
+            right = [int(scores.hits(r, judges.labels)[0].sum()) for r in linear.predict(heads, judged)]
+            best_epochs.update(heads, right, epoch + 1)
+        return loss
 
-    run = linear.run_of(network.about, task, training) | {
-        "settings": [list(s) for s in settings], "views": training.views}
-    loss = linear.train(folder / UNFINISHED, run, {"heads": heads, "optimizer": optimizer}, epoch_losses, training,
+    run = run_of(network, task, training, settings) | ({} if interleaved else {"interleaved": False})
+    loss = linear.train(folder / UNFINISHED, run, modules, epoch_losses, training,
                         save_freq=10 if training.views else 1)  # epochs on cached views take little time
-    rows = [{"lr": s.lr, "n_last_blocks": s.n_last_blocks, "avgpool": s.avgpool_patchtokens,
-             "train_loss": float(v) if v.isfinite() else None} for s, v in zip(settings, loss, strict=True)]
+    epochs = best_epochs.epoch.tolist() if judges else [training.epochs] * len(settings)
+    heads = best_epochs.heads if judges else heads
+    rows = [{"lr": s.lr, "n_last_blocks": s.n_last_blocks, "avgpool": s.avgpool_patchtokens, "epoch": epoch,
+             "train_loss": float(v) if v.isfinite() else None}
+            for s, epoch, v in zip(settings, epochs, loss, strict=True)]
     best = 0
     if task.held:
         ranked = linear.predict(heads, eval_features(network, task.held, training, folder))
@@ -167,12 +195,25 @@ def probe(network: Network, task: Task, training: Training, folder: Path) -> Out
     return rows, linear.predict(heads, eval_features(network, task.test, training, folder))[best]
 
 
+def run_of(network: Network, task: Task, training: Training, settings: Sequence[linear.Setting]) -> dict:
+    """What a stopped run and the one that resumes it must have in common.
+
+    Choices that older versions did not have are left out where they are what those did, whose files can be resumed.
+    """
+    run = linear.run_of(network.about, task, training) | {
+        "settings": [list(s) for s in settings], "views": training.views}
+    if training.select_epoch != "last":
+        run |= {"select_epoch": training.select_epoch, "val_freq": training.val_freq}
+    return run if training.interpolation == "bicubic" else run | {"interpolation": training.interpolation}
+
+
 def save_classifier(heads: linear.Heads, best: int, classes: list[str], network: Network, folder: Path) -> None:
     """linear.pth: the chosen classifier under the published names, its classes and its setting."""
     head, setting = heads.heads[best], heads.settings[best]
     state = {"linear.weight": head.weight.detach().cpu(), "linear.bias": head.bias.detach().cpu()}
-    checkpoints.save({"state_dict": state, "classes": list(classes), "setting": setting._asdict(),
-                      "weights_sha256": network.about["weights_sha256"]}, folder / CLASSIFIER)
+    checkpoints.save(
+        {"state_dict": state, "classes": list(classes), "setting": setting._asdict(),
+         "interleaved": heads.interleaved, "weights_sha256": network.about["weights_sha256"]}, folder / CLASSIFIER)
     (folder / UNFINISHED).unlink(missing_ok=True)
 
 
@@ -184,8 +225,10 @@ def apply_classifier(network: Network, task: Task, training: Training, folder: P
     loaded = linear.read_classifier(linear_weights)
     weight, bias = loaded["weight"], loaded["bias"]
     setting = loaded.get("setting") or linear.sweep(training)[0]
+    # A classifier of this project says which, or is older than the distinction; a published one fits its network.
+    interleaved = loaded.get("interleaved", "setting" in loaded or linear.interleaves(network.forward))
     network, blocks = with_blocks(network, [max(setting.n_last_blocks, 1)])
-    heads = linear.Heads([setting], network.info["embed_dim"], blocks, len(bias)).to(network.device)
+    heads = linear.Heads([setting], network.info["embed_dim"], blocks, len(bias), interleaved).to(network.device)
     head = heads.heads[0]
     if head.weight.shape != weight.shape:
         raise Refused(f"--linear_weights {linear_weights}: weights {tuple(weight.shape)} instead of "
@@ -198,6 +241,10 @@ def apply_classifier(network: Network, task: Task, training: Training, folder: P
                           f"in {order}")
         parallel.say(task.notes[-1])
     number = {name: i for i, name in enumerate(task.classes)}
+    if not number.keys() & set(names):
+        raise Refused(f"--linear_weights {linear_weights}: none of its classes ({', '.join(names[:5])}, ...) is in "
+                      f"--data_path ({', '.join(task.classes[:5])}, ...), so every answer would be wrong; give a "
+                      "classifier of these classes")
     outputs = torch.tensor([number.get(name, -1) for name in names] + [-1] * (len(bias) - len(names)))
     row = {"n_last_blocks": setting.n_last_blocks, "avgpool": setting.avgpool_patchtokens}
     return [row], outputs[linear.predict(heads, eval_features(network, task.test, training, folder))[0]]

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 TEMPERATURE = 0.1  # of the weights, as published
@@ -23,8 +24,8 @@ def propagate(query: Tensor, context: Sequence[Tensor], labels: Sequence[Tensor]
     """Labels of a frame's patches from their nearest patches in the context frames.
 
     label(q) = sum_i w_i label(i), w = softmax(cos(q, i) / 0.1), over the `topk` most similar patches i among those of
-    all context frames that lie within `radius` rows and columns of q (0: anywhere). Computed tile by tile, so that
-    only a few patches' similarities are in memory.
+    all context frames that lie within `radius` rows and columns of q (0: anywhere), and any that equal the last of
+    these in similarity. Computed tile by tile, so that only a few patches' similarities are in memory.
 
     Args:
         query: (h, w, D), of unit length.
@@ -47,9 +48,9 @@ def propagate(query: Tensor, context: Sequence[Tensor], labels: Sequence[Tensor]
                 (columns[tile[1], None, None] - columns[near[1]]).abs() > reach)  # (tile h, tile w, near h, near w)
             similarity = query[tile].flatten(0, 1) @ context[(slice(None), *near)].flatten(0, 2).T
             similarity.unflatten(1, (len(context), -1)).masked_fill_(far.flatten(2).flatten(0, 1)[:, None], -torch.inf)
-            best, source = similarity.topk(min(topk, similarity.shape[1]), dim=1)  # (patches of the tile, topk)
-            weights = (best / TEMPERATURE).softmax(dim=1)[..., None]
-            mean = (weights.to(labels.dtype) * labels[(slice(None), *near)].flatten(0, 2)[source]).sum(1)
+            last = similarity.topk(min(topk, similarity.shape[1]), dim=1).values[:, -1:]  # (patches of the tile, 1)
+            weights = similarity.masked_fill_(similarity < last, -torch.inf).div_(TEMPERATURE).softmax(dim=1)
+            mean = weights.to(labels.dtype) @ labels[(slice(None), *near)].flatten(0, 2)
             result[tile] = mean.view(*result[tile].shape)
     return result
 
@@ -79,19 +80,27 @@ def propagate_video(
 
 def one_hot(labels: np.ndarray, objects: Sequence[int], h: int, w: int) -> Tensor:
     """Labels (height, width) at the patches' centres: float (h, w, K), background first, then the objects."""
-    rows, columns = (((np.arange(n) + 0.5) * side / n).astype(int)
-                     for n, side in zip((h, w), labels.shape, strict=True))
-    numbers = np.array([0, *objects])
-    return torch.from_numpy(labels[rows[:, None], columns][..., None] == numbers).float()
+    return torch.from_numpy(nearest(labels, h, w)[..., None] == np.array([0, *objects])).float()
 
 
-def harden(soft: Tensor, objects: Sequence[int], height: int, width: int) -> np.ndarray:
+def harden(soft: Tensor, objects: Sequence[int], height: int, width: int, patch: int = 0) -> np.ndarray:
     """Soft labels (h, w, K) -> labels of a frame's pixels (height, width).
 
     Each label is resized bilinearly to the frame's size and scaled to the range 0 to 1 (a constant one is left as it
-    is); a pixel gets its highest label, the first of equals.
+    is, which the published script divides by 0); a pixel gets its highest label, the first of equals.
+
+    Args:
+        patch: published: the labels are resized by this factor, to the size of the network's input, and the highest
+            of each pixel of that size is then resized to the frame's, by nearest neighbours; 0: directly.
     """
-    maps = F.interpolate(soft.movedim(-1, 0)[None], (height, width), mode="bilinear", align_corners=False)[0]
+    how = {"scale_factor": patch} if patch else {"size": (height, width)}
+    maps = F.interpolate(soft.movedim(-1, 0)[None], **how, mode="bilinear", align_corners=False)[0]
     low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
     maps = torch.where(high > low, (maps - low) / (high - low).clamp_min(1e-12), maps)
-    return np.array([0, *objects])[maps.argmax(0).cpu().numpy()]
+    return nearest(np.array([0, *objects])[maps.argmax(0).cpu().numpy()], height, width)
+
+
+def nearest(labels: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Labels (h, w) resized to (height, width): those of the nearest pixels, as Pillow finds them."""
+    resized = Image.fromarray(labels.astype(np.int32)).resize((width, height), Image.Resampling.NEAREST)
+    return np.asarray(resized).astype(labels.dtype)

@@ -49,15 +49,20 @@ def average_precision(ranks: np.ndarray) -> float:
     return float(np.mean(np.arange(1, len(ranks) + 1) / (ranks + 1)))
 
 
-def average_precision_trapezoid(ranks: np.ndarray) -> float:
+def average_precision_trapezoid(ranks: np.ndarray, n_relevant: int | None = None) -> float:
     """Area under precision over recall by the trapezoid rule, as Oxford's own code computes it (Philbin et al. 2007).
 
     Relevant image number j, at rank r, contributes (p + p') / 2R, where p = j / r is the precision just before it (1 at
     r = 0) and p' = (j + 1) / (r + 1) the precision including it.
+
+    Args:
+        ranks: of the relevant images that were retrieved, ascending.
+        n_relevant: R; by default all of them were retrieved.
     """
+    ranks = np.asarray(ranks, np.int64)
     j = np.arange(len(ranks))
     before = np.where(ranks > 0, j / np.maximum(ranks, 1), 1.0)
-    return float(np.mean((before + (j + 1) / (ranks + 1)) / 2))
+    return float(((before + (j + 1) / (ranks + 1)) / 2).sum() / (n_relevant or len(ranks)))
 
 
 def precision_at(ranks: np.ndarray, k: int) -> float:
@@ -129,6 +134,7 @@ def gem(patch_tokens: Tensor, p: float = 4.0, smallest: float = 1e-6) -> Tensor:
 class Whitening(NamedTuple):
     mean: Tensor  # (D,)
     transform: Tensor  # (D, d), d <= D
+    on_sphere: bool  # features are normalized before the mean is subtracted
 
 
 def fit_whitening(features: Tensor, regularizer: float = 1e-3) -> Whitening:
@@ -146,13 +152,34 @@ def fit_whitening(features: Tensor, regularizer: float = 1e-3) -> Whitening:
     variances, directions = torch.linalg.eigh((x - mean).T @ (x - mean) / len(x))
     varies = variances > 1e-10 * variances[-1].clamp(min=1e-10)
     if len(x) < 2 or not varies.any():
-        raise Refused(f"--distractors: {len(x)} feature(s), all equal, give no whitening; give more images")
+        raise Refused(f"--whitening_path: {len(x)} feature(s), all equal, give no whitening; give more images")
     variances, directions = variances[varies], directions[:, varies]
     scale = (variances + regularizer * variances.mean()).rsqrt()
-    return Whitening(mean, directions * scale)
+    return Whitening(mean, directions * scale, on_sphere=True)
+
+
+def fit_published_whitening(features: Tensor, floor: float = 1e-5) -> Whitening:
+    """Whitening of (N, D) features as the published script computes it: (x - mean) V / sqrt(eigenvalues).
+
+    V and the eigenvalues are those of the second moment x^T x / N, which is not centred, of features that are not
+    normalized. The first direction is therefore near the mean, whose square its eigenvalue contains.
+
+    Args:
+        floor: smallest eigenvalue, as a share of the largest; no direction is left out.
+
+    Raises:
+        Refused: all features are 0.
+    """
+    x = features.double()
+    eigenvalues, directions = torch.linalg.eigh(x.T @ x / len(x))
+    if not eigenvalues[-1] > 0:
+        raise Refused(f"--whitening_path: {len(x)} feature(s), all of them 0, give no whitening; give other images")
+    return Whitening(x.mean(0), directions * eigenvalues.clamp(min=floor * eigenvalues[-1]).rsqrt(), on_sphere=False)
 
 
 def whiten(features: Tensor, whitening: Whitening) -> Tensor:
-    """(N, D) -> (N, d) float32 on the unit sphere."""
-    x = torch.nn.functional.normalize(features.double(), dim=1)
-    return torch.nn.functional.normalize((x - whitening.mean) @ whitening.transform, dim=1).float()
+    """(N, D) -> (N, d) float64, not normalized."""
+    x = features.double()
+    if whitening.on_sphere:
+        x = torch.nn.functional.normalize(x, dim=1)
+    return (x - whitening.mean) @ whitening.transform

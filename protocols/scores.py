@@ -63,7 +63,11 @@ def percentiles(resampled: np.ndarray) -> tuple[float, float]:
 
 def percent(scores: Tensor | np.ndarray) -> dict:
     """Mean of scores in [0, 1] and its 95 % interval, in %: {"value", "interval"}."""
-    scores = 100 * np.asarray(scores, np.float64)
+    return summary(100 * np.asarray(scores, np.float64))
+
+
+def summary(scores: np.ndarray) -> dict:
+    """Mean of scores and its 95 % bootstrap interval: {"value", "interval"}."""
     return {"value": float(scores.mean()), "interval": list(bootstrap_interval(scores))}
 
 

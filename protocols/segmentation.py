@@ -9,8 +9,14 @@ foreground at the image's own size, averaged over images. Labels are used only w
     k-means            two clusters of the patch tokens; the foreground is the cluster with less of the border
     centre box         a box with the image's proportions, its size chosen on the validation part
 
-and the first three for the same network with random weights. The column "held out" averages over the images outside
+and the first four for the same network with random weights. The column "held out" averages over the images outside
 the validation part; choices are judged there only.
+
+Two more columns judge the map behind a mask, which the mask can hide: a network may attend to the object and still have
+a mask of one patch, if that patch holds most of the attention. They are `segmentation_scores.energy_ratio` and
+`segmentation_scores.pointing` of the attention at the image's own size; of k-means and the box, of the mask itself. A
+row's head is the one that its mask was chosen by. They average over the held-out images, or over all without a
+validation part.
 
 Shapes: N images, C channels, H heads, h x w patches, D width. Sizes are (height, width) in pixels.
 """
@@ -21,6 +27,7 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -30,18 +37,28 @@ from torch import Tensor
 import flags
 import parallel
 from imagesets import masks
-from parallel import import_optional
+from parallel import Refused, import_optional
 from protocols import dense, scores, segmentation_scores, sheets
 from protocols.features import Network
+from protocols.progress import Progress
+from protocols.transforms import TooManyPatches
 from vision_transformer import build_backbone
 
 BOX_SIDES = tuple(round(0.3 + 0.05 * i, 2) for i in range(15))  # share of the image's sides: 0.3 to 1
-PROGRESS = 100  # images between two lines on the console
 
 # ---- Masks ----
 
 
-Candidates = dict[tuple[str, str], np.ndarray]  # by network and kind; the box has no network: ""
+class Candidate(NamedTuple):
+    """What a row of the table chooses from, on one image."""
+
+    masks: np.ndarray  # bool (candidates, height, width)
+    maps: np.ndarray  # what the masks were made of, floats (candidates, height, width), or the masks themselves
+
+
+Candidates = dict[tuple[str, str], Candidate]  # by network and kind; the box has no network: ""
+Measured = dict[tuple[str, str], np.ndarray]  # MEASURES of candidates: (candidates, 3), or (N, candidates, 3)
+MEASURES = (segmentation_scores.jaccard, segmentation_scores.energy_ratio, segmentation_scores.pointing)
 
 
 def kmeans_mask(tokens: np.ndarray, seed: int = 0) -> np.ndarray:
@@ -74,29 +91,32 @@ def centre_box(height: int, width: int, side: float) -> np.ndarray:
 def candidate_masks(
     image: Tensor, networks: Mapping[str, Network], image_size: int, layer: int, threshold: float, seed: int
 ) -> Candidates:
-    """Masks bool (candidates, height, width) of an image uint8 (C, height, width).
+    """The masks that are compared on an image uint8 (C, height, width), and the maps behind them.
 
     Args:
-        networks: by their names in the table; the tokens of the first one are clustered.
+        networks: by their names in the table.
         image_size, layer, threshold, seed: see `evaluate_segmentation`.
     """
     height, width = image.shape[-2:]
-    patches = {}
+    candidates = {}
     for name, network in networks.items():
         _, attention, tokens = dense.look(network, image, [image_size], layer)
-        patches[name, "heads"] = sheets.threshold_mask(attention, threshold)
-        patches[name, "mean"] = sheets.threshold_mask(attention.mean(axis=0), threshold)[None]
-        if name == next(iter(networks)):
-            patches[name, "k-means"] = kmeans_mask(tokens, seed)[None]
-    pixels = {key: dense.patches_to_pixels(mask, height, width, [image_size], network.info["patch_size"])
-              for key, mask in patches.items()}
-    return pixels | {("", "box"): np.stack([centre_box(height, width, side) for side in BOX_SIDES])}
+        mean, cluster = attention.mean(axis=0, keepdims=True), kmeans_mask(tokens, seed)[None]
+        for kind, masks_, maps in (("heads", sheets.threshold_mask(attention, threshold), attention),
+                                   ("mean", sheets.threshold_mask(mean, threshold), mean),
+                                   ("k-means", cluster, cluster)):
+            candidates[name, kind] = Candidate(*(
+                dense.patches_to_pixels(x, height, width, [image_size], network.info["patch_size"])
+                for x in (masks_, maps)))
+    boxes = np.stack([centre_box(height, width, side) for side in BOX_SIDES])
+    return candidates | {("", "box"): Candidate(boxes, boxes)}
 
 
-def candidate_scores(candidates: Candidates, truth: np.ndarray, ignored: np.ndarray) -> Candidates:
-    """Jaccard indices (candidates,) of `candidate_masks`."""
-    return {key: np.array([segmentation_scores.jaccard(mask, truth, ignored) for mask in each])
-            for key, each in candidates.items()}
+def measure(candidates: Candidates, truth: np.ndarray, ignored: np.ndarray) -> Measured:
+    """MEASURES (candidates, 3) of an image's `candidate_masks`."""
+    jaccard, *of_maps = MEASURES
+    return {key: np.array([[jaccard(mask, truth, ignored), *(score(heat, truth, ignored) for score in of_maps)]
+                           for mask, heat in zip(*each, strict=True)]) for key, each in candidates.items()}
 
 
 # ---- Figures ----
@@ -132,26 +152,30 @@ def validation_part(n: int, share: float, seed: int) -> np.ndarray:
 
 
 def choose(values: np.ndarray, row: Row, validation: np.ndarray) -> int | None:
-    """The best candidate of values (N, candidates) on the validation part; None where the row has no such choice."""
-    return int(values[validation].mean(0).argmax()) if row.choice == "all" and validation.any() else None
+    """The candidate of MEASURES (N, candidates, 3) with the best Jaccard index on the validation part; None where the
+    row has no such choice."""
+    return int(values[validation, :, 0].mean(0).argmax()) if row.choice == "all" and validation.any() else None
 
 
-def summarize(jaccard: Candidates, validation: np.ndarray) -> list[dict]:
-    """The lines of the table, by network and row, from Jaccard indices (N, candidates)."""
+def summarize(measured: Measured, validation: np.ndarray) -> list[dict]:
+    """The lines of the table, by network and row, from MEASURES (N, candidates, 3) of all images."""
     results = []
-    for network in dict.fromkeys(network for network, _ in jaccard):
+    for network in dict.fromkeys(network for network, _ in measured):
         for row in ROWS:
-            if (network, row.kind) not in jaccard:
+            if (network, row.kind) not in measured:
                 continue
-            values = jaccard[network, row.kind]
+            values = measured[network, row.kind]
             best = choose(values, row, validation)
             if row.choice == "all" and best is None:
                 continue
-            each = values.max(axis=1) if best is None else values[:, best]
+            chosen = values[..., 0].argmax(axis=1) if best is None else best
+            jaccard, energy, hit = values[np.arange(len(values)), chosen].T
             results.append({
                 "network": network or "-", "mask": row.name, "chosen": "-" if best is None else row.chosen(best),
-                "jaccard": scores.percent(each) if best is None else None,
-                "jaccard_held_out": scores.percent(each[~validation]) if validation.any() else None,
+                "jaccard": scores.percent(jaccard) if best is None else None,
+                "jaccard_held_out": scores.percent(jaccard[~validation]) if validation.any() else None,
+                "energy_ratio": scores.summary(energy[~validation]),
+                "pointing_game": scores.percent(hit[~validation]),
             })
     return results
 
@@ -177,13 +201,24 @@ def compared_networks(network: Network, seed: int) -> dict[str, Network]:
     return {"network": network, "random weights": network._replace(forward=untrained.to(network.device).eval())}
 
 
-def score_images(images: masks.MaskedImages, find_masks: Callable[[Tensor], Candidates]) -> Candidates:
-    """Jaccard indices (N, candidates) of the masks that `find_masks` makes of each image; the processes share them."""
-    def work(i: int) -> Candidates:
-        if i % PROGRESS == 0 and i:
-            parallel.say(f"image {i} of {len(images.names)}")
+def check_sizes(images: masks.MaskedImages, image_size: int, patch: int, flag: str) -> None:
+    """Refuse images of too many patches before any work."""
+    for name, (height, width) in zip(images.names, images.sizes, strict=True):
+        try:
+            dense.input_sizes(height, width, [image_size], patch)
+        except TooManyPatches as error:
+            raise Refused(f"{flag}: {name}: {error}") from error
+
+
+def score_images(images: masks.MaskedImages, find_masks: Callable[[Tensor], Candidates]) -> Measured:
+    """MEASURES (N, candidates, 3) of the masks that `find_masks` makes of each image; the processes share them."""
+    progress = Progress(len(images.names), "images")
+
+    def work(i: int) -> Measured:
         image, truth, ignored = images.load(i)
-        return candidate_scores(find_masks(image), truth, ignored)
+        measured = measure(find_masks(image), truth, ignored)
+        progress.done(parallel.world_size())  # the other processes are as far
+        return measured
 
     per_image = parallel.map_shared(work, len(images.names))
     return {key: np.stack([one[key] for one in per_image]) for key in per_image[0]}
@@ -193,26 +228,27 @@ def draw_masks(
     rows: Sequence[int], images: masks.MaskedImages, find_masks: Callable[[Tensor], Candidates], head: int | None
 ) -> np.ndarray:
     """A sheet uint8 (height, width, 3) of the images `rows`: foreground and masks; `head` is the chosen one."""
-    cells = []
+    cells, names = [], [[Path(images.names[i]).name] for i in rows]
     for i in rows:
         image, truth, ignored = images.load(i)
         candidates = find_masks(image)
         networks = [network for network, kind in candidates if kind == "heads"]
         first, last = networks[0], networks[-1]
-        jaccard = candidate_scores(candidates, truth, ignored)
-        shown = {"foreground": truth, "best head": candidates[first, "heads"][np.argmax(jaccard[first, "heads"])]}
+        best = {key: candidates[key].masks[values[:, 0].argmax()]
+                for key, values in measure(candidates, truth, ignored).items()}
+        shown = {"foreground": truth, "best head": best[first, "heads"]}
         if head is not None:
-            shown[f"head {head}"] = candidates[first, "heads"][head]
-        shown |= {"mean of heads": candidates[first, "mean"][0], "k-means": candidates[first, "k-means"][0]}
+            shown[f"head {head}"] = candidates[first, "heads"].masks[head]
+        shown |= {"mean of heads": best[first, "mean"], "k-means": best[first, "k-means"]}
         if last != first:
-            shown["random: best head"] = candidates[last, "heads"][np.argmax(jaccard[last, "heads"])]
+            shown |= {"random: best head": best[last, "heads"], "random: k-means": best[last, "k-means"]}
         figure = sheets.as_picture(image)
         cells.append([figure, *(sheets.mask_overlay(figure, mask) for mask in shown.values())])
-    return sheets.contact_sheet(cells, ["image", *shown], cell=200)
+    return sheets.contact_sheet(cells, ["image", *shown], cell=200, captions=names)
 
 
 def evaluate_segmentation(
-    network: Network, data_path: str, image_size: int = 480, layer: int = -1, threshold: float = 0.6,
+    network: Network, data_path: str, image_size: int = 0, layer: int = -1, threshold: float = 0.6,
     val_share: float = 0.2, seed: int = 0, save_masks: int = 0, output_dir: str | os.PathLike = ".",
     flag: str = "--data_path",
 ) -> dict:
@@ -223,7 +259,7 @@ def evaluate_segmentation(
     Args:
         network: a VisionTransformer; computes in float32.
         data_path: see `masks.open_masked`.
-        image_size: shorter side of the network's input in pixels, rounded down to whole patches.
+        image_size: shorter side of the network's input in pixels; 0: see `dense.default_size`.
         layer: index of the block whose attention is used; negative ones count from the last.
         threshold: share of the attention that a mask holds.
         val_share: share of the images on which one head and the box are chosen; 0 leaves both out.
@@ -238,13 +274,16 @@ def evaluate_segmentation(
         Refused: a network without attention, no images with masks, a file that can't be read or written.
     """
     import_kmeans()  # before any work
-    dense.check_attention(network, [image_size], layer)
+    dense.check_attention(network, [image_size] if image_size else (), layer)
     images = masks.open_masked(data_path, network.info["in_chans"], flag)
+    image_size = image_size or dense.default_size(network, [min(size) for size in images.sizes])
+    check_sizes(images, image_size, network.info["patch_size"], flag)
+    parallel.say(f"{len(images.names)} images, shorter side resized to {image_size} pixels")
     output_dir = flags.prepare_output(output_dir)
     networks = compared_networks(network, seed)
     find_masks = partial(candidate_masks, networks=networks, image_size=image_size, layer=layer, threshold=threshold,
                          seed=seed)
-    jaccard = score_images(images, find_masks)
+    measured = score_images(images, find_masks)
     n = len(images.names)
     validation = validation_part(n, val_share, seed)
     about = {name: network.about[name] for name in (
@@ -255,9 +294,9 @@ def evaluate_segmentation(
     }
     if save_masks and parallel.is_main():
         rows = np.linspace(0, n - 1, min(n, save_masks)).astype(int).tolist()
-        head = choose(jaccard[next(iter(networks)), "heads"], ROWS[1], validation)
+        head = choose(measured[next(iter(networks)), "heads"], ROWS[1], validation)
         sheets.save_picture(draw_masks(rows, images, find_masks, head), output_dir / "masks.png")
-    return scores.write_results(output_dir / "eval_segmentation.json", summarize(jaccard, validation), **about)
+    return scores.write_results(output_dir / "eval_segmentation.json", summarize(measured, validation), **about)
 
 
 def show_segmentation(report: Mapping) -> None:
@@ -265,5 +304,7 @@ def show_segmentation(report: Mapping) -> None:
     for note in report["notes"]:
         print(note)
     print(f"Jaccard index in %, mean over {report['images']} images and over the {report['held_out']} held out, "
-          "with its 95 % bootstrap interval")
+          "with its 95 % bootstrap interval\n"
+          "energy ratio: share of the attention on the object over the object's share of the area; 1: no preference\n"
+          "pointing game: whether the attention's maximum lies on the object, in %")
     print(scores.table(report["results"]), flush=True)

@@ -1,8 +1,9 @@
-"""Scores of masks: region similarity J, contour accuracy F, and their statistics over the frames of a video.
+"""Scores of masks: region similarity J, contour accuracy F, and their statistics over the frames of a video; scores of
+maps that need no threshold.
 
-These are the measures of the DAVIS challenges (Perazzi et al. 2016, section 5; Pont-Tuset et al. 2017, section 3).
+J and F are the measures of the DAVIS challenges (Perazzi et al. 2016, section 5; Pont-Tuset et al. 2017, section 3).
 
-Shapes: masks are bool (height, width); n frames.
+Shapes: masks are bool (height, width), maps are floats (height, width), not negative; n frames.
 """
 
 from __future__ import annotations
@@ -21,6 +22,33 @@ def jaccard(predicted: np.ndarray, truth: np.ndarray, ignored: np.ndarray | None
         predicted, truth = predicted & ~ignored, truth & ~ignored
     union = np.count_nonzero(predicted | truth)
     return np.count_nonzero(predicted & truth) / union if union else 1.0
+
+
+def energy_ratio(heat: np.ndarray, truth: np.ndarray, ignored: np.ndarray | None = None) -> float:
+    """Share of a map's mass on the object over the object's share of the area, both of pixels not ignored.
+
+    (sum of heat on truth / sum of heat) / (mean of truth): 1 for a map without preference, at most 1 over the object's
+    share. A map of zeros counts as uniform. The numerator is the energy-based pointing game of Wang et al. 2020
+    (Score-CAM, section 4.2). NaN without an object.
+    """
+    heat, truth = judged(heat, truth, ignored)
+    share = heat[truth].sum() / heat.sum() if heat.any() else truth.mean()
+    return float(share / truth.mean())
+
+
+def pointing(heat: np.ndarray, truth: np.ndarray, ignored: np.ndarray | None = None) -> float:
+    """Pointing game (Zhang et al. 2016, section 4.2): whether the map's maximum lies on truth, over pixels not ignored.
+
+    Of several equal maxima, such as the pixels of a patch or of a mask, the share that does.
+    """
+    heat, truth = judged(heat, truth, ignored)
+    return float(truth[heat == heat.max()].mean())
+
+
+def judged(heat: np.ndarray, truth: np.ndarray, ignored: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """The pixels of a map and of the truth that are not ignored, one after the other; the map as float64."""
+    kept = np.ones(truth.shape, bool) if ignored is None else ~ignored
+    return heat[kept].astype(np.float64), truth[kept]
 
 
 def contour(mask: np.ndarray) -> np.ndarray:

@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 import atomic
 from parallel import Refused
 
-COLORMAP = "viridis"
+COLORMAP = "viridis"  # the published script's
 INK = "#333333"
 MASK_COLOR = (255, 64, 64)
 RIGHT, WRONG = (46, 125, 50), (198, 40, 40)  # outlines of neighbours
@@ -121,11 +121,11 @@ def scale(values: np.ndarray, percentile: float = 99.5) -> np.ndarray:
     return np.clip((values - low) / (high - low), 0, 1) if high > low else np.zeros_like(values)
 
 
-def heatmap(values: np.ndarray) -> np.ndarray:
+def heatmap(values: np.ndarray, colormap: str = COLORMAP) -> np.ndarray:
     """A map in [0, 1] as colours: (h, w) -> uint8 (h, w, 3)."""
     from matplotlib import colormaps
 
-    return (255 * colormaps[COLORMAP](np.asarray(values))[..., :3]).round().astype(np.uint8)
+    return colormaps[colormap](np.asarray(values), bytes=True)[..., :3]
 
 
 def resize(values: np.ndarray, height: int, width: int, smooth: bool = True) -> np.ndarray:
@@ -187,13 +187,14 @@ def framed(figure: np.ndarray, box: tuple[int, int, int, int], color: tuple[int,
 
 
 def contact_sheet(rows: Sequence[Sequence[np.ndarray]], titles: Sequence[str] = (), cell: int = 160,
-                  gap: int = 6) -> np.ndarray:
+                  gap: int = 6, captions: Sequence[Sequence[str]] = ()) -> np.ndarray:
     """Figures in rows and columns on white; aspect ratios are kept.
 
     Args:
         rows: rows of uint8 figures (height, width, 3) of any size, each resized to a longer side of `cell` pixels. A
             row is as high as its highest figure; a shorter row is padded with white.
         titles: one text per column, written above it.
+        captions: for each row its figures' names, written below them, or fewer; long ones are shortened to the cell.
 
     Returns:
         uint8 (height, width, 3).
@@ -204,16 +205,31 @@ def contact_sheet(rows: Sequence[Sequence[np.ndarray]], titles: Sequence[str] = 
     heights = [max((len(figure) for figure in row), default=0) for row in rows]
     lefts = [gap + column * (cell + gap) for column in range(max(len(row) for row in rows))]
     top = round(0.16 * cell) + gap if titles else gap
-    sheet = Image.new("RGB", (lefts[-1] + cell + gap, top + sum(heights) + gap * len(rows)), "white")
+    below = max(12, round(0.1 * cell)) if captions else 0
+    sheet = Image.new("RGB", (lefts[-1] + cell + gap, top + sum(heights) + (below + gap) * len(rows)), "white")
+    drawing = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(size=max(9, round(0.55 * top)))
     for left, title in zip(lefts, titles, strict=False):
-        ImageDraw.Draw(sheet).text((left + cell // 2, top / 2), title, fill=INK, font=font, anchor="mm")
-    for row, high in zip(rows, heights, strict=True):
+        drawing.text((left + cell // 2, top / 2), title, fill=INK, font=font, anchor="mm")
+    small = ImageFont.load_default(size=max(9, round(0.7 * below)))
+    for row, high, names in zip(rows, heights, captions or [()] * len(rows), strict=True):
         for left, figure in zip(lefts, row, strict=False):
             height, width = figure.shape[:2]
             sheet.paste(Image.fromarray(figure), (left + (cell - width) // 2, top + (high - height) // 2))
-        top += high + gap
+        for left, name in zip(lefts, names, strict=False):
+            drawing.text((left + cell // 2, top + high + below / 2), shortened(name, small, cell), fill=INK, font=small,
+                         anchor="mm")
+        top += high + below + gap
     return np.array(sheet)
+
+
+def shortened(name: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+    """A name without its middle, if it is wider than `width` pixels."""
+    kept, text = len(name), name
+    while font.getlength(text) > width and kept > 1:
+        kept -= 1
+        text = name[: kept // 2] + "..." + name[len(name) - (kept - kept // 2):]
+    return text
 
 
 def fit(figure: np.ndarray, cell: int) -> np.ndarray:
@@ -223,13 +239,15 @@ def fit(figure: np.ndarray, cell: int) -> np.ndarray:
 
 
 def attention_sheet(images: Sequence[np.ndarray], attentions: Sequence[np.ndarray],
-                    masks: Sequence[np.ndarray] | None = None, cell: int = 160) -> np.ndarray:
+                    masks: Sequence[np.ndarray] | None = None, cell: int = 160, names: Sequence[str] = ()
+                    ) -> np.ndarray:
     """One row per image: the image, its mask if given, the mean of the heads as an overlay, each head.
 
     Args:
         images: n images, uint8 (H, W, 3), of any sizes.
         attentions: n arrays (H, h, w), or one (n, H, h, w).
         masks: n bool arrays, of any sizes.
+        names: n texts, written below the images.
 
     Returns:
         uint8 (height, width, 3).
@@ -242,19 +260,23 @@ def attention_sheet(images: Sequence[np.ndarray], attentions: Sequence[np.ndarra
             resize(heatmap(scale(head)), *image.shape[:2], smooth=False) for head in heads)])
     most = max(len(heads) for heads in attentions)
     titles = ["image", *([] if masks is None else ["mask"]), "mean", *(f"head {i}" for i in range(most))]
-    return contact_sheet(rows, titles, cell)
+    return contact_sheet(rows, titles, cell, captions=[[name] for name in names])
 
 
 def neighbour_sheet(queries: Sequence[np.ndarray], neighbours: Sequence[Sequence[np.ndarray]],
-                    right: Sequence[Sequence[bool]], cell: int = 96) -> np.ndarray:
-    """One row per query: the image, then its nearest ones, outlined in green where `right` and in red elsewhere."""
+                    right: Sequence[Sequence[bool]], cell: int = 96, names: Sequence[Sequence[str]] = ()) -> np.ndarray:
+    """One row per query: the image, then its nearest ones, outlined in green where `right` and in red elsewhere.
+
+    Args:
+        names: for each row, of the query and its neighbours.
+    """
     rows = []
     for query, near, same in zip(queries, neighbours, right, strict=True):
         near = [fit(figure, cell) for figure in near]
         rows.append([query, *(framed(n, (0, 0, n.shape[1] - 1, n.shape[0] - 1), RIGHT if s else WRONG, 4)
                               for n, s in zip(near, same, strict=True))])
     titles = ["image", "nearest", *(str(i) for i in range(2, len(neighbours[0]) + 1))]
-    return contact_sheet(rows, titles, cell)
+    return contact_sheet(rows, titles, cell, captions=names)
 
 
 def save_picture(figure: np.ndarray, path: str | Path) -> None:
@@ -262,4 +284,5 @@ def save_picture(figure: np.ndarray, path: str | Path) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic.replacing(path) as temporary:
-        Image.fromarray(figure).save(temporary, format=Image.registered_extensions()[path.suffix.lower()])
+        # the quality is of JPEG; other formats ignore it
+        Image.fromarray(figure).save(temporary, format=Image.registered_extensions()[path.suffix.lower()], quality=95)

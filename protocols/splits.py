@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -76,39 +76,55 @@ class Part(NamedTuple):
     classes: list[str]
 
 
-def match_classes(train: Part, test: Part) -> list[Part]:
+def match_classes(train: Part, test: Part, flag: str = "--data_path") -> list[Part]:
     """Renumber the labels of both parts by one list of classes: the training set's, then those of the test set alone.
 
+    Args:
+        flag: the flag that names the data, for messages.
+
     Raises:
-        Refused: the lists differ, and one of them has two classes of the same name.
+        Refused: the lists differ, and one of them has two classes of the same name; or no class occurs in both parts.
     """
-    if train.classes == test.classes:
-        return [train, test]
-    for part in (train, test):
-        if len(set(part.classes)) < len(part.classes):
-            name = next(name for name in part.classes if part.classes.count(name) > 1)
-            raise Refused(f"--data_path: training and test set have different classes, and {name!r} stands for two of "
-                          "them; rename one")
-    classes = train.classes + [name for name in test.classes if name not in set(train.classes)]
-    number = {name: i for i, name in enumerate(classes)}
-    labels = torch.tensor([number[name] for name in test.classes])[test.labels]
-    return [train._replace(classes=classes), test._replace(labels=labels, classes=classes)]
+    if train.classes != test.classes:
+        for part in (train, test):
+            if len(set(part.classes)) < len(part.classes):
+                name = next(name for name in part.classes if part.classes.count(name) > 1)
+                raise Refused(f"{flag}: training and test set have different classes, and {name!r} stands for two of "
+                              "them; rename one")
+        classes = train.classes + [name for name in test.classes if name not in set(train.classes)]
+        number = {name: i for i, name in enumerate(classes)}
+        labels = torch.tensor([number[name] for name in test.classes])[test.labels]
+        train, test = train._replace(classes=classes), test._replace(labels=labels, classes=classes)
+    check_common_class(train, test, flag)
+    return [train, test]
+
+
+def check_common_class(train: Part, test: Part, flag: str) -> None:
+    """Refuses parts without a class that occurs in both; their `classes` are one list."""
+    trained, tested = set(train.labels.tolist()), set(test.labels.tolist())
+    if not trained & tested:
+        raise Refused(f"{flag}: no class of the test set has training images (training: "
+                      f"{class_names(train.classes, trained)}; test: {class_names(train.classes, tested)}), so every "
+                      "answer would be wrong; give both sets the same names of classes")
+
+
+def class_names(classes: Sequence[str], numbers: Iterable[int]) -> str:
+    """The names of the first five of the classes."""
+    numbers = sorted(numbers)
+    return ", ".join(classes[c] for c in numbers[:5]) + (", ..." if len(numbers) > 5 else "")
 
 
 def notes_on_classes(train: Part, test: Part) -> list[str]:
     """Remarks on classes that affect how the accuracies are to be read."""
-
-    def named(classes: list[int]) -> str:
-        return ", ".join(train.classes[c] for c in classes[:5]) + (", ..." if len(classes) > 5 else "")
-
     trained, tested = set(train.labels.tolist()), set(test.labels.tolist())
     notes = []
     if unknown := sorted(tested - trained):
         count = int(torch.isin(test.labels, torch.tensor(unknown)).sum())
-        notes.append(f"{len(unknown)} class(es) have no training images ({named(unknown)}): their {count} test images "
-                     "count as errors")
+        notes.append(f"{len(unknown)} class(es) have no training images ({class_names(train.classes, unknown)}): their "
+                     f"{count} test images count as errors")
     if untested := sorted(trained - tested):
-        notes.append(f"{len(untested)} class(es) have no test images ({named(untested)}): they only add wrong answers")
+        notes.append(f"{len(untested)} class(es) have no test images ({class_names(train.classes, untested)}): they "
+                     "only add wrong answers")
     if len(train.classes) <= 5:
         notes.append(f"top-5 of {len(train.classes)} class(es) is always right and is left out")
     return notes

@@ -14,9 +14,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from imagesets.sources import Images
+from parallel import Refused
 from utils import random_resized_crop_box
 
 PIXELS_SIDE = 32
+MAX_PATCHES = 2**17  # per image: a frame of 3840 x 2160 pixels in patches of 8 has 129,600
 VIEW_SCALE = (0.25, 1.0)  # share of the image's area in a random view
 
 
@@ -80,9 +82,45 @@ def resized(image: Tensor, size: int) -> Tensor:
     return resize(image, sides)
 
 
-def resize(image: Tensor, size: Sequence[int]) -> Tensor:
-    """uint8 (C, H, W) -> uint8 (C, *size): bicubic with antialiasing, without regard to the aspect ratio."""
-    return F.interpolate(image[None], size=tuple(size), mode="bicubic", antialias=True)[0]
+def resize(image: Tensor, size: Sequence[int], interpolation: str = "bicubic") -> Tensor:
+    """uint8 (C, H, W) -> uint8 (C, *size): with antialiasing, without regard to the aspect ratio."""
+    return F.interpolate(image[None], size=tuple(size), mode=interpolation, antialias=True)[0]
+
+
+def resize_as_opencv(image: Tensor, size: Sequence[int]) -> Tensor:
+    """uint8 (C, H, W) -> uint8 (C, *size): bilinear without antialiasing, equal to the default of OpenCV's `resize`.
+
+    Pixel i of n is at (i + 1/2) N / n - 1/2 of the N before. OpenCV computes in whole numbers: weights are multiples
+    of 1 / 2048, and the last four bits of the sums along rows are dropped.
+    """
+    (rows, row_weights), (columns, column_weights) = (
+        opencv_neighbours(n, m, device=image.device) for n, m in zip(image.shape[1:], size, strict=True))
+    along = sum(image[:, :, i].int() * w for i, w in zip(columns, column_weights, strict=True)) >> 4
+    both = sum(along[:, i] * w[:, None] >> 16 for i, w in zip(rows, row_weights, strict=True))
+    return ((both + 2) >> 2).to(torch.uint8)
+
+
+def opencv_neighbours(n: int, m: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Of a side of n pixels resized to m: numbers of each pixel's two neighbours, and their int32 weights; (2, m)."""
+    place = ((torch.arange(m, dtype=torch.float64, device=device) + 0.5) * (1 / (m / n)) - 0.5).float()
+    first = place.floor()
+    share = torch.stack([1 - (place - first), place - first])
+    return torch.stack([first, first + 1]).clamp(0, n - 1).long(), (share * 2048).round().int()
+
+
+class TooManyPatches(Refused):
+    """An image whose patches would exhaust the memory, most often a very long strip."""
+
+
+def check_patches(height: int, width: int, patch: int, subject: str, remedy: str) -> None:
+    """Refuse an input of height x width pixels with more than MAX_PATCHES patches.
+
+    Args:
+        subject: the flag, its value and what it makes so large.
+    """
+    rows, columns = height // patch, width // patch
+    if rows * columns > MAX_PATCHES:
+        raise TooManyPatches(f"{subject} makes {columns} x {rows} patches, more than {MAX_PATCHES}; {remedy}")
 
 
 def center_crop(image: Tensor, height: int, width: int) -> Tensor:
@@ -106,17 +144,19 @@ class RandomViews(Transformed):
     Args:
         view: number of the view; the crop is a function of (index, view) alone.
         scale: bounds of the crop's share of the image's area.
+        interpolation: bicubic or bilinear, with antialiasing.
     """
 
     def __init__(
         self, images: Images, crop: int, mean: Sequence[float], std: Sequence[float], view: int,
-        scale: tuple[float, float] = VIEW_SCALE,
+        scale: tuple[float, float] = VIEW_SCALE, interpolation: str = "bicubic",
     ) -> None:
         super().__init__(images, mean, std)
-        self.crop, self.view, self.scale = crop, view, scale
+        self.crop, self.view, self.scale, self.interpolation = crop, view, scale, interpolation
 
     def transform(self, image: Tensor, index: int) -> Tensor:
         rng = np.random.default_rng((index, self.view))
         top, left, height, width = random_resized_crop_box(*image.shape[1:], self.scale, rng)
-        image = resize(image[:, top : top + height, left : left + width], (self.crop, self.crop))
+        image = image[:, top : top + height, left : left + width]
+        image = resize(image, (self.crop, self.crop), self.interpolation)
         return image.flip(-1) if rng.random() < 0.5 else image

@@ -1,5 +1,9 @@
 """Video object segmentation: the labels of a video's first frame, propagated and measured on the other frames.
 
+    arithmetic    longer side of a frame         resized          labels of pixels
+    published     a multiple of 64, rounded off  as OpenCV does   at the network's input size, then resized
+    own           nearest number of patches      antialiased      at the frame's size
+
 Shapes: B frames per batch, C channels, h x w patches, D width. Sizes are (height, width) in pixels.
 """
 
@@ -24,38 +28,48 @@ from protocols import dense, scores
 from protocols.features import PIXELS, Network
 from protocols.propagation import harden, one_hot, propagate_video
 from protocols.segmentation_scores import contour_accuracy, jaccard, statistics
-from protocols.transforms import resize
+from protocols.transforms import resize, resize_as_opencv
 from utils import IMAGENET_MEAN, IMAGENET_STD
 from vision_transformer import VITS, VisionTransformer
 
 STATISTICS = ("mean", "recall", "decay")
 PROPAGATED, COPIED = "propagated", "first mask copied"  # methods in the table
+PUBLISHED_STD = (0.228, 0.224, 0.225)  # the published script's, where the network was trained with IMAGENET_STD
 
 
 # ---- Features ----
 
 
-def patch_network(network: Network, patch_size: int) -> Network:
+def patch_network(network: Network, patch_size: int, arithmetic: str = flags.PUBLISHED) -> Network:
     """A network that computes patch features: (B, C, height, width), normalized -> (B, h, w, D).
 
     Args:
         patch_size: of raw pixels, whose features are the pixels of a patch. A network has its own.
+        arithmetic: "published" takes PUBLISHED_STD for IMAGENET_STD.
 
     Raises:
         Refused: the network has no patch tokens.
     """
     if network.about["arch"] == PIXELS:
         info = {"patch_size": patch_size, "in_chans": 3, "mean": IMAGENET_MEAN, "std": IMAGENET_STD}
-        return network._replace(forward=lambda x: F.pixel_unshuffle(x, patch_size).movedim(1, -1), info=info)
-    if not isinstance(network.forward, VisionTransformer):
+        network = network._replace(forward=lambda x: F.pixel_unshuffle(x, patch_size).movedim(1, -1), info=info)
+    elif isinstance(model := network.forward, VisionTransformer):
+        network = network._replace(forward=lambda x: model.forward_features(x).patch_tokens)
+    else:
         raise Refused(f"--arch {network.about['arch']}: has no patch tokens; use one of {', '.join(VITS)}, or {PIXELS}")
-    return network._replace(forward=lambda x: network.forward.forward_features(x).patch_tokens)
+    if arithmetic == flags.PUBLISHED and tuple(network.info["std"]) == IMAGENET_STD:
+        network = network._replace(info=network.info | {"std": PUBLISHED_STD})
+    return network
 
 
-def frame_size(height: int, width: int, image_size: int, patch: int) -> tuple[int, int]:
-    """Size of the network's input: shorter side `image_size` rounded down to whole patches, the other to the nearest.
+def frame_size(
+    height: int, width: int, image_size: int, patch: int, arithmetic: str = flags.PUBLISHED
+) -> tuple[int, int]:
+    """Size of the network's input: shorter side `image_size` rounded down to whole patches; both in whole patches.
 
-    The frame is distorted by less than half a patch instead of cropped: labels must cover it to its edges.
+    The longer side, or the width of a square frame, is rounded down to a multiple of 64, or to whole patches where
+    that is 0 (published), or to the nearest number of patches (own). The frame is distorted instead of cropped: labels
+    must cover it to its edges.
 
     Raises:
         Refused: `image_size` is below the patch size.
@@ -64,17 +78,23 @@ def frame_size(height: int, width: int, image_size: int, patch: int) -> tuple[in
         raise Refused(f"--image_size {image_size}: smaller than a patch of {patch}; give {patch} or more")
     shorter = image_size // patch * patch
     dense.input_sizes(height, width, [image_size], patch)  # refuses too many patches
-    return tuple(max(1, round(side * shorter / min(height, width) / patch)) * patch for side in (height, width))
+    longer = shorter * max(height, width) / min(height, width)
+    if arithmetic == flags.OWN:
+        longer = round(longer / patch) * patch
+    else:
+        longer = int(longer // 64 * 64) // patch * patch or int(longer // patch) * patch
+    return (longer, shorter) if height > width else (shorter, longer)
 
 
 @torch.inference_mode()
 def frame_features(
-    video: davis.Video, network: Network, size: tuple[int, int], batch_size: int
+    video: davis.Video, network: Network, size: tuple[int, int], batch_size: int, arithmetic: str
 ) -> Iterator[Tensor]:
     """Patch features float32 (h, w, D) of each frame; `batch_size` frames are in memory."""
+    shrink = resize if arithmetic == flags.OWN else resize_as_opencv
     for first in range(0, len(video.frames), batch_size):
         numbers = range(len(video.frames))[first : first + batch_size]
-        batch = torch.stack([resize(davis.read_frame(video, i, network.info["in_chans"]), size) for i in numbers])
+        batch = torch.stack([shrink(davis.read_frame(video, i, network.info["in_chans"]), size) for i in numbers])
         yield from network.forward(dense.normalize(batch, network.info, network.device)).float()
 
 
@@ -82,16 +102,18 @@ def frame_features(
 
 
 def segment_video(
-    video: davis.Video, network: Network, image_size: int, n_last_frames: int, radius: int, topk: int, batch_size: int
+    video: davis.Video, network: Network, image_size: int, n_last_frames: int, radius: int, topk: int, batch_size: int,
+    arithmetic: str = flags.PUBLISHED,
 ) -> Iterator[np.ndarray]:
     """Labels (height, width) of each frame; those of the first are its annotation."""
     first, _ = davis.read_annotation(video, 0)
-    size = frame_size(*first.shape, image_size, network.info["patch_size"])
-    h, w = (side // network.info["patch_size"] for side in size)
-    features = frame_features(video, network, size, batch_size)
+    patch = network.info["patch_size"]
+    size = frame_size(*first.shape, image_size, patch, arithmetic)
+    h, w = (side // patch for side in size)
+    features = frame_features(video, network, size, batch_size, arithmetic)
     given = one_hot(first, video.objects, h, w).to(network.device)
     for i, labels in enumerate(propagate_video(features, given, n_last_frames, radius, topk)):
-        yield harden(labels, video.objects, *first.shape) if i else first
+        yield harden(labels, video.objects, *first.shape, 0 if arithmetic == flags.OWN else patch) if i else first
 
 
 def frame_scores(
@@ -167,6 +189,7 @@ def evaluate_video_segmentation(
     network: Network, data_path: str, resolution: str = "", image_set: str = "", sequences: Sequence[str] = (),
     merge_objects: bool = False, image_size: int = 480, patch_size: int = 16, n_last_frames: int = 7,
     size_mask_neighborhood: int = 12, topk: int = 5, batch_size: int = 6, output_dir: str | os.PathLike = ".",
+    arithmetic: str = flags.PUBLISHED,
 ) -> dict:
     """Propagate labels through videos and measure them. Writes <sequence>/<frame>.png, eval_video_segmentation.json.
 
@@ -181,6 +204,7 @@ def evaluate_video_segmentation(
         size_mask_neighborhood: rows and columns of patches within which labels are taken; 0: no limit.
         topk: most similar patches, of all these frames, that count.
         batch_size: frames shown to the network at once.
+        arithmetic: "published" or "own", see above.
 
     Returns:
         What eval_video_segmentation.json holds, without the command: settings, notes, "per_sequence" and {"results": a
@@ -189,18 +213,19 @@ def evaluate_video_segmentation(
     Raises:
         Refused: a network without patch tokens, no such sequences, a file that can't be read or written.
     """
-    network = patch_network(network, patch_size)
+    network = patch_network(network, patch_size, arithmetic)
     frame_size(64, 64, image_size, network.info["patch_size"])  # fail before any frame is read
     videos = davis.find_videos(data_path, resolution, image_set, sequences, merge_objects, network.info["in_chans"])
     output_dir = flags.prepare_output(output_dir)
     segment = partial(segment_video, network=network, image_size=image_size, n_last_frames=n_last_frames,
-                      radius=size_mask_neighborhood, topk=topk, batch_size=batch_size)
+                      radius=size_mask_neighborhood, topk=topk, batch_size=batch_size, arithmetic=arithmetic)
     measured = parallel.map_shared(lambda i: evaluate_video(videos[i], segment(videos[i]), output_dir), len(videos))
     results, per_video = summarize(videos, measured)
     names = ("arch", "weights", "checkpoint_key", "weights_sha256")
     about = {name: network.about[name] for name in names if name in network.about} | network.info | {
         "data_path": data_path, "image_size": image_size, "n_last_frames": n_last_frames,
         "size_mask_neighborhood": size_mask_neighborhood, "topk": topk, "merge_objects": merge_objects,
+        "arithmetic": arithmetic,
         "sequences": len(videos), "notes": notes_on(videos, measured), "per_sequence": per_video,
     }
     return scores.write_results(output_dir / "eval_video_segmentation.json", results, **about)
@@ -213,5 +238,6 @@ def show_video_segmentation(report: Mapping) -> None:
     if not report["results"]:
         print("no frame is annotated but the first ones: there is nothing to measure")
         return
-    print("region similarity J and contour accuracy F in %, mean over objects with its 95 % bootstrap interval")
+    print("region similarity J and contour accuracy F in %, mean over objects with its 95 % bootstrap interval; "
+          f"{report['arithmetic']} arithmetic")
     print(scores.table(report["per_sequence"]) + "\n\n" + scores.table(report["results"]), flush=True)

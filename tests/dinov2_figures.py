@@ -2,13 +2,18 @@
 
 import json
 import os
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from golden_weights import GOLDEN, fill, rs
+from torch import nn
 
-__all__ = ["FOLDER", "figures", "fill", "files", "mask", "names_of", "rs"]
+from method.dinov2 import BackboneAndHeads
+from vision_transformer import DINOHead, VisionTransformer
+
+__all__ = ["FOLDER", "figures", "fill", "files", "mask", "names_of", "network", "rs"]
 FOLDER = Path(os.environ.get("DINOV2_GOLDEN") or GOLDEN / "dinov2")
 
 
@@ -35,3 +40,20 @@ def names_of(name: str) -> dict:
 
 def mask(seed: int, n: int, tokens: int, share: float) -> torch.Tensor:
     return torch.from_numpy(np.random.RandomState(seed).rand(n, tokens) < share)
+
+
+def network(config: dict) -> BackboneAndHeads:
+    """The network of a file of whole steps, filled, in float64."""
+    options = config["network"]
+    backbone = VisionTransformer(
+        options["img_size"], options["patch"], embed_dim=options["width"], depth=options["depth"],
+        num_heads=options["heads"], mlp_ratio=options["mlp_ratio"], qkv_bias=True,
+        norm_layer=partial(nn.LayerNorm, eps=1e-6), num_register_tokens=options["registers"],
+        init_values=1.0 if options["layerscale"] else None, ffn_layer=options["ffn"], method="dinov2",
+        interpolate_antialias=options["interpolate_antialias"], interpolate_offset=options["interpolate_offset"])
+    heads = [DINOHead(options["width"], norm_last_layer=False, **config[name]) if config.get(name) else None
+             for name in ("dino_head", "ibot_head")]
+    both = fill(BackboneAndHeads(backbone, *heads)).double()
+    for head in filter(None, heads):
+        nn.init.ones_(head.last_layer.weight_g)
+    return both

@@ -1,4 +1,4 @@
-"""main_dino.py in real processes that start in a moment: forked from a server that has imported it already.
+"""The pretraining scripts in real processes that start in a moment: forked from a server that has imported it already.
 
 Everything is as it would be under `python main_dino.py`, but for networks of a few thousand weights, and for the
 pictures at the end, which are left out. Each process is the leader of a session, so that killing its group kills its
@@ -20,8 +20,9 @@ from conftest import ROOT
 from processes import free_port
 
 import main_dino
+import main_dinov2
 import vision_transformer
-from pretraining import monitor, networks
+from pretraining import monitor
 
 PATHS = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
 SMALLEST = (
@@ -29,6 +30,12 @@ SMALLEST = (
     "--local_crops_number 2 --out_dim 32 --epochs 3 --warmup_epochs 1 --batch_size_per_gpu 8 --num_workers 1 "
     "--device cpu --precision fp32 --log_every 2"
 ).split()
+SMALLEST_DINOV2 = [*SMALLEST, *(
+    "--ibot_separate_head true --ibot_out_dim 24 --head_hidden_dim 32 --head_bottleneck_dim 16 "
+    "--ibot_head_hidden_dim 24 --ibot_head_bottleneck_dim 8 --warmup_teacher_temp_epochs 1 --patch_size 4 "
+    "--centering sinkhorn_knopp --num_register_tokens 2 --layerscale 0.1 --drop_path_rate 0.3"
+).split()]
+SCRIPTS = {"main_dino.py": main_dino, "main_dinov2.py": main_dinov2}
 
 os.environ["PYTHONPATH"] = PATHS  # of the server, which is started with the first process
 server = multiprocessing.get_context("forkserver")
@@ -37,12 +44,12 @@ server.set_forkserver_preload(["forks"])
 
 def make_small() -> None:
     monitor.save_last_figures = lambda *args: []
-    networks.DINOHead = partial(vision_transformer.DINOHead, hidden_dim=32, bottleneck_dim=16)
+    main_dino.DINOHead = partial(vision_transformer.DINOHead, hidden_dim=32, bottleneck_dim=16)
     vision_transformer.VITS["vit_nano"] = lambda patch_size, **kwargs: vision_transformer.VisionTransformer(
         patch_size=patch_size, embed_dim=32, depth=2, num_heads=2, qkv_bias=True, **kwargs)
 
 
-def child(argv: list[str], env: dict[str, str], output: str, before) -> None:
+def child(script: str, argv: list[str], env: dict[str, str], output: str, before) -> None:
     os.setsid()
     os.environ.update(env)
     for stream in (1, 2):
@@ -51,13 +58,13 @@ def child(argv: list[str], env: dict[str, str], output: str, before) -> None:
     make_small()
     if before is not None:
         before()
-    sys.exit(main_dino.main(main_dino.get_args_parser().parse_args(argv)))
+    sys.exit(SCRIPTS[script].main(SCRIPTS[script].get_args_parser().parse_args(argv)))
 
 
 class Started:
     """The processes of a run; `output` is what they have said so far, of all ranks or of one."""
 
-    def __init__(self, *argv, processes: int = 1, before=None) -> None:
+    def __init__(self, *argv, processes: int = 1, before=None, script: str = "main_dino.py") -> None:
         self.folder = tempfile.TemporaryDirectory()
         port, self.all = str(free_port()), []
         for rank in range(processes):
@@ -65,7 +72,7 @@ class Started:
                 "RANK": str(rank), "WORLD_SIZE": str(processes), "LOCAL_RANK": str(rank), "MASTER_PORT": port,
                 "MASTER_ADDR": "127.0.0.1"}  # fmt: skip
             self.all.append(server.Process(target=child, args=(
-                [str(a) for a in argv], env, f"{self.folder.name}/{rank}", before)))
+                script, [str(a) for a in argv], env, f"{self.folder.name}/{rank}", before)))
             self.all[-1].start()
 
     def output(self, rank: int | None = None) -> str:

@@ -175,3 +175,89 @@ def test_trace_copy_and_pickle(model):
     buffer.seek(0)
     for other in (copy.deepcopy(model), torch.load(buffer, weights_only=False), pickle.loads(pickle.dumps(model))):
         torch.testing.assert_close(other(x), expected)
+
+
+# ---- DINOv2 ----
+
+
+@pytest.fixture(scope="module", params=["dinov2_vits14", "dinov2_vits14_reg"])
+def dinov2(request):
+    torch.manual_seed(0)
+    model = torch.hub.load(HUB, request.param, source="local", pretrained=False, depth=3).eval()
+    torch.nn.init.normal_(model.mask_token)
+    return model
+
+
+def test_dictionary_of_features(dinov2):
+    x = images(56, 84)
+    with torch.no_grad():
+        out = dinov2.forward_features(x)
+        whole = dinov2(x, is_training=True)
+    assert isinstance(out, dict)
+    assert set(out.keys()) == {"x_norm_clstoken", "x_norm_regtokens", "x_norm_patchtokens", "x_prenorm", "masks"}
+    assert "x_norm_patchtokens" in out and "cls" not in out and out["masks"] is None and out.get("cls") is None
+    registers = dinov2.num_register_tokens
+    assert out["x_norm_patchtokens"].shape == (2, 24, 384) and out["x_norm_regtokens"].shape == (2, registers, 384)
+    tokens = dinov2.norm(out["x_prenorm"])
+    torch.testing.assert_close(tokens[:, 0], out["x_norm_clstoken"])
+    torch.testing.assert_close(tokens[:, 1 + registers :], out["x_norm_patchtokens"])
+    torch.testing.assert_close(dinov2(x), out["x_norm_clstoken"])
+    for key, value in whole.items():
+        assert value is None if key == "masks" else torch.equal(value, out[key])
+    assert set({**out}) == set(dict(out)) == set(out.keys())
+    class_token, patches, _ = out
+    assert patches.shape == (2, 4, 6, 384) and class_token is out["x_norm_clstoken"] is out.cls_token
+    grid = out["x_norm_patchtokens"].reshape(2, 56 // dinov2.patch_size, 84 // dinov2.patch_size, dinov2.embed_dim)
+    torch.testing.assert_close(grid, patches)
+    with pytest.raises(KeyError):
+        out["cls"]
+
+
+def test_masked_patches(dinov2):
+    x, masks = images(56, 56), torch.zeros(2, 16, dtype=torch.bool)
+    masks[0, 5] = True
+    with torch.no_grad():
+        plain, masked = dinov2.forward_features(x), dinov2.forward_features(x, masks=masks)
+        again = dinov2(x, masks, is_training=True)
+        tokens = dinov2.prepare_tokens_with_masks(x, masks) - dinov2.prepare_tokens_with_masks(x)
+    assert torch.equal(masked["masks"], masks) and torch.equal(masked["x_prenorm"], again["x_prenorm"])
+    assert torch.equal(masked["x_prenorm"][1], plain["x_prenorm"][1])
+    assert not torch.allclose(masked["x_norm_clstoken"][0], plain["x_norm_clstoken"][0])
+    changed = tokens.abs().sum(-1).nonzero().tolist()
+    assert changed == [[0, 1 + dinov2.num_register_tokens + 5]]
+
+
+def test_layers_of_dinov2(dinov2):
+    x = images(56, 84)
+    with torch.no_grad():
+        out = dinov2.forward_features(x)
+        last = dinov2.get_intermediate_layers(x)
+        pairs = dinov2.get_intermediate_layers(x, n=2, return_class_token=True)
+        chosen = dinov2.get_intermediate_layers(x, [0, 2], reshape=True, return_class_token=True, norm=True)
+        raw = dinov2.get_intermediate_layers(x, n=[2], norm=False, return_class_token=True)
+        with pytest.raises(ValueError, match="block 3 does not exist"):
+            dinov2.get_intermediate_layers(x, [3])
+    assert isinstance(last, tuple) and len(last) == 1 and len(pairs) == 2
+    torch.testing.assert_close(last[0], out["x_norm_patchtokens"])
+    torch.testing.assert_close(pairs[1][1], out["x_norm_clstoken"])
+    (first, _), (grid, class_token) = chosen
+    assert first.shape == grid.shape == (2, 384, 4, 6) and class_token.shape == (2, 384) and grid.is_contiguous()
+    torch.testing.assert_close(grid.flatten(2).transpose(1, 2), out["x_norm_patchtokens"])
+    torch.testing.assert_close(dinov2.norm(raw[0][1]), out["x_norm_clstoken"])
+
+
+def test_sizes_of_dinov2(dinov2):
+    assert (dinov2.patch_size, dinov2.embed_dim, dinov2.num_heads, dinov2.n_blocks) == (14, 384, 6, 3)
+    assert dinov2.pos_embed.shape == (1, 1370, 384) and len(dinov2.blocks) == dinov2.n_blocks
+    x = images(60, 90)  # not divided by the patch: the remainder is cut
+    with torch.no_grad():
+        torch.testing.assert_close(dinov2(x), dinov2(x[..., :56, :84]))
+        positions = dinov2.interpolate_pos_encoding(torch.zeros(1, 25, 384), 56, 84)
+    assert positions.shape == (1, 25, 384)
+    again = pickle.loads(pickle.dumps(dinov2)), copy.deepcopy(dinov2)
+    assert all(torch.equal(other(x), dinov2(x)) for other in again)
+    captured = []
+    hook = dinov2.blocks[-1].attn.qkv.register_forward_hook(lambda m, i, o: captured.append(o))
+    dinov2.get_intermediate_layers(x, 1)
+    hook.remove()
+    assert captured[0].shape == (2, 25 + dinov2.num_register_tokens, 3 * 384)

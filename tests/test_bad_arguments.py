@@ -30,7 +30,8 @@ def here(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bad")
     for i in range(4):
         Image.new("RGB", (8, 8), (60 * i, 0, 0)).save(folder / f"picture{i}.png")
-    for name in ("few", "unlabelled/train", "unlabelled/val", "labelled/train/a", "labelled/train/b"):
+    for name in ("few", "unlabelled/train", "unlabelled/val", "labelled/train/a", "labelled/train/b",
+                 "disjoint/train/a", "disjoint/train/c", "disjoint/val/b", "disjoint/val/d"):
         (folder / name).mkdir(parents=True)
         Image.new("RGB", (8, 8)).save(folder / name / "x.png")
     (folder / "empty").mkdir()
@@ -224,6 +225,12 @@ TRAINING = [
     ("--data_path hf:{here}/few", ("--data_path 'hf:{here}/few'", "save_to_disk|pip install datasets", "give|pip")),
     ("--eval_knn_every 1 --eval_data_path {here}/none", ("--eval_data_path '{here}/none'", "give")),
     ("--eval_knn_every 1 --eval_data_path {here}/few", ("--eval_data_path '{here}/few'", "val", "give")),
+    ("--eval_knn_every 1 --data_path {here}/few --batch_size_per_gpu 1",
+     ("--data_path '{here}/few'", "--eval_data_path", "--eval_knn_every 0")),
+    ("--eval_knn_every 1 --data_path {here}/unlabelled --batch_size_per_gpu 1",
+     ("--data_path {here}/unlabelled", "no labels", "--eval_data_path", "--eval_knn_every 0")),
+    ("--eval_knn_every 1 --eval_data_path {here}/disjoint",
+     ("--eval_data_path", "training: a, c; test: b, d", "--eval_knn_every 0")),
     ("--eval_knn_every 1 --eval_data_path {here}/unlabelled", ("--eval_data_path {here}/unlabelled", "no labels")),
     ("--eval_knn_every 1 --eval_data_path {here}/labelled", ("--eval_data_path '{here}/labelled'", "val", "give")),
     # Output
@@ -248,6 +255,7 @@ KNN = [
     ("--pretrained_weights {here}/student.pth", ("--checkpoint_key teacher", "student.pth", "it has student")),
     ("--data_path {here}/none", ("--data_path '{here}/none'", "give")),
     ("--val_data_path {here}/none", ("--val_data_path '{here}/none'", "give")),
+    ("--data_path {here}/disjoint", ("--data_path", "training: a, c; test: b, d", "same names")),
     ("--resize_size 16 --crop_size 32", ("--resize_size 16", "--crop_size 32", "larger")),
     ("--load_features {here}/none", ("--load_features {here}/none", "trainfeat.pth")),
     ("--output_dir {here}/file", ("--output_dir {here}/file", "choose")),
@@ -354,6 +362,8 @@ def test_ctrl_c_is_one_line(monkeypatch, capsys):
 
 @pytest.mark.parametrize("flags, words", [
     ((), ("--data_path", "@presets/shapes.txt", "--output_dir")),
+    (("--output_dir", "x"), ("--data_path", "@presets/shapes.txt", "--output_dir")),
+    (("--arch", "vit_tiny"), ("--data_path", "@presets/shapes.txt", "--output_dir")),
     (("--resume", "x"), ("--resume x", "resumes by itself", "--output_dir")),
 ])
 def test_a_first_users_start(tmp_path, flags, words):

@@ -108,10 +108,12 @@ def test_a_linear_classifier_is_evaluated(here):
     assert report["test"]["top1"]["value"] == KNOWN["linear_top1"] == 100
 
 
-def test_a_linear_evaluation_is_resumed(here):
+def test_a_linear_evaluation_is_resumed(here, capsys):
     (here / "out").mkdir()
     shutil.copy(BEFORE / "checkpoint_linear.pth", here / "out")
-    assert run(eval_linear, *make.LINEAR, "out") == 0
+    now = ("--select_epoch", "last", "--interpolation", "bicubic")  # what that version did
+    assert run(eval_linear, *make.LINEAR, "out") == 2 and "different select_epoch" in capsys.readouterr().err
+    assert run(eval_linear, *make.LINEAR, "out", *now) == 0
     bias = checkpoints.read(here / "out" / "linear.pth")["state_dict"]["linear.bias"]
     assert (bias - torch.tensor([40.0, -40.0])).abs().max() < 20
     assert not (here / "out" / "checkpoint_linear.pth").exists()

@@ -10,7 +10,7 @@ import torch
 from conftest import ROOT
 from PIL import Image, ImageOps
 from processes import ENV, free_port
-from test_retrieval import oracle_ap, oracle_micro
+from test_retrieval import oracle_ap, oracle_micro, oracle_trapezoid
 
 import eval_copy_detection
 from imagesets import shapes
@@ -132,10 +132,13 @@ def test_other_bad_input(copies, capsys, tmp_path):
     one.mkdir()
     Image.new("RGB", (9, 9)).save(one / "0.png")
     cases = [(("--data_path", tmp_path / "nowhere"), "neither ground_truth.csv nor original/"),
-             (("--data_path", copies, "--distractors", "nowhere", *NETWORK), "--distractors 'nowhere'"),
+             (("--data_path", copies, "--distractors_path", "nowhere", *NETWORK), "--distractors_path 'nowhere'"),
+             (("--data_path", copies, "--whitening_path", "nowhere", *NETWORK), "--whitening_path 'nowhere'"),
              (("--data_path", copies, *NETWORK, "--image_size", 4), "--image_size 4: smaller than a patch of 8"),
-             (("--data_path", copies, *NETWORK, "--distractors", copies / "queries" / "0_flip.png"), "--distractors"),
-             (("--data_path", copies, *NETWORK, "--distractors", one), f"--distractors {one}: one image gives no"),
+             (("--data_path", copies, *NETWORK, "--distractors_path", copies / "queries" / "0_flip.png"),
+              "--distractors_path"),
+             (("--data_path", copies, *NETWORK, "--whitening_path", one),
+              f"--whitening_path {one}: one image gives no"),
              (("--data_path", copies, "--pretrained_weights", "no.pth"), "no.pth: no such file")]
     for args, message in cases:
         assert run(*args, "--output_dir", tmp_path / "out") == 2
@@ -147,20 +150,28 @@ def test_other_bad_input(copies, capsys, tmp_path):
 # ---- Figures ----
 
 
-def test_figures_against_loops():
+def oracle_20_nearest(scores, relevant):
+    """Trapezoids as in `oracle_trapezoid`, of the matches among the 20 nearest, over the number of all matches."""
+    nearest = sorted(range(len(scores)), key=lambda m: (-scores[m], m))[:20]
+    share = len(relevant & set(nearest)) / len(relevant)
+    return share * oracle_trapezoid(scores, relevant & set(nearest)) if share else 0.0
+
+
+@pytest.mark.parametrize("arithmetic, oracle", [("own", oracle_ap), ("published", oracle_20_nearest)])
+def test_figures_against_loops(arithmetic, oracle):
     rng = np.random.default_rng(0)
-    matches = [[2], [], [0, 5], [7], [1], []]
+    matches = [[2], [], [0, 5, 30], [7], [1], []]
     attacks = ["blur", "blur", "text", "text", "blur", "none"]
-    found = rng.standard_normal((6, 9))
-    rows = copy_detection.measure(found, matches, attacks)
+    found = rng.standard_normal((6, 40))
+    rows = copy_detection.measure(found, matches, attacks, arithmetic)
     assert [(r["attack"], r["queries"]) for r in rows] == [("all", 6), ("blur", 3), ("text", 2), ("none", 1)]
     for row in rows:
         some = [q for q in range(6) if row["attack"] in ("all", attacks[q])]
-        relevant = np.array([[m in matches[q] for m in range(9)] for q in some])
+        relevant = np.array([[m in matches[q] for m in range(40)] for q in some])
         if not relevant.any():
             assert row["mAP"] is None and row["uAP"] is None
             continue
-        expected = [oracle_ap(found[q], set(matches[q])) for q in some if matches[q]]
+        expected = [oracle(found[q], set(matches[q])) for q in some if matches[q]]
         assert row["mAP"]["value"] == pytest.approx(100 * np.mean(expected))
         assert row["uAP"]["value"] == pytest.approx(100 * oracle_micro(found[some], relevant))
         assert row["uAP"]["interval"][0] <= row["uAP"]["value"] <= row["uAP"]["interval"][1]
@@ -208,19 +219,51 @@ def test_a_bug_keeps_its_traceback(copies, tmp_path, monkeypatch):
         run("--data_path", copies, "--output_dir", tmp_path / "out", *NETWORK)
 
 
-def test_distractors(copies, tmp_path):
-    many = tmp_path / "many"
-    many.mkdir()
-    for i in range(12):
-        Image.fromarray(shapes.draw(200 + i, 48)[0]).save(many / f"{i}.png")
-    seen = {}
-    for use, whitening, images in (("both", True, 20), ("whitening", True, 8), ("database", False, 20)):
-        assert run("--data_path", copies, "--output_dir", tmp_path, "--distractors", many, "--distractors_for", use,
-                   *NETWORK) == 0
-        found = report(tmp_path)
-        assert found["whitening"] == whitening and found["images"] == [20, images]
-        seen[use] = found["results"][0]["uAP"]["value"]
-    assert len(set(seen.values())) == 3
+@pytest.fixture
+def others(tmp_path):
+    """Twelve images to whiten with, and five other ones as distractors."""
+    for name, first, count in (("whitening", 200, 12), ("distractors", 300, 5)):
+        (tmp_path / name).mkdir()
+        for i in range(count):
+            Image.fromarray(shapes.draw(first + i, 48)[0]).save(tmp_path / name / f"{i}.png")
+    return {name: (f"--{name}_path", tmp_path / name) for name in ("whitening", "distractors")}
+
+
+def test_distractors_and_whitening_are_different_images(copies, others, tmp_path, capsys):
+    seen = set()
+    for flags, images in (((), 8), (others["whitening"], 8), (others["distractors"], 13),
+                          ((*others["whitening"], *others["distractors"]), 13)):
+        for arithmetic in ("published", "own"):
+            assert run("--data_path", copies, "--output_dir", tmp_path, *flags, *NETWORK, "--arithmetic", arithmetic
+                       ) == 0
+            found = report(tmp_path)
+            assert found["whitening"] == ("--whitening_path" in flags) and found["images"] == [20, images]
+            assert found["arithmetic"] == arithmetic and f"{arithmetic} arithmetic" in capsys.readouterr().out
+            seen.add(found["results"][0]["uAP"]["value"])
+    assert len(seen) == 6  # uAP differs with the whitening alone
+
+
+def test_flags_of_earlier_versions_are_named(copies, capsys):
+    for flag in ("--distractors", "--distractors_for"):
+        with pytest.raises(SystemExit):
+            run("--data_path", copies, flag, "more")
+        error = capsys.readouterr().err
+        assert flag in error and "--distractors_path" in error and "--whitening_path" in error
+
+
+def test_published_command_line():
+    args = eval_copy_detection.get_args_parser().parse_args(
+        "--data_path here --whitening_path some --distractors_path other --imsize 320 --batch_size 16 --use_cuda true "
+        "--pretrained_weights w --arch vit_base --patch_size 8 --checkpoint_key teacher --num_workers 10 "
+        "--dist_url env:// --local_rank 0".split())
+    assert (args.whitening_path, args.distractors_path, args.image_size, args.batch_size_per_gpu) == (
+        "some", "other", 320, 16)
+    assert args.arithmetic == "published"
+
+
+@pytest.mark.parametrize("crops, side", [(224, 320), (64, 64), (518, 518)])
+def test_images_are_as_large_as_published_unless_the_weights_say_otherwise(crops, side):
+    assert copy_detection.default_side(crops) == side
 
 
 @pytest.mark.parametrize("arch, features", [("pixels", "the network's output"), ("resnet18", "the network's output")])
@@ -233,7 +276,8 @@ def test_without_tokens(copies, tmp_path, arch, features):
 
 def test_two_processes_report_what_one_reports(copies, tmp_path):
     environment = ENV | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
-    flags = ["--data_path", str(copies), *map(str, NETWORK), "--distractors", str(copies / "database"), "--output_dir"]
+    flags = ["--data_path", str(copies), *map(str, NETWORK), "--whitening_path", str(copies / "database"),
+             "--output_dir"]
     command = [sys.executable, str(ROOT / "eval_copy_detection.py"), *flags, str(tmp_path / "two")]
     started = [subprocess.Popen(command, env=environment | {"RANK": str(r)}) for r in (0, 1)]
     assert [p.wait(120) for p in started] == [0, 0]
@@ -249,5 +293,5 @@ def test_whitening_is_the_same_for_queries_and_database(copies, tmp_path, monkey
     seen = []
     whiten = retrieval.whiten
     monkeypatch.setattr(retrieval, "whiten", lambda x, w: seen.append((len(x), w)) or whiten(x, w))
-    assert run("--data_path", copies, "--output_dir", tmp_path, "--distractors", copies / "queries", *NETWORK) == 0
-    assert [n for n, _ in seen] == [20, 28] and seen[0][1] is seen[1][1]
+    assert run("--data_path", copies, "--output_dir", tmp_path, "--whitening_path", copies / "queries", *NETWORK) == 0
+    assert [n for n, _ in seen] == [20, 8] and seen[0][1] is seen[1][1]

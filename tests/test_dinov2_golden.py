@@ -1,12 +1,17 @@
 """DINOv2's backbone and heads against the published figures: tests/golden/dinov2, or the folder DINOV2_GOLDEN."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
 from dinov2_figures import figures, files, fill, mask, names_of, rs
 from torch import nn
 
+from protocols import linear
 from vision_transformer import VITS, Block, DINOHead, DropPath, VisionTransformer
+from weights import layouts
+from weights.backbones import load_weights_into
 
 
 def close(found: torch.Tensor, expected: torch.Tensor) -> None:
@@ -60,6 +65,31 @@ def test_names_and_shapes_of_heads(name):
         assert shapes(DINOHead(**HEADS[name], norm_last_layer=False)) == names_of("head_state_dict.json")[name]
 
 
+@pytest.mark.parametrize("name", files("teacher_checkpoint_*.json"))
+def test_checkpoint_of_a_published_run(name, tmp_path):
+    """Blocks grouped in chunks; the heads beside the backbone."""
+    teacher = {k: torch.randn(v) for k, v in names_of(name)["teacher"].items()}
+    path = tmp_path / "teacher_checkpoint.pth"
+    torch.save({"teacher": teacher}, path)
+    heads = layouts.head_states(layouts.read(path), "teacher")
+    for head in ("dino_head", "ibot_head"):
+        expected = {k.removeprefix(f"{head}."): v for k, v in teacher.items() if k.startswith(head)}
+        assert heads.get(head, {}).keys() == expected.keys()
+        assert all(torch.equal(v, expected[k]) for k, v in heads.get(head, {}).items())
+    width = teacher["backbone.mask_token"].shape[1]
+    blocks = {re.match(r"backbone\.blocks\.\d+\.(\d+)\.", k)[1] for k in teacher if k.startswith("backbone.blocks")}
+    registers, patch = (teacher[f"backbone.{k}"].shape for k in ("register_tokens", "patch_embed.proj.weight"))
+    model = VisionTransformer(
+        56, patch[-1], embed_dim=width, depth=len(blocks), num_heads=3, qkv_bias=True, init_values=1e-5,
+        num_register_tokens=registers[1], method="dinov2")
+    load_weights_into(model, str(path))
+    for key, value in model.state_dict().items():
+        chunk = f"backbone.{key}"
+        if match := re.match(r"blocks\.(\d+)\.(.*)", key):
+            chunk = next(k for k in teacher if re.fullmatch(rf"backbone\.blocks\.\d+\.{match[1]}\.{match[2]}", k))
+        assert torch.equal(value, teacher[chunk])
+
+
 # ---- Figures ----
 
 
@@ -93,6 +123,18 @@ def test_tokens(name):
         close(class_token, golden[f"inter{i}/cls"])
         close(patch_tokens.mean(1), golden[f"inter{i}/patch_means"])
     close(grid[:, 0], golden["inter_reshaped_no_norm/first_channel"])
+
+
+@pytest.mark.parametrize("name", files("linear_input*.npz"))
+def test_input_of_linear_classifiers(name):
+    config, golden = figures(name)
+    model, side = network(config), config["img_size"]
+    most = max(n for n, _ in config["cases"])
+    with torch.no_grad():
+        features = linear.probe_features(model, most)(rs(config["seed"], 3, 3, side, side))
+    for n, avgpool in config["cases"]:
+        found = linear.columns(features, most, n, avgpool, linear.interleaves(model))
+        close(found, golden[f"blocks{n}_avgpool{int(avgpool)}"])
 
 
 @pytest.mark.parametrize("name", files("pos_embed_*.npz"))

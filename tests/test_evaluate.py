@@ -1,11 +1,13 @@
 """The whole evaluation on drawn pictures, its page in a real browser, and what it refuses."""
 
 import base64
+import html
 import io
 import json
 import re
 import shutil
 import subprocess
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -55,22 +57,53 @@ def test_the_page_needs_nothing_else(page):
         Image.open(io.BytesIO(base64.b64decode(encoded))).load()
 
 
-def test_the_page_in_a_browser(page, tmp_path):
+def test_the_page_says_when_and_with_what_it_was_made(page):
+    text = (page / "report.html").read_text()
+    assert re.search(r"<dt>date</dt><dd>20\d\d-\d\d-\d\d \d\d:\d\d", text)
+    assert f"torch {version('torch')}" in text and "Python 3." in text
+
+
+def test_the_sweep_has_the_baselines(page, tmp_path, monkeypatch):
+    """The chart is drawn from each network's own file."""
+    shown, drawn = [], overview.charts.sweep_chart
+    monkeypatch.setattr(overview.charts, "sweep_chart",
+                        lambda networks, path: (shown.append(networks), drawn(networks, path)))
+    page = shutil.copytree(page, tmp_path / "page")  # with the features
+    assert run("--data_path", "shapes:80x32", "--baselines", "--output_dir", page) == 0
+    folders = {name: page / name.replace(" ", "_") for name in ("this network", "raw pixels")}
+    assert shown == [{name: json.loads((folder / "eval_knn.json").read_text())["results"]
+                      for name, folder in folders.items()}]
+
+
+def test_notes_of_every_protocol_are_on_the_page(tmp_path):
+    reports = {name: {"results": [{"mAP": 1.0}], "notes": [f"note on {name}"]} for name in (
+        "k-NN", "linear", "segmentation", "video segmentation", "copy detection", "retrieval")}
+    reports["k-NN"]["results"] = []
+    text = overview.page({}, "images", [], reports, {}, {}, [], tmp_path / "masks.png")
+    assert all(f"note on {name}" in text for name in reports)
+
+
+@pytest.mark.parametrize("width", [390, 1000])
+def test_the_page_in_a_browser(page, tmp_path, width):
+    """In a frame as wide as a phone too: nothing but tables is wider, and those scroll by themselves."""
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     if not browser:
         pytest.skip("no chromium here")
     script = ("<script>addEventListener('load', () => { const i = [...document.images]; document.title = "
               "`${i.length} pictures, ${i.filter(x => x.naturalWidth > 50).length} shown, ` + "
-              "`${document.querySelectorAll('tbody tr').length} lines, ${document.body.scrollWidth} wide`; })</script>")
+              "`${document.querySelectorAll('tbody tr').length} lines, ${document.documentElement.scrollWidth} wide`; "
+              "parent.document.title = document.title; })</script>")
     text = (page / "report.html").read_text()
-    (tmp_path / "page.html").write_text(text.replace("</body>", script + "</body>"))
+    frame = html.escape(text.replace("</body>", script + "</body>"))
+    (tmp_path / "page.html").write_text(
+        f"<!doctype html><title></title><iframe srcdoc='{frame}' style='width: {width}px; height: 800px; border: 0'>")
     quiet = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
              "--disable-background-networking", "--disable-component-update", f"--user-data-dir={tmp_path / 'user'}"]
     command = [browser, *quiet, "--window-size=1000,800", "--dump-dom", f"file://{tmp_path / 'page.html'}"]
     shown = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
     title = re.search(r"<title>(\d+) pictures, (\d+) shown, (\d+) lines, (\d+) wide</title>", shown)
     assert title, shown[:300]
-    assert title[1] == title[2] == "6" and int(title[3]) > 20 and int(title[4]) <= 1000
+    assert title[1] == title[2] == "6" and int(title[3]) > 20 and int(title[4]) <= width
 
 
 def test_pairs_of_classes_taken_for_each_other():

@@ -14,6 +14,7 @@ import types
 import pytest
 import torch
 from conftest import ROOT
+from dinov2_figures import names_of
 from golden_weights import GOLDEN
 
 import vision_transformer
@@ -22,7 +23,9 @@ from weights import published
 from weights.layouts import recognize
 
 NAMES = ["dino_resnet50", "dino_vitb16", "dino_vitb8", "dino_vits16", "dino_vits8", "dino_xcit_medium_24_p16",
-         "dino_xcit_medium_24_p8", "dino_xcit_small_12_p16", "dino_xcit_small_12_p8"]  # fmt: skip
+         "dino_xcit_medium_24_p8", "dino_xcit_small_12_p16", "dino_xcit_small_12_p8",
+         "dinov2_vitb14", "dinov2_vitb14_reg", "dinov2_vitg14", "dinov2_vitg14_reg",
+         "dinov2_vitl14", "dinov2_vitl14_reg", "dinov2_vits14", "dinov2_vits14_reg"]  # fmt: skip
 
 
 def load(name, **kwargs):
@@ -47,8 +50,8 @@ def site(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
 
     def put(name, content):
-        path = tmp_path / "site" / published.PUBLISHED[name].folder / f"{published.PUBLISHED[name].folder}.pth"
-        path.parent.mkdir(parents=True)
+        path = tmp_path / "site" / published.PUBLISHED[name].path
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
 
     return put
@@ -71,13 +74,20 @@ def test_addresses():
     assert row.url == ("https://dl.fbaipublicfiles.com/dino/dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth")
     assert row.linear_url.endswith("/dino_deitsmall16_pretrain/dino_deitsmall16_linearweights.pth")
     assert row.full_checkpoint_url.endswith("/dino_deitsmall16_pretrain_full_checkpoint.pth")
+    folder = "https://dl.fbaipublicfiles.com/dinov2"
+    for size in ("vits14", "vitb14", "vitl14", "vitg14"):
+        plain, registers = (published.PUBLISHED[f"dinov2_{size}{suffix}"] for suffix in ("", "_reg"))
+        assert plain.url == f"{folder}/dinov2_{size}/dinov2_{size}_pretrain.pth"
+        assert registers.url == f"{folder}/dinov2_{size}/dinov2_{size}_reg4_pretrain.pth"
+        assert registers.linear_url == f"{folder}/dinov2_{size}/dinov2_{size}_reg4_linear_head.pth"
 
 
 def test_random_networks():
     with torch.device("meta"):
         for name in NAMES:
             row, model = published.PUBLISHED[name], load(name, pretrained=False)
-            width = {"vit_small": 384, "vit_base": 768, "resnet50": 2048}.get(row.arch, 384 if "small" in name else 512)
+            width = {"vit_small": 384, "vit_base": 768, "vit_large": 1024, "vit_giant2": 1536, "resnet50": 2048}.get(
+                row.arch, 384 if "small" in name else 512)
             assert model(torch.zeros(2, 3, 32, 32)).shape == (2, width)
         assert load("dino_vits8", pretrained=False, drop_path_rate=0.1, num_classes=3).head.out_features == 3
 
@@ -93,6 +103,26 @@ def test_published_file_is_downloaded_once(site, model, tmp_path):
             file.unlink()
     assert loaded.training and next(loaded.parameters()).requires_grad  # as published
     assert os.listdir(tmp_path / "hub" / "checkpoints") == ["dino_deitsmall16_pretrain.pth"]
+
+
+@pytest.mark.parametrize("registers", [0, 4])
+def test_published_file_of_dinov2(site, registers):
+    name = "dinov2_vits14_reg" if registers else "dinov2_vits14"
+    golden = names_of("state_dict_vit_small14.json")
+    shapes = golden["without_registers"] | (golden["with_4_registers_added"] if registers else {})
+    state = {k: torch.randn(v) * 0.02 for k, v in shapes.items()}
+    site(name, state)
+    for options in ({}, {"weights": "LVD142M"}):
+        model = load(name, **options)
+        assert model.state_dict().keys() == state.keys()
+        assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    assert (model.method, model.num_register_tokens, model.n_blocks) == ("dinov2", registers, 12)
+    assert (model.interpolate_antialias, model.interpolate_offset) == ((True, 0.0) if registers else (False, 0.1))
+    assert load(name, pretrained=False).state_dict().keys() == state.keys()
+    if not registers:
+        site("dinov2_vits14_reg", state)
+        with pytest.raises(ValueError, match="dinov2_vits14_reg: .*missing: register_tokens"):
+            load("dinov2_vits14_reg")
 
 
 @pytest.mark.parametrize("name", ["dino_resnet50", "dino_xcit_small_12_p16"])
@@ -293,5 +323,5 @@ def test_our_own_module_is_used_where_it_is_imported(model):
 def test_the_table_and_the_names_agree():
     for row in published.PUBLISHED.values():
         with torch.device("meta"):
-            model, _ = build_backbone(row.arch, row.patch_size)
+            model, _ = build_backbone(row.arch, row.patch_size, **row.options)
         assert recognize(model.state_dict()).arch in (row.arch, f"{row.arch}_224")

@@ -47,6 +47,7 @@ def dataset(tmp_path):
     return tmp_path, truth
 
 
+OWN = ("--arithmetic", "own")
 NETWORK = ("--arch", "vit_nano", "--patch_size", 8, "--imsize", 40, "--num_workers", 0, "--device", "cpu")
 
 
@@ -224,6 +225,19 @@ def test_crops_are_boxes_of_the_image():
         Cropped(Columns((20, 30)), [(30, 0, 40, 10)]).load(0)
 
 
+@pytest.mark.parametrize("size", [(100, 200), (200, 101), (40, 24), (45, 27), (3, 300)])
+def test_published_images_are_thumbnails_by_pillow(size):
+    pixels = np.random.default_rng(0).integers(0, 256, (*size, 3)).astype(np.uint8)
+    images = Columns(size)
+    images.load = lambda i: torch.from_numpy(pixels).permute(2, 0, 1)
+    image, _ = landmarks.Thumbnails(images, 64, 8, (0.0,) * 3, (1 / 255,) * 3)[0]
+    thumbnail = Image.fromarray(pixels)
+    thumbnail.thumbnail((64, 64), Image.Resampling.LANCZOS)
+    assert image.shape == (3, *(max(side, 8) for side in thumbnail.size[::-1]))
+    if min(thumbnail.size) >= 8:
+        np.testing.assert_allclose(image.permute(1, 2, 0), np.asarray(thumbnail), atol=1e-3)
+
+
 @pytest.mark.parametrize("size, expected", [
     ((100, 200), (32, 64)), ((200, 100), (64, 32)), ((40, 24), (40, 24)), ((45, 27), (48, 24)), ((3, 300), (8, 64)),
 ])
@@ -254,13 +268,32 @@ def test_multiscale():
     torch.testing.assert_close(found, expected / 3)
 
 
+def test_multiscale_as_published():
+    model = build_backbone("vit_nano", 8)[0].eval()
+    seen = []
+
+    def forward(x):
+        seen.append(tuple(x.shape[-2:]))
+        return 3 * model(x) if x.shape[-1] == 83 else model(x)  # norms weigh the scales
+
+    x = torch.randn(1, 3, 50, 83)
+    with torch.no_grad():
+        found = landmarks.published_multiscale(forward, 8)(x)
+        smaller = [torch.nn.functional.interpolate(x, scale_factor=s, mode="bilinear") for s in (0.5**0.5, 0.5)]
+        mean = (3 * model(x) + model(smaller[0]) + model(smaller[1])) / 3
+        assert seen == [(50, 83), (35, 58), (25, 41)]
+        torch.testing.assert_close(found, mean / mean.norm())
+        landmarks.published_multiscale(forward, 8)(x[..., :12, :])
+    assert seen[-1] == (8, 41)  # the published script stops here
+
+
 # ---- The script ----
 
 
 def test_script_on_json_and_pickle(dataset, tmp_path, capsys, monkeypatch):
     folder, truth = dataset
     where = ("--data_path", folder, "--dataset", "toy", "--output_dir", tmp_path / "out")
-    assert run(*where, *NETWORK) == 0
+    assert run(*where, *NETWORK, *OWN) == 0
     printed = capsys.readouterr().out
     first = json.loads((tmp_path / "out" / "eval_image_retrieval.json").read_text())
     assert "4 queries, 30 images" in printed and "mP@10" in printed
@@ -271,18 +304,37 @@ def test_script_on_json_and_pickle(dataset, tmp_path, capsys, monkeypatch):
     (folder / "toy" / "gnd_toy.json").unlink()
     (folder / "toy" / "gnd_toy.pkl").write_bytes(pickle.dumps(with_arrays(truth)))
     monkeypatch.setattr("protocols.features.extract_features", None)  # the features are kept
-    assert run(*where, *NETWORK) == 0
+    assert run(*where, *NETWORK, *OWN) == 0
     assert json.loads((tmp_path / "out" / "eval_image_retrieval.json").read_text())["results"] == first["results"]
     with pytest.raises(TypeError):  # other boxes are other queries
         truth["gnd"][2]["bbx"] = [0, 0, 48, 48]  # not the first: that one's pixels are in the hash of the images
         (folder / "toy" / "gnd_toy.pkl").write_bytes(pickle.dumps(truth))
-        run(*where, *NETWORK)
+        run(*where, *NETWORK, *OWN)
+
+
+def test_published_queries_are_whole_images(dataset, tmp_path, capsys):
+    folder, truth = dataset
+    where = ("--data_path", folder, "--dataset", "toy", "--output_dir", tmp_path / "out", *NETWORK)
+
+    def results(*flags):
+        assert run(*where, *flags) == 0
+        report = json.loads((tmp_path / "out" / "eval_image_retrieval.json").read_text())
+        assert f"{report['arithmetic']} arithmetic" in capsys.readouterr().out
+        return report["results"]
+
+    published, own = results(), results(*OWN)
+    assert published != own and results() == published  # neither takes the other's features from the cache
+    for query in truth["gnd"]:
+        query["bbx"] = [0, 0, 12, 12]
+    (folder / "toy" / "gnd_toy.json").write_text(json.dumps(truth))
+    assert results() == published and results(*OWN) != own
 
 
 def test_pixels_and_multiscale(dataset, tmp_path):
     folder, _ = dataset
     where = ("--data_path", folder, "--dataset", "toy", "--num_workers", 0, "--output_dir", tmp_path)
-    for more in (("--arch", "pixels"), ("--multiscale", "true", *NETWORK)):
+    multiscale = ("--multiscale", "true", *NETWORK)
+    for more in (("--arch", "pixels"), multiscale, (*multiscale, *OWN)):
         assert run(*where, *more) == 0
         assert json.loads((tmp_path / "eval_image_retrieval.json").read_text())["results"][0]["mAP"]["value"] > 0
 

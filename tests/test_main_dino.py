@@ -1,5 +1,7 @@
 """The training script as a user runs it."""
 
+import math
+import shutil
 import subprocess
 import sys
 
@@ -120,6 +122,97 @@ def test_auto_precision_is_kept_over_a_resume(tmp_path, monkeypatch):
     assert again.dtype is None
     again.resume(*checkpoints.read_latest(tmp_path))
     assert again.dtype is torch.bfloat16
+
+
+def start_again(folder, *flags):
+    """Exit code of a run in this process."""
+    return main_dino.main(main_dino.get_args_parser().parse_args([*SMALL, *flags, "--output_dir", str(folder)]))
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("short")
+    assert start_again(folder, "--epochs", "1") == 0
+    return folder
+
+
+@pytest.fixture
+def one_epoch(short, tmp_path):
+    shutil.copytree(short, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def half_cosine(first, last, t):
+    return last + (first - last) * (1 + math.cos(math.pi * t)) / 2
+
+
+def test_a_longer_run_continues_on_its_own_schedules(one_epoch, capsys):
+    assert start_again(one_epoch, "--epochs", "2") == 2
+    said = capsys.readouterr().err
+    assert "epochs 1 -> 2" in said and "add --extend" in said and said.count("\n") == 1
+    before, steps = torch.load(one_epoch / "checkpoint.pth", weights_only=True), json_lines(one_epoch / "log_steps.txt")
+    assert start_again(one_epoch, "--epochs", "2", "--extend") == 0
+    said = capsys.readouterr().out
+    assert "--extend: epochs 1 -> 2" in said and "not the run" in said and "at step 8 of 16" in said
+    lines = json_lines(one_epoch / "log_steps.txt")
+    assert lines[:8] == steps and [line["step"] for line in lines] == list(range(16))
+    for line in lines[8:]:
+        assert line["lr"] == pytest.approx(half_cosine(0.0005 * 8 / 256, 1e-6, line["step"] / 16))
+    assert [line["epoch"] for line in json_lines(one_epoch / "log.txt")] == [0, 1]
+    after = torch.load(one_epoch / "checkpoint.pth", weights_only=True)
+    assert (after["step"], after["args"]["epochs"], before["args"]["epochs"]) == (16, 2, 1)
+    for flags in (["--epochs", "2"], ["--epochs", "2", "--extend"]):  # requeued: an ordinary resume, of the longer run
+        assert start_again(one_epoch, *flags) == 0
+        assert "not the run" not in capsys.readouterr().out
+    assert json_lines(one_epoch / "log_steps.txt") == lines
+
+
+@pytest.mark.parametrize("flags, step, steps_per_epoch", [(["--epochs", "3"], 8, 8), (["--steps", "9"], 8, 8),
+                         (["--epochs", "2", "--data_path", "shapes:160x32"], 20, 20)])  # fmt: skip
+def test_an_extension_keeps_weights_optimizer_and_centre(one_epoch, flags, step, steps_per_epoch, capsys):
+    argv = [*SMALL, *flags, "--extend", "--output_dir", str(one_epoch)]
+    args = main_dino.get_args_parser().parse_args(argv)
+    images = 160 if "shapes:160x32" in flags else 64
+    plan = main_dino.make_plan(args, images)
+    run = main_dino.make_run(args, plan, images, torch.device("cpu"))
+    state, path = run.find_checkpoint(extend=True)
+    run.resume(state, path)
+    assert (run.step, run.epoch, run.steps_per_epoch) == (step, 1, steps_per_epoch)
+    for name, module in (("student", run.student), ("teacher", run.teacher), ("dino_loss", run.dino_loss)):
+        for key, value in module.state_dict().items():
+            assert torch.equal(value, state[name][key]), (name, key)
+    for number, kept in state["optimizer"]["state"].items():
+        assert torch.equal(run.optimizer.state_dict()["state"][number]["exp_avg"], kept["exp_avg"])
+    said = capsys.readouterr().out
+    assert ("step 8 is now counted as step 20" in said and "images 64 -> 160" in said) == (images == 160)
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--epochs", "1", "--steps", "7"], ("--extend", "--steps 7", "8 done", "raise")),
+    (["--epochs", "2", "--lr", "0.01"], ("lr 0.0005 -> 0.01", "choose another folder")),
+    (["--epochs", "2", "--data_path", "shapes:40x32"], ("40 images are fewer than the 64", "--init_from")),
+])  # fmt: skip
+def test_extensions_that_are_refused(one_epoch, flags, words, capsys):
+    before = (one_epoch / "log_steps.txt").read_text()
+    assert start_again(one_epoch, *flags, "--extend") == 2
+    said = capsys.readouterr().err
+    assert all(word in said for word in words) and said.count("\n") == 1
+    assert (one_epoch / "log_steps.txt").read_text() == before
+
+
+def test_an_extension_of_nothing_is_refused(tmp_path, capsys):
+    assert start_again(tmp_path / "none", "--extend") == 2
+    said = capsys.readouterr().err
+    assert "--extend" in said and "leave --extend out" in said and not (tmp_path / "none").exists()
+
+
+def test_a_run_of_some_steps_keeps_its_last_line(tmp_path):
+    """It ends within an epoch, whose line is of a step that is done."""
+    assert start_again(tmp_path, "--steps", "9") == 0
+    before = (tmp_path / "log.txt").read_text()
+    assert [line["step"] for line in json_lines(tmp_path / "log.txt")] == [8, 9]
+    assert start_again(tmp_path, "--steps", "9") == 0
+    assert (tmp_path / "log.txt").read_text() == before
 
 
 def test_a_part_of_a_checkpoint_is_no_resume(tmp_path):

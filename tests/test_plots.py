@@ -55,6 +55,35 @@ def test_curves_of_one_epoch_of_nan_and_of_several_runs(tmp_path):
         assert picture.width == 1430 and picture.convert("L").getextrema() != (255, 255)
 
 
+def drawn_axes(monkeypatch, logs, out):
+    """The figure's axes by title, and the figure."""
+    figures = []
+    monkeypatch.setattr(charts, "save", lambda figure, *args: figures.append(figure))
+    charts.training_curves(logs, out)
+    return {axes.get_title(loc="left"): axes for axes in figures[0].axes}, figures[0]
+
+
+def test_the_accuracy_starts_at_the_untrained_value_and_epochs_stand_at_their_ends(tmp_path, monkeypatch):
+    log = write_log(tmp_path / "run7" / "log.txt", 6, **FULL | {"knn_top1": lambda e: 50.0 + e if e % 2 else None})
+    panels, figure = drawn_axes(monkeypatch, [log], tmp_path / "curves.png")
+    teacher = panels["k-NN on held-out images"].lines[0]
+    assert teacher.get_xydata().tolist() == [[0, 30], [2, 51], [4, 53], [6, 55]]  # untrained: 30
+    assert panels["Loss"].lines[0].get_xydata().tolist() == [[e + 1, 8 - e] for e in range(6)]
+    assert figure.get_suptitle() == "run7"
+
+
+def test_every_panel_has_its_axes_named_and_no_legend_lies_on_curves(tmp_path, monkeypatch):
+    log = write_log(tmp_path / "log.txt", **FULL | {"train_momentum": lambda e: 0.99})
+    panels, figure = drawn_axes(monkeypatch, [log], tmp_path / "curves.png")
+    assert len(panels) == len(charts.LARGE_PANELS) + len(charts.SMALL_PANELS)
+    figure.canvas.draw()
+    for title, axes in panels.items():
+        assert axes.get_xlabel() == "epochs done" and axes.get_ylabel(), title
+        if legend := axes.get_legend():
+            box, area = legend.get_window_extent(), axes.get_window_extent()
+            assert not box.overlaps(area.shrunk(0.99, 0.99)) and not box.overlaps(axes._left_title.get_window_extent())
+
+
 def test_curves_leave_matplotlib_as_it_was(tmp_path):
     import matplotlib
 
@@ -110,6 +139,26 @@ def test_a_bug_is_not_mistaken_for_bad_input(tmp_path, monkeypatch):
 
 
 # ---------------------------------------------------------------- charts of an evaluation
+
+
+def test_the_sweep_shows_every_network(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    shown = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **options: shown.append(figure.axes[0]))
+    rows = [{"k": k, "top1": {"value": 50.0 + k, "interval": [49.0, 52.0 + k]}} for k in (1, 20)]
+    charts.sweep_chart({"this network": rows, "untrained": rows[:1]}, tmp_path / "sweep.png")
+    assert [text.get_text() for text in shown[0].get_legend().get_texts()] == ["this network", "untrained"]
+    charts.sweep_chart({"this network": rows}, tmp_path / "sweep.png")
+    assert shown[1].get_legend() is None
+
+
+def test_a_map_fills_its_figure(tmp_path):
+    rng = np.random.default_rng(0)
+    charts.feature_map(rng.standard_normal((60, 4)), np.arange(60) % 3, ["a", "b", "c"], tmp_path / "map.png")
+    dark = np.array(Image.open(tmp_path / "map.png").convert("L")) < 250
+    rows, columns = dark.any(1).nonzero()[0], dark.any(0).nonzero()[0]
+    assert np.ptp(rows) > 0.9 * dark.shape[0] and np.ptp(columns) > 0.9 * dark.shape[1]
 
 
 def test_a_map_of_one_class_and_of_many(tmp_path):

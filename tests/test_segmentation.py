@@ -5,6 +5,7 @@ import json
 import math
 import subprocess
 import sys
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -16,9 +17,9 @@ from processes import ENV, free_port
 import eval_segmentation as script
 import parallel
 from imagesets import decode, masks, shapes, sources
-from protocols import dense, segmentation, segmentation_scores, sheets
+from protocols import dense, segmentation, segmentation_scores, sheets, transforms
 from protocols.features import Network
-from vision_transformer import VisionTransformer
+from vision_transformer import VisionTransformer, vit_nano
 
 # ---- Masks of patches and of pixels ----
 
@@ -27,9 +28,7 @@ from vision_transformer import VisionTransformer
     (30, 40, [48], 8), (40, 27, [32], 8), (31, 57, [50], 16), (96, 96, [96], 8), (9, 70, [16], 16)])
 def test_each_pixel_gets_its_nearest_patch(height, width, image_size, patch):
     """Patch centres are mapped back to the image; its pixels look for the nearest one."""
-    shorter = image_size[0] // patch * patch
-    scale = shorter / min(height, width)  # of both sides, to rounding
-    scaled = [max(shorter, round(side * scale)) for side in (height, width)]
+    scaled = [math.floor(Fraction(image_size[0] * side, min(height, width))) for side in (height, width)]
     h, w = (side // patch for side in scaled)
     mask = np.random.default_rng(0).random((2, h, w)) < 0.5
     found = dense.patches_to_pixels(mask, height, width, image_size, patch)
@@ -157,9 +156,12 @@ def test_palette_is_that_of_voc():
 
 def test_choices_are_made_on_one_part_and_judged_on_the_other():
     validation = np.array([True, True, False, False, False])
-    heads = np.array([[0.2, 0.9], [0.4, 0.3], [0.5, 0.1], [0.6, 0.2], [0.0, 0.3]])  # head 1 by 0.6 to 0.3
-    box = np.zeros((5, len(segmentation.BOX_SIDES)))
-    box[:, 3] = 0.5
+    heads = np.zeros((5, 2, 3))
+    heads[..., 0] = [[0.2, 0.9], [0.4, 0.3], [0.5, 0.1], [0.6, 0.2], [0.0, 0.3]]  # head 1 by 0.6 to 0.3
+    heads[..., 1] = [[9, 9], [9, 9], [1, 2], [3, 4], [5, 6]]
+    heads[..., 2] = [[9, 9], [9, 9], [0, 1], [0, 1], [1, 0]]
+    box = np.zeros((5, len(segmentation.BOX_SIDES), 3))
+    box[:, 3, 0] = 0.5
     measured = {("network", "heads"): heads, ("network", "mean"): heads[:, :1], ("", "box"): box}
     found = {row["mask"]: row for row in segmentation.summarize(measured, validation)}
     value = lambda mask, column: found[mask][column] and found[mask][column]["value"]  # noqa: E731
@@ -168,6 +170,10 @@ def test_choices_are_made_on_one_part_and_judged_on_the_other():
     assert found["one head"]["chosen"] == "head 1" and value("one head", "jaccard") is None
     assert value("one head", "jaccard_held_out") == pytest.approx(100 * (0.1 + 0.2 + 0.3) / 3)
     assert value("mean of heads", "jaccard_held_out") == pytest.approx(100 * 1.1 / 3)
+    assert value("one head", "energy_ratio") == pytest.approx(4)
+    assert value("one head", "pointing_game") == pytest.approx(200 / 3)
+    assert value("best head", "energy_ratio") == pytest.approx((1 + 3 + 6) / 3)  # of the heads 0, 0 and 1
+    assert value("best head", "pointing_game") == pytest.approx(0)
     assert found["centre box"]["chosen"] == "sides x 0.45" and value("centre box", "jaccard_held_out") == 50
     none = segmentation.summarize(measured, np.zeros(5, bool))
     assert [row["mask"] for row in none] == ["best head", "mean of heads"] and none[0]["jaccard_held_out"] is None
@@ -185,6 +191,17 @@ def test_an_error_of_one_process_is_raised_in_all(monkeypatch):
     monkeypatch.setattr(parallel, "gather_objects", lambda mine: [mine, ([], OSError("x.png is broken"))])
     with pytest.raises(OSError, match="broken"):
         parallel.map_shared(lambda i: i, 4)
+
+
+@pytest.mark.parametrize("crop, patch, sides, expected", [
+    (224, 16, [500, 375, 375], 480),  # photographs, published weights
+    (48, 8, [96], 96),  # 102.9 in whole patches
+    (224, 16, [64, 64, 2000], 224),  # small images: not below the crops of training
+    (224, 16, [130, 150, 140], 272),  # twice 140, in whole patches
+])
+def test_default_size_follows_the_weights_and_the_data(crop, patch, sides, expected):
+    network = Network(None, {"global_crops_size": crop, "patch_size": patch}, {}, None)
+    assert dense.default_size(network, sides) == expected
 
 
 # ---- The script ----
@@ -219,6 +236,9 @@ def test_a_head_that_sees_the_object_is_found(tmp_path, monkeypatch):
     mean = sheets.threshold_mask(attention.mean(0), 0.7)
     expected = 100 * (mean & truth).sum() / (mean | truth).sum()
     assert found["mean of heads"]["jaccard"]["value"] == pytest.approx(expected)
+    assert found["one head"]["energy_ratio"]["value"] == pytest.approx(0.8 / (4 / 20))  # 4 of the 20 patches
+    assert found["one head"]["pointing_game"]["value"] == found["k-means"]["pointing_game"]["value"] == 100
+    assert found["mean of heads"]["pointing_game"]["value"] == 0 and found["k-means"]["energy_ratio"]["value"] == 5
     side = float(found["centre box"]["chosen"].split()[-1])
     fits = [segmentation_scores.jaccard(segmentation.centre_box(32, 40, s), np.kron(truth, np.ones((8, 8))) > 0)
             for s in segmentation.BOX_SIDES]
@@ -262,6 +282,21 @@ def test_attention_that_is_on_the_object_is_scored_as_such(height, width, image_
     assert found["one head"]["chosen"] == "head 0" and found["one head"]["jaccard_held_out"]["value"] >= least
 
 
+def test_attention_of_one_patch_looks_at_the_object_though_its_mask_is_small(tmp_path, monkeypatch):
+    """Nine tenths of the mass on one of four patches of the object: a poor mask, a high energy ratio, a hit."""
+    truth = np.zeros((4, 5), bool)
+    truth[1:3, 2:4] = True
+    attention = np.full((1, 4, 5), 0.1 / 19)
+    attention[0, 1, 2] = 0.9
+    for i in range(3):
+        write_pair(tmp_path, f"{i}", np.kron(truth, np.ones((8, 8))))
+    monkeypatch.setattr(dense, "look", lambda *args: (None, attention, truth[..., None] * 1.0))
+    assert run(tmp_path, tmp_path / "out") == 0
+    row = read(tmp_path / "out")["results"][0]
+    assert row["mask"] == "best head" and row["jaccard"]["value"] == 25 and row["pointing_game"]["value"] == 100
+    assert row["energy_ratio"]["value"] == pytest.approx((0.9 + 3 * 0.1 / 19) / 0.2)
+
+
 def test_images_of_all_sorts(tmp_path, capsys):
     """Two sizes, a grey image, an empty mask, a 1-bit mask, and one that has no mask."""
     write_pair(tmp_path, "a", square())
@@ -274,8 +309,29 @@ def test_images_of_all_sorts(tmp_path, capsys):
     report, printed = read(tmp_path / "out"), capsys.readouterr().out
     assert report["images"] == 3 and report["held_out"] == 2
     assert "1 of 4 images have no foreground" in printed and "1 of 5 images have no mask" in printed
-    assert Image.open(tmp_path / "out" / "masks.png").size == (6 + 6 * 206, 32 + 6 + 2 * 149)
+    assert Image.open(tmp_path / "out" / "masks.png").size == (6 + 6 * 206, 32 + 6 + 2 * (149 + 20))
     assert {row["network"] for row in report["results"]} == {"random weights", "-"}
+
+
+def test_size_is_chosen_from_the_folder_and_said_before_the_work(tmp_path, capsys):
+    write_pair(tmp_path, "a", square(height=40, width=120))
+    write_pair(tmp_path, "b", square(height=60, width=50))
+    torch.save(vit_nano(8, img_size=32).state_dict() | {}, tmp_path / "weights.pth")
+    from_crops = ["--pretrained_weights", tmp_path / "weights.pth", "--image_size", "0"]
+    assert run(tmp_path, tmp_path / "out", *from_crops) == 0
+    assert read(tmp_path / "out")["image_size"] == 224  # the file doesn't tell the crops of training: 224
+    assert "2 images, shorter side resized to 224 pixels" in capsys.readouterr().out
+
+
+def test_an_image_of_too_many_patches_is_named_before_the_work(tmp_path, capsys, monkeypatch):
+    write_pair(tmp_path, "a", square())
+    write_pair(tmp_path, "strip", square(height=24, width=400))
+    monkeypatch.setattr(transforms, "MAX_PATCHES", 64)
+    monkeypatch.setattr(dense, "look", None)  # no work
+    assert run(tmp_path, tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "strip.jpg" in error and "--image_size 32" in error
+    assert "66 x 4 patches, more than 64; lower --image_size" in error
 
 
 def test_one_image(tmp_path, capsys):
@@ -286,8 +342,6 @@ def test_one_image(tmp_path, capsys):
 
 
 def test_weights_stand_beside_random_ones_and_two_processes_agree(tmp_path):
-    from vision_transformer import vit_nano
-
     torch.manual_seed(1)
     torch.save(vit_nano(8, img_size=32).state_dict(), tmp_path / "weights.pth")
     flags = ["--data_path", "shapes:7x32", *SMALL, "--pretrained_weights", str(tmp_path / "weights.pth")]
@@ -299,9 +353,10 @@ def test_weights_stand_beside_random_ones_and_two_processes_agree(tmp_path):
     one, two = read(tmp_path / "one"), read(tmp_path / "two")
     assert one["results"] == two["results"] and one["weights_sha256"] == two["weights_sha256"]
     rows = {(row["network"], row["mask"]): row for row in one["results"]}
-    assert len(rows) == 8 and len(one["weights_sha256"]) == 64
+    assert len(rows) == 9 and len(one["weights_sha256"]) == 64
     assert rows["network", "best head"]["jaccard"] != rows["random weights", "best head"]["jaccard"]
     assert all(0 <= row["jaccard_held_out"]["value"] <= 100 for row in rows.values())
+    assert all(row["energy_ratio"]["value"] >= 0 <= row["pointing_game"]["value"] <= 100 for row in rows.values())
 
 
 @pytest.mark.parametrize("flags, message", [
@@ -310,6 +365,7 @@ def test_weights_stand_beside_random_ones_and_two_processes_agree(tmp_path):
     (("--arch", "resnet18"), "--arch resnet18: has no class token"),
     (("--pretrained_weights", "nothing.pth"), "nothing.pth: no such file"),
     (("--image_size", "7"), "--image_size 7"),
+    (("--data_path", "shapes:2x4000", "--image_size", "3200"), "3200 x 3200 pixels makes 400 x 400 patches"),
     (("--layer", "4"), "--layer 4"),
     (("--device", "cuda:99"), "--device cuda:99"),
     (("--output_dir", __file__), "is a file"),
@@ -367,6 +423,6 @@ def test_bad_flags(flags, capsys):
 
 def test_math_of_the_interval_is_over_images(tmp_path):
     """Of two held-out images with Jaccard 0 and 1, the interval reaches from 0 to 100."""
-    measured = {("network", "mean"): np.array([[0.0], [1.0]])}
+    measured = {("network", "mean"): np.array([[[0.0, 1, 1]], [[1.0, 1, 1]]])}
     row, = segmentation.summarize(measured, np.zeros(2, bool))
     assert row["jaccard"] == {"value": 50.0, "interval": [0.0, 100.0]} and math.isfinite(row["jaccard"]["value"])

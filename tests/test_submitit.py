@@ -44,9 +44,9 @@ def sbatch(tmp_path, monkeypatch):
 
 
 def run(*words):
-    """Exit code of a command line, in this process."""
+    """Exit code of a command line, in this process; on drawn images unless it names others."""
     try:
-        return run_with_submitit.main(run_with_submitit.parse([*map(str, words)]))
+        return run_with_submitit.main(run_with_submitit.parse(["--data_path", "shapes", *map(str, words)]))
     except SystemExit as error:
         return error.code
 
@@ -153,7 +153,7 @@ def call(monkeypatch, run, code=main_dino.TO_BE_CONTINUED):
         return code
 
     monkeypatch.setattr(main_dino, "main", main)
-    return run_with_submitit.Training(str(ROOT))(argparse.Namespace(output_dir="x"))
+    return run_with_submitit.Training(str(ROOT), "main_dino.py")(argparse.Namespace(output_dir="x"))
 
 
 def test_the_job_is_queued_again_when_the_run_has_saved(events, monkeypatch):

@@ -16,7 +16,7 @@ from processes import ENV, free_port
 import eval_video_segmentation as script
 from imagesets import davis, masks
 from parallel import Refused
-from protocols import features, propagation, video_segmentation
+from protocols import features, propagation, transforms, video_segmentation
 
 # ---- Propagation ----
 
@@ -31,7 +31,8 @@ def naive_propagate(query, context, labels, radius, topk):
             for v, u in itertools.product(range(h), range(w)):
                 if radius == 0 or (abs(v - y) <= radius and abs(u - x) <= radius):
                     candidates.append((math.fsum((query[y, x] * frame[v, u]).tolist()), label[v, u]))
-        best = sorted(candidates, key=lambda c: -c[0])[:topk]
+        last = sorted((similarity for similarity, _ in candidates), reverse=True)[:topk][-1]
+        best = [candidate for candidate in candidates if candidate[0] >= last]
         total = math.fsum(math.exp(s / 0.1) for s, _ in best)
         found[y, x] = sum(math.exp(s / 0.1) / total * label for s, label in best)
     return found
@@ -51,6 +52,16 @@ def test_propagation_is_that_of_loops(radius, topk, tile, monkeypatch):
     frames = torch.nn.functional.normalize(frames, dim=-1)
     found = propagation.propagate(frames[0], frames[1:], labels[1:], radius, topk)
     torch.testing.assert_close(found, naive_propagate(frames[0], frames[1:], labels[1:], radius, topk))
+
+
+def test_ties_with_the_last_of_the_most_similar_count():
+    """Features of one number, 1 or -1: all of the same sign are equally similar, so their labels are averaged."""
+    features = torch.tensor([1.0, -1, 1, -1, 1, 1]).view(1, 2, 3, 1)
+    labels = torch.eye(6).view(1, 2, 3, 6)
+    found = propagation.propagate(features[0], features, labels, 0, 2)
+    assert torch.equal(found, naive_propagate(features[0], features, labels, 0, 2))
+    torch.testing.assert_close(found[0, 0], torch.tensor([1, 0, 1, 0, 1, 1]) / 4)
+    torch.testing.assert_close(found[1, 0], torch.tensor([0, 1, 0, 1.0, 0, 0]) / 2)
 
 
 @pytest.mark.parametrize("n_last", [0, 1, 2, 7])
@@ -120,7 +131,35 @@ def test_harden_is_that_of_loops():
     (480, 854, 480, 8, (480, 856)), (480, 854, 480, 16, (480, 848)), (854, 480, 100, 16, (176, 96)),
     (10, 1000, 8, 8, (8, 800)), (240, 428, 480, 8, (480, 856))])
 def test_frame_size(height, width, image_size, patch, seen):
+    assert video_segmentation.frame_size(height, width, image_size, patch, "own") == seen
+
+
+@pytest.mark.parametrize("height, width, image_size, patch, seen", [
+    (480, 854, 480, 8, (480, 832)), (854, 480, 100, 16, (128, 96)), (500, 500, 480, 8, (480, 448)),
+    (32, 48, 32, 8, (32, 48)), (480, 854, 480, 14, (476, 826))])  # below 64, and patches that 64 does not hold
+def test_published_frame_size(height, width, image_size, patch, seen):
     assert video_segmentation.frame_size(height, width, image_size, patch) == seen
+
+
+@pytest.mark.parametrize("size, new", [((90, 150), (128, 192)), ((90, 150), (45, 75)), ((40, 30), (40, 64)),
+                                       ((33, 57), (21, 64)), ((1, 3), (8, 8))])
+def test_resizing_as_opencv_is_bilinear_between_pixel_centres(size, new):
+    image = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, *size)).astype(np.uint8))
+    found = transforms.resize_as_opencv(image, new)
+    for y, x in itertools.product(range(new[0]), range(new[1])):
+        v, u = (min(max((p + 0.5) * n / m - 0.5, 0), n - 1) for p, n, m in ((y, size[0], new[0]), (x, size[1], new[1])))
+        total = sum(max(0, 1 - abs(v - i)) * max(0, 1 - abs(u - j)) * image[:, i, j].double()
+                    for i in {math.floor(v), math.ceil(v)} for j in {math.floor(u), math.ceil(u)})
+        assert (found[:, y, x] - total).abs().max() < 1  # OpenCV drops fractions on the way
+    assert torch.equal(transforms.resize_as_opencv(image, size), image)
+
+
+def test_published_std_is_that_of_weights_trained_with_imagenets():
+    network = features.load_network("", "vit_nano", 8)
+    assert video_segmentation.patch_network(network, 8).info["std"] == (0.228, 0.224, 0.225)
+    assert video_segmentation.patch_network(network, 8, "own").info["std"] == (0.229, 0.224, 0.225)
+    other = network._replace(info=network.info | {"std": (0.5, 0.5, 0.5)})
+    assert video_segmentation.patch_network(other, 8).info["std"] == (0.5, 0.5, 0.5)
 
 
 def test_features_of_the_pixels_are_the_patches():

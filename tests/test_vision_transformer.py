@@ -1,14 +1,16 @@
 import copy
 import io
 import json
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from golden_weights import GOLDEN, fill, rs
+from torch import nn
 
 import vision_transformer as vits
-from vision_transformer import DINOHead, VisionTransformer, build_backbone
+from vision_transformer import Block, DINOHead, Mlp, VisionTransformer, build_backbone
 
 TINY = dict(img_size=32, patch_size=8, embed_dim=48, depth=3, num_heads=3, qkv_bias=True)
 
@@ -283,3 +285,31 @@ def test_timm_vit_takes_small_crops():
 def test_unknown_name_lists_the_near_ones():
     with pytest.raises(ValueError, match="--arch vit_smal: no such network; .*vit_small"):
         build_backbone("vit_smal")
+
+
+def test_mlp_and_block_take_the_published_arguments():
+    """Mlp(in, hidden, out, act, drop); Block(..., drop_path, act, norm, ...), as client code calls them."""
+    mlp = Mlp(8, 12, 4, nn.ReLU, 0.0)
+    x = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0))
+    hidden = (x @ mlp.fc1.weight.T + mlp.fc1.bias).clamp(min=0)
+    torch.testing.assert_close(mlp(x), hidden @ mlp.fc2.weight.T + mlp.fc2.bias)
+    assert Mlp(8)(x).shape == x.shape and Mlp(8).fc1.weight.shape == (8, 8)
+
+    block = Block(8, 2, 4.0, True, None, 0.0, 0.0, 0.0, nn.ReLU, partial(nn.LayerNorm, eps=1e-6))
+    assert isinstance(block.mlp.act, nn.ReLU) and block.norm1.eps == 1e-6 and block.mlp.fc1.weight.shape == (32, 8)
+    assert isinstance(Block(dim=8, num_heads=2, act_layer=nn.SiLU, norm_layer=nn.LayerNorm).mlp.act, nn.SiLU)
+    block.recomputes_layers = True  # fuses only GELU
+    expected = copy.deepcopy(block).requires_grad_(False)(x)
+    torch.testing.assert_close(block(x.requires_grad_()), expected)
+
+
+def test_layers_of_dino_keep_their_published_form():
+    """A list of all tokens; the options of DINOv2 that would change this are refused."""
+    model, x = VisionTransformer(**TINY, num_register_tokens=2).eval(), torch.randn(2, 3, 32, 40)
+    layers = model.get_intermediate_layers(x, 5)
+    assert isinstance(layers, list) and [t.shape for t in layers] == [(2, 1 + 2 + 20, 48)] * 3
+    torch.testing.assert_close(layers[-1][:, 0], model(x))
+    torch.testing.assert_close(model.norm(model.get_intermediate_layers(x, [1], norm=False)[0]), layers[1])
+    for option in ("reshape", "return_class_token"):
+        with pytest.raises(ValueError, match=f'{option}: .* method="dinov2"'):
+            model.get_intermediate_layers(x, 1, **{option: True})

@@ -8,10 +8,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from matplotlib import colormaps
 from PIL import Image
+from torchvision.transforms import v2
+from torchvision.utils import make_grid, save_image
 
 import visualize_attention
-from protocols import attention_video, dense, sheets
+from imagesets import shapes
+from protocols import attention_video, dense, sheets, transforms
 from protocols.features import Network
 from vision_transformer import VisionTransformer, vit_tiny
 
@@ -60,7 +64,8 @@ def sizes(folder):
 @pytest.mark.parametrize("height, width, image_size, scaled, seen", [
     (300, 400, [480], (480, 640), (480, 640)),
     (400, 267, [480], (719, 480), (712, 480)),  # what is left of the last patch is cut off
-    (100, 100, [50], (48, 48), (48, 48)),  # the shorter side is whole patches
+    (100, 100, [50], (50, 50), (48, 48)),
+    (300, 403, [], (300, 403), (296, 400)),  # no number: the image's own size
     (1, 1000, [16], (16, 16000), (16, 16000)),
     (300, 400, [64, 64], (64, 64), (64, 64)),  # two numbers: exactly these
     (300, 400, [70, 90], (70, 90), (64, 88)),
@@ -69,7 +74,7 @@ def test_input_sizes(height, width, image_size, scaled, seen):
     assert dense.input_sizes(height, width, image_size, PATCH) == (scaled, seen)
 
 
-@pytest.mark.parametrize("image_size", [[480], [100], [64, 200]])
+@pytest.mark.parametrize("image_size", [[480], [96], [64, 200]])
 @pytest.mark.parametrize("height, width", [(300, 400), (401, 267), (90, 91)])
 def test_patch_of_point_is_where_a_marked_pixel_lands(height, width, image_size):
     for y, x in [(0, 0), (height - 1, 0), (0, width - 1), (height // 2, width // 3), (37, 61)]:
@@ -107,7 +112,8 @@ def test_portrait_keeps_its_aspect_ratio_and_every_figure_is_written(tiny, tmp_p
     found = sizes(tmp_path / "out")
     assert set(found) == {"img.png", "attn-mean.png", "overlay.png", "pca.png", "similarity.png"} | {
         f"{kind}{head}.png" for kind in ("attn-head", "mask_th0.6_head") for head in range(3)}
-    assert set(found.values()) == {(64, 96)}
+    masks = {name for name in found if name.startswith("mask")}
+    assert {found.pop(name) for name in masks} == {(500, 500)} and set(found.values()) == {(64, 96)}
 
 
 def test_two_numbers_are_height_and_width(tiny, tmp_path):
@@ -118,7 +124,8 @@ def test_two_numbers_are_height_and_width(tiny, tmp_path):
 @pytest.mark.parametrize("layer", [0, 1, -1, -2])
 def test_head_figures_show_the_networks_own_attention(tiny, tmp_path, layer):
     run("--output_dir", tmp_path, "--image_size", 64, "--layer", layer)
-    image = torch.from_numpy(np.array(Image.open(tmp_path / "img.png"))).permute(2, 0, 1)
+    image = Image.fromarray(shapes.draw(0, 480)[0]).resize((64, 64), Image.Resampling.BILINEAR)
+    image = torch.from_numpy(np.array(image)).permute(2, 0, 1)
     attention = tiny.forward.get_attention_maps(((image / 255 - 0.5) / 0.25)[None], [layer])[0][0, :, 0, 2:].detach()
     for head in range(3):
         values = attention[head].view(8, 8)
@@ -146,13 +153,14 @@ def test_folder_becomes_a_sheet_and_what_cannot_be_read_is_named(tiny, tmp_path,
     (tmp_path / "in" / "broken.jpg").write_bytes(b"no image")
     run("--images", tmp_path / "in", "--output_dir", tmp_path / "out", "--image_size", 32, "--pca", "--threshold", 0.6)
     assert sizes(tmp_path / "out") == {  # image, mask, mean and 3 heads; a row is as high as its image
-        "attention_sheet.png": (6 + 6 * 166, 32 + 166 + 113 + 166), "pca_sheet.png": (6 + 6 * 166, 6 + 166)}
+        "attention_sheet.png": (6 + 6 * 166, 32 + 166 + 113 + 166 + 3 * 16),  # 16: names
+        "pca_sheet.png": (6 + 6 * 166, 6 + 166 + 16)}
     out = capsys.readouterr().out
     assert "left out" in out and "broken.jpg" in out and "3 of 4 images" in out
 
 
 def test_a_strip_of_too_many_patches_is_refused_or_left_out(tiny, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(dense, "MAX_PATCHES", 16)
+    monkeypatch.setattr(transforms, "MAX_PATCHES", 16)
     Image.new("RGB", (96, 6)).save(tmp_path / "strip.png")
     assert run("--image_path", tmp_path / "strip.png", "--image_size", 2 * PATCH, "--output_dir", tmp_path / "out") == 2
     error = capsys.readouterr().err
@@ -177,6 +185,23 @@ def test_of_many_images_some_are_chosen_evenly(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(visualize_attention.sources, "open_images", spying)
     run("--images", "shapes:9x32", "--max_images", 3, "--output_dir", tmp_path, "--image_size", 32)
     assert chosen == [0, 4, 8]
+
+
+def test_many_images_are_continued_on_further_sheets(tiny, tmp_path):
+    run("--images", "shapes:19x32", "--max_images", 18, "--output_dir", tmp_path, "--image_size", 32, "--pca")
+    found = sizes(tmp_path)
+    assert set(found) == {f"{kind}_sheet{page}.png" for kind in ("attention", "pca") for page in ("", "_2")}
+    assert found["attention_sheet.png"][1] == 32 + 16 * 182 and found["attention_sheet_2.png"][1] == 32 + 2 * 182
+    assert found["pca_sheet.png"][1] == 6 + 4 * 182 and found["pca_sheet_2.png"][1] == 6 + 182
+
+
+def test_the_size_of_a_sheet_follows_the_weights_and_the_data(tiny, tmp_path, monkeypatch):
+    shown, look = [], dense.look
+    monkeypatch.setattr(dense, "look", lambda network, image, size, *a, **o: (shown.append(size),
+                                                                          look(network, image, size, *a, **o))[1])
+    run("--images", "shapes:2x40", "--output_dir", tmp_path)
+    run("--images", "shapes:2x30", "--output_dir", tmp_path)
+    assert shown == [[64], [64], [56], [56]]  # 32 x 480 / 224 = 68.6 in patches of 8; twice 30
 
 
 # ---- video
@@ -208,11 +233,66 @@ def read_video(ffmpeg, path):
 def test_video_in_and_out(tiny, tmp_path, ffmpeg, capsys):
     video = write_video(ffmpeg, tmp_path / "in.mp4")
     run("--video", video, "--output_dir", tmp_path / "out", "--image_size", 32)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"attention", "attention.mp4", "frames", "video.mp4"}
     fps, frames = read_video(ffmpeg, tmp_path / "out" / "attention.mp4")
     assert fps == 10 and frames.shape == (7, 32, 2 * 40, 3)  # 48 x 64 -> 32 x 43, cut to 32 x 40, twice
     left = frames[:, 8:18, :40, 0].mean(1)  # the square goes to the right in the frames on the left
     assert (np.diff([(row > 120).nonzero()[0].mean() for row in left]) > 0).all()
     assert "7 frames, 10 per second" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "avi"])
+def test_published_flags_of_video_generation_write_its_files(tiny, tmp_path, ffmpeg, suffix):
+    """Maps of the mean attention in the frames' own size, and the video of the maps alone, at 30 frames per second."""
+    for i in range(3):
+        write_image(tmp_path / "in" / f"frame{i}.jpg", 45, 70, seed=i)
+    run("--input_path", tmp_path / "in", "--output_path", tmp_path / "out", "--video_format", suffix)
+    maps = sorted((tmp_path / "out" / "attention").iterdir())
+    assert [path.name for path in maps] == [f"attn-frame{i}.jpg" for i in range(3)]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"attention", f"attention.{suffix}",
+                                                                    f"video.{suffix}"}
+    fps, frames = read_video(ffmpeg, tmp_path / "out" / f"video.{suffix}")
+    assert fps == 30 and frames.shape == (3, 40, 64, 3)  # 45 x 70 in whole patches of 8
+    for i, path in enumerate(maps):
+        image = torch.from_numpy(np.array(Image.open(tmp_path / "in" / f"frame{i}.jpg"))[:40, :64]).permute(2, 0, 1)
+        heat = tiny.forward.get_last_selfattention(((image / 255 - 0.5) / 0.25)[None])[0, :, 0, 2:].mean(0).view(5, 8)
+        expected = colormaps["inferno"](((heat - heat.min()) / (heat.max() - heat.min())).detach().numpy(), bytes=True)
+        drawn = np.array(Image.open(path)).astype(int)[4::8, 4::8]  # the centres of the patches
+        assert np.abs(drawn - expected[..., :3]).mean() < 8  # JPEG
+        assert np.abs(frames[i][4::8, 4::8].astype(int) - drawn).mean() < 16  # the codec halves colours
+
+
+def test_published_flags_of_video_generation_on_a_file(tiny, tmp_path, ffmpeg):
+    """The frames of a file are kept; its frames per second count; --resize takes height and width."""
+    video = write_video(ffmpeg, tmp_path / "in.mp4", frames=2)
+    run("--input_path", video, "--output_path", tmp_path / "out", "--resize", 24, 40)
+    assert sorted(sizes(tmp_path / "out" / "frames").items()) == [(f"frame-000{i}.jpg", (64, 48)) for i in (0, 1)]
+    assert sizes(tmp_path / "out" / "attention")["attn-frame-0001.jpg"] == (40, 24)
+    fps, frames = read_video(ffmpeg, tmp_path / "out" / "video.mp4")
+    assert fps == 10 and frames.shape == (2, 24, 40, 3)
+    source = read_video(ffmpeg, video)[1]
+    kept = np.stack([np.array(Image.open(tmp_path / "out" / "frames" / f"frame-000{i}.jpg")) for i in (0, 1)])
+    assert np.abs(kept.astype(int) - source).mean() < 3
+
+
+def test_video_only_makes_a_video_of_maps_without_a_network(tmp_path, ffmpeg, monkeypatch):
+    monkeypatch.setattr("protocols.features.load_network", None)
+    for i, name in enumerate(["attn-2.png", "attn-10.png", "other.png"]):  # the last one is no map
+        (tmp_path / "maps").mkdir(exist_ok=True)
+        Image.fromarray(np.full((32, 48 - 8 * i, 3), 50 + 100 * i, dtype=np.uint8)).save(tmp_path / "maps" / name)
+    run("--video_only", "--input_path", tmp_path / "maps", "--output_path", tmp_path / "out", "--fps", 12)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["video.mp4"]
+    fps, frames = read_video(ffmpeg, tmp_path / "out" / "video.mp4")
+    assert fps == 12 and frames.shape == (2, 32, 48, 3)
+    assert np.abs(frames.mean((1, 2, 3)) - (50, 150)).max() < 5
+
+
+def test_frames_of_one_name_do_not_overwrite_each_other(tiny, tmp_path, ffmpeg):
+    for folder in "ab":
+        write_image(tmp_path / "in" / folder / "1.png", 32, 32)
+    run("--video", tmp_path / "in", "--output_dir", tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out" / "attention").iterdir()) == [
+        "attn-0000-1.jpg", "attn-0001-1.jpg"]
 
 
 def test_frames_are_taken_in_the_order_of_their_numbers(tiny, tmp_path, ffmpeg):
@@ -234,19 +314,19 @@ def test_video_is_streamed(tiny, tmp_path):
     def frames():
         for i in range(1_000_000):
             taken.append(i)
-            yield torch.zeros(3, 32, 32, dtype=torch.uint8)
+            yield str(i), torch.zeros(3, 32, 32, dtype=torch.uint8)
 
     rows = attention_video.video_rows(tiny, frames(), [32])
     assert taken == []
     for count in (1, 2, 3):
-        assert next(rows).shape == (32, 64, 3) and len(taken) == count
+        assert next(rows).row.shape == (32, 64, 3) and len(taken) == count
 
 
 def test_colours_and_token_of_a_video_are_the_first_frames(tiny):
     rng = torch.Generator().manual_seed(0)
     first, second = (torch.randint(0, 256, (3, 32, 32), generator=rng, dtype=torch.uint8) for _ in range(2))
-    after_first = list(attention_video.video_rows(tiny, [first, second], [32], pca=True, point=(9, 20)))
-    after_itself = list(attention_video.video_rows(tiny, [second, second], [32], pca=True, point=(9, 20)))
+    after_first, after_itself = ([drawn.row for drawn in attention_video.video_rows(
+        tiny, enumerate(frames), [32], pca=True, point=(9, 20))] for frames in ([first, second], [second, second]))
     assert (after_first[1][:, :64] == after_itself[1][:, :64]).all()  # image and attention: of the frame alone
     assert (after_first[1][:, 64:] != after_itself[1][:, 64:]).any()
 
@@ -291,6 +371,11 @@ def exit_code(*flags):
     (["--threshold", "1.5"], "--threshold"),
     (["--max_images", "0"], "--max_images"),
     (["--fps", "0"], "--fps"),
+    (["--video_only"], "--video_only"),
+    (["--video_only", "--video", "good.png"], "--video good.png"),
+    (["--video_only", "--video", "folder"], "--video"),
+    (["--video_only", "--video", "broken"], "--video broken"),
+    (["--video_format", "gif"], "--video_format"),
     (["--device", "gpu"], "--device gpu"),
     (["--output_dir", "good.png"], "--output_dir good.png"),
     (["--output_dir", "/proc/out"], "--output_dir /proc/out"),
@@ -327,7 +412,7 @@ def test_a_network_without_attention_or_weights_is_named(tmp_path, monkeypatch, 
 
 
 def test_a_bug_keeps_its_traceback(tiny, tmp_path, monkeypatch):
-    def broken(*args):
+    def broken(*args, **options):
         raise ValueError("operands could not be broadcast")
 
     monkeypatch.setattr(dense, "look", broken)
@@ -346,18 +431,41 @@ def test_command_without_weights_says_so(tmp_path):
     assert done.stdout.count("random weights") == 1 and len(sizes(tmp_path)) == 6
 
 
-def test_masks_are_those_of_the_checkpoints_network(tmp_path, capsys):
+@pytest.mark.parametrize("image_size", [[], [96], [100], [56, 88]])
+def test_published_arguments_give_the_published_pixels(tmp_path, capsys, image_size):
+    """torchvision's resize of a Pillow image, cut to whole patches; its grid for img.png; matplotlib's picture of each
+    head's attention, every patch repeated; masks in a figure of 5 x 5 inches at 100 dots per inch."""
+    from matplotlib import pyplot
+
     torch.manual_seed(0)
-    model = vit_tiny(patch_size=16, img_size=64).eval()
-    args = argparse.Namespace(arch="vit_tiny", patch_size=16, global_crops_size=64, mean=[0.4] * 3, std=[0.3] * 3)
+    model = vit_tiny(patch_size=16, img_size=64).eval().requires_grad_(False)
+    for block in model.blocks:
+        block.attn.qkv.weight.mul_(8)  # maps that are not nearly uniform
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    args = argparse.Namespace(arch="vit_tiny", patch_size=16, global_crops_size=64)
     teacher = {f"backbone.{name}": value for name, value in model.state_dict().items()}
     torch.save({"teacher": teacher, "student": {}, "epoch": 1, "args": args}, tmp_path / "checkpoint.pth")
-    run("--pretrained_weights", tmp_path / "checkpoint.pth", "--output_dir", tmp_path / "out", "--image_size", 64,
-        "--threshold", 0.6)
+    path = write_image(tmp_path / "in.png", 150, 101)
+    size = ["--image_size", *image_size] if image_size else []
+    run("--pretrained_weights", tmp_path / "checkpoint.pth", "--image_path", path, "--output_dir", tmp_path / "out",
+        "--threshold", 0.6, *size)
     assert "random weights" not in capsys.readouterr().out
-    figure = np.array(Image.open(tmp_path / "out" / "img.png"))
-    image = torch.from_numpy(figure).permute(2, 0, 1)
-    attention = model.get_last_selfattention(((image / 255 - 0.4) / 0.3)[None])[0, :, 0, 1:].detach().view(3, 4, 4)
-    for head, mask in enumerate(sheets.threshold_mask(attention.numpy(), 0.6)):
-        drawn = np.array(Image.open(tmp_path / "out" / f"mask_th0.6_head{head}.png"))
-        assert (drawn == sheets.mask_overlay(figure, mask)).all()
+
+    image = v2.Resize(image_size or (480, 480))(Image.open(path).convert("RGB"))
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    height, width = (side // 16 * 16 for side in pixels.shape[1:])
+    pixels = pixels[:, :height, :width]
+    x = v2.functional.normalize(pixels / 255, mean, std)[None]
+    save_image(make_grid(x, normalize=True, scale_each=True), tmp_path / "img.png")
+    drawn = np.array(Image.open(tmp_path / "out" / "img.png"))
+    assert np.abs(drawn.astype(int) - np.array(Image.open(tmp_path / "img.png"))).max() <= 1
+    attention = model.get_last_selfattention(x)[0, :, 0, 1:].view(3, height // 16, width // 16).numpy()
+    for head, values in enumerate(attention):
+        pyplot.imsave(tmp_path / "head.png", values.repeat(16, 0).repeat(16, 1))
+        expected = np.array(Image.open(tmp_path / "head.png").convert("RGB")).astype(int)
+        drawn = np.array(Image.open(tmp_path / "out" / f"attn-head{head}.png"))
+        assert drawn.shape == expected.shape and np.abs(drawn - expected).max() <= 3  # a step of the colours
+        mask = Image.open(tmp_path / "out" / f"mask_th0.6_head{head}.png")
+        shown = Image.fromarray(pixels.permute(1, 2, 0).numpy()).resize((500, 500), Image.Resampling.BICUBIC)
+        held = sheets.threshold_mask(values, 0.6)
+        assert mask.size == (500, 500) and (np.array(mask) == sheets.mask_overlay(np.array(shown), held)).all()

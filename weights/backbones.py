@@ -13,7 +13,17 @@ from method.photometric import IMAGENET_MEAN, IMAGENET_STD
 from parallel import Refused
 from vision_transformer import VITS, XCITS, VisionTransformer, build_backbone
 from weights.checkpoints import refusing
-from weights.layouts import STORED_OPTIONS, Weights, backbone_state, misfit, read, recognize, stored_args
+from weights.layouts import (
+    UNUSED,
+    Weights,
+    backbone_state,
+    misfit,
+    read,
+    recognize,
+    rename,
+    stored_args,
+    stored_options,
+)
 
 
 def load_matching(model: nn.Module, state: Mapping[str, Tensor], path: str, flag: str = "--pretrained_weights") -> None:
@@ -27,7 +37,7 @@ def load_matching(model: nn.Module, state: Mapping[str, Tensor], path: str, flag
         Refused: the file does not hold exactly the tensors of the model; see `layouts.misfit`.
     """
     own = model.state_dict()
-    expected = [k for k in own if k in state or not k.endswith("num_batches_tracked")]  # missing in older files
+    expected = [k for k in own if k in state or not UNUSED.fullmatch(k)]
     fitting = {k: state[k] for k in expected if k in state and own[k].shape == state[k].shape}
     report = f"{path}: {len(fitting)} of {len(expected)} tensors matched"
     if problems := misfit(own, state):
@@ -51,7 +61,9 @@ def load_weights_into(
         state = backbone_state(read(path), checkpoint_key, path)
     with refusing(f"{flag} {path}:"):
         recognized = recognize(state)
-    if isinstance(model, VisionTransformer) or misfit(model.state_dict(), state):  # else names of the model's library
+    if isinstance(model, VisionTransformer):
+        state = recognized.state if recognized.arch else rename(state)[1]
+    elif misfit(model.state_dict(), state):  # else names of the model's library
         state = recognized.state
     positions = state.get("pos_embed")
     if isinstance(model, VisionTransformer) and positions is not None:
@@ -116,7 +128,7 @@ def load_backbone(
         "global_crops_size": args.get("global_crops_size", 224),
     }
     options = {"img_size": args["global_crops_size"]} if "global_crops_size" in args else {}
-    options |= recognized.options | {k: args[k] for k in STORED_OPTIONS if k in args}
+    options |= recognized.options | stored_options(args)
     options |= {k: info[k] for k in ("patch_size", "in_chans")}
     try:
         model, info["embed_dim"] = build_backbone(info["arch"], **options)

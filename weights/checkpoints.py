@@ -32,9 +32,10 @@ def save(state: Mapping, path: str | os.PathLike) -> None:
     The `checkpoint.pth` that is replaced is kept as `checkpoint_prev.pth`.
 
     Raises:
-        NotSaved: the disk is full or the folder is not writable; the old checkpoint is intact.
+        NotSaved: the disk is full or the folder is not writable; an old checkpoint is intact.
     """
     path = Path(path)
+    before = any(other.exists() for other in (path, path.with_name(NAME), path.with_name(PREVIOUS)))
     try:
         previous = path.with_name(PREVIOUS) if path.name == NAME else None
         with atomic.replacing(path, previous) as temporary, open(temporary, "wb") as file:
@@ -42,8 +43,17 @@ def save(state: Mapping, path: str | os.PathLike) -> None:
     except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
         if parallel.worker_death(error):  # torch raises it at whatever line the main thread executes
             raise
-        raise NotSaved(f"{path}: the checkpoint could not be written ({error}); the one before it is intact; "
-                       "free space in --output_dir and start again to resume") from error
+        kept = "the one before it is intact" if before else "there is none before it"
+        again = "to resume" if before else "from the beginning"
+        raise NotSaved(f"{path}: the checkpoint could not be written ({write_error(error)}); {kept}; free space in "
+                       f"--output_dir and start again {again}") from error
+
+
+def write_error(error: BaseException) -> str:
+    """The operating system's reason for a failed write, which torch's own message does not have."""
+    while error is not None and not (isinstance(error, OSError) and error.strerror):
+        error = error.__cause__ or error.__context__
+    return error.strerror if error else "the disk is full, or the file too large for a limit of this process"
 
 
 def remove_numbered(folder: str | os.PathLike, keep: int) -> None:

@@ -29,6 +29,8 @@ PREFIXES = ("module.", "_orig_mod.", "model.", "encoder.")
 NETWORK = re.compile(r"(student|teacher)(_backbone)?\.")
 # Heads and classifiers, which are not part of a backbone.
 HEAD = re.compile(r"(\w+_)?(heads?|fc|classif|classifier|last_linear|pooler)(_dist)?\.")
+# Heads of DINO (`head`) and DINOv2 in a checkpoint of both networks' parts.
+PROJECTION_HEAD = re.compile(r"(?:(?:module|_orig_mod|student|teacher)\.)*(head|dino_head|ibot_head)\.(.+)")
 # Tensors that have no effect on features: used in training only, or derived from the network's shape.
 UNUSED = re.compile(r"(.*\.)?(num_batches_tracked|mask_token|masked_embed|relative_position_index|attn_mask)"
                     r"|decoder_pos_embed|(decoder(_\w+)?|aux\d|AuxLogits)\..*")
@@ -54,6 +56,10 @@ ALLOWED = [
 ]  # fmt: skip
 # Options of a ViT that its tensors do not show: export.py stores them with the weights.
 STORED_OPTIONS = ("interpolate_antialias", "interpolate_offset")
+# Names in one process's file of a run under FSDP, which holds a part of each flattened parameter.
+SHARD = re.compile(r".*_flat_param")
+SHARD_REMEDY = ("one process's part of a run that was sharded over GPUs (FSDP), not the whole weights: give the run's "
+                "teacher_checkpoint.pth, in eval/training_N/")
 
 
 class BadFile(ValueError):
@@ -80,7 +86,7 @@ def read(path: str | os.PathLike, kind: type = dict) -> dict:
 
     Raises:
         FileNotFoundError: there is no such file. Nothing is downloaded or substituted.
-        BadFile: the file is truncated or corrupt, contains something other than data, or is no `kind`.
+        BadFile: the file is truncated or corrupt, contains something other than data, is no `kind`, or is a shard.
         ImportError: a safetensors file, and safetensors is not installed.
     """
     if os.path.isdir(path):
@@ -99,11 +105,17 @@ def read(path: str | os.PathLike, kind: type = dict) -> dict:
         reason = "damaged or cut short, or not a file of weights: copy or download it again"
         if isinstance(error, PermissionError):
             reason = "no permission to read it"
-        if named := re.search(r"(?:GLOBAL |got <class ')([\w.]+)", str(error)):
+        named = re.search(r"(?:GLOBAL |got <class ')([\w.]+)", str(error))
+        if named and "_shard" in named[1]:
+            reason = SHARD_REMEDY
+        elif named:
             reason = f"it contains {named[1]}, and only data is read: save model.state_dict() alone"
         raise BadFile(f"{path}: not a readable checkpoint of plain tensors ({reason})") from error
     if not isinstance(loaded, kind):
         raise BadFile(f"{path}: not a readable checkpoint of plain tensors (it contains a {type(loaded).__name__})")
+    parts = [loaded, *loaded.values()] if isinstance(loaded, Mapping) else []
+    if any(SHARD.match(str(name)) for part in parts if isinstance(part, Mapping) for name in part):
+        raise BadFile(f"{path}: {SHARD_REMEDY}")
     return loaded
 
 
@@ -129,6 +141,16 @@ def stored_args(loaded: Mapping) -> dict:
     args = loaded.get("args")
     args = vars(args) if isinstance(args, argparse.Namespace) else args
     return {k: v for k, v in args.items() if v is not None} if isinstance(args, Mapping) else {}
+
+
+def stored_options(args: Mapping) -> dict:
+    """Options of a ViT among a checkpoint's flags (`stored_args`), which its tensors do not show.
+
+    A checkpoint of main_dinov2.py that does not state the interpolation was trained with the default one, not with that
+    of the published weights with registers.
+    """
+    options = {"interpolate_antialias": False, "interpolate_offset": 0.1} if args.get("method") == "dinov2" else {}
+    return options | {k: args[k] for k in STORED_OPTIONS if k in args}
 
 
 def strip_prefixes(state: Mapping[str, Tensor], checkpoint_key: str = "teacher") -> dict[str, Tensor]:
@@ -166,13 +188,7 @@ def backbone_state(loaded: Mapping, checkpoint_key: str, path: str = "") -> dict
     Raises:
         BadFile: a full checkpoint without that entry.
     """
-    for key in (checkpoint_key, "state_dict", "model"):
-        if isinstance(loaded.get(key), Mapping):
-            loaded = loaded[key]
-            break
-    else:
-        if keys := [k for k, v in loaded.items() if isinstance(v, Mapping)]:
-            raise BadFile(f"{path}: no part {checkpoint_key!r} in this checkpoint; it has {', '.join(map(str, keys))}")
+    loaded = part(loaded, checkpoint_key, path)
     state = {k: v for k, v in loaded.items() if isinstance(k, str) and isinstance(v, Tensor)}
     try:
         return strip_prefixes(state, checkpoint_key)
@@ -180,19 +196,46 @@ def backbone_state(loaded: Mapping, checkpoint_key: str, path: str = "") -> dict
         raise BadFile(f"{path}: {error}") from error
 
 
+def head_states(loaded: Mapping, checkpoint_key: str, path: str = "") -> dict[str, dict[str, Tensor]]:
+    """The projection heads in a full checkpoint: {"dino_head": state dict, "ibot_head": state dict}.
+
+    A tied head, which serves both losses, is `dino_head` alone; DINO's head is `head`. {} if there are none.
+
+    Raises:
+        BadFile: a full checkpoint without the entry `checkpoint_key`.
+    """
+    heads: dict[str, dict[str, Tensor]] = {}
+    for name, value in part(loaded, checkpoint_key, path).items():
+        if isinstance(value, Tensor) and (match := PROJECTION_HEAD.fullmatch(str(name))):
+            heads.setdefault(match[1], {})[match[2]] = value
+    return heads
+
+
+def part(loaded: Mapping, checkpoint_key: str, path: str = "") -> Mapping:
+    """The entry `checkpoint_key` of a full checkpoint, else the entry `state_dict` or `model`, else the file itself."""
+    for key in (checkpoint_key, "state_dict", "model"):
+        if isinstance(loaded.get(key), Mapping):
+            loaded = loaded[key]
+            break
+    else:
+        if keys := [k for k, v in loaded.items() if isinstance(v, Mapping)]:
+            raise BadFile(f"{path}: no part {checkpoint_key!r} in this checkpoint; it has {', '.join(map(str, keys))}")
+    return loaded
+
+
 def misfit(own: Mapping[str, Tensor], state: Mapping[str, Tensor], optional: tuple[str, ...] = ()) -> str:
     """Why a file does not hold exactly the tensors of a network; "" if it does.
 
     Every tensor of the network must be in the file with its shape, and every tensor of the file must be the
-    network's. Exceptions: batch norm's counters, which are missing in older files, and heads and other tensors without
-    effect on features (`HEAD`, `UNUSED`).
+    network's. Exceptions: heads, and other tensors without effect on features (`HEAD`, `UNUSED`), such as batch norm's
+    counters, which are missing in older files, and DINOv2's mask token.
 
     Args:
         own: the network's state dict.
         state: the file's tensors under the network's names.
         optional: names of the network's tensors that may keep their random values.
     """
-    missing = [k for k in own if k not in state and k not in optional and not k.endswith("num_batches_tracked")]
+    missing = [k for k in own if k not in state and k not in optional and not UNUSED.fullmatch(k)]
     wrong = [f"{k} {tuple(v.shape)} instead of {tuple(own[k].shape)}"
              for k, v in state.items() if k in own and v.shape != own[k].shape]  # fmt: skip
     unused = [k for k in state if k not in own and not HEAD.match(k) and not UNUSED.fullmatch(k)]
@@ -208,10 +251,10 @@ def misfit(own: Mapping[str, Tensor], state: Mapping[str, Tensor], optional: tup
 
 # (width, depth) of the Vision Transformers; all have heads of width 64
 VIT_SIZES = {(192, 4): "vit_nano", (192, 12): "vit_tiny", (384, 12): "vit_small", (768, 12): "vit_base",
-             (1024, 24): "vit_large"}  # fmt: skip
+             (1024, 24): "vit_large", (1536, 40): "vit_giant2"}  # fmt: skip
 VIT_NAME = re.compile(
-    r"cls_token|pos_embed|register_tokens|patch_embed\.proj\.(weight|bias)|norm\.(weight|bias)"
-    r"|blocks\.\d+\.((norm[12]|attn\.(qkv|proj)|mlp\.fc[12])\.(weight|bias)|ls[12]\.gamma)"
+    r"cls_token|pos_embed|register_tokens|mask_token|patch_embed\.proj\.(weight|bias)|norm\.(weight|bias)"
+    r"|blocks\.\d+\.((norm[12]|attn\.(qkv|proj)|mlp\.(fc[12]|w12|w3))\.(weight|bias)|ls[12]\.gamma)"
 )
 # (number of blocks in the third stage, whether a block has three convolutions)
 RESNETS = {(2, False): "resnet18", (6, False): "resnet34", (6, True): "resnet50", (23, True): "resnet101",
@@ -228,8 +271,8 @@ def recognize(state: Mapping[str, Tensor]) -> Weights:
         BadFile: a tensor has a known name and an impossible number of dimensions.
     """
     layout, renamed = rename(state)
-    for mark, describe in (("blocks.0.mlp.w12.weight", swiglu_vit), ("cls_attn_blocks.0.norm1.weight", xcit),
-                           ("layer4.0.conv1.weight", resnet), ("blocks.0.attn.qkv.weight", vit)):
+    for mark, describe in (("cls_attn_blocks.0.norm1.weight", xcit), ("layer4.0.conv1.weight", resnet),
+                           ("blocks.0.attn.qkv.weight", vit)):
         if mark in renamed:
             recognized = describe(layout, renamed)
             return recognized if recognized.arch else recognized._replace(layout="", state=dict(state))
@@ -247,6 +290,7 @@ def vit(layout: str, state: dict[str, Tensor]) -> Weights:
     """Options of build_backbone for a ViT, and its architecture if VisionTransformer has all of its tensors.
 
     Some networks of timm have no position embedding of the class token, or have added it to the token: it becomes 0.
+    timm calls the layers of a gated MLP fc1 and fc2 too; fc1 has twice as many outputs as fc2 has inputs.
     """
     if "pos_embed" not in state or "patch_embed.proj.weight" not in state:
         return Weights(layout, None, {}, state)
@@ -258,22 +302,24 @@ def vit(layout: str, state: dict[str, Tensor]) -> Weights:
     options = {"patch_size": patch, "in_chans": in_chans, "img_size": side * patch}
     if not all(VIT_NAME.fullmatch(name) or HEAD.match(name) for name in state):
         return Weights(layout, None, options, state)
+    arch = VIT_SIZES.get((width, distinct(state, r"blocks\.(\d+)\.")))
+    first, second = (state.get(f"blocks.0.mlp.{name}.weight", torch.empty(0, 0)).shape for name in ("fc1", "fc2"))
+    if first[0] and first[0] == 2 * second[-1]:
+        state = {k.replace(".mlp.fc1.", ".mlp.w12.").replace(".mlp.fc2.", ".mlp.w3."): v for k, v in state.items()}
+    gated = "blocks.0.mlp.w12.weight" in state
+    if gated or arch == "vit_giant2":
+        options["ffn_layer"] = "swiglu" if gated else "mlp"
     if "register_tokens" in state:
         options["num_register_tokens"] = state["register_tokens"].shape[1]
-        if layout:  # DINOv2's networks with registers interpolate in another way (the options of their hub entries)
+        # The published networks with registers interpolate in another way than training does by default, whose
+        # checkpoints have chunked names.
+        if layout and CHUNKED not in layout:
             options |= {"interpolate_antialias": True, "interpolate_offset": 0.0}
     if "blocks.0.ls1.gamma" in state:
         options["init_values"] = 1.0
-    return Weights(layout, VIT_SIZES.get((width, distinct(state, r"blocks\.(\d+)\."))), options, state)
-
-
-def swiglu_vit(layout: str, state: dict[str, Tensor]) -> Weights:
-    """DINOv2's ViT-g/14, as timm names it: gated MLP."""
-    renamed = {re.sub(r"\.w12\.", ".fc1.", re.sub(r"\.w3\.", ".fc2.", k)): v for k, v in state.items()}
-    arch = "vit_giant_patch14_dinov2"
-    if "register_tokens" in renamed:
-        arch, renamed = "vit_giant_patch14_reg4_dinov2", to_timm_registers(renamed)
-    return Weights(layout, arch, {"patch_size": 14}, renamed)
+    if "mask_token" in state:
+        options["method"] = "dinov2"
+    return Weights(layout, arch, options, state)
 
 
 def xcit(layout: str, state: dict[str, Tensor]) -> Weights:
@@ -348,8 +394,13 @@ def from_hugging_face(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def from_dinov2(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """`blocks.<chunk>.<block>.` becomes `blocks.<block>.`; the mask token, used in training only, is dropped."""
-    return {re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", k): v for k, v in state.items() if k != "mask_token"}
+    """Drops the mask tokens of other methods, which have three dimensions; DINOv2's is (1, D)."""
+    return {k: v for k, v in state.items() if k != "mask_token" or v.ndim == 2}
+
+
+def from_chunks(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`blocks.<chunk>.<block>.` becomes `blocks.<block>.`; blocks are numbered through all chunks."""
+    return {re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", k): v for k, v in state.items()}
 
 
 def from_timm_registers(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -376,10 +427,12 @@ def from_xcit(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
+CHUNKED = "chunked"
 # (pattern that one of the names matches, name of the layout, conversion), applied one after another in this order.
 LAYOUTS = (
     (r"((vit|dinov2|dinov2_with_registers)\.)?embeddings\.patch_embeddings\.", "Hugging Face", from_hugging_face),
     (r"mask_token$", "DINOv2", from_dinov2),
+    (r"blocks\.\d+\.\d+\.attn\.qkv\.weight", CHUNKED, from_chunks),
     (r"reg_token$", "timm", from_timm_registers),
     (r"cls_attn_blocks\.0\.attn\.qkv\.", "XCiT", from_xcit),
 )

@@ -1,4 +1,4 @@
-"""The published DINO weights: addresses, accuracies, and download.
+"""The published weights of DINO and DINOv2: addresses, accuracies, and download.
 
 Imports nothing of the project, because hubconf.py loads it alone.
 """
@@ -7,53 +7,76 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
 
-BASE = "https://dl.fbaipublicfiles.com/dino"
+BASE = "https://dl.fbaipublicfiles.com"
 
 
 class Published(NamedTuple):
-    """A pretrained backbone and its accuracies on the ImageNet-1k validation set, in % (arXiv 2104.14294)."""
+    """A pretrained backbone and its accuracies on the ImageNet-1k validation set, in %."""
 
     arch: str
     patch_size: int
-    folder: str  # below BASE; also the stem of the backbone's file in it
-    linear: str  # file of the linear classifier, in the same folder
+    path: str  # of the backbone's file, below BASE
+    linear_path: str  # of the linear classifier
     knn_top1: float  # 20-NN
     linear_top1: float
+    options: Mapping[str, object] = MappingProxyType({})  # further arguments of build_backbone
 
     @property
     def url(self) -> str:
-        return f"{BASE}/{self.folder}/{self.folder}.pth"
+        return f"{BASE}/{self.path}"
 
     @property
     def full_checkpoint_url(self) -> str:
-        """Student and teacher with their heads, optimizer state and flags."""
-        return f"{BASE}/{self.folder}/{self.folder}_full_checkpoint.pth"
+        """Student and teacher with their heads, optimizer state and flags. Exists for DINO's networks."""
+        return self.url.removesuffix(".pth") + "_full_checkpoint.pth"
 
     @property
     def linear_url(self) -> str:
-        return f"{BASE}/{self.folder}/{self.linear}"
+        return f"{BASE}/{self.linear_path}"
 
 
-def _row(arch: str, patch_size: int, short: str, knn_top1: float, linear_top1: float) -> Published:
-    return Published(arch, patch_size, f"dino_{short}_pretrain", f"dino_{short}_linearweights.pth", knn_top1,
-                     linear_top1)
+def _dino(arch: str, patch_size: int, short: str, knn_top1: float, linear_top1: float) -> Published:
+    """A network of arXiv 2104.14294."""
+    folder = f"dino/dino_{short}_pretrain"
+    return Published(arch, patch_size, f"{folder}/dino_{short}_pretrain.pth",
+                     f"{folder}/dino_{short}_linearweights.pth", knn_top1, linear_top1)
+
+
+def _dinov2(arch: str, short: str, knn_top1: float, linear_top1: float, registers: int = 0) -> Published:
+    """A network of arXiv 2304.07193 or, with registers, 2309.16588; the accuracies are those of its model card."""
+    file = f"dinov2/{short}/{short}" + (f"_reg{registers}" if registers else "")
+    options = {"img_size": 518, "init_values": 1.0, "method": "dinov2"}
+    if registers:
+        options |= {"num_register_tokens": registers, "interpolate_antialias": True, "interpolate_offset": 0.0}
+    return Published(arch, 14, f"{file}_pretrain.pth", f"{file}_linear_head.pth", knn_top1, linear_top1,
+                     MappingProxyType(options))
 
 
 PUBLISHED = {
-    "dino_vits16": _row("vit_small", 16, "deitsmall16", 74.5, 77.0),
-    "dino_vits8": _row("vit_small", 8, "deitsmall8", 78.3, 79.7),
-    "dino_vitb16": _row("vit_base", 16, "vitbase16", 76.1, 78.2),
-    "dino_vitb8": _row("vit_base", 8, "vitbase8", 77.4, 80.1),
-    "dino_xcit_small_12_p16": _row("xcit_small_12_p16", 16, "xcit_small_12_p16", 76.0, 77.8),
-    "dino_xcit_small_12_p8": _row("xcit_small_12_p8", 8, "xcit_small_12_p8", 77.1, 79.2),
-    "dino_xcit_medium_24_p16": _row("xcit_medium_24_p16", 16, "xcit_medium_24_p16", 76.4, 78.8),
-    "dino_xcit_medium_24_p8": _row("xcit_medium_24_p8", 8, "xcit_medium_24_p8", 77.9, 80.3),
-    "dino_resnet50": _row("resnet50", 16, "resnet50", 67.5, 75.3),
+    "dino_vits16": _dino("vit_small", 16, "deitsmall16", 74.5, 77.0),
+    "dino_vits8": _dino("vit_small", 8, "deitsmall8", 78.3, 79.7),
+    "dino_vitb16": _dino("vit_base", 16, "vitbase16", 76.1, 78.2),
+    "dino_vitb8": _dino("vit_base", 8, "vitbase8", 77.4, 80.1),
+    "dino_xcit_small_12_p16": _dino("xcit_small_12_p16", 16, "xcit_small_12_p16", 76.0, 77.8),
+    "dino_xcit_small_12_p8": _dino("xcit_small_12_p8", 8, "xcit_small_12_p8", 77.1, 79.2),
+    "dino_xcit_medium_24_p16": _dino("xcit_medium_24_p16", 16, "xcit_medium_24_p16", 76.4, 78.8),
+    "dino_xcit_medium_24_p8": _dino("xcit_medium_24_p8", 8, "xcit_medium_24_p8", 77.9, 80.3),
+    "dino_resnet50": _dino("resnet50", 16, "resnet50", 67.5, 75.3),
+    "dinov2_vits14": _dinov2("vit_small", "dinov2_vits14", 79.0, 81.1),
+    "dinov2_vitb14": _dinov2("vit_base", "dinov2_vitb14", 82.1, 84.5),
+    "dinov2_vitl14": _dinov2("vit_large", "dinov2_vitl14", 83.5, 86.3),
+    "dinov2_vitg14": _dinov2("vit_giant2", "dinov2_vitg14", 83.5, 86.5),
+    "dinov2_vits14_reg": _dinov2("vit_small", "dinov2_vits14", 79.1, 80.9, 4),
+    "dinov2_vitb14_reg": _dinov2("vit_base", "dinov2_vitb14", 82.0, 84.6, 4),
+    "dinov2_vitl14_reg": _dinov2("vit_large", "dinov2_vitl14", 83.8, 86.7, 4),
+    "dinov2_vitg14_reg": _dinov2("vit_giant2", "dinov2_vitg14", 83.7, 87.1, 4),
 }
 
 # URL -> SHA-256 of the file. None are known for the published files; releases of this project add theirs.

@@ -1,34 +1,14 @@
 """Whole training steps of DINOv2 against the published code's, driven by the files of reference figures."""
 
-from functools import partial
-
 import numpy as np
 import pytest
 import torch
-from dinov2_figures import figures, files, fill, rs
-from torch import nn
+from dinov2_figures import figures, files, network, rs
 
 import utils
 from method import dinov2
-from method.dinov2 import BackboneAndHeads, DINOv2Loss
+from method.dinov2 import DINOv2Loss
 from method.groups import parameter_groups, set_lr_and_wd
-from vision_transformer import DINOHead, VisionTransformer
-
-
-def network(config: dict) -> BackboneAndHeads:
-    options = config["network"]
-    backbone = VisionTransformer(
-        options["img_size"], options["patch"], embed_dim=options["width"], depth=options["depth"],
-        num_heads=options["heads"], mlp_ratio=options["mlp_ratio"], qkv_bias=True,
-        norm_layer=partial(nn.LayerNorm, eps=1e-6), num_register_tokens=options["registers"],
-        init_values=1.0 if options["layerscale"] else None, ffn_layer=options["ffn"], method="dinov2",
-        interpolate_antialias=options["interpolate_antialias"], interpolate_offset=options["interpolate_offset"])
-    heads = [DINOHead(options["width"], norm_last_layer=False, **config[name]) if config.get(name) else None
-             for name in ("dino_head", "ibot_head")]
-    both = fill(BackboneAndHeads(backbone, *heads)).double()
-    for head in filter(None, heads):
-        nn.init.ones_(head.last_layer.weight_g)
-    return both
 
 
 def rows(tensors: dict[str, torch.Tensor], names: list[str]) -> np.ndarray:

@@ -115,6 +115,7 @@ def test_run_on_a_full_disk_says_so_in_one_line(tmp_path):
     assert started.wait() == [1]
     last = started.output().strip().splitlines()[-1]
     assert last.startswith("main_dino.py: stopped:") and "checkpoint.pth" in last and "free space" in last
+    assert "there is none before it" in last and "inline_container" not in last and "Writer" not in last
     assert "Traceback" not in started.output() and not list(tmp_path.glob("*.pth"))
 
 

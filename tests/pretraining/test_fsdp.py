@@ -59,7 +59,7 @@ def test_a_run_goes_on_sharded_or_not(tmp_path, first, then, monkeypatch):
     assert_same_state(checkpoints.read(tmp_path / "whole" / checkpoints.NAME), checkpoints.read(path))
     if then == "fsdp":
         monkeypatch.setattr(vision_transformer, "VITS", dict(vision_transformer.VITS))
-        monkeypatch.setattr("pretraining.networks.DINOHead", None)
+        monkeypatch.setattr("main_dino.DINOHead", None)
         monkeypatch.setattr("pretraining.monitor.save_last_figures", None)
         make_small()
         argv = ["--pretrained_weights", str(path), "--data_path", "shapes:64x16", "--device", "cpu", "--nb_knn", "5",

@@ -80,6 +80,6 @@ def test_watch_remembers_the_first_bad_step(tmp_path):
 
 def test_lines_after_the_checkpoint_are_dropped(tmp_path):
     log = tmp_path / "log.txt"
-    log.write_text('{"epoch": 0}\n{"epoch": 1}\n{"epoch": 2}\n{"epo')
-    logs.drop_lines_from(log, "epoch", 2)
-    assert log.read_text() == '{"epoch": 0}\n{"epoch": 1}\n'
+    log.write_text('{"step": 0}\n{"step": 1}\n{"step": 2}\n{"ste')
+    logs.drop_lines_from(log, 2)
+    assert log.read_text() == '{"step": 0}\n{"step": 1}\n'

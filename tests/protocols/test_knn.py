@@ -204,6 +204,23 @@ def test_classes_are_matched_by_name():
     assert "no test images (ant)" in notes
 
 
+def test_sets_without_a_common_class_are_refused():
+    train, test = (Part(torch.eye(2), torch.tensor([0, 1]), names) for names in (["ant", "bee"], ["cat", "dog"]))
+    with pytest.raises(Refused, match="--x: .*training: ant, bee; test: cat, dog.*same names"):
+        splits.match_classes(train, test, "--x")
+    same = train._replace(labels=torch.tensor([0, 0]))  # folders of both, one of them empty
+    with pytest.raises(Refused, match="training: ant; test: bee"):
+        splits.match_classes(same, same._replace(labels=torch.tensor([1, 1])))
+
+
+def test_dumped_features_without_a_common_class_are_refused(tmp_path):
+    for name, labels in (("train", [0, 1]), ("test", [2, 3])):
+        torch.save(torch.eye(2), tmp_path / f"{name}feat.pth")
+        torch.save(torch.tensor(labels), tmp_path / f"{name}labels.pth")
+    with pytest.raises(Refused, match="--load_features .*no class of the test set"):
+        knn_files.load(tmp_path)
+
+
 def test_a_name_that_stands_for_two_classes():
     same = Part(torch.eye(3), torch.tensor([0, 1, 2]), ["crane", "crane", "cat"])
     assert splits.match_classes(same, same)[1].labels.tolist() == [0, 1, 2]  # by position where the lists are one

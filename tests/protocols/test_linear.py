@@ -15,7 +15,9 @@ from processes import ENV, free_port
 import eval_linear
 from parallel import Refused
 from protocols import finetune, linear, probes, splits
-from protocols.features import Network, load_network
+from protocols.features import TRAINING_SCALE, Network, load_network
+from protocols.transforms import EvalImages, RandomViews
+from utils import IMAGENET_MEAN, IMAGENET_STD, random_resized_crop_box
 from vision_transformer import VisionTransformer, build_backbone, vit_nano
 from weights import backbones
 
@@ -85,6 +87,7 @@ def test_what_a_setting_sees():
     assert torch.equal(linear.columns(features, 3, 3, True), torch.cat([*cls, mean], 1))
     published = torch.cat((cls[2].unsqueeze(-1), mean.unsqueeze(-1)), dim=-1).reshape(2, -1)
     assert torch.equal(linear.columns(features, 3, 1, True), published)
+    assert torch.equal(linear.columns(features, 3, 1, True, interleaved=False), torch.cat([cls[2], mean], 1))
     resnet, _ = build_backbone("resnet18")
     assert linear.probe_features(resnet, 4) is resnet
 
@@ -99,7 +102,7 @@ def test_the_mean_is_over_patches_and_not_over_registers():
         torch.testing.assert_close(features[:, 48:], patches.mean(dim=(1, 2)))
         for t in tokens:
             t[:, 1:5] = 1e6
-        model.get_intermediate_layers = lambda x, n: tokens[-n:]
+        model.block_outputs = lambda x, n: tokens[-n:]
         assert torch.equal(linear.probe_features(model, 2)(x), features)
 
 
@@ -198,7 +201,11 @@ def test_a_sweep_is_chosen_without_the_test_set(swept):
     assert "no training images (eel)" in " ".join(report["notes"]) and len(report["weights_sha256"]) == 64
 
 
-@pytest.mark.parametrize("flags", [SWEEP, ("--logreg", "--val_share", 0.3)])
+@pytest.mark.parametrize("flags", [
+    SWEEP, ("--logreg", "--val_share", 0.3),
+    ("--select_epoch", "held_out", "--val_share", 0.4, "--lr", 3, "--epochs", 5),
+    (*SWEEP, "--select_epoch", "held_out"),
+])
 def test_what_is_chosen_does_not_depend_on_the_test_pictures(flags, pictures, tmp_path):
     """With all test pictures in another class's folder, every figure but the test set's is the same."""
     names = ["ant", "bee", "cat", "eel"]
@@ -234,6 +241,25 @@ def test_a_published_classifier(swept, pictures, tmp_path):
     assert run(tmp_path / "data", tmp_path / "out", *flags, "--n_last_blocks", 5 - n, *setting[2:]) == 2  # other width
 
 
+def test_classifiers_of_dinov2_take_the_mean_behind_the_class_token(pictures, tmp_path):
+    """A file of this project without the entry is older, with the two interleaved; a published one has no setting."""
+    weights, _ = build_backbone("vit_nano", 8, img_size=32, init_values=1.0, method="dinov2")
+    torch.save(weights.state_dict(), tmp_path / "w.pth")
+    flags = ("--pretrained_weights", tmp_path / "w.pth", "--n_last_blocks", 1, "--avgpool_patchtokens", True)
+    trained = run(pictures, tmp_path, *flags, "--epochs", 2, "--lr", 0.3)
+    ours = torch.load(tmp_path / "linear.pth")
+    weight = ours["state_dict"]["linear.weight"]
+    assert ours["interleaved"] is False
+    interleaved = torch.stack([weight[:, :192], weight[:, 192:]], 2).flatten(1)
+    older = {k: v for k, v in ours.items() if k != "interleaved"}
+    older["state_dict"] = ours["state_dict"] | {"linear.weight": interleaved}
+    published = {"state_dict": ours["state_dict"], "classes": ours["classes"]}
+    for file in (ours, older, published):
+        torch.save(file, tmp_path / "again.pth")
+        again = run(pictures, tmp_path / "out", *flags, "--evaluate", "--linear_weights", tmp_path / "again.pth")
+        assert again["test"] == trained["test"]
+
+
 @pytest.mark.parametrize("classes, count, expected, order", [
     (["0", "1", "10", "11", "2"], 5, ["0", "1", "2", "10", "11"], "numeric order"),
     (["0", "10", "2"], 12, ["0", "", "2", *[""] * 7, "10", ""], "numeric order"),
@@ -250,6 +276,14 @@ def test_classes_of_outputs_without_names(classes, count, expected, order):
 def test_outputs_without_names_for_other_classes(classes):
     with pytest.raises(Refused, match="--linear_weights linear.pth: 3 outputs without names .* give data with all"):
         probes.unnamed_outputs(classes, 3, "linear.pth")
+
+
+def test_a_classifier_of_other_classes_is_refused(swept, pictures, tmp_path, capsys):
+    state = torch.load(swept[0] / "linear.pth", weights_only=True)
+    torch.save(state | {"classes": [f"other {name}" for name in state["classes"]]}, tmp_path / "linear.pth")
+    assert run(pictures, tmp_path, "--evaluate", "--linear_weights", tmp_path / "linear.pth") == 2
+    said = capsys.readouterr().err
+    assert "--linear_weights" in said and "none of its classes (other " in said and "give a classifier" in said
 
 
 def test_a_published_classifier_of_folders_with_numbers(pictures, tmp_path):
@@ -276,6 +310,128 @@ def test_large_labels_are_not_the_number_of_outputs(pictures, tmp_path):
     assert list(report["test"]["per_class"]) == ["100001", "999999"]
 
 
+# ---- The reported epoch, and the training crops ----
+
+
+@pytest.fixture
+def epochs(monkeypatch):
+    """Weights and bias of the first head after each epoch of a run."""
+    states, train_epoch = [], linear.train_epoch
+
+    def recorded(heads, *args):
+        loss = train_epoch(heads, *args)
+        states.append([p.detach().clone() for p in (heads.heads[0].weight, heads.heads[0].bias)])
+        return loss
+
+    monkeypatch.setattr(linear, "train_epoch", recorded)
+    return states
+
+
+def accuracies_on(images, classes, states):
+    """Top-1 in % of each epoch's classifier on images in class folders, from the class tokens of four blocks."""
+    torch.manual_seed(0)
+    model, _ = build_backbone("vit_nano", 8)
+    names = [name for name in classes if (images / name).is_dir()]
+    files = [(name, path) for name in names for path in sorted((images / name).iterdir())]
+    pixels = [torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1) for _, path in files]
+    crops = [EvalImages([], 37, 32, IMAGENET_MEAN, IMAGENET_STD) for _ in files]
+    x = torch.stack([(crop.transform(image, 0) - crop.mean) / crop.std
+                     for crop, image in zip(crops, pixels, strict=True)])
+    with torch.no_grad():
+        features = torch.cat([t[:, 0] for t in model.eval().get_intermediate_layers(x, 4)], 1)
+    labels = torch.tensor([classes.index(name) for name, _ in files])
+    return [100 * ((features @ w.T + b).argmax(1) == labels).double().mean().item() for w, b in states]
+
+
+@pytest.fixture
+def hard(pictures, tmp_path):
+    """The same training images, and test images of random colours, on which accuracies go up and down."""
+    (tmp_path / "hard").mkdir()
+    (tmp_path / "hard" / "train").symlink_to(pictures / "train")
+    rng = np.random.default_rng(4)
+    for name in ("ant", "bee", "cat", "dog"):
+        (tmp_path / "hard" / "val" / name).mkdir(parents=True)
+        for i in range(8):
+            colour = tuple(rng.integers(0, 256, 3).tolist())
+            Image.new("RGB", (32, 32), colour).save(tmp_path / "hard" / "val" / name / f"{i}.png")
+    return tmp_path / "hard"
+
+
+@pytest.mark.parametrize("val_freq, validated", [(1, range(8)), (3, (0, 3, 6, 7))])
+def test_the_best_epoch_on_the_test_set_is_reported_as_published(val_freq, validated, hard, tmp_path, epochs, capsys):
+    report = run(hard, tmp_path, "--lr", 10, "--epochs", 8, "--val_freq", val_freq)
+    found = accuracies_on(hard / "val", ["ant", "bee", "cat", "dog"], epochs)
+    best = max(validated, key=lambda epoch: found[epoch])  # the first of equals
+    assert found[best] > found[-1]  # otherwise the last would do
+    assert report["test"]["top1"]["value"] == pytest.approx(found[best])
+    assert report["results"][0]["epoch"] == best + 1 and report["select_epoch"] == "best"
+    assert torch.equal(torch.load(tmp_path / "linear.pth")["state_dict"]["linear.weight"], epochs[best][0])
+    assert f"epoch {best + 1} of 8: the epoch with the highest accuracy on the test set" in capsys.readouterr().out
+
+
+def test_the_last_epoch(pictures, tmp_path, epochs):
+    report = run(pictures, tmp_path, "--lr", 3, "--epochs", 6, "--select_epoch", "last")
+    found = accuracies_on(pictures / "val", ["ant", "bee", "cat", "dog", "eel"], epochs)
+    assert report["test"]["top1"]["value"] == pytest.approx(found[-1]) and report["results"][0]["epoch"] == 6
+    assert report["images"][1] == 0
+
+
+def test_an_epoch_chosen_on_held_out_images(pictures, tmp_path, epochs):
+    report = run(pictures, tmp_path, "--lr", 3, "--epochs", 6, "--select_epoch", "held_out", "--val_share", 0.4)
+    best = report["results"][0]["epoch"] - 1
+    assert report["images"][1] == 16 and report["select_epoch"] == "held_out"
+    found = accuracies_on(pictures / "val", ["ant", "bee", "cat", "dog", "eel"], epochs)
+    assert report["test"]["top1"]["value"] == pytest.approx(found[best])
+    assert torch.equal(torch.load(tmp_path / "linear.pth")["state_dict"]["linear.weight"], epochs[best][0])
+
+
+def test_each_head_keeps_its_own_best_epoch():
+    heads = linear.Heads([S(0.1, 1, False), S(0.1, 1, False)], 4, 1, 3)
+    best, states = linear.BestEpochs(heads), []
+    for epoch, right in enumerate(((3, 5), (4, 5), (4, 6), (0, 2)), 1):
+        for head in heads.heads:
+            torch.nn.init.normal_(head.weight)
+        states.append([head.weight.detach().clone() for head in heads.heads])
+        best.update(heads, right, epoch)
+    assert best.epoch.tolist() == [2, 3] and best.right.tolist() == [4, 6]
+    assert torch.equal(best.heads.heads[0].weight, states[1][0])
+    assert torch.equal(best.heads.heads[1].weight, states[2][1])
+    again = linear.BestEpochs(heads)
+    again.load_state_dict(best.state_dict())
+    assert again.epoch.tolist() == [2, 3] and torch.equal(again.heads.heads[0].weight, states[1][0])
+
+
+def test_a_sweep_is_not_chosen_on_the_test_set(pictures, tmp_path, capsys):
+    assert run(pictures, tmp_path / "out", *SWEEP, "--select_epoch", "best") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "--select_epoch best" in error and "held_out or last" in error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_training_crops_are_resized_as_pillow_does(interpolation, pictures):
+    image = torch.from_numpy(np.array(Image.open(pictures / "train" / "ant" / "1.png"))).permute(2, 0, 1)
+    for view in range(20):
+        found = RandomViews([], 24, (0,), (1,), view, TRAINING_SCALE, interpolation).transform(image, 3)
+        rng = np.random.default_rng((3, view))
+        top, left, height, width = random_resized_crop_box(*image.shape[1:], TRAINING_SCALE, rng)
+        crop = Image.fromarray(image[:, top : top + height, left : left + width].permute(1, 2, 0).numpy())
+        expected = torch.from_numpy(np.array(crop.resize((24, 24), getattr(Image.Resampling, interpolation.upper()))))
+        expected = expected.permute(2, 0, 1).flip(-1) if rng.random() < 0.5 else expected.permute(2, 0, 1)
+        assert (found.int() - expected.int()).abs().double().mean() < 0.7  # the other interpolation differs by 2 to 3
+
+
+def test_crops_of_one_interpolation_are_not_taken_for_those_of_the_other(pictures, tmp_path, monkeypatch):
+    flags = ("--views", 1, "--epochs", 1)
+    bilinear = run(pictures, tmp_path, *flags)
+    bicubic = run(pictures, tmp_path, *flags, "--interpolation", "bicubic")
+    assert (bilinear["interpolation"], bicubic["interpolation"]) == ("bilinear", "bicubic")
+    assert bilinear["results"][0]["train_loss"] != bicubic["results"][0]["train_loss"]
+    monkeypatch.setattr("protocols.features.extract_features", None)  # both are kept
+    assert run(pictures, tmp_path, *flags)["results"] == bilinear["results"]
+    assert run(pictures, tmp_path, *flags, "--interpolation", "bicubic")["results"] == bicubic["results"]
+
+
 def stop_after(monkeypatch, module, name, calls):
     """The real function, which is interrupted at its call number `calls`."""
     real, count = getattr(module, name), iter(range(calls))
@@ -288,7 +444,8 @@ def stop_after(monkeypatch, module, name, calls):
     monkeypatch.setattr(module, name, interrupted)
 
 
-@pytest.mark.parametrize("flags", [SWEEP, ("--lr", 0.3, "--epochs", 3, "--finetune", "--warmup_epochs", 1)])
+@pytest.mark.parametrize("flags", [
+    SWEEP, ("--lr", 0.3, "--epochs", 3), ("--lr", 0.3, "--epochs", 3, "--finetune", "--warmup_epochs", 1)])
 def test_a_stopped_run_goes_on(flags, pictures, tmp_path, monkeypatch, capsys):
     whole = run(pictures, tmp_path / "whole", *flags)
     with monkeypatch.context() as patch:
@@ -411,7 +568,7 @@ def test_published_command_line():
     eval_linear.check_args(args)
     training = eval_linear.training_of(args)
     assert training._replace(num_labels=0) == linear.Training(
-        lrs=[0.001], n_last_blocks=[4], avgpool_patchtokens=[False])
+        lrs=[0.001], n_last_blocks=[4], avgpool_patchtokens=[False], select_epoch="best", interpolation="bilinear")
     default, tuned = (eval_linear.get_args_parser().parse_args(flags) for flags in ([], ["--finetune"]))
     assert eval_linear.training_of(default).lrs == [0.001] and eval_linear.training_of(tuned).lrs == [0.0005]
     assert eval_linear.recipe_of(default) == finetune.Recipe()

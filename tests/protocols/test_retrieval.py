@@ -184,7 +184,7 @@ def test_whitening_is_scikit_learns():
     unit = [torch.nn.functional.normalize(x.double(), dim=1).numpy() for x in (train, test)]
     expected = PCA(whiten=True).fit(unit[0]).transform(unit[1])
     expected /= np.linalg.norm(expected, axis=1, keepdims=True)
-    found = retrieval.whiten(test, whitening).double().numpy()
+    found = torch.nn.functional.normalize(retrieval.whiten(test, whitening), dim=1).numpy()
     np.testing.assert_allclose(found @ found.T, expected @ expected.T, atol=1e-5)  # directions have no sign
     centred = (torch.from_numpy(unit[0]) - whitening.mean) @ whitening.transform
     torch.testing.assert_close(centred.T @ centred / 200, torch.eye(6, dtype=torch.float64))
@@ -198,6 +198,19 @@ def test_the_regularizer_holds_directions_of_little_variance_down():
         x = (torch.nn.functional.normalize(train.double(), dim=1) - w.mean) @ w.transform
         variances.append(x.var(0, unbiased=False).sort()[0])
     assert variances[0][0] == pytest.approx(1) and variances[1][0] < 1e-2 and variances[1][-1] > 0.95
+
+
+@pytest.mark.parametrize("n", [200, 4])
+def test_published_whitening_against_a_loop_over_directions(n):
+    train, test = correlated(n, 6).double(), correlated(20, 6, seed=1).double()
+    moment = sum(np.outer(x, x) for x in train.numpy()) / n  # neither centred nor normalized
+    directions, values, _ = np.linalg.svd(moment)
+    expected = np.array([[(x - train.mean(0).numpy()) @ v / np.sqrt(max(value, 1e-5 * values[0]))
+                          for v, value in zip(directions.T, values, strict=True)] for x in test.numpy()])
+    found = retrieval.whiten(test, retrieval.fit_published_whitening(train)).numpy()
+    np.testing.assert_allclose(found @ found.T, expected @ expected.T, rtol=1e-8)
+    with pytest.raises(ValueError, match="--whitening_path: .* give other images"):
+        retrieval.fit_published_whitening(torch.zeros(n, 6))
 
 
 def test_whitening_of_few_or_equal_features():

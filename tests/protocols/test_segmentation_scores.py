@@ -98,3 +98,44 @@ def test_statistics_by_hand():
     assert ss.statistics(rising)[2] == pytest.approx(np.mean(rising[:8]) - np.mean(rising[20:]))
     with pytest.raises(ValueError, match="no frames"):
         ss.statistics([])
+
+
+# ---- Maps without a threshold
+
+
+def naive_map_scores(heat, truth, ignored):
+    """Energy ratio and pointing game, pixel by pixel."""
+    on, total, area, pixels, hits, largest = 0.0, 0.0, 0, 0, [], -1.0
+    for y in range(len(heat)):
+        for x in range(len(heat[0])):
+            if ignored[y, x]:
+                continue
+            pixels, total = pixels + 1, total + heat[y, x]
+            if truth[y, x]:
+                area, on = area + 1, on + heat[y, x]
+            if heat[y, x] > largest:
+                largest, hits = heat[y, x], []
+            if heat[y, x] == largest:
+                hits.append(bool(truth[y, x]))
+    return (on / total) / (area / pixels), sum(hits) / len(hits)
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("levels", [2, 5, 10**9])  # few levels: many equal maxima
+def test_map_scores_equal_the_loop(seed, levels):
+    truth, _, ignored = blobs(seed)
+    heat = np.random.default_rng(seed).integers(0, levels, truth.shape) * 0.25
+    for out in (ignored, np.zeros_like(ignored)):
+        energy, hit = naive_map_scores(heat, truth, out)
+        assert ss.energy_ratio(heat, truth, out) == pytest.approx(energy, rel=1e-12)
+        assert ss.pointing(heat, truth, out) == pytest.approx(hit, rel=1e-12)
+
+
+def test_map_scores_by_hand():
+    truth = np.array([[True, False, False, False]])
+    assert ss.energy_ratio(np.array([[0.7, 0.1, 0.1, 0.1]]), truth) == pytest.approx(2.8)  # 70 % on a quarter
+    assert ss.energy_ratio(np.ones((1, 4)), truth) == ss.energy_ratio(np.zeros((1, 4)), truth) == 1
+    assert ss.pointing(np.array([[0.4, 0.4, 0.1, 0.1]]), truth) == 0.5
+    assert ss.pointing(np.array([[0.4, 0.5, 0.1, 0.1]]), truth, np.array([[False, True, False, False]])) == 1
+    mask = np.array([[True, True, False, False]])  # of a mask both are its precision, one over the object's share
+    assert ss.energy_ratio(mask, truth) == 2 and ss.pointing(mask, truth) == 0.5

@@ -129,7 +129,7 @@ def test_scale_and_overlay():
     overlay = sheets.attention_overlay(image, values)
     assert overlay.shape == image.shape and overlay.dtype == np.uint8
     assert (overlay == sheets.attention_overlay(image, 7 * values)).all()  # any scale
-    assert (sheets.heatmap(np.array([[0.0, 1.0]])) == [[(68, 1, 84), (253, 231, 37)]]).all()  # ends of viridis
+    assert (sheets.heatmap(np.array([[0.0, 1.0]])) == [[(68, 1, 84), (253, 231, 36)]]).all()  # ends of viridis
 
 
 def test_mask_overlay_tints_inside_and_dims_outside():
@@ -166,6 +166,24 @@ def test_contact_sheet_keeps_the_aspect_ratio():
     assert sheets.contact_sheet([[black.transpose(1, 0, 2), white]], cell=80, gap=4).shape == (88, 172, 3)
     with pytest.raises(ValueError, match="no figures"):
         sheets.contact_sheet([])
+
+
+def test_names_stand_below_the_figures():
+    black = np.zeros((10, 40, 3), np.uint8)
+    rows = [[black, black], [black]]
+    plain, named = (sheets.contact_sheet(rows, cell=160, captions=c) for c in ((), [["one.png"], ["a/" * 200 + "b"]]))
+    assert plain.shape[0] == 6 + 2 * 46 and named.shape[0] == 6 + 2 * (46 + 16)
+    first, second = named[46:62], named[108:124]  # below the rows of figures
+    assert (first[:, 6:166] < 255).any() and (first[:, 166:] == 255).all()  # no name, no text
+    columns = (second < 255).any((0, 2)).nonzero()[0]
+    assert columns.min() >= 6 and columns.max() < 166 and np.ptp(columns) > 120  # shortened to the cell
+
+
+def test_a_long_name_keeps_its_ends():
+    font = sheets.ImageFont.load_default(size=11)
+    text = sheets.shortened("n01440764_10026.JPEG", font, 80)
+    assert text.startswith("n01") and text.endswith("PEG") and font.getlength(text) <= 80
+    assert sheets.shortened("a.png", font, 80) == "a.png"
 
 
 def test_neighbours_are_framed_by_whether_they_are_right():

@@ -62,7 +62,7 @@ def test_init_from_reads_every_layout(tmp_path):
     no_class_position = build_backbone("vit_nano", 8, img_size=16)[0].state_dict()
     no_class_position["pos_embed"] = no_class_position["pos_embed"][:, 1:]
     for state, options in ((ViTModel(config).state_dict(), {"patch_size": 8, "img_size": 16}),
-                           (chunked, {"patch_size": 14, "img_size": 56, "init_values": 1.0}),
+                           (chunked, {"patch_size": 14, "img_size": 56, "init_values": 1.0, "method": "dinov2"}),
                            (no_class_position, {"patch_size": 8, "img_size": 16})):
         torch.save(state, tmp_path / "w.pth")
         expected, _ = backbones.load_backbone(str(tmp_path / "w.pth"))

@@ -49,6 +49,29 @@ def test_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     assert len(list(tmp_path.iterdir())) == 2
 
 
+@pytest.mark.parametrize("before, words", [
+    (None, ("there is none before it", "from the beginning")),
+    (checkpoints.PREVIOUS, ("the one before it is intact", "to resume")),
+])  # fmt: skip
+def test_a_full_disk_at_the_first_save(tmp_path, monkeypatch, before, words):
+    """torch's RuntimeError has words of its own; the operating system's are in the error that it met."""
+    if before:
+        checkpoints.save({"step": 0}, tmp_path / before)
+
+    def full(state, file):
+        try:
+            raise OSError(28, "No space left on device")
+        except OSError:
+            raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")  # noqa: B904
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(checkpoints.NotSaved) as raised:
+        checkpoints.save({"step": 1}, tmp_path / checkpoints.NAME)
+    said = str(raised.value)
+    assert "checkpoint.pth" in said and "No space left on device" in said and "--output_dir" in said
+    assert all(word in said for word in words) and "inline_container" not in said
+
+
 def test_temporary_files_of_killed_runs_are_removed(tmp_path):
     """Of this version, which adds the process number to the name, and of the one before."""
     for name in (".checkpoint.pth.tmp", ".checkpoint.pth.123.tmp", ".checkpoint_best.pth.7.tmp", ".log.txt.5.tmp"):

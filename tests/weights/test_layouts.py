@@ -6,11 +6,13 @@ import json
 import pytest
 import timm
 import torch
+from dinov2_figures import names_of
 from golden_weights import GOLDEN
 from timm.models.vision_transformer import checkpoint_filter_fn as timm_vit_names
 from timm.models.xcit import checkpoint_filter_fn as timm_xcit_names
 
 import parallel
+from parallel import Refused
 from vision_transformer import build_backbone
 from weights import backbones, layouts
 
@@ -114,8 +116,11 @@ def test_resnet(tmp_path, arch):
     assert layouts.recognize(wide).arch is None
 
 
-def dinov2_file(registers=0, chunked=False, width=192, depth=4, side=4):
+def dinov2_file(registers=0, chunked=False, width=192, depth=4, side=4, gated=False):
     """Names and shapes of a published DINOv2 backbone."""
+    hidden = (4 * width * 2 // 3 + 7) // 8 * 8
+    ffn = ({"mlp.w12": (width, 2 * hidden), "mlp.w3": (hidden, width)} if gated else
+           {"mlp.fc1": (width, 4 * width), "mlp.fc2": (4 * width, width)})
     shapes = {"cls_token": (1, 1, width), "pos_embed": (1, side * side + 1, width), "mask_token": (1, width),
               "patch_embed.proj.weight": (width, 3, 14, 14), "patch_embed.proj.bias": (width,),
               "norm.weight": (width,), "norm.bias": (width,)}  # fmt: skip
@@ -123,8 +128,7 @@ def dinov2_file(registers=0, chunked=False, width=192, depth=4, side=4):
         shapes["register_tokens"] = (1, registers, width)
     for i in range(depth):
         block = f"blocks.{i // 2}.{i}." if chunked else f"blocks.{i}."
-        for layer, (d_in, d_out) in {"attn.qkv": (width, 3 * width), "attn.proj": (width, width),
-                                     "mlp.fc1": (width, 4 * width), "mlp.fc2": (4 * width, width)}.items():
+        for layer, (d_in, d_out) in {"attn.qkv": (width, 3 * width), "attn.proj": (width, width), **ffn}.items():
             shapes |= {f"{block}{layer}.weight": (d_out, d_in), f"{block}{layer}.bias": (d_out,)}
         for layer in ("norm1", "norm2"):
             shapes |= {f"{block}{layer}.weight": (width,), f"{block}{layer}.bias": (width,)}
@@ -154,22 +158,71 @@ def test_dinov2(tmp_path, registers, chunked):
 
 
 @pytest.mark.parametrize("registers", [0, 4])
-def test_dinov2_giant_is_timms(registers):
-    state = {k: v.to("meta") for k, v in dinov2_file(registers, depth=1, side=37).items()}
-    gated = {"w12": (8192, 1536), "w3": (1536, 4096)}
-    giant = {}
-    for name, value in state.items():
-        name = name.replace("fc1", "w12").replace("fc2", "w3")
-        layer = name.split(".")[-2] if "." in name else ""
-        shape = [{192: 1536, 576: 4608}.get(n, n) for n in value.shape]
-        if layer in gated:
-            shape = gated[layer] if name.endswith("weight") else gated[layer][:1]
-        giant[name] = torch.empty(shape, device="meta")
-    found = layouts.recognize(giant)
+def test_dinov2_giant(registers):
+    golden = names_of("state_dict_vit_giant214.json")
+    shapes = golden["without_registers"] | (golden["with_4_registers_added"] if registers else {})
+    recognized = layouts.recognize({k: torch.empty(v, device="meta") for k, v in shapes.items()})
+    options = recognized.options
+    assert recognized.arch == "vit_giant2" and options["method"] == "dinov2" and options["img_size"] == 518
     with torch.device("meta"):
-        own = build_backbone(found.arch)[0].state_dict()
-    assert {k: v.shape for k, v in found.state.items()} == {
-        k: v.shape for k, v in own.items() if not k.startswith("blocks") or k.startswith("blocks.0.")}
+        own = build_backbone(recognized.arch, **options)[0].state_dict()
+    assert {k: list(v.shape) for k, v in own.items()} == shapes
+
+
+@pytest.mark.parametrize("registers", [0, 4])
+def test_gated_networks_of_timm(tmp_path, registers):
+    """timm calls the layers of a gated MLP as those of a plain one."""
+    name = "vit_giant_patch14_reg4_dinov2" if registers else "vit_giant_patch14_dinov2"
+    theirs = timm.create_model(name, embed_dim=192, depth=4, num_heads=3, img_size=56, num_classes=0, mlp_ratio=16 / 3,
+                               dynamic_img_size=True).eval()  # fmt: skip
+    state = timm_vit_names(dinov2_file(registers, gated=True), theirs)
+    theirs.load_state_dict({k.replace("w12", "fc1").replace("w3", "fc2"): v for k, v in state.items()})
+    model, info = backbones.load_backbone(saved(theirs.state_dict(), tmp_path))
+    assert_same(model, theirs, 56, 56)
+    assert info["arch"] == "vit_nano" and "blocks.0.mlp.w12.weight" in model.state_dict()
+    again, _ = backbones.load_backbone(saved(dinov2_file(registers, gated=True), tmp_path))
+    assert again.method == "dinov2"
+
+
+def test_mask_token_and_method(tmp_path):
+    state = dinov2_file()
+    model, _ = backbones.load_backbone(saved(state, tmp_path))
+    assert model.method == "dinov2" and torch.equal(model.mask_token, state["mask_token"])
+    del state["mask_token"]  # as timm does: the network's own stays
+    other = build_backbone("vit_nano", 14, img_size=56, init_values=1.0, method="dinov2")[0]
+    backbones.load_weights_into(other, saved(state, tmp_path))
+    assert torch.all(other.mask_token == 0) and torch.equal(other.norm.weight, state["norm.weight"])
+    dino = build_backbone("vit_nano", 8, img_size=32)[0].state_dict()
+    masked = dino | {"mask_token": torch.zeros(1, 1, 192)}  # of MAE, BEiT, SimMIM
+    assert backbones.load_backbone(saved(masked, tmp_path))[0].method == "dino"
+
+
+@pytest.mark.parametrize("stored, expected", [
+    ({}, (False, 0.1)), ({"interpolate_antialias": True, "interpolate_offset": 0.0}, (True, 0.0))])
+def test_checkpoints_of_training_interpolate_as_they_were_trained(tmp_path, stored, expected):
+    """Their tensors have the names of the published files with registers, which were trained in another way."""
+    file = {"teacher": dinov2_file(registers=4), "args": {"arch": "vit_nano", "method": "dinov2"} | stored}
+    model, _ = backbones.load_backbone(saved(file, tmp_path))
+    assert (model.interpolate_antialias, model.interpolate_offset) == expected and model.method == "dinov2"
+    chunked, _ = backbones.load_backbone(saved(dinov2_file(registers=4, chunked=True), tmp_path))
+    assert (chunked.interpolate_antialias, chunked.interpolate_offset) == (False, 0.1)
+
+
+def test_shards_of_a_sharded_run_are_refused(tmp_path):
+    shard = {"model": {"teacher.backbone._fsdp_wrapped_module._flat_param": torch.zeros(5)}, "iteration": 3}
+    with pytest.raises(Refused, match=r"--pretrained_weights .*weights.pth: .*FSDP.* give .*teacher_checkpoint.pth"):
+        backbones.load_backbone(saved(shard, tmp_path))
+    model = build_backbone("vit_nano", 14, img_size=56, method="dinov2")[0]
+    with pytest.raises(Refused, match=r"--init_from .*FSDP.* give .*teacher_checkpoint.pth"):
+        backbones.load_weights_into(model, saved(shard["model"], tmp_path), flag="--init_from")
+
+
+def test_pickled_shards_are_refused(tmp_path):
+    """What the published code writes: its tensors are objects of a class, which are not read."""
+    from torch.distributed._shard.sharded_tensor.metadata import TensorProperties
+
+    with pytest.raises(Refused, match="weights.pth: .*FSDP.* give .*teacher_checkpoint.pth"):
+        backbones.load_backbone(saved({"model": {"x": TensorProperties(torch.float32)}}, tmp_path))
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "deit3_small_patch16_224"])

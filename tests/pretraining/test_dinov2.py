@@ -1,0 +1,266 @@
+"""main_dinov2.py in real processes: what holds for runs of DINO holds for it."""
+
+import importlib
+import signal
+from functools import partial
+
+import pytest
+import torch
+from forks import SMALLEST_DINOV2, Started, make_small
+from PIL import Image
+from processes import json_lines, launch
+from test_faults import slow_steps, stepping
+from test_fsdp import assert_same_state
+from test_kills import differences
+
+import main_dinov2
+import vision_transformer
+from imagesets import loaders
+from method import dinov2, masking
+from pretraining import replay
+from weights import checkpoints
+
+ARGS = [*SMALLEST_DINOV2, "--saveckp_freq", 1]
+Run = partial(Started, script="main_dinov2.py")
+CENTERING = ["--centering", "centering", "--ibot_separate_head", "false", "--ibot_out_dim", 0]
+
+
+def state(folder, name: str = checkpoints.NAME) -> dict:
+    loaded = checkpoints.read(folder / name)
+    loaded["args"] = {k: v for k, v in loaded["args"].items() if k not in ("output_dir", "num_workers")}
+    return loaded
+
+
+@pytest.mark.parametrize("extra, processes", [
+    ([], 1), ([*CENTERING, "--grad_accum_steps", 2, "--batch_size_per_gpu", 4], 1), (["--batch_size_per_gpu", 4], 2),
+], ids=["sinkhorn", "tied, centred, accumulated", "two processes"])  # fmt: skip
+def test_a_killed_run_ends_like_an_uninterrupted_one(tmp_path, extra, processes):
+    args = [*ARGS, *extra, "--saveckp_every_steps", 1]
+    whole = Run(*args, "--output_dir", tmp_path / "whole", processes=processes)
+    assert whole.wait() == [0] * processes, whole.output()
+    for steps, workers in ((5, 0), (13, 2)):
+        run = Run(*args, "--num_workers", workers, "--output_dir", tmp_path / "killed", processes=processes,
+                  before=slow_steps)
+        stepping(run, tmp_path / "killed", steps)
+        run.kill()
+    done = Run(*args, "--output_dir", tmp_path / "killed", processes=processes)
+    assert done.wait() == [0] * processes, done.output()
+    assert (tmp_path / "killed" / "log.txt").read_text() == (tmp_path / "whole" / "log.txt").read_text()
+    for name in (checkpoints.NAME, "checkpoint0001.pth"):
+        assert differences(state(tmp_path / "whole", name), state(tmp_path / "killed", name)) == []
+
+
+def test_a_signal_saves_and_stops(tmp_path):
+    run = Run(*ARGS, "--output_dir", tmp_path, before=slow_steps)
+    stepping(run, tmp_path, 3)
+    run.signal(signal.SIGTERM)
+    assert run.wait() == [main_dinov2.TO_BE_CONTINUED], run.output()
+    assert "main_dinov2.py" not in run.output() and 3 <= state(tmp_path)["step"] < 24
+
+
+@pytest.mark.parametrize("extra", [
+    ["--koleo_loss_weight", 0], ["--koleo_all_processes"],
+], ids=["sinkhorn", "koleo"])
+def test_two_processes_equal_one(tmp_path, extra):
+    args = [*ARGS, *extra, "--drop_path_rate", 0, "--steps", 12, "--log_every", 1, "--lr", 0.001]
+    one = Run(*args, "--output_dir", tmp_path / "one")
+    two = Run(*args, "--batch_size_per_gpu", 4, "--output_dir", tmp_path / "two", processes=2)
+    assert one.wait() == [0] and two.wait() == [0, 0], one.output() + two.output()
+    a, b = (json_lines(tmp_path / name / "log_steps.txt") for name in ("one", "two"))
+    for x, y in zip(a, b, strict=True):
+        for key in ("loss", "dino_local", "dino_global", "ibot"):
+            assert y[key] == pytest.approx(x[key], abs=2e-4), (x["step"], key)
+    assert a[0]["loss"] != a[1]["loss"]
+
+
+@pytest.mark.parametrize("centering", ["sinkhorn_knopp", "centering"])
+def test_steps_in_float64_equal_one_process(tmp_path, centering):
+    """With centring, where all crops have equally many masked patches: its patch centre is a mean of means."""
+    for n in (1, 2):
+        done = launch("tests/dinov2_steps.py", tmp_path / f"{n}.pt", centering, processes=n)
+        assert done.returncode == 0, done.stderr
+    one, two = (torch.load(tmp_path / f"{n}.pt") for n in (1, 2))
+    assert one.keys() == two.keys() and any(k.startswith("grad/") for k in one)
+    for key in one:
+        torch.testing.assert_close(two[key], one[key], rtol=1e-9, atol=1e-12, msg=lambda m, k=key: f"{k}: {m}")
+
+
+@pytest.mark.parametrize("extra", [[], CENTERING], ids=["sinkhorn", "centring"])
+def test_sharded_equals_replicated(tmp_path, extra):
+    args = [*ARGS, *extra, "--batch_size_per_gpu", 4, "--steps", 12]
+    runs = {kind: Run(*args, "--parallel", kind, "--output_dir", tmp_path / kind, processes=2)
+            for kind in ("ddp", "fsdp")}
+    for kind, run in runs.items():
+        assert run.wait() == [0, 0], run.output()
+        assert ("networks sharded" in run.output()) == (kind == "fsdp")
+    assert_same_state(*(checkpoints.read(tmp_path / kind / checkpoints.NAME) for kind in runs))
+
+
+def nan_in_the_sixth_koleo() -> None:
+    then, calls = dinov2.koleo, []
+
+    def koleo(*args):
+        calls.append(1)
+        return then(*args) * (float("nan") if len(calls) == 11 else 1)
+
+    dinov2.koleo = koleo
+
+
+def test_a_term_that_is_not_finite_is_named_and_the_step_replayed(tmp_path):
+    """Step 5 fails, and is found out at step 8: the checkpoint before step 5 has what must have been kept."""
+    run = Run(*ARGS, *CENTERING, "--log_every", 8, "--saveckp_every_steps", 5, "--output_dir", tmp_path,
+              before=nan_in_the_sixth_koleo)
+    assert run.wait() == [1], run.output()
+    path, last = tmp_path / replay.NAME, run.output().strip().splitlines()[-1]
+    assert "step 5" in last and "not finite: koleo" in last and f"main_dinov2.py --replay {path}" in last
+    failure, before = checkpoints.read(path), checkpoints.read(tmp_path / checkpoints.NAME)
+    assert before["step"] == failure["step"] == 5
+    for key, value in before["student"].items():
+        assert torch.equal(value, failure["student"][key]), key
+    for key, value in before["dino_loss"].items():
+        assert torch.equal(value, failure["dino_loss"][key]) and value.any(), key
+    assert failure["masks"][0].shape == (16, 16) and failure["masks"][0].any()
+    again = Run("--replay", path, "--device", "cpu")
+    assert again.wait() == [0] and "in float32 the step is finite" in again.output(), again.output()
+    assert "koleo" in again.output() and "ibot" in again.output()
+
+
+def test_masks_depend_on_seed_epoch_and_step_alone():
+    """However the images of a step are shared: rows of `batch_masks`, in the order of the global batch."""
+    options = {"seed": 3, "images": 8, "grid": (4, 4), "ratio": (0.1, 0.5), "probability": 0.5}
+    whole = masking.batch_masks(3, 1, 6, 16, (4, 4)).unflatten(0, (8, 2))
+    for micro_batches in (1, 2, 4):
+        size = 8 // micro_batches
+        rows = [masking.image_masks(1, 6 * micro_batches + part, row, micro_batches=micro_batches, **options)
+                for part in range(micro_batches) for row in range(size)]
+        assert torch.equal(torch.stack(rows), whole)
+    order = [list(loaders.GlobalBatches(64, 4, 0, rank, 2, numbered=True, last_batch=3)) for rank in (0, 1)]
+    for m in range(3):
+        both = order[0][m] + order[1][m]
+        assert [(key[2], key[3]) for key in both] == [(m, row) for row in range(8)]
+        assert [key[:2] for key in both] == list(loaders.GlobalBatches(64, 8, 0, last_batch=3))[m]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished")
+    run = Run(*ARGS, "--output_dir", folder, "--eval_knn_every", 3, "--pictures_every", 2)
+    assert run.wait() == [0], run.output()
+    return folder, run.output()
+
+
+def test_what_a_run_leaves(finished):
+    folder, said = finished
+    loaded = checkpoints.read(folder / checkpoints.NAME)
+    assert loaded["args"]["method"] == "dinov2" and loaded["epoch"] == 3
+    assert {"dino_loss.center", "ibot_patch_loss.center"} == loaded["dino_loss"].keys()
+    names = {k.split(".")[0] for k in loaded["teacher"]}
+    assert names == {"backbone", "dino_head", "ibot_head"} and "backbone.mask_token" in loaded["teacher"]
+    logged = json_lines(folder / "log_steps.txt")[-1]
+    assert {"dino_local", "dino_global", "ibot", "koleo", "dino_left", "ibot_left", "entropy", "patch_entropy",
+            "neighbour_distance", "prototypes_used", "patch_prototypes_used", "feature_rank"} <= logged.keys()
+    terms = [logged[k] for k in ("dino_local", "dino_global", "ibot", "koleo")]
+    assert logged["loss"] == pytest.approx(sum(terms), rel=1e-5)
+    assert "memory" in said and "untrained" in said and (folder / "pictures" / "attention_epoch0001.png").exists()
+    assert json_lines(folder / "log.txt")[-1]["knn_top1"] > 0
+
+
+def test_continue_with_heads_and_with_another_size(finished, tmp_path, monkeypatch):
+    folder, _ = finished
+    for extra in ([], ["--global_crops_size", 24, "--local_crops_size", 12]):
+        out = tmp_path / str(len(extra))
+        run = Run(*ARGS, *extra, "--init_from", folder / checkpoints.NAME, "--init_heads", "--steps", 2,
+                  "--freeze_backbone_epochs", 1, "--warmup_epochs", 0, "--warmup_teacher_temp_epochs", 0,
+                  "--eval_knn_every", 3, "--output_dir", out)  # fmt: skip
+        assert run.wait() == [0], run.output()
+        before, after = checkpoints.read(folder / checkpoints.NAME)["teacher"], checkpoints.read(out / "checkpoint.pth")
+        assert torch.equal(before["backbone.mask_token"], after["student"]["backbone.mask_token"])  # frozen
+        same = torch.equal(before["backbone.blocks.0.mlp.fc1.weight"],
+                           after["student"]["backbone.blocks.0.mlp.fc1.weight"])
+        assert same and not torch.equal(before["dino_head.mlp.0.weight"], after["student"]["dino_head.mlp.0.weight"])
+        assert "weights it starts from" in run.output() and "starting weights" in run.output()
+        size = int(extra[1]) if extra else 16
+        assert after["student"]["backbone.pos_embed"].shape[1] == 1 + (size // 4) ** 2
+
+
+def test_distillation(finished, tmp_path):
+    """The frozen teacher is of another architecture; the result is the student's moving average."""
+    folder, _ = finished
+    args = [*ARGS, "--arch", "vit_tiny", "--drop_path_rate", 0, "--distill_from", folder / checkpoints.NAME]
+    for tokens in ("all", "masked"):
+        run = Run(*args, "--ibot_tokens", tokens, "--steps", 3, "--warmup_epochs", 0, "--warmup_teacher_temp_epochs",
+                  0, "--output_dir", tmp_path / tokens)  # fmt: skip
+        assert run.wait() == [0], run.output()
+        made = checkpoints.read(tmp_path / tokens / checkpoints.NAME)
+        assert made["teacher"]["backbone.cls_token"].shape[-1] == 192
+        assert not made["student"]["backbone.mask_token"].any()  # nothing is masked
+    refused = Run(*args, "--out_dim", 48, "--output_dir", tmp_path / "other")
+    assert refused.wait() == [2] and "--out_dim 32" in refused.output() and not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("script, extra", [
+    ("eval_knn", "--data_path shapes:64x16 --nb_knn 5 --num_workers 0"),
+    ("eval_linear", "--data_path shapes:64x16 --epochs 1 --num_workers 0 --batch_size_per_gpu 16 --n_last_blocks 2"),
+    ("extract_features", "--data_path shapes:20x16 --num_workers 0"),
+    ("visualize_attention", "--image_path IMAGE --image_size 16"),
+    ("eval_segmentation", "--data_path shapes:10x16 --image_size 16"),
+    ("export", "--format safetensors"),
+])
+def test_every_script_reads_its_checkpoints(finished, tmp_path, monkeypatch, script, extra):
+    folder, _ = finished
+    monkeypatch.setattr(vision_transformer, "VITS", dict(vision_transformer.VITS))
+    monkeypatch.setattr("main_dino.DINOHead", None)
+    monkeypatch.setattr("pretraining.monitor.save_last_figures", None)
+    make_small()
+    module = importlib.import_module(script)
+    flag = "--output" if script in ("export", "extract_features") else "--output_dir"
+    out = tmp_path / {"export": "model.safetensors", "extract_features": "features.npy"}.get(script, "out")
+    Image.new("RGB", (16, 16), (200, 30, 30)).save(tmp_path / "image.png")
+    extra = extra.replace("IMAGE", str(tmp_path / "image.png"))
+    argv = ["--pretrained_weights", str(folder / checkpoints.NAME), *extra.split(), flag, str(out)]
+    parser = module.get_args_parser()
+    argv += [] if script == "export" else ["--device", "cpu"]
+    assert module.main(parser.parse_args(argv)) == 0
+
+
+BAD = [
+    (["--arch", "resnet50"], ["--arch resnet50", "main_dino.py"]),
+    (["--compile", "reduce-overhead"], ["--compile reduce-overhead", "--compile default"]),
+    (["--ibot_out_dim", "7", "--ibot_separate_head", "false"], ["--ibot_out_dim 7", "--ibot_separate_head true"]),
+    (["--init_heads"], ["--init_heads", "--init_from"]),
+    (["--mask_ratio", "0.5", "0.1"], ["--mask_ratio 0.5 0.1", "low <= high"]),
+    (["--mask_probability", "0"], ["--mask_probability 0", "--ibot_separate_head false"]),
+    (["--distill_from", "/absent"], ["--distill_from /absent", "no such file"]),
+    (["--warmup_epochs", "9"], ["--warmup_epochs 9", "--epochs 3"]),
+]
+
+
+@pytest.mark.parametrize("extra, words", BAD, ids=lambda x: " ".join(x))
+def test_bad_input(tmp_path, capsys, extra, words):
+    args = main_dinov2.get_args_parser().parse_args([str(a) for a in (*ARGS, *extra, "--output_dir", tmp_path / "out")])
+    assert main_dinov2.main(args) == 2
+    said = capsys.readouterr().err
+    assert len(said.strip().splitlines()) == 1 and all(word in said for word in words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_heads_of_a_plain_backbone_are_refused(finished, tmp_path, capsys):
+    folder, _ = finished
+    teacher = checkpoints.read(folder / checkpoints.NAME)["teacher"]
+    backbone = {k.removeprefix("backbone."): v for k, v in teacher.items() if k.startswith("backbone.")}
+    torch.save(backbone, tmp_path / "backbone.pth")
+    for flag in (["--init_heads", "--init_from"], ["--distill_from"]):
+        run = Run(*ARGS, *flag, tmp_path / "backbone.pth", "--output_dir", tmp_path / "out")
+        assert run.wait() == [2], run.output()
+        assert "no heads" in run.output() and "--freeze_backbone_epochs" in run.output()
+
+
+def test_a_bug_keeps_its_traceback(tmp_path, monkeypatch):
+    def broken(*args, **kwargs):
+        raise ValueError("operands could not be broadcast")
+
+    make_small()
+    monkeypatch.setattr(dinov2, "class_loss", broken)
+    args = main_dinov2.get_args_parser().parse_args([str(a) for a in (*ARGS, "--output_dir", tmp_path / "out")])
+    with pytest.raises(ValueError, match="broadcast"):
+        main_dinov2.main(args)
