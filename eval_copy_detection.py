@@ -1,7 +1,7 @@
 """Copy detection as on INRIA Copydays (Douze et al. 2009; DINO, arXiv 2104.14294, section 4.2.1, table 4).
 
     python eval_copy_detection.py --pretrained_weights output/run/checkpoint.pth --data_path copies
-    python eval_copy_detection.py --pretrained_weights output/run/checkpoint.pth --data_path copydays \
+    python eval_copy_detection.py --pretrained_weights output/run/checkpoint.pth --data_path copydays \\
         --whitening_path some_images --distractors_path other_images
 
 Prints mAP and uAP, of all queries and by attack, and writes them to eval_copy_detection.json. --data_path is Copydays,
