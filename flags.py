@@ -237,9 +237,11 @@ def add_weights_flags(parser: argparse._ActionsContainer, precision: bool = True
         help="checkpoint or file of weights; empty: a randomly initialized network, as a baseline")
     add("--checkpoint_key", default="teacher",
         help="network to load from the checkpoint: teacher or student; the teacher's features are usually better")
-    add("--arch", default="vit_small",
-        help="architecture, if the weights do not name it; `pixels` compares raw 32 x 32 images, as a baseline")
-    add("--patch_size", type=positive_int, default=16, help="patch size of a ViT, if the weights do not name it")
+    add("--arch", default=None,
+        help="architecture, if the weights do not name it (default: vit_small); `pixels` compares raw 32 x 32 images, "
+             "as a baseline")
+    add("--patch_size", type=positive_int, default=None,
+        help="patch size of a ViT, if the weights do not name it (default: 16)")
     if precision:
         add("--precision", choices=("fp32", "fp16", "bf16"), default="fp32",
             help="precision of the network; fp16 and bf16 are faster on a GPU, with slightly different features")

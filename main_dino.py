@@ -255,9 +255,7 @@ def make_run(args: argparse.Namespace, plan: Plan, n_images: int, device: torch.
     """Networks, loss and optimizer at the start of a run."""
     seed_everything(args.seed)  # the networks start the same on every process
     student, teacher = make_networks(args)
-    sizes = {"global_crops_size": args.global_crops_size} | (
-        {"local_crops_size": args.local_crops_size} if args.local_crops_number else {})
-    networks.check_crop_sizes(student.backbone, args.arch, args.in_chans, **sizes)
+    networks.check_crop_sizes(student.backbone, args.arch, args.in_chans, **crop_sizes(args))
     student, teacher = networks.on_device(student, device), networks.on_device(teacher, device)
     if args.grad_checkpointing:
         networks.checkpoint_gradients(student.backbone, args.grad_checkpointing, args.arch)
@@ -290,6 +288,11 @@ def describe(args: argparse.Namespace, run: Run, plan: Plan, n_images: int) -> N
           + (", networks sharded" if run.make_backbone else ""))
     print(f"{args.data_path}: {n_images} images, {used} used per epoch; 2 x {args.global_crops_size} + "
           f"{args.local_crops_number} x {args.local_crops_size} pixels")
+    if args.num_workers > (cores := loaders.available_cores()):
+        print(f"{cores} data-loading workers per process instead of --num_workers {args.num_workers}, as this process "
+              f"has {cores} core(s)")
+    for line in networks.cut_pixels(args.arch, args.patch_size, **crop_sizes(args)):
+        print(line)
     if used < n_images:
         print(f"{n_images - used} of {n_images} images are left out of each epoch, different ones each time, as they "
               f"do not fill a step of {batch}; a --batch_size_per_gpu that divides {n_images} uses all")
@@ -298,6 +301,12 @@ def describe(args: argparse.Namespace, run: Run, plan: Plan, n_images: int) -> N
     if args.freeze_last_layer >= plan.steps / plan.steps_per_epoch:
         print(f"WARNING: the prototypes stay frozen for the whole run, as --freeze_last_layer {args.freeze_last_layer} "
               f"epoch(s) is not shorter than the run of {plan.steps / plan.steps_per_epoch:.3g}; lower it", flush=True)
+
+
+def crop_sizes(args: argparse.Namespace) -> dict[str, int]:
+    """{flag: side in pixels} of the crops that there are."""
+    local = {"local_crops_size": args.local_crops_size} if args.local_crops_number else {}
+    return {"global_crops_size": args.global_crops_size} | local
 
 
 def images_per_step(args: argparse.Namespace) -> int:

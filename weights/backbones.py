@@ -76,6 +76,18 @@ def resized_positions(model: VisionTransformer, positions: Tensor) -> Tensor:
     return VisionTransformer.interpolate_pos_encoding(source, own, size, size)
 
 
+def check_asked(asked: str | int | None, stored: str | int | None, flag: str, path: str) -> None:
+    """Refuses an architecture or patch size that is asked for and is not the file's, where the file tells it.
+
+    A name of timm for a Vision Transformer of this project's sizes is that size.
+    """
+    if asked is None or stored is None or VITS.get(asked, asked) == VITS.get(stored, stored):
+        return
+    size = stored.split("_")[1] if stored in VITS else str(stored)
+    if asked in VITS or size not in str(asked):
+        raise Refused(f"{flag} {asked}: {path} holds {stored}; leave {flag} out, or give the weights of {asked}")
+
+
 def load_backbone(
     weights: str, arch: str | None = None, patch_size: int | None = None, checkpoint_key: str = "teacher",
     flag: str = "--pretrained_weights",
@@ -85,7 +97,8 @@ def load_backbone(
     Args:
         weights: a checkpoint of this project, a published full checkpoint, or the state dict of a backbone in any
             layout that `weights.layouts` knows. "" gives random weights and prints a note.
-        arch, patch_size: used where the file does not say; their own defaults are vit_small and 16.
+        arch, patch_size: used where the file does not say, and refused where it says something else; their own
+            defaults are vit_small and 16.
         checkpoint_key: part of a full checkpoint, teacher or student.
         flag: the flag that names the file, for messages.
 
@@ -93,7 +106,8 @@ def load_backbone(
         The network, and {arch, patch_size, embed_dim, in_chans, mean, std, global_crops_size}.
 
     Raises:
-        Refused (a ValueError): no such file, not a checkpoint, no such part in it, unknown or wrong architecture.
+        Refused (a ValueError): no such file, not a checkpoint, no such part in it, unknown architecture, or another
+            than the one asked for.
     """
     args, state = {}, {}
     if weights:
@@ -115,6 +129,8 @@ def load_backbone(
         "std": tuple(args.get("std", IMAGENET_STD)),
         "global_crops_size": args.get("global_crops_size", 224),
     }
+    check_asked(arch, args.get("arch") or recognized.arch, "--arch", weights)
+    check_asked(patch_size, recognized.options.get("patch_size"), "--patch_size", weights)
     options = {"img_size": args["global_crops_size"]} if "global_crops_size" in args else {}
     options |= recognized.options | {k: args[k] for k in STORED_OPTIONS if k in args}
     options |= {k: info[k] for k in ("patch_size", "in_chans")}

@@ -1,0 +1,37 @@
+"""Progress lines of work that may take long."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+import parallel
+
+Item = TypeVar("Item")
+FIRST, MOST = 3.0, 60.0  # seconds to the first line; between two lines at most
+
+
+def progress(items: Iterable[Item], total: int, what: str, size: int = 1, first: float = FIRST) -> Iterator[Item]:
+    """Yield the items, and say `what: 256 of 3000, eta 0:01:10` after `first` seconds, then ever less often.
+
+    Each line comes after twice the time of the one before, within a minute of it. Work of a few seconds says nothing.
+    Only the first process prints; nothing is printed if `what` is empty.
+
+    Args:
+        total: of what is counted (images, frames, epochs).
+        size: how many of them an item holds.
+    """
+    started, due = time.monotonic(), first
+    for done, item in enumerate(items, 1):
+        yield item
+        passed = time.monotonic() - started
+        if what and passed >= due and done * size < total:
+            due = min(2 * passed, passed + MOST)
+            parallel.say(f"{what}: {done * size} of {total}, eta {duration(passed / (done * size) * total - passed)}")
+
+
+def duration(seconds: float) -> str:
+    """H:MM:SS."""
+    seconds = round(seconds)
+    return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
