@@ -260,7 +260,7 @@ def add_dense_flags(parser: argparse._ActionsContainer) -> None:
 def add_launch_flags(parser: argparse._ActionsContainer, workers: bool = True) -> None:
     """Device and processes; workers=False for scripts that load images in the main process."""
     add = group_of(parser, "hardware").add_argument
-    add("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda or cuda:N")
+    add("--device", default="auto", help="auto (a CUDA GPU if there is one), cpu, cuda, cuda:N or mps (Apple GPUs)")
     if workers:
         add("--num_workers", type=count, default=10,
             help="data-loading workers per process; raise it if the GPU waits for data (in training, if `data` on the "

@@ -189,7 +189,7 @@ def test_readme_runs_from_its_first_command_to_its_last(playground, monkeypatch,
 def test_presets_are_valid_and_state_their_accuracy_and_command(preset):
     import main_dino
 
-    args = main_dino.get_args_parser().parse_args([f"@{preset}"])
+    args = main_dino.get_args_parser().parse_args(["--data_path", "shapes", f"@{preset}"])
     main_dino.check_args(args)
     header = "".join(line for line in preset.read_text().splitlines(True) if line.startswith("#"))
     assert "%" in header or "shapes" in preset.name
