@@ -110,7 +110,7 @@ PROTOCOLS = (
                                                     num_workers=args.num_workers),
         output_dir=folder, flag="--semantic_data"), show_semantic, overview.semantic_figures),
     Protocol("video segmentation", "video_data", lambda network, args, folder: evaluate_video_segmentation(
-        network, args.video_data, image_size=args.image_size or 480, patch_size=args.patch_size,
+        network, args.video_data, image_size=args.image_size or 480, patch_size=args.patch_size or 16,
         output_dir=folder / "video", arithmetic=args.arithmetic), show_video_segmentation,
         lambda r: {"J&F": r["results"][0]["J&F"]} if r["results"] else {}),
     Protocol("copy detection", "copy_data", lambda network, args, folder: evaluate_copies(

@@ -21,7 +21,7 @@ from imagesets.loaders import worker_options
 from imagesets.masks import VOID
 from parallel import Refused
 from protocols import tokens, transforms
-from protocols.features import Network, available_cores, refused_image
+from protocols.features import Network, refused_image
 from protocols.segmentation import import_kmeans
 from utils import cosine_scheduler
 
@@ -97,7 +97,7 @@ def batches(crops: TrainingCrops, steps: int, batch_size: int, num_workers: int)
     """This process's share of `steps` batches: images uint8 (B / W, C, side, side) and labels (B / W, side, side)."""
     rank, world_size = parallel.rank(), parallel.world_size()
     mine = [i for step in range(steps) for i in range(step * batch_size + rank, (step + 1) * batch_size, world_size)]
-    workers = min(num_workers, available_cores(), steps)
+    workers = min(num_workers, steps)
     loader = DataLoader(Subset(crops, mine), batch_size // world_size, **worker_options(workers))
     try:
         yield from loader
