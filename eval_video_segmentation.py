@@ -54,7 +54,7 @@ def evaluate(args: argparse.Namespace) -> None:
         seed=args.seed, size_flag="--image_size")
     report = evaluate_video_segmentation(
         network, args.data_path, args.resolution, args.image_set, args.sequences, args.merge_objects, args.image_size,
-        args.patch_size, args.n_last_frames, args.size_mask_neighborhood, args.topk, args.bs, args.output_dir)
+        args.patch_size or 16, args.n_last_frames, args.size_mask_neighborhood, args.topk, args.bs, args.output_dir)
     if parallel.is_main():
         show_video_segmentation(report)
         print(f"wrote {Path(args.output_dir, 'eval_video_segmentation.json')} and <sequence>/<frame>.png beside it")

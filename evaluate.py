@@ -96,7 +96,8 @@ PROTOCOLS = (
         network, args.segmentation_data, args.image_size, seed=args.seed, save_masks=8, output_dir=folder,
         flag="--segmentation_data"), show_segmentation, overview.segmentation_figures),
     Protocol("video segmentation", "video_data", lambda network, args, folder: evaluate_video_segmentation(
-        network, args.video_data, image_size=args.image_size, patch_size=args.patch_size, output_dir=folder / "video"),
+        network, args.video_data, image_size=args.image_size, patch_size=args.patch_size or 16,
+        output_dir=folder / "video"),
         show_video_segmentation, lambda r: {"J&F": r["results"][0]["J&F"]} if r["results"] else {}),
     Protocol("copy detection", "copy_data", lambda network, args, folder: evaluate_copies(
         network, args.copy_data, batch_size=args.batch_size_per_gpu, num_workers=args.num_workers, output_dir=folder),

@@ -241,7 +241,7 @@ def add_weights_flags(parser: argparse._ActionsContainer, precision: bool = True
         help="architecture, if the weights do not name it (default: vit_small); `pixels` compares raw 32 x 32 images, "
              "as a baseline")
     add("--patch_size", type=positive_int, default=None,
-        help="patch size of a ViT, if the weights do not name it (default: 16)")
+        help="patch size of a ViT, if the weights do not name it (default: 16, and 8 to visualize attention)")
     if precision:
         add("--precision", choices=("fp32", "fp16", "bf16"), default="fp32",
             help="precision of the network; fp16 and bf16 are faster on a GPU, with slightly different features")

@@ -21,7 +21,6 @@ from protocols import attention, attention_video, dense, features
 def get_args_parser() -> argparse.ArgumentParser:
     parser = flags.Parser("Draw what a Vision Transformer attends to, on an image, a set of images or a video.")
     flags.add_weights_flags(parser, precision=False)
-    parser.set_defaults(patch_size=8)  # smaller patches give finer maps
     add = parser.add_argument_group(
         "data", "At most one of --image_path, --images and --video; without them, a drawn image.").add_argument
     add("--image_path", help="one image")
@@ -62,8 +61,10 @@ def check_args(args: argparse.Namespace) -> None:
 def visualize(args: argparse.Namespace) -> None:
     """Draw what the flags ask for. Raises Refused for bad input."""
     check_args(args)
+    # Without weights, which tell theirs: smaller patches give finer maps.
+    patch_size = args.patch_size or (None if args.pretrained_weights else 8)
     network = features.load_network(
-        args.pretrained_weights, args.arch, args.patch_size, args.checkpoint_key, parallel.pick_device(args.device),
+        args.pretrained_weights, args.arch, patch_size, args.checkpoint_key, parallel.pick_device(args.device),
         min(args.image_size), size_flag="--image_size")
     dense.check_attention(network, args.image_size, args.layer)
     in_chans = network.info["in_chans"]
