@@ -1,4 +1,6 @@
-"""Files that are either complete or absent: written beside their final name, flushed to disk, then renamed."""
+"""Files that are either complete or absent: written beside their final name, flushed to disk, then renamed. And which
+files of a folder the project wrote, so that it doesn't read them as data.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +8,8 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+OUTPUTS = ".outputs"  # in each folder: names of what the project wrote there and could take for data, one per line
 
 
 @contextmanager
@@ -45,3 +49,25 @@ def write_text(path: str | os.PathLike, text: str) -> None:
     """Write a small text file in UTF-8; see `replacing`."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def mark_output(path: str | os.PathLike) -> None:
+    """Note in the folder of `path`, which exists, that the project writes this file or folder there.
+
+    Call it before writing: a file that a killed process leaves behind is then marked too.
+
+    Raises:
+        OSError: the folder is not writable.
+    """
+    folder, name = os.path.split(os.path.abspath(path))
+    if os.fsencode(name) not in outputs_in(folder):
+        with open(os.path.join(folder, OUTPUTS), "ab") as file:
+            file.write(os.fsencode(name) + b"\n")
+
+
+def outputs_in(folder: str | bytes | os.PathLike) -> set[bytes]:
+    """Names of the files and folders in `folder` that `mark_output` was called for."""
+    try:
+        return set((Path(os.fsdecode(folder)) / OUTPUTS).read_bytes().splitlines())
+    except OSError:
+        return set()

@@ -29,7 +29,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     network.add_argument("--seed", type=flags.seed, default=0, help="of an untrained network")
     network.add_argument("--gem_p", type=flags.positive, default=4.0,
                          help="power of the mean over patch tokens; 1 is the plain mean")
-    add = parser.add_argument_group("data").add_argument
+    data = parser.add_argument_group("data")
+    flags.add_reading_flags(data, skip_bad=True)
+    add = data.add_argument
     add("--data_path", required=True, help="folder with database/, queries/ and ground_truth.csv, or Copydays")
     add("--distractors_path", default="",
         help="folder or .txt list of images that join the database, to make the search harder; without copies of it")
@@ -55,7 +57,8 @@ def evaluate(args: argparse.Namespace) -> None:
     device = parallel.start(args.device if args.use_cuda else "cpu", args.dist_url, args.dist_timeout)
     network = features.load_network(
         args.pretrained_weights, args.arch, args.patch_size, args.checkpoint_key, device, args.image_size,
-        precision=args.precision, seed=args.seed, size_flag="--image_size")
+        precision=args.precision, seed=args.seed, size_flag="--image_size", mean=args.mean, std=args.std,
+        in_chans=args.in_chans, max_pixels=args.max_pixels, value_range=args.value_range, skip_bad=args.skip_bad)
     report = evaluate_copies(
         network, args.data_path, args.distractors_path, args.whitening_path, args.gem_p, args.image_size,
         args.batch_size_per_gpu, args.num_workers, output_dir, args.arithmetic)

@@ -23,7 +23,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     network = parser.add_argument_group("network")
     flags.add_weights_flags(network)
     network.add_argument("--seed", type=flags.seed, default=0, help="of an untrained network")
-    add = parser.add_argument_group("data").add_argument
+    data = parser.add_argument_group("data")
+    flags.add_reading_flags(data)
+    add = data.add_argument
     add("--data_path", default=".", help="folder that holds the data set's folder")
     add("--dataset", default="roxford5k",
         help="name of that folder and of gnd_NAME.pkl or .json in it: roxford5k, rparis6k, or your own")
@@ -46,7 +48,8 @@ def evaluate(args: argparse.Namespace) -> None:
     device = parallel.start(args.device if args.use_cuda else "cpu", args.dist_url, args.dist_timeout)
     network = features.load_network(
         args.pretrained_weights, args.arch, args.patch_size, args.checkpoint_key, device, args.imsize,
-        precision=args.precision, seed=args.seed, size_flag="--imsize")
+        precision=args.precision, seed=args.seed, size_flag="--imsize", mean=args.mean, std=args.std,
+        in_chans=args.in_chans, max_pixels=args.max_pixels, value_range=args.value_range)
     report = evaluate_retrieval(
         network, args.data_path, args.dataset, args.imsize, args.multiscale, args.num_workers, output_dir,
         args.arithmetic)

@@ -21,6 +21,7 @@ from protocols.features import PIXELS, load_network
 from protocols.finetune import Recipe
 from protocols.probes import CLASSIFIER, evaluate_linear, show_linear
 from protocols.published import LinearClassifier, validate_network  # noqa: F401 - published under this module's name
+from weights.backbones import supported_drop_path_rate
 
 
 def share(text: str) -> float:
@@ -78,8 +79,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--mixup", type=flags.non_negative, default=0.8, help="parameter of mixup's Beta distribution; 0: no mixup")
     add("--cutmix", type=flags.non_negative, default=1.0, help="parameter of cutmix's Beta distribution; 0: no cutmix")
     add("--smoothing", type=flags.number(float, 0, 0.99), default=0.1, help="label smoothing")
-    add("--drop_path_rate", type=flags.number(float, 0, 0.99), default=0.1,
-        help="stochastic depth; raise it for larger networks or longer training")
+    add("--drop_path_rate", type=flags.number(float, 0, 0.99), default=flags.Default(0.1),
+        help="stochastic depth; raise it for larger networks or longer training; the default is 0 for networks without "
+             "it")
     add("--ema_decay", type=flags.number(float, 0, 0.999999), default=0.999,
         help="decay of the moving average of the weights, which is what is evaluated; 0: no average")
 
@@ -121,7 +123,7 @@ def training_of(args: argparse.Namespace) -> linear.Training:
 
 def recipe_of(args: argparse.Namespace) -> Recipe:
     return Recipe(args.layer_decay, args.warmup_epochs, args.weight_decay, args.mixup, args.cutmix, args.smoothing,
-                  args.drop_path_rate, args.ema_decay)
+                  float(args.drop_path_rate), args.ema_decay)
 
 
 def evaluate(args: argparse.Namespace) -> dict:
@@ -138,10 +140,16 @@ def evaluate(args: argparse.Namespace) -> dict:
     device = parallel.start(args.device, args.dist_url, args.dist_timeout)
     network = load_network(
         args.pretrained_weights, args.arch, args.patch_size, args.checkpoint_key, device, args.crop_size,
-        args.resize_size, args.precision, args.seed)
+        args.resize_size, args.precision, args.seed, mean=args.mean, std=args.std,
+        in_chans=args.in_chans, max_pixels=args.max_pixels, value_range=args.value_range, skip_bad=args.skip_bad)
+    recipe = recipe_of(args)
+    if args.finetune:
+        recipe = recipe._replace(drop_path_rate=supported_drop_path_rate(
+            network.info["arch"], recipe.drop_path_rate, network.info["in_chans"],
+            isinstance(args.drop_path_rate, flags.Default)))
     report = evaluate_linear(
         network, args.data_path, args.val_data_path, folder, training_of(args), protocol, args.low_shot,
-        args.val_share, linear_weights, recipe_of(args))
+        args.val_share, linear_weights, recipe)
     if parallel.is_main():
         show_linear(report)
         print(f"wrote {folder / 'eval_linear.json'}", flush=True)

@@ -22,7 +22,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     network = parser.add_argument_group("network")
     flags.add_weights_flags(network, precision=False)
     flags.add_image_size(network)
-    add = parser.add_argument_group("data").add_argument
+    data = parser.add_argument_group("data")
+    flags.add_reading_flags(data)
+    add = data.add_argument
     add("--data_path", default="shapes:200x96",
         help="folder with images/ and masks/, or with JPEGImages/ and SegmentationClass/ (VOC), or drawn images: "
              "shapes:COUNTxPIXELS")
@@ -48,7 +50,8 @@ def evaluate(args: argparse.Namespace) -> None:
     device = parallel.start(args.device, args.dist_url, args.dist_timeout)
     network = features.load_network(
         args.pretrained_weights, args.arch, args.patch_size, args.checkpoint_key, device, args.image_size,
-        seed=args.seed, size_flag="--image_size")
+        seed=args.seed, size_flag="--image_size", mean=args.mean, std=args.std,
+        in_chans=args.in_chans, max_pixels=args.max_pixels, value_range=args.value_range)
     report = evaluate_segmentation(
         network, args.data_path, args.image_size, args.layer, args.threshold, args.val_share, args.seed,
         args.save_masks, output_dir)

@@ -23,12 +23,14 @@ from protocols.semantic_training import Recipe
 def get_args_parser() -> argparse.ArgumentParser:
     parser = flags.Parser("Linear semantic segmentation on frozen patch tokens.")
     flags.add_weights_flags(parser)
-    add = parser.add_argument_group("data").add_argument
+    group = parser.add_argument_group("data")
+    add = group.add_argument
     add("--data_path", default="shapes:1200x64",
         help="folder with train/ and val/, each with images/ and masks/; VOC2012, ADEChallengeData2016 or Cityscapes "
              "as they come; or drawn images: shapes:COUNTxPIXELS")
     add("--val_data_path", default="",
         help="test images outside of --data_path, all of whose training images are then used for training")
+    flags.add_reading_flags(group)
     add("--foreground", action="store_true",
         help="two classes, background (0) and object (all others), instead of those of the masks")
     add("--image_size", type=flags.count, default=0, metavar="PIXELS",
@@ -87,7 +89,8 @@ def evaluate(args: argparse.Namespace) -> None:
     output_dir = flags.check_folder(flags.output_dir(args.output_dir, args.pretrained_weights))
     device = parallel.start(args.device, args.dist_url, args.dist_timeout)
     network = load_network(args.pretrained_weights, args.arch, args.patch_size, args.checkpoint_key, device,
-                           precision=args.precision, seed=args.seed)
+                           precision=args.precision, seed=args.seed, mean=args.mean, std=args.std,
+                           in_chans=args.in_chans, max_pixels=args.max_pixels, value_range=args.value_range)
     geometry = Geometry(args.image_size, args.crop_size, args.window_size, args.stride, args.test_scales,
                         args.test_flip)
     recipe = Recipe(args.lr, args.n_last_blocks, args.steps, args.batch_size, args.warmup_steps, args.weight_decay,

@@ -24,7 +24,9 @@ from protocols.video_segmentation import evaluate_video_segmentation, show_video
 def get_args_parser() -> argparse.ArgumentParser:
     parser = flags.Parser("Video object segmentation with frozen patch features, on videos in the folders of DAVIS.")
     flags.add_dense_flags(parser)
-    add = parser.add_argument_group("data").add_argument
+    data = parser.add_argument_group("data")
+    flags.add_reading_flags(data)
+    add = data.add_argument
     add("--data_path", required=True, help="folder of DAVIS: JPEGImages/, Annotations/ and perhaps ImageSets/")
     add("--resolution", default="", help="folder in JPEGImages/ and Annotations/; empty: 480p, or the only one")
     add("--image_set", default="", help="list in ImageSets/; empty: 2017/val, 2016/val, or every sequence")
@@ -53,7 +55,8 @@ def evaluate(args: argparse.Namespace) -> None:
     device = parallel.start(args.device, args.dist_url, args.dist_timeout)
     network = features.load_network(
         args.pretrained_weights, args.arch, args.patch_size, args.checkpoint_key, device, args.image_size,
-        seed=args.seed, size_flag="--image_size")
+        seed=args.seed, size_flag="--image_size", mean=args.mean, std=args.std,
+        in_chans=args.in_chans, max_pixels=args.max_pixels, value_range=args.value_range)
     report = evaluate_video_segmentation(
         network, args.data_path, args.resolution, args.image_set, args.sequences, args.merge_objects, args.image_size,
         args.patch_size, args.n_last_frames, args.size_mask_neighborhood, args.topk, args.bs, args.output_dir,

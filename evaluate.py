@@ -18,10 +18,11 @@ from typing import NamedTuple
 import flags
 import parallel
 from imagesets import class_masks, masks
+from imagesets.decode import Reading
 from parallel import Refused
 from protocols import overview, scores
 from protocols.copies import evaluate_copies, show_copies
-from protocols.features import PIXELS, Network, load_network
+from protocols.features import PIXELS, Network, load_network, pixel_network, untrained
 from protocols.knn_evaluation import KnnSettings, Views, compute_features, evaluate_knn, show_knn
 from protocols.landmarks import evaluate_retrieval, show_retrieval
 from protocols.linear import Training
@@ -127,28 +128,28 @@ def load_networks(args: argparse.Namespace) -> dict[str, Network]:
     """What is evaluated, by its name in the table."""
     device = parallel.start(args.device, args.dist_url, args.dist_timeout)
     network = load_network(args.pretrained_weights, args.arch, args.patch_size, args.checkpoint_key, device,
-                           args.crop_size, args.resize_size, args.precision, args.seed)
+                           args.crop_size, args.resize_size, args.precision, args.seed, mean=args.mean, std=args.std,
+                           in_chans=args.in_chans, max_pixels=args.max_pixels, value_range=args.value_range,
+                           skip_bad=args.skip_bad)
     networks = {NETWORK: network}
     if args.baselines and args.arch != PIXELS:
-        about = network.about
         if args.pretrained_weights:
-            networks["untrained"] = load_network(
-                "", about["arch"], about["patch_size"], args.checkpoint_key, device, about["crop_size"],
-                args.resize_size, args.precision, args.seed)
-        networks["raw pixels"] = load_network("", PIXELS, device=device)
+            networks["untrained"] = untrained(network, args.seed)
+        info = network.info
+        networks["raw pixels"] = pixel_network(device, network.reading, info["mean"], info["std"])
     return networks
 
 
-def check_data(args: argparse.Namespace, in_chans: int) -> list:
+def check_data(args: argparse.Namespace, reading: Reading) -> list:
     """The images to classify. Data that can't be there are refused before any work."""
     drawn = {"segmentation_data": masks.open_masked, "semantic_data": class_masks.open_parts}
     for name in ("segmentation_data", "semantic_data", "video_data", "copy_data", "retrieval_data"):
         value = getattr(args, name)
         if name in drawn and masks.is_drawn(value):
-            drawn[name](value, in_chans, f"--{name}")
+            drawn[name](value, reading, f"--{name}")
         elif value and not os.path.isdir(value):
             raise Refused(f"--{name} {value}: no such folder; give one, or leave the flag out")
-    return open_parts(args.data_path, args.val_data_path, in_chans)
+    return open_parts(args.data_path, args.val_data_path, reading)
 
 
 def run_all(
@@ -187,7 +188,7 @@ def evaluate(args: argparse.Namespace) -> None:
     folder = folder if args.output_dir else folder / "report"
     networks = load_networks(args)
     network = networks[NETWORK]
-    images = check_data(args, network.info["in_chans"])
+    images = check_data(args, network.reading)
     flags.prepare_output(folder)
     table, all_reports, skipped = run_all(args, networks, folder)
     reports = {protocol: by_network[NETWORK] for protocol, by_network in all_reports.items() if NETWORK in by_network}

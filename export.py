@@ -4,7 +4,7 @@
     python export.py --pretrained_weights output/run/checkpoint.pth --format hf --output backbone_hf \\
         --results output/run/eval_knn.json --training_data "my holiday photos"
 
-The written file is loaded by its library (onnxruntime, safetensors, timm, transformers, torch.export) and compared
+The written file is loaded by its library (onnxruntime, safetensors, timm, transformers, torch) and compared
 with the network on random images; only then does it appear under --output. Exit code 1: the features differ, and
 nothing is written.
 
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import io
 import json
 import math
 import os
@@ -23,6 +24,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Mapping
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -40,15 +42,18 @@ from weights.layouts import STORED_OPTIONS
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = flags.Parser("Export a backbone for other libraries, and verify the features that they compute with it.")
-    add = parser.add_argument_group("network").add_argument
+    network = parser.add_argument_group("network")
+    add = network.add_argument
     add("--pretrained_weights", required=True, help="checkpoint or weights, in any layout")
     add("--checkpoint_key", default="teacher", help="part of the checkpoint: teacher or student")
     add("--arch", default="vit_small", help="if the weights do not say")
     add("--patch_size", type=flags.positive_int, default=16, help="if the weights do not say")
+    flags.add_image_flags(network)
     add = parser.add_argument_group("output").add_argument
     add("--format", choices=tuple(FORMATS), required=True,
         help="onnx; safetensors; timm: a folder for timm.create_model('local-dir:FOLDER', pretrained=True); "
-        "hf: a folder for transformers; torch: a .pt2 file of torch.export")
+        "hf: a folder for transformers; torch: a .pt2 file of torch.export; published: a .pth file with the backbone's "
+        "state dict, as the published ones")
     add("--output", required=True, help="file or folder to write; it must not exist")
     add("--tolerance", type=flags.positive, default=1e-4,
         help="largest accepted difference of a feature, relative to the features' RMS; raise it for networks that "
@@ -121,7 +126,7 @@ def describe(model: nn.Module, info: Mapping, image_size: int, resize_size: int)
         raise Refused(f"--resize_size {resize_size}: smaller than the crop of {size}; raise it")
     if is_vit and size < info["patch_size"]:
         raise Refused(f"--image_size {size}: smaller than a patch of {info['patch_size']}; raise it")
-    about = {k: list(v) if isinstance(v, tuple) else v for k, v in info.items()} | {
+    about = {k: list(v) if isinstance(v, tuple) else v for k, v in info.items() if k not in ("options", "sources")} | {
         "global_crops_size": size, "image_size": size, "resize_size": resize_size or round(size * 256 / 224),
         "weights_sha256": weights_hash(model)}  # fmt: skip
     if is_vit:
@@ -159,6 +164,7 @@ def read_report(path: str, weights_sha256: str) -> dict:
 
 # ---- The script ----
 
+FILES = {*SUFFIXES.values(), ".pt", ".bin", ".ckpt"}
 ONLY_FOR = {"dynamic_size": ("onnx", "torch"), "opset": ("onnx",), "results": ("hf",), "training_data": ("hf",),
             "license": ("hf", "timm")}  # fmt: skip
 
@@ -168,6 +174,8 @@ def check_output(output: str, kind: str) -> None:
     path = Path(output)
     if path.suffix != SUFFIXES.get(kind, path.suffix):
         raise Refused(f"--output {output}: the name must end in {SUFFIXES[kind]} for --format {kind}")
+    if kind not in SUFFIXES and path.suffix in FILES:
+        raise Refused(f"--output {output}: --format {kind} writes a folder; give a name without {path.suffix}")
     if not output or path.exists():
         raise Refused(f"--output {output or repr('')}: exists; remove it or give another name")
     flags.check_folder(path, "--output")
@@ -195,7 +203,8 @@ def export(args: argparse.Namespace) -> float:
         raise Refused("--pretrained_weights: empty; give a file of weights, random weights are not exported")
     check_output(args.output, kind)
     check_flags(vars(args), kind)
-    model, info = backbones.load_backbone(args.pretrained_weights, args.arch, args.patch_size, args.checkpoint_key)
+    model, info = backbones.load_backbone(args.pretrained_weights, args.arch, args.patch_size, args.checkpoint_key,
+                                          mean=args.mean, std=args.std, in_chans=args.in_chans)
     about = describe(model, info, args.image_size, args.resize_size)
     refuse_unfit_size(model, about)
     options = {flag: getattr(args, flag) for flag, kinds in ONLY_FOR.items() if kind in kinds}
@@ -206,7 +215,8 @@ def export(args: argparse.Namespace) -> float:
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=".export-") as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporters warn about their own internals
         written = Path(folder) / output.name
-        theirs = FORMATS[kind](exported, about, written, **options)
+        with redirect_stdout(io.StringIO()):  # what is said about the temporary file
+            theirs = FORMATS[kind](exported, about, written, **options)
         difference = largest_difference(model, theirs, about, args.dynamic_size)
         verdict = f"largest difference {difference:.1e} of the features' RMS, tolerance {args.tolerance:g}"
         if difference > args.tolerance:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import flags
 import parallel
-from imagesets.sources import open_images
+from imagesets.checking import open_checked
 from protocols import embeddings, extraction
 from protocols.features import load_network
 
@@ -27,7 +27,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = flags.Parser("Embeddings of a folder of images in one file.")
     flags.add_network_flags(parser)
 
-    add = parser.add_argument_group("data").add_argument
+    data = parser.add_argument_group("data")
+    flags.add_reading_flags(data, skip_bad=True)
+    add = data.add_argument
     add("--data_path", required=True, help="folder of images, .txt list, torchvision:NAME or shapes")
     add("--seed", type=flags.seed, default=0, help="seed of an untrained network")
 
@@ -55,8 +57,9 @@ def extract(args: argparse.Namespace) -> None:
     device = parallel.start(args.device, args.dist_url, args.dist_timeout)
     network = load_network(
         args.pretrained_weights, args.arch, args.patch_size, args.checkpoint_key, device, args.crop_size,
-        args.resize_size, args.precision, args.seed)
-    images = open_images(args.data_path, None, network.info["in_chans"])
+        args.resize_size, args.precision, args.seed, mean=args.mean, std=args.std,
+        in_chans=args.in_chans, max_pixels=args.max_pixels, value_range=args.value_range, skip_bad=args.skip_bad)
+    images = open_checked(args.data_path, None, network.reading)
     about = extraction.describe(network, args.data_path, args.tokens, args.seed, args.precision)
     extraction.extract(network, images, output, about, args.half, args.images_per_part, args.batch_size_per_gpu,
                        args.num_workers)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import parallel
+from imagesets.decode import MAX_PIXELS
 from parallel import Refused, Stopped, worker_death
 
 PRESETS = Path(__file__).parent / "presets"
@@ -152,6 +153,10 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
 
+class Default(float):
+    """A flag's default number that may give way to what a network supports; the same number, if given, may not."""
+
+
 def boolean(text: str) -> bool:
     words = {"true": True, "1": True, "on": True, "yes": True, "false": False, "0": False, "off": False, "no": False}
     if text.lower() not in words:
@@ -198,6 +203,15 @@ def check_folder(path: str | os.PathLike, flag: str = "--output_dir") -> Path:
     return Path(path)
 
 
+class Range(argparse.Action):
+    """Two numbers, LOW < HIGH."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        if not values[0] < values[1]:
+            parser.error(f"{self.option_strings[0]} {values[0]:g} {values[1]:g}: give LOW HIGH with LOW < HIGH")
+        setattr(namespace, self.dest, values)
+
+
 # ---- Flags that several scripts share. `parser` may be a group of the caller: argparse can't nest groups. ----
 
 
@@ -208,12 +222,34 @@ def group_of(parser: argparse._ActionsContainer, title: str) -> argparse._Action
 
 def add_data_flags(parser: Parser, default: str = "shapes") -> Callable:
     """Training and test images of a classification. Returns the group's `add_argument`, for further flags."""
-    add = parser.add_argument_group("data").add_argument
+    group = parser.add_argument_group("data")
+    add = group.add_argument
     add("--data_path", default=default,
-        help="folder with train/ and val/ (or test/), a single folder, a .txt list, torchvision:CIFAR10, or shapes")
+        help="folder with train/ and val/ (or test/), a single folder, a .txt or .csv list, torchvision:CIFAR10, or "
+             "shapes")
     add("--val_data_path", default="",
         help="test images outside of --data_path, all of which is then used for training")
+    add_reading_flags(group, skip_bad=True)
     return add
+
+
+def add_reading_flags(parser: argparse._ActionsContainer, skip_bad: bool = False) -> None:
+    """How images are read, in training and evaluation (decode.Reading).
+
+    Args:
+        skip_bad: whether images may be left out; a data set with a ground truth needs all of its images.
+    """
+    add = group_of(parser, "data").add_argument
+    add("--max_pixels", type=positive_int, default=MAX_PIXELS,
+        help="larger images count as undecodable, against decompression bombs; raise it for very large images")
+    add("--value_range", type=number(float), nargs=2, metavar=("LOW", "HIGH"), action=Range,
+        help="values of black and of white in images of more than 8 bits: give it for float images and for data that "
+             "use a part of 16 bits (docs/data.md); without it, what the files declare, and in evaluation the range "
+             "that the weights were trained with")
+    if skip_bad:
+        add("--skip_bad", default="", metavar="FILE",
+            help="leave out images that can't be decoded and list them, with the reasons, in this file; every image is "
+                 "decoded once more for it. Without it, the first such image is an error")
 
 
 def add_network_flags(parser: argparse._ActionsContainer) -> None:
@@ -225,15 +261,16 @@ def add_network_flags(parser: argparse._ActionsContainer) -> None:
         help="shorter side in pixels of the resized image, before the centre crop; 0: crop size x 256 / 224; set it to "
              "the crop size to keep more of each image")
     add("--crop_size", type=count, default=0,
-        help="side in pixels of the centre crop; 0: the global crop size of the weights' training, else 224; raise it "
-             "if objects are small in the images")
+        help="side in pixels of the centre crop; 0: the image size stored with the weights, in ours the global crop "
+             "size of training, else 224; raise it if objects are small in the images")
     add("--batch_size_per_gpu", type=positive_int, default=128,
         help="images per process and batch; lower it if memory runs out")
 
 
 def add_weights_flags(parser: argparse._ActionsContainer, precision: bool = True) -> None:
     """The network alone, for scripts that resize and crop images in their own way."""
-    add = group_of(parser, "network").add_argument
+    group = group_of(parser, "network")
+    add = group.add_argument
     add("--pretrained_weights", default="",
         help="checkpoint or file of weights; empty: a randomly initialized network, as a baseline")
     add("--checkpoint_key", default="teacher",
@@ -241,9 +278,22 @@ def add_weights_flags(parser: argparse._ActionsContainer, precision: bool = True
     add("--arch", default="vit_small",
         help="architecture, if the weights do not name it; `pixels` compares raw 32 x 32 images, as a baseline")
     add("--patch_size", type=positive_int, default=16, help="patch size of a ViT, if the weights do not name it")
+    add_image_flags(group)
     if precision:
         add("--precision", choices=("fp32", "fp16", "bf16"), default="fp32",
             help="precision of the network; fp16 and bf16 are faster on a GPU, with slightly different features")
+
+
+def add_image_flags(parser: argparse._ActionsContainer) -> None:
+    """Channels and normalization of the network's images (see weights.preprocessing); None: as the weights say."""
+    add = group_of(parser, "network").add_argument
+    add("--mean", type=fraction, nargs="+",
+        help="mean of each channel, of intensities in [0, 1]; without it the one stored with the weights, else "
+             "ImageNet's. Give it if the weights come from code that normalizes in another way")
+    add("--std", type=number(float, 0, 1, above=True), nargs="+",
+        help="standard deviation of each channel; without it as --mean")
+    add("--in_chans", type=positive_int,
+        help="channels of the images, if the weights do not say; without it 3")
 
 
 def add_dense_flags(parser: argparse._ActionsContainer) -> None:

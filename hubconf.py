@@ -2,9 +2,11 @@
 
     model = torch.hub.load("/path/to/this/folder", "dino_vits16", source="local")
     model = torch.hub.load("/path/to/this/folder", "dino_vits16", source="local", weights="output/run/checkpoint.pth")
+    model = torch.hub.load("/path/to/this/folder", "dino", source="local", weights="output/shapes/checkpoint.pth")
 
 Every entry takes `pretrained` (False: random weights), `weights` (a file or URL instead of the published one, in any
-layout that weights/layouts.py knows; a full checkpoint gives its teacher) and the options of the network.
+layout that weights/layouts.py knows; a full checkpoint gives its teacher) and the options of the network; `dino` only
+the last two, and finds the network in the file.
 """
 
 import importlib.machinery as _machinery
@@ -47,6 +49,29 @@ def _load_module(name):
     return module
 
 
+def _described(weights):
+    """Path of a file or URL of weights, and what layouts.describe says of its teacher."""
+    layouts, published = _load_module("weights/layouts"), _load_module("weights/published")
+    vision_transformer, url = _load_module("vision_transformer"), _os.fspath(weights)
+    path = published.fetch(url) if "://" in url else _os.path.expanduser(url)
+    try:
+        loaded = layouts.read(path)
+    except ValueError as error:
+        raise ValueError(f"{error}; remove it to download it again" if "://" in url else str(error)) from error
+    state = layouts.backbone_state(loaded, "teacher", path)
+    ours = (*vision_transformer.VITS, *vision_transformer.XCITS)
+    return path, layouts.describe(layouts.stored_args(loaded), state, ours)
+
+
+def _filled(name, path, model, state):
+    """The model with the tensors of a file; a classifier asked for with `num_classes` may keep its random ones."""
+    layouts, own = _load_module("weights/layouts"), model.state_dict()
+    if problems := layouts.misfit(own, state, optional=("head.weight", "head.bias")):
+        raise ValueError(f"{name}: {path} does not hold this network's weights: {problems}; give another file")
+    model.load_state_dict({k: v for k, v in state.items() if k in own}, strict=False)
+    return model
+
+
 def _make(name, pretrained, weights, kwargs):
     vision_transformer, published = _load_module("vision_transformer"), _load_module("weights/published")
     network = published.PUBLISHED[name]
@@ -54,25 +79,28 @@ def _make(name, pretrained, weights, kwargs):
         weights = None
     if not pretrained and not weights:
         return vision_transformer.build_backbone(network.arch, network.patch_size, **network.options | kwargs)[0]
-    url = _os.fspath(weights or network.url)
-    path = published.fetch(url) if "://" in url else _os.path.expanduser(url)
-    layouts = _load_module("weights/layouts")
-    try:
-        loaded = layouts.read(path)
-    except ValueError as error:
-        raise ValueError(f"{error}; remove it to download it again" if "://" in url else str(error)) from error
-    recognized = layouts.recognize(layouts.backbone_state(loaded, "teacher", path))
-    if recognized.arch not in (None, network.arch, vision_transformer.XCITS.get(network.arch)):
-        raise ValueError(f"{name}: {path} holds the weights of a {recognized.arch}, not of a {network.arch}")
-    options = {k: v for k, v in recognized.options.items() if k != "patch_size"}
-    options = {**network.options, **options, **layouts.stored_options(layouts.stored_args(loaded))}
+    path, described = _described(weights or network.url)
+    aliases = (None, network.arch, network.arch.replace("vit_", "deit_"), vision_transformer.XCITS.get(network.arch))
+    if described.arch not in aliases:
+        raise ValueError(f"{name}: {path} holds the weights of a {described.arch}, not of a {network.arch}")
+    options = network.options | {k: v for k, v in described.options.items() if k != "patch_size"}
     model, _ = vision_transformer.build_backbone(network.arch, network.patch_size, **options | kwargs)
-    # A classifier requested with `num_classes` keeps its random weights if the file has none.
-    if problems := layouts.misfit(model.state_dict(), recognized.state, optional=("head.weight", "head.bias")):
-        raise ValueError(f"{name}: {path} does not hold this network's weights: {problems}; give another file")
-    own = model.state_dict()
-    model.load_state_dict({k: v for k, v in recognized.state.items() if k in own}, strict=False)
-    return model
+    return _filled(name, path, model, described.state)
+
+
+def dino(weights, **kwargs):
+    """The backbone in any file of weights of this project, or in any layout of weights/layouts.py.
+
+    Architecture, patch size, channels and the rest are read from the file; `arch` and `patch_size` name them for
+    networks that it does not tell. Mean and std for the images: `weights.load_backbone` in this folder returns them.
+    """
+    path, described = _described(weights)
+    arch = described.arch or kwargs.get("arch")
+    if arch is None:
+        raise ValueError(f"dino: {path} does not tell its network; give arch=..., a name of timm or torchvision")
+    options = described.options | {k: v for k, v in kwargs.items() if k != "arch"}
+    model, _ = _load_module("vision_transformer").build_backbone(arch, **options)
+    return _filled("dino", path, model, described.state)
 
 
 def dino_vits16(pretrained=True, weights=None, **kwargs):
@@ -121,40 +149,40 @@ def dino_resnet50(pretrained=True, weights=None, **kwargs):
 
 
 def dinov2_vits14(pretrained=True, weights=None, **kwargs):
-    """ViT-S/14, (B, 3, height, width) -> (B, 384). ImageNet-1k: 20-NN 79.0 %, linear 81.1 %."""
+    """ViT-S/14, (B, 3, height, width) -> (B, 384). ImageNet-1k: k-NN 79.0 %, linear 81.1 %."""
     return _make("dinov2_vits14", pretrained, weights, kwargs)
 
 
 def dinov2_vitb14(pretrained=True, weights=None, **kwargs):
-    """ViT-B/14, (B, 3, height, width) -> (B, 768). ImageNet-1k: 20-NN 82.1 %, linear 84.5 %."""
+    """ViT-B/14, (B, 3, height, width) -> (B, 768). ImageNet-1k: k-NN 82.1 %, linear 84.5 %."""
     return _make("dinov2_vitb14", pretrained, weights, kwargs)
 
 
 def dinov2_vitl14(pretrained=True, weights=None, **kwargs):
-    """ViT-L/14, (B, 3, height, width) -> (B, 1024). ImageNet-1k: 20-NN 83.5 %, linear 86.3 %."""
+    """ViT-L/14, (B, 3, height, width) -> (B, 1024). ImageNet-1k: k-NN 83.5 %, linear 86.3 %."""
     return _make("dinov2_vitl14", pretrained, weights, kwargs)
 
 
 def dinov2_vitg14(pretrained=True, weights=None, **kwargs):
-    """ViT-g/14, (B, 3, height, width) -> (B, 1536). ImageNet-1k: 20-NN 83.5 %, linear 86.5 %."""
+    """ViT-g/14, (B, 3, height, width) -> (B, 1536). ImageNet-1k: k-NN 83.5 %, linear 86.5 %."""
     return _make("dinov2_vitg14", pretrained, weights, kwargs)
 
 
 def dinov2_vits14_reg(pretrained=True, weights=None, **kwargs):
-    """ViT-S/14 with 4 registers, (B, 3, height, width) -> (B, 384). ImageNet-1k: 20-NN 79.1 %, linear 80.9 %."""
+    """ViT-S/14 with 4 registers, (B, 3, height, width) -> (B, 384). ImageNet-1k: k-NN 79.1 %, linear 80.9 %."""
     return _make("dinov2_vits14_reg", pretrained, weights, kwargs)
 
 
 def dinov2_vitb14_reg(pretrained=True, weights=None, **kwargs):
-    """ViT-B/14 with 4 registers, (B, 3, height, width) -> (B, 768). ImageNet-1k: 20-NN 82.0 %, linear 84.6 %."""
+    """ViT-B/14 with 4 registers, (B, 3, height, width) -> (B, 768). ImageNet-1k: k-NN 82.0 %, linear 84.6 %."""
     return _make("dinov2_vitb14_reg", pretrained, weights, kwargs)
 
 
 def dinov2_vitl14_reg(pretrained=True, weights=None, **kwargs):
-    """ViT-L/14 with 4 registers, (B, 3, height, width) -> (B, 1024). ImageNet-1k: 20-NN 83.8 %, linear 86.7 %."""
+    """ViT-L/14 with 4 registers, (B, 3, height, width) -> (B, 1024). ImageNet-1k: k-NN 83.8 %, linear 86.7 %."""
     return _make("dinov2_vitl14_reg", pretrained, weights, kwargs)
 
 
 def dinov2_vitg14_reg(pretrained=True, weights=None, **kwargs):
-    """ViT-g/14 with 4 registers, (B, 3, height, width) -> (B, 1536). ImageNet-1k: 20-NN 83.7 %, linear 87.1 %."""
+    """ViT-g/14 with 4 registers, (B, 3, height, width) -> (B, 1536). ImageNet-1k: k-NN 83.7 %, linear 87.1 %."""
     return _make("dinov2_vitg14_reg", pretrained, weights, kwargs)

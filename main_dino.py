@@ -23,6 +23,7 @@ import parallel
 import utils
 from imagesets import loaders
 from imagesets.bad_images import BadImages
+from imagesets.decode import Reading
 from imagesets.sources import Images, open_images
 from pretraining import faults, monitor, networks, options, session
 from pretraining.evaluation import KnnEvaluation, open_evaluation
@@ -38,6 +39,7 @@ from pretraining.state import Run, plain_settings, seed_everything
 from utils import DataAugmentationDINO, DINOLoss  # noqa: F401
 from vision_transformer import DINOHead
 from weights import checkpoints
+from weights.backbones import supported_drop_path_rate
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -54,8 +56,9 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="keep the norm of the prototypes at 1, which stabilizes training; false can give better features with "
              "ViT-S and long runs")
     add("--use_bn_in_head", type=flags.boolean, default=False, help="batch norm in the projection head")
-    add("--drop_path_rate", type=flags.number(float, 0, 0.99), default=0.1, help="stochastic depth of the student")
-    add("--init_from", default="", help="start from the weights in this file; it is not a resume")
+    add("--drop_path_rate", type=flags.number(float, 0, 0.99), default=flags.Default(0.1),
+        help="stochastic depth of the student; the default is 0 for networks without it")
+    options.add_init_flags(add)
 
     add = parser.add_argument_group("teacher").add_argument
     add("--momentum_teacher", type=flags.fraction, default=0.996,
@@ -104,9 +107,17 @@ def check_args(args: argparse.Namespace) -> None:
     options.check_hardware(args.parallel, args.precision, args.use_fp16, args.compile, args.grad_accum_steps)
     options.check_packages(tensorboard=args.tensorboard, wandb=args.wandb)
     options.check_files(init_from=args.init_from)
+    options.check_init(args.init_from, args.init_in_chans)
 
 
 # ---- Setting up ----
+
+
+def with_supported_rate(args: argparse.Namespace) -> argparse.Namespace:
+    """A copy of the flags, in which --drop_path_rate is one that the network supports."""
+    rate = supported_drop_path_rate(args.arch, float(args.drop_path_rate), args.in_chans,
+                                    isinstance(args.drop_path_rate, flags.Default))
+    return argparse.Namespace(**vars(args) | {"drop_path_rate": rate})
 
 
 def make_plan(args: argparse.Namespace, n_images: int) -> Plan:
@@ -133,7 +144,7 @@ def make_networks(args: argparse.Namespace) -> tuple[utils.MultiCropWrapper, uti
         head = DINOHead(width, args.out_dim, args.use_bn_in_head, args.norm_last_layer)
         return utils.MultiCropWrapper(backbone, head)
 
-    return networks.pair(build, args.drop_path_rate, args.init_from)
+    return networks.pair(build, args.drop_path_rate, args.init_from, args.init_in_chans)
 
 
 def make_loss(args: argparse.Namespace, epochs: int) -> utils.DINOLoss:
@@ -147,12 +158,16 @@ def make_augmentation(args: argparse.Namespace) -> utils.DataAugmentationDINO:
         args.local_crops_size, args.mean, args.std, bool(args.compile))
 
 
+def reading_of(args: argparse.Namespace) -> Reading:
+    return Reading(args.in_chans, args.max_pixels, args.value_range)
+
+
 def make_evaluation(args: argparse.Namespace, device: torch.device) -> KnnEvaluation | None:
     if not args.eval_knn_every:
         return None
     path, flag = (args.eval_data_path, "--eval_data_path") if args.eval_data_path else (args.data_path, "--data_path")
-    return open_evaluation(path, flag, args.global_crops_size, args.mean, args.std, args.in_chans,
-                           4 * args.batch_size_per_gpu, args.num_workers, device, args.max_pixels)
+    return open_evaluation(path, flag, reading_of(args), args.global_crops_size, args.mean, args.std,
+                           4 * args.batch_size_per_gpu, args.num_workers, device)
 
 
 def make_run(args: argparse.Namespace, plan: Plan, n_images: int, device: torch.device) -> Run:
@@ -162,6 +177,8 @@ def make_run(args: argparse.Namespace, plan: Plan, n_images: int, device: torch.
     sizes = {"global_crops_size": args.global_crops_size} | (
         {"local_crops_size": args.local_crops_size} if args.local_crops_number else {})
     networks.check_crop_sizes(student.backbone, args.arch, args.in_chans, **sizes)
+    networks.check_batch_norm(student.backbone, args.arch, args.in_chans, args.batch_size_per_gpu,
+                              args.global_crops_size, args.local_crops_size, args.local_crops_number, device)
     student, teacher = networks.on_device(student, device), networks.on_device(teacher, device)
     if args.grad_checkpointing:
         networks.checkpoint_gradients(student.backbone, args.grad_checkpointing, args.arch)
@@ -198,9 +215,10 @@ def pretrain(args: argparse.Namespace) -> int:
     """Set up, resume if there is something to resume, train. Returns the exit code."""
     check_args(args)
     device = parallel.start(args.device, args.dist_url, args.dist_timeout)
+    args = with_supported_rate(args)
     torch.backends.cudnn.benchmark = True  # crops have fixed sizes: convolutions are chosen by trial, once
     with session.memory_refused():
-        images = open_images(args.data_path, None, args.in_chans, args.max_pixels)
+        images = open_images(args.data_path, None, **reading_of(args).decoding())
         ends = Ends(images, make_evaluation(args, device), args.eval_knn_every, args.saveckp_freq, args.pictures_every,
                     args.global_crops_size, args.mean, args.std)
         plan = make_plan(args, len(images))
@@ -292,7 +310,7 @@ def make_loader(
 
 def replay_step(args: argparse.Namespace) -> None:
     def build(settings: Mapping, plan: Mapping) -> Method:
-        stored = argparse.Namespace(**settings | {"init_from": "", "compile": None})
+        stored = argparse.Namespace(**settings | {"init_from": "", "init_in_chans": "", "compile": None})
         (student, teacher), dino_loss = make_networks(stored), make_loss(stored, plan["epochs"])
 
         def losses(crops: list[Tensor], batch: Mapping, step: int) -> tuple[Tensor, dict]:

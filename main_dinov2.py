@@ -3,10 +3,9 @@
     python main_dinov2.py @presets/dinov2_shapes.txt --output_dir output/shapes2
     torchrun --nproc_per_node=8 main_dinov2.py --arch vit_small --data_path /path/to/images --output_dir output/run
 
-A step is method/dinov2.py; defaults are those of the published short recipe (ViT-L/16, 2,048 images per step), except
-for the architecture. In brackets: the key of the published YAML files, where it has another name.
-
-Shapes: B images per process and micro-batch, L local crops, K prototypes for class tokens and K' for patches.
+The loss is method/dinov2.py; docs/dinov2.md has the recipes. The defaults are those of the published short recipe
+(ViT-L/16, 2,048 images per step), except for the architecture. Brackets in the help give the key of the published YAML
+files where it has another name.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -26,6 +26,7 @@ import parallel
 import utils
 from imagesets import loaders
 from imagesets.bad_images import BadImages
+from imagesets.decode import Reading
 from imagesets.sources import Images, open_images
 from method import dinov2, masking
 from method.dinov2 import BackboneAndHeads, DINOv2Loss
@@ -46,6 +47,10 @@ from weights import checkpoints
 
 # Probabilities of blur: first global crop, second, local crops.
 BLUR = {"trained": (0.0, 0.9, 0.5), "written": (1.0, 0.1, 0.5)}
+# Warm-ups and frozen parts, as shares of the run, above which a run is warned.
+LONGEST = {"warmup_epochs": 0.2, "warmup_teacher_temp_epochs": 0.3, "freeze_last_layer": 0.2,
+           "freeze_backbone_epochs": 0.2}
+# Flags to try when all outputs are uniform, and when one prototype is used.
 UNIFORM = "a lower --teacher_temp and --warmup_teacher_temp, --centering sinkhorn_knopp, or half the --lr"
 ONE = ("a higher --teacher_temp, half the --lr, --drop_path_rate 0.1, --adamw_beta2 0.99, or a longer "
        "--freeze_last_layer")
@@ -62,19 +67,20 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--ffn_layer", choices=tuple(FFN_LAYERS), default="",
         help="mlp, or swiglu as in the published long recipes; default: the architecture's")
     add("--num_register_tokens", type=flags.count, default=0,
-        help="tokens without position that take up what else would be stored in patch tokens; published: 0 or 4")
+        help="additional tokens, which keep global information out of the patch tokens; published: 0 or 4")
     add("--layerscale", type=flags.non_negative, default=1e-5,
-        help="initial factor of each residual branch; 0: no LayerScale [student.layerscale]")
+        help="initial factor of each residual branch; 0: no LayerScale")
     add("--drop_path_rate", type=flags.number(float, 0, 0.99), default=0.3,
-        help="stochastic depth of the student, computed on a part of the batch; use 0.1 or less for small networks and "
+        help="share of the images for which a block of the student is skipped; use 0.1 or less for small networks and "
              "unstable runs")
     add("--drop_path_uniform", type=flags.boolean, default=True,
         help="the same rate in all blocks; false: increasing from 0")
     add("--interpolate_antialias", type=flags.boolean, default=False,
-        help="of position embeddings; give true and --interpolate_offset 0 to continue from published weights with "
-             "registers")
-    add("--interpolate_offset", type=flags.non_negative, default=0.1, help="see --interpolate_antialias")
-    add("--init_from", default="", help="start from the weights in this file; it is not a resume")
+        help="interpolate position embeddings with antialiasing; give true and --interpolate_offset 0 to continue from "
+             "published weights with registers")
+    add("--interpolate_offset", type=flags.non_negative, default=0.1,
+        help="patches added to the size in the scale factor of that interpolation; 0: none")
+    options.add_init_flags(add)
     add("--init_heads", action="store_true",
         help="take the heads from --init_from too, a checkpoint of this script or a published teacher_checkpoint.pth")
 
@@ -85,40 +91,43 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--head_hidden_dim", type=flags.positive_int, default=2048, help="width of the hidden layers")
     add("--head_nlayers", type=flags.positive_int, default=3, help="layers before the prototypes")
     add("--ibot_separate_head", type=flags.boolean, default=False,
-        help="a head of their own for patch tokens, as in the long recipes; false: one head for both")
+        help="a separate head for patch tokens, as in the long recipes; false: one head for both [ibot.separate_head]")
     add("--ibot_out_dim", type=flags.count, default=0,
-        help="K', its number of prototypes; 0: as --out_dim [ibot.head_n_prototypes]")
-    add("--ibot_head_bottleneck_dim", type=flags.positive_int, default=256, help="its width before the prototypes")
-    add("--ibot_head_hidden_dim", type=flags.positive_int, default=2048, help="its width of the hidden layers")
-    add("--ibot_head_nlayers", type=flags.positive_int, default=3, help="its layers before the prototypes")
+        help="K', the number of prototypes of the separate head; 0: as --out_dim [ibot.head_n_prototypes]")
+    add("--ibot_head_bottleneck_dim", type=flags.positive_int, default=256,
+        help="as --head_bottleneck_dim, of the separate head")
+    add("--ibot_head_hidden_dim", type=flags.positive_int, default=2048,
+        help="as --head_hidden_dim, of the separate head")
+    add("--ibot_head_nlayers", type=flags.positive_int, default=3, help="as --head_nlayers, of the separate head")
 
     add = parser.add_argument_group("losses").add_argument
     add("--centering", choices=("centering", "sinkhorn_knopp"), default="centering",
-        help="how the teacher's scores become targets; sinkhorn_knopp, which uses all prototypes equally, in the long "
-             "recipes and for small batches [train.centering]")
+        help="how the teacher's scores become targets: a running mean is subtracted (centering), or Sinkhorn-Knopp, "
+             "which uses all prototypes equally, as in the long recipes")
     add("--dino_loss_weight", type=flags.non_negative, default=1.0, help="factor of the loss on class tokens")
     add("--ibot_loss_weight", type=flags.non_negative, default=1.0,
-        help="factor of the loss on masked patches; raise it for dense tasks")
+        help="factor of the loss on masked patches, which improves patch tokens")
     add("--koleo_loss_weight", type=flags.non_negative, default=0.1,
         help="factor of the term that spreads the features of different images; lower it if it outweighs the others")
     add("--koleo_all_processes", action="store_true",
         help="look for the nearest neighbours among the images of all processes, for few images per process")
     add("--mask_ratio", type=flags.fraction, nargs=2, default=(0.1, 0.5), metavar=("LOW", "HIGH"),
-        help="share of masked patches of a masked crop [ibot.mask_ratio_min_max]")
+        help="lowest and highest share of patches that are masked in a masked crop [ibot.mask_ratio_min_max]")
     add("--mask_probability", type=flags.fraction, default=0.5,
         help="share of the global crops that are masked [ibot.mask_sample_probability]")
 
     add = parser.add_argument_group("teacher").add_argument
     add("--momentum_teacher", type=flags.fraction, default=0.992,
-        help="of the teacher's moving average; rises to 1 over the run; use a higher value with small batches")
+        help="momentum of the teacher's moving average at the start; rises to 1; use a higher value with small batches")
     add("--warmup_teacher_temp", type=flags.positive, default=0.04, help="teacher temperature at the start")
     add("--teacher_temp", type=flags.positive, default=0.07, help="teacher temperature after the warm-up")
     add("--warmup_teacher_temp_epochs", type=flags.non_negative, default=30, help="epochs of the temperature's warm-up")
     add("--distill_from", default="",
-        help="train on the targets of the frozen network and heads in this checkpoint, instead of those of the moving "
-             "average, which becomes the result only; no masks, and give --drop_path_rate 0")
+        help="distillation: the targets are those of the frozen network and heads in this checkpoint; the teacher, the "
+             "student's moving average, is only the result; the student's crops are not masked; give --drop_path_rate "
+             "0")
     add("--ibot_tokens", choices=("all", "masked"), default="all",
-        help="with --distill_from: patches on which the loss is taken; masked: where the masks would be")
+        help="with --distill_from: patches in the iBOT loss; masked: those that would be masked otherwise")
 
     add = parser.add_argument_group("optimization").add_argument
     add("--lr", type=flags.positive, default=0.004,
@@ -129,11 +138,13 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--weight_decay", type=flags.non_negative, default=0.04, help="weight decay at the start")
     add("--weight_decay_end", type=flags.non_negative, default=0.4, help="weight decay at the end of its cosine")
     add("--layer_decay", type=flags.number(float, 0, 1, above=True), default=0.9,
-        help="factor of the learning rate from each block to the one before it; 1 in the long recipes "
+        help="learning rate of a block as a fraction of the next one's; 1, as in the long recipes: all the same "
              "[optim.layerwise_decay]")
-    add("--patch_embed_lr_mult", type=flags.non_negative, default=0.2, help="factor of the patch embedding's rate")
-    add("--adamw_beta1", type=flags.fraction, default=0.9, help="of AdamW")
-    add("--adamw_beta2", type=flags.fraction, default=0.999, help="of AdamW; 0.99 for unstable runs")
+    add("--patch_embed_lr_mult", type=flags.non_negative, default=0.2,
+        help="factor of the patch embedding's learning rate")
+    add("--adamw_beta1", type=flags.fraction, default=0.9, help="decay of AdamW's first moments")
+    add("--adamw_beta2", type=flags.fraction, default=0.999,
+        help="decay of AdamW's second moments; use 0.99 for unstable runs")
     add("--clip_grad", type=flags.non_negative, default=3.0,
         help="largest gradient norm of the backbone and of each head; 0 turns clipping off")
     add("--freeze_last_layer", type=flags.non_negative, default=1,
@@ -142,13 +153,14 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="epochs in which the backbone has learning rate 0, to train new heads on --init_from first")
     options.add_length_flags(add)
     add("--epoch_steps", type=flags.count, default=0,
-        help="steps that count as one of the epochs above; 0: a pass over the images. The published recipes count "
-             "1250 whatever the data [train.OFFICIAL_EPOCH_LENGTH]")
+        help="steps that count as one epoch of the flags above, warm-ups and freezing included; 0: a pass over the "
+             "images. Published recipes count 1250, whatever the data [train.OFFICIAL_EPOCH_LENGTH]. Flags of "
+             "evaluation and checkpoints always count passes")
 
     add = options.add_crop_flags(parser, global_scale=(0.32, 1.0), local_scale=(0.05, 0.32))
     add("--blur", choices=tuple(BLUR), default="trained",
-        help="probability of blur: 0, 0.9 and 0.5 (first and second global crop, local crops) as the published weights "
-             "were trained, or 1, 0.1 and 0.5 as in DINO, which the published code was meant to do")
+        help="probability of blur of the first and second global crop and of local crops; trained: 0, 0.9 and 0.5, as "
+             "the published weights were trained; written: 1, 0.1 and 0.5, as in DINO and as the published code means")
     options.add_data_flags(parser)
     options.add_output_flags(parser)
     options.add_hardware_flags(parser)
@@ -174,6 +186,7 @@ def check_args(args: argparse.Namespace) -> None:
                       "graphs do not allow; give --compile default")
     options.check_packages(tensorboard=args.tensorboard, wandb=args.wandb)
     options.check_files(init_from=args.init_from, distill_from=args.distill_from)
+    options.check_init(args.init_from, args.init_in_chans)
     if args.init_heads and not args.init_from:
         raise Refused("--init_heads: give the checkpoint that has the heads as --init_from")
     if not args.ibot_separate_head and args.ibot_out_dim not in (0, args.out_dim):
@@ -198,8 +211,8 @@ def make_plan(args: argparse.Namespace, n_images: int) -> Plan:
     peak = args.lr * math.sqrt(images_per_step(args) / 1024)
     lr = utils.cosine_scheduler(peak, args.min_lr, epochs, unit, warmup_epochs=args.warmup_epochs)
 
-    def frozen(n_epochs: float) -> Tensor:
-        return lr * (torch.arange(len(lr)).numpy() >= round(n_epochs * unit))
+    def frozen(n_epochs: float) -> np.ndarray:
+        return lr * (np.arange(len(lr)) >= round(n_epochs * unit))
 
     return Plan(
         per_epoch, steps, lr=lr,
@@ -207,14 +220,14 @@ def make_plan(args: argparse.Namespace, n_images: int) -> Plan:
         momentum=utils.cosine_scheduler(args.momentum_teacher, 1.0, epochs, unit),
         teacher_temp=utils.cosine_scheduler(args.teacher_temp, args.teacher_temp, epochs, unit,
                                             args.warmup_teacher_temp_epochs, args.warmup_teacher_temp),
-        last_layer_lr=frozen(max(args.freeze_last_layer, 0)), backbone_lr=frozen(args.freeze_backbone_epochs))
+        last_layer_lr=frozen(args.freeze_last_layer), backbone_lr=frozen(args.freeze_backbone_epochs))
 
 
 def make_network(args: argparse.Namespace, drop_path_rate: float = 0.0) -> BackboneAndHeads:
     backbone, width = make_backbone(args, drop_path_rate)
     dino_head = DINOHead(width, args.out_dim, False, False, args.head_nlayers, args.head_hidden_dim,
                          args.head_bottleneck_dim)
-    ibot_head = DINOHead(width, args.ibot_out_dim or args.out_dim, False, False, args.ibot_head_nlayers,
+    ibot_head = DINOHead(width, patch_prototypes(args), False, False, args.ibot_head_nlayers,
                          args.ibot_head_hidden_dim, args.ibot_head_bottleneck_dim)
     return BackboneAndHeads(backbone, dino_head, ibot_head if args.ibot_separate_head else None)
 
@@ -229,7 +242,8 @@ def make_backbone(args: argparse.Namespace, drop_path_rate: float = 0.0) -> tupl
 
 
 def make_networks(args: argparse.Namespace) -> tuple[BackboneAndHeads, BackboneAndHeads]:
-    student, teacher = networks.pair(partial(make_network, args), args.drop_path_rate, args.init_from)
+    student, teacher = networks.pair(partial(make_network, args), args.drop_path_rate, args.init_from,
+                                     args.init_in_chans)
     if args.init_heads:
         networks.fill(student, networks.read_heads(args.init_from, "--init_from")[1], args.init_from, "--init_heads",
                       heads_only=True)
@@ -240,11 +254,20 @@ def make_networks(args: argparse.Namespace) -> tuple[BackboneAndHeads, BackboneA
 
 
 def make_loss(args: argparse.Namespace) -> DINOv2Loss:
-    ibot_out_dim = args.ibot_out_dim if args.ibot_separate_head and args.ibot_out_dim else args.out_dim
     return DINOv2Loss(
-        args.out_dim, ibot_out_dim, args.centering, args.dino_loss_weight, args.ibot_loss_weight,
-        args.koleo_loss_weight, args.koleo_all_processes, hide=not args.distill_from,
-        all_patches=bool(args.distill_from) and args.ibot_tokens == "all")
+        args.out_dim, patch_prototypes(args), args.centering, args.dino_loss_weight, args.ibot_loss_weight,
+        args.koleo_loss_weight, args.koleo_all_processes, mask_student=not args.distill_from,
+        all_patches=all_patches(args))
+
+
+def patch_prototypes(args: argparse.Namespace) -> int:
+    """K', the number of prototypes for patches."""
+    return args.ibot_out_dim if args.ibot_separate_head and args.ibot_out_dim else args.out_dim
+
+
+def all_patches(args: argparse.Namespace) -> bool:
+    """Whether the iBOT loss is taken on all patches of the global crops, not on the masked ones."""
+    return bool(args.distill_from) and args.ibot_tokens == "all"
 
 
 def make_augmentation(args: argparse.Namespace) -> utils.DataAugmentationDINO:
@@ -253,12 +276,16 @@ def make_augmentation(args: argparse.Namespace) -> utils.DataAugmentationDINO:
         args.local_crops_size, args.mean, args.std, bool(args.compile), BLUR[args.blur])
 
 
+def reading_of(args: argparse.Namespace) -> Reading:
+    return Reading(args.in_chans, args.max_pixels, args.value_range)
+
+
 def make_evaluation(args: argparse.Namespace, device: torch.device) -> KnnEvaluation | None:
     if not args.eval_knn_every:
         return None
     path, flag = (args.eval_data_path, "--eval_data_path") if args.eval_data_path else (args.data_path, "--data_path")
-    return open_evaluation(path, flag, args.global_crops_size, args.mean, args.std, args.in_chans,
-                           4 * args.batch_size_per_gpu, args.num_workers, device, args.max_pixels)
+    return open_evaluation(path, flag, reading_of(args), args.global_crops_size, args.mean, args.std,
+                           4 * args.batch_size_per_gpu, args.num_workers, device)
 
 
 def make_run(args: argparse.Namespace, plan: Plan, n_images: int, device: torch.device) -> Run:
@@ -290,8 +317,9 @@ def make_teacher(args: argparse.Namespace, run: Run) -> nn.Module:
         if theirs != ours:
             raise Refused(f"--distill_from {args.distill_from}: it has --{name} {theirs}, and the student {ours}; give "
                           f"--{name} {theirs}")
-    if args.ibot_separate_head and (stored.ibot_out_dim or stored.out_dim) != (args.ibot_out_dim or args.out_dim):
-        raise Refused(f"--distill_from {args.distill_from}: it has --ibot_out_dim {stored.ibot_out_dim}; give the same")
+    if patch_prototypes(stored) != patch_prototypes(args):
+        raise Refused(f"--distill_from {args.distill_from}: it has {patch_prototypes(stored)} prototypes for patches, "
+                      f"and the student {patch_prototypes(args)}; give --ibot_out_dim {patch_prototypes(stored)}")
     teacher = teacher.to(run.device)
     if run.make_backbone:
         sharding.shard(teacher, run.device)
@@ -317,17 +345,26 @@ def describe(args: argparse.Namespace, run: Run, plan: Plan, n_images: int) -> s
         f"2 x {args.global_crops_size} + {args.local_crops_number} x {args.local_crops_size} pixels")
     lines.append(memory.estimate(
         run.student, args.batch_size_per_gpu, args.global_crops_size, args.local_crops_size, args.local_crops_number,
-        args.mask_probability * sum(args.mask_ratio) / 2, run.dtype, args.grad_checkpointing, bool(run.make_backbone)))
+        1.0 if all_patches(args) else args.mask_probability * sum(args.mask_ratio) / 2, run.dtype,
+        args.grad_checkpointing, bool(run.make_backbone)))
     lines.append(f"loss of an untrained student: {losses_at_start(args)['dino']:.2f} on class tokens, "
-                 f"{losses_at_start(args)['ibot']:.2f} on patches; progress lines show what is left of each")
-    unit = args.epoch_steps or plan.steps_per_epoch
-    for name in ("warmup_epochs", "warmup_teacher_temp_epochs", "freeze_last_layer", "freeze_backbone_epochs"):
-        if (share := getattr(args, name) * unit / plan.steps) > 0.2:
+                 f"{losses_at_start(args)['ibot']:.2f} on patches; progress lines show how much of each is left")
+    lines += long_warmups(args, plan)
+    compared = args.batch_size_per_gpu * (parallel.world_size() if args.koleo_all_processes else 1)
+    if args.koleo_loss_weight and compared < 2:
+        lines.append("KoLeo is left out: with --batch_size_per_gpu 1 an image has no neighbour; raise it, or give "
+                     "--koleo_all_processes with several processes")
+    return "\n".join(lines)
+
+
+def long_warmups(args: argparse.Namespace, plan: Plan) -> list[str]:
+    """A warning for each warm-up and frozen part that is a larger share of the run than in any published recipe."""
+    unit, lines = args.epoch_steps or plan.steps_per_epoch, []
+    for name, most in LONGEST.items():
+        if (share := getattr(args, name) * unit / plan.steps) > most:
             lines.append(f"WARNING: --{name} {getattr(args, name):g} is {share:.0%} of the run; lower it, unless you "
                          "mean it")
-    if args.koleo_loss_weight and args.batch_size_per_gpu < 2 and not args.koleo_all_processes:
-        lines.append("KoLeo is left out: with --batch_size_per_gpu 1 an image has no neighbour; --koleo_all_processes")
-    return "\n".join(lines)
+    return lines
 
 
 def images_per_step(args: argparse.Namespace) -> int:
@@ -335,11 +372,10 @@ def images_per_step(args: argparse.Namespace) -> int:
 
 
 def losses_at_start(args: argparse.Namespace) -> dict[str, float]:
-    """Terms of the loss for a student whose output is uniform: weight x ln K, for ibot x share of crops with a mask."""
-    loss_on_all = bool(args.distill_from) and args.ibot_tokens == "all"
-    k_patches = args.ibot_out_dim if args.ibot_separate_head and args.ibot_out_dim else args.out_dim
+    """Terms of the loss for a student whose output is uniform: weight x ln K, for ibot x share of crops in it."""
+    crops = 1.0 if all_patches(args) else args.mask_probability
     return {"dino": args.dino_loss_weight * math.log(args.out_dim),
-            "ibot": args.ibot_loss_weight * math.log(k_patches) * (1 if loss_on_all else args.mask_probability)}
+            "ibot": args.ibot_loss_weight * math.log(patch_prototypes(args)) * crops}
 
 
 def pretrain(args: argparse.Namespace) -> int:
@@ -347,7 +383,7 @@ def pretrain(args: argparse.Namespace) -> int:
     check_args(args)
     device = parallel.start(args.device, args.dist_url, args.dist_timeout)
     with session.memory_refused():
-        images = open_images(args.data_path, None, args.in_chans, args.max_pixels)
+        images = open_images(args.data_path, None, **reading_of(args).decoding())
         ends = Ends(images, make_evaluation(args, device), args.eval_knn_every, args.saveckp_freq, args.pictures_every,
                     args.global_crops_size, args.mean, args.std)
         plan = make_plan(args, len(images))
@@ -404,7 +440,7 @@ def train(args: argparse.Namespace, run: Run, teacher: nn.Module, plan: Plan, en
             run.meters.update(**extra)
             window.update(**extra)
             means = window.means()
-            monitor.log_step(log, plan, step, means, "of ln K:", warning(means, run.dino_loss), images_per_step(args),
+            monitor.log_step(log, plan, step, means, "", warning(means, run.dino_loss), images_per_step(args),
                              *clock.read())
             window.reset()
         run.dino_loss.update_centers(parts)
@@ -455,7 +491,8 @@ def make_loader(
 
 def replay_step(args: argparse.Namespace) -> None:
     def build(settings: Mapping, about: Mapping) -> Method:
-        stored = argparse.Namespace(**settings | {"init_from": "", "init_heads": False, "compile": None})
+        stored = argparse.Namespace(**settings | {"init_from": "", "init_in_chans": "", "init_heads": False,
+                                               "compile": None})
         student, average = make_networks(stored)
         objective, device = make_loss(stored), parallel.pick_device(args.device)
         teacher = read_teacher(stored.distill_from)[0].to(device) if stored.distill_from else average

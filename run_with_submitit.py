@@ -26,6 +26,7 @@ import parallel
 from imagesets.sources import open_images
 from parallel import Refused
 from pretraining.faults import TO_BE_CONTINUED
+from weights.backbones import supported_drop_path_rate
 
 SCRIPTS = {"main_dino.py": main_dino, "main_dinov2.py": main_dinov2}
 
@@ -178,7 +179,9 @@ def check(args: argparse.Namespace) -> None:
     """
     script = SCRIPTS[args.script]
     script.check_args(args)
-    script.make_networks(args)
+    rate = supported_drop_path_rate(args.arch, float(args.drop_path_rate), args.in_chans,
+                                    isinstance(args.drop_path_rate, flags.Default))
+    script.make_networks(argparse.Namespace(**vars(args) | {"drop_path_rate": rate}))
     if args.device != "auto" and parallel.named_device(args.device).index is not None and args.ngpus > 1:
         raise Refused(f"--device {args.device}: --ngpus {args.ngpus} processes would share that GPU; use cuda")
     if args.replay:

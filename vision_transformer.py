@@ -853,7 +853,17 @@ def _build_timm(arch: str, drop_path_rate: float, in_chans: int, **kwargs) -> tu
             model = timm.create_model(name, **options)
         except TypeError as error:
             raise ValueError(f"--arch {arch}: {error}; leave the option out for this network") from error
+    if name.startswith("xcit_"):
+        model.register_load_state_dict_pre_hook(take_published_xcit)
     return model, getattr(model, "head_hidden_size", None) or model.num_features
+
+
+def take_published_xcit(model: nn.Module, state: dict[str, Tensor], prefix: str, *_) -> None:
+    """Before `load_state_dict`: tensors under the published XCiT names get timm's, in place."""
+    from timm.models.xcit import checkpoint_filter_fn
+
+    own = {name.removeprefix(prefix): state.pop(name) for name in list(state) if name.startswith(prefix)}
+    state.update({prefix + name: value for name, value in checkpoint_filter_fn(own, model).items()})
 
 
 def near_names(arch: str) -> str:

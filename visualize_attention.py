@@ -13,7 +13,7 @@ import sys
 
 import flags
 import parallel
-from imagesets import sources
+from imagesets import checking
 from parallel import Refused
 from protocols import attention, attention_video, dense, features
 
@@ -22,8 +22,10 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = flags.Parser("Draw what a Vision Transformer attends to, on an image, a set of images or a video.")
     flags.add_weights_flags(parser, precision=False)
     parser.set_defaults(patch_size=8)  # smaller patches give finer maps
-    add = parser.add_argument_group(
-        "data", "At most one of --image_path, --images and --video; without them, a drawn image.").add_argument
+    data = parser.add_argument_group(
+        "data", "At most one of --image_path, --images and --video; without them, a drawn image.")
+    flags.add_reading_flags(data, skip_bad=True)
+    add = data.add_argument
     add("--image_path", help="one image")
     add("--images", help="folder or list of images, or shapes:COUNT; draws a sheet with a row per image")
     add("--max_images", type=flags.positive_int, default=16,
@@ -78,20 +80,20 @@ def visualize(args: argparse.Namespace) -> None:
         return
     network = features.load_network(
         args.pretrained_weights, args.arch, args.patch_size, args.checkpoint_key, parallel.pick_device(args.device),
-        min(args.image_size, default=0), size_flag="--image_size")
+        min(args.image_size, default=0), size_flag="--image_size", mean=args.mean, std=args.std,
+        in_chans=args.in_chans, max_pixels=args.max_pixels, value_range=args.value_range, skip_bad=args.skip_bad)
     dense.check_attention(network, args.image_size, args.layer)
-    in_chans = network.info["in_chans"]
     settings = {"image_size": args.image_size, "output_dir": args.output_dir, "layer": args.layer,
                 "threshold": args.threshold, "pca": args.pca}
     if args.video is not None:
         attention_video.draw_video(
             network, args.video, fps=args.fps, video_format=args.video_format, point=args.point, **settings)
     elif args.images is not None:
-        images = sources.open_images(args.images, in_chans=in_chans, flag="--images")
+        images = checking.open_checked(args.images, None, network.reading, "--images")
         attention.draw_sheets(
             network, images, max_images=args.max_images, flag=f"--images {args.images}", **settings)
     else:
-        image = attention.load_image(args.image_path, in_chans)
+        image = attention.load_image(args.image_path, network.reading)
         attention.draw_image(network, image, point=args.point, **settings)
 
 

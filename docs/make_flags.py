@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "docs" / "flags.md"
-FIRST = "main_dino.py"
+FIRST, *MORE = PRETRAINING = ("main_dino.py", "main_dinov2.py")
 SHARED = 3  # a flag that this many scripts have, with the same default and help, is listed once, as a shared flag
 UNTITLED = ("options", "positional arguments")  # argparse's own groups
 
@@ -36,10 +36,10 @@ Groups = dict[Flag, str]  # each flag of a script, in the order of --help, and t
 
 
 def parsers() -> dict[str, argparse.ArgumentParser]:
-    """{script: its parser}, the training script first."""
+    """{script: its parser}, the training scripts first."""
     sys.path.insert(0, str(ROOT))
     names = [path.name for path in sorted(ROOT.glob("*.py")) if "\ndef get_args_parser(" in path.read_text()]
-    names.sort(key=lambda name: name != FIRST)
+    names.sort(key=lambda name: name not in PRETRAINING)
     return {name: importlib.import_module(name.removesuffix(".py")).get_args_parser() for name in names}
 
 
@@ -58,6 +58,10 @@ def named(action: argparse.Action) -> str:
     many = " ..." if action.nargs in ("+", "*") else ""
     choices = "\\|".join(map(str, action.choices)) if action.choices else ""
     return f"`{names}`{many}" + (f" {choices}" if choices else "")
+
+
+def name_of(flag: Flag) -> str:
+    return f"`{flag.name.split('`')[1].split()[0]}`"
 
 
 def default(action: argparse.Action) -> str:
@@ -97,10 +101,14 @@ def page() -> str:
         lines += [f"## {script}", ""]
         if script in extends:
             lines += [f"All flags of {FIRST}, and:", ""]
-        hidden = scripts[FIRST] if script in extends else shared
+        first = scripts[FIRST] if script in extends or script in MORE else {}
+        hidden = first if script in extends else shared | first
         lines += tables({flag: group for flag, group in flags.items() if flag not in hidden})
-        names = [flag.name.split("`")[1].split()[0] for flag in flags if flag in shared and script not in extends]
-        lines += [f"Shared flags: {', '.join(f'`{name}`' for name in names)}.", ""] if names else []
+        if script in MORE:
+            names = [name_of(flag) for flag in flags if flag in first and flag not in shared]
+            lines += [f"As in {FIRST}: {', '.join(names)}.", ""]
+        names = [name_of(flag) for flag in flags if flag in shared and script not in extends]
+        lines += [f"Shared flags: {', '.join(names)}.", ""] if names else []
     return "\n".join(lines).rstrip() + "\n"
 
 

@@ -55,7 +55,8 @@ class ClassMasks(NamedTuple):
 
 
 def open_class_masks(
-    data_path: str, val_data_path: str = "", in_chans: int = 3, foreground: bool = False, flag: str = "--data_path"
+    data_path: str, val_data_path: str = "", reading: decode.Reading = decode.PLAIN, foreground: bool = False,
+    flag: str = "--data_path",
 ) -> list[ClassMasks]:
     """Training images and, if the data have any, test images.
 
@@ -79,9 +80,9 @@ def open_class_masks(
         Refused: no such data; images and masks that don't fit; classes out of range.
     """
     if val_data_path:
-        parts = [open_parts(data_path, in_chans, flag)[0], *open_parts(val_data_path, in_chans, "--val_data_path")[-1:]]
+        parts = [open_parts(data_path, reading, flag)[0], *open_parts(val_data_path, reading, "--val_data_path")[-1:]]
     else:
-        parts = open_parts(data_path, in_chans, flag)
+        parts = open_parts(data_path, reading, flag)
     classes = max((part.classes for part in parts), key=len)
     if any(part.classes != classes[: len(part.classes)] for part in parts):
         raise Refused(f"--val_data_path {val_data_path!r}: its classes differ from those of {flag}; give images "
@@ -98,15 +99,15 @@ def open_class_masks(
     return [part._replace(classes=list(classes)) for part in parts]
 
 
-def open_parts(data_path: str, in_chans: int, flag: str = "--data_path") -> list[ClassMasks]:
+def open_parts(data_path: str, reading: decode.Reading, flag: str = "--data_path") -> list[ClassMasks]:
     """Training and test images, or one part that is both, as `data_path` has them."""
     where = f"{flag} {data_path!r}"
     if masks.is_drawn(data_path):
-        return [drawn(data_path, split, in_chans, flag) for split in ("train", "val")]
+        return [drawn(data_path, split, reading, flag) for split in ("train", "val")]
     folder = Path(os.path.expanduser(data_path))
     for has, layout in LAYOUTS:
         if all((folder / name).is_dir() for name in has):
-            return layout(where, folder, in_chans)
+            return layout(where, folder, reading)
     known = ", ".join(" and ".join(f"{name}/" for name in has) for has, _ in LAYOUTS)
     raise Refused(f"{where}: not a folder that this script knows; it needs {known}, or give shapes[:COUNT[xPIXELS]]")
 
@@ -121,11 +122,11 @@ def read_foreground(read: Callable, item: Any) -> tuple[Tensor, np.ndarray]:
 KEPT_SIDE = 128  # pixels; larger drawn images are drawn anew each time
 
 
-def drawn(data_path: str, split: str, in_chans: int, flag: str) -> ClassMasks:
-    images = sources.open_images(data_path, split, in_chans, flag=flag)
+def drawn(data_path: str, split: str, reading: decode.Reading, flag: str) -> ClassMasks:
+    images = sources.open_images(data_path, split, flag=flag, **reading.decoding())
     draw = draw_kept if images.size <= KEPT_SIDE else draw_classes
     return ClassMasks(range(images.start, images.start + len(images)), ["background", *images.classes],
-                      partial(draw, images.size, in_chans), partial(square, images.size))
+                      partial(draw, images.size, reading.in_chans), partial(square, images.size))
 
 
 def draw_classes(size: int, in_chans: int, index: int) -> tuple[Tensor, np.ndarray]:
@@ -146,9 +147,9 @@ def square(side: int, item: Any) -> tuple[int, int]:
 # ---- Files ----
 
 
-def read_pair(numbers: np.ndarray, in_chans: int, item: tuple[Path, Path]) -> tuple[Tensor, np.ndarray]:
+def read_pair(numbers: np.ndarray, reading: decode.Reading, item: tuple[Path, Path]) -> tuple[Tensor, np.ndarray]:
     """An image and its labels; `numbers` (256,) are the classes that the values of its mask stand for."""
-    return decode.decode(item[0], in_chans), read_classes(item[1], numbers)
+    return decode.decode(item[0], **reading.decoding()), read_classes(item[1], numbers)
 
 
 def read_classes(path: Path, numbers: np.ndarray) -> np.ndarray:
@@ -173,24 +174,24 @@ def class_numbers(count: int) -> np.ndarray:
 
 
 def pairs_of_files(
-    where: str, pairs: list[tuple[Path, Path]], classes: Sequence[str], numbers: np.ndarray, in_chans: int,
+    where: str, pairs: list[tuple[Path, Path]], classes: Sequence[str], numbers: np.ndarray, reading: decode.Reading,
     zero: str = "background",
 ) -> ClassMasks:
     if not pairs:
         raise Refused(f"{where}: no images with masks in it; give a folder as its publisher packed it")
     for image, mask in pairs:
         masks.check_size(image, mask, where)
-    return ClassMasks(pairs, list(classes), partial(read_pair, numbers, in_chans), size_of_pair, zero)
+    return ClassMasks(pairs, list(classes), partial(read_pair, numbers, reading), size_of_pair, zero)
 
 
 def size_of_pair(item: tuple[Path, Path]) -> tuple[int, int]:
     return masks.size(item[0], turned=True)
 
 
-def matched(where: str, images: Path, annotated: Path, in_chans: int) -> list[tuple[Path, Path]]:
+def matched(where: str, images: Path, annotated: Path, reading: decode.Reading) -> list[tuple[Path, Path]]:
     """Each image of a folder with the mask of its name."""
     found = masks.by_stem(annotated, masks.SUFFIXES) if annotated.is_dir() else {}
-    listed = masks.by_stem(images, decode.suffixes(in_chans))
+    listed = masks.by_stem(images, decode.suffixes(reading.in_chans))
     for stem, path in listed.items():
         if stem not in found:
             raise Refused(f"{where}: {path} has no mask {annotated / stem}.*; add it or remove the image")
@@ -200,14 +201,14 @@ def matched(where: str, images: Path, annotated: Path, in_chans: int) -> list[tu
 # ---- Layouts ----
 
 
-def open_plain(where: str, folder: Path, in_chans: int) -> list[ClassMasks]:
+def open_plain(where: str, folder: Path, reading: decode.Reading) -> list[ClassMasks]:
     """images/ and masks/, or train/ and val/ with both."""
     parts = [folder / name for name in ("train", "val") if (folder / name).is_dir()] or [folder]
     pairs = []
     for part in parts:
         if missing := [name for name in PLAIN if not (part / name).is_dir()]:
             raise Refused(f"{where}: no folder {part / missing[0]}; give images/ and masks/ in train/ and in val/")
-        pairs.append(matched(where, *(part / name for name in PLAIN), in_chans))
+        pairs.append(matched(where, *(part / name for name in PLAIN), reading))
     named = (folder / NAMES).read_text().split("\n") if (folder / NAMES).is_file() else []
     names = [line.strip() for line in named if line.strip()]
     if len(names) > VOID:
@@ -220,21 +221,21 @@ def open_plain(where: str, folder: Path, in_chans: int) -> list[ClassMasks]:
             raise Refused(f"{where}: {error}; replace the file") from error
         largest = max(largest, int(labels[labels != VOID].max(initial=0)))
     names = names or ["background", *(f"class {i}" for i in range(1, largest + 1))]
-    return [pairs_of_files(where, part, names, numbers, in_chans) for part in pairs]
+    return [pairs_of_files(where, part, names, numbers, reading) for part in pairs]
 
 
-def open_voc(where: str, folder: Path, in_chans: int) -> list[ClassMasks]:
+def open_voc(where: str, folder: Path, reading: decode.Reading) -> list[ClassMasks]:
     parts = []
     for split in ("train", "val"):
         names = folder / "ImageSets" / "Segmentation" / f"{split}.txt"
         if not names.is_file():
             raise Refused(f"{where}: no list {names}; give the folder VOC2012 as it was unpacked")
-        pairs, _ = masks.pair(where, folder, masks.LAYOUTS[1], names, decode.suffixes(in_chans))
-        parts.append(pairs_of_files(where, pairs, VOC_CLASSES, class_numbers(len(VOC_CLASSES)), in_chans))
+        pairs, _ = masks.pair(where, folder, masks.LAYOUTS[1], names, decode.suffixes(reading.in_chans))
+        parts.append(pairs_of_files(where, pairs, VOC_CLASSES, class_numbers(len(VOC_CLASSES)), reading))
     return parts
 
 
-def open_ade(where: str, folder: Path, in_chans: int) -> list[ClassMasks]:
+def open_ade(where: str, folder: Path, reading: decode.Reading) -> list[ClassMasks]:
     """Files store 0 for other objects, which are ignored, and class + 1."""
     numbers = np.full(256, UNKNOWN)
     numbers[0], numbers[1 : ADE_CLASSES + 1] = VOID, range(ADE_CLASSES)
@@ -244,11 +245,11 @@ def open_ade(where: str, folder: Path, in_chans: int) -> list[ClassMasks]:
         names = [line.split("\t")[-1].split(",")[0].strip() for line in lines]
         if len(names) != ADE_CLASSES:
             raise Refused(f"{where}: {ADE_NAMES} names {len(names)} classes, not {ADE_CLASSES}; restore or remove it")
-    return [pairs_of_files(where, matched(where, folder / "images" / part, folder / "annotations" / part, in_chans),
-                           names, numbers, in_chans, zero="") for part in ("training", "validation")]
+    return [pairs_of_files(where, matched(where, folder / "images" / part, folder / "annotations" / part, reading),
+                           names, numbers, reading, zero="") for part in ("training", "validation")]
 
 
-def open_cityscapes(where: str, folder: Path, in_chans: int) -> list[ClassMasks]:
+def open_cityscapes(where: str, folder: Path, reading: decode.Reading) -> list[ClassMasks]:
     numbers = np.full(256, VOID)
     numbers[list(CITYSCAPES_CLASSES)] = range(len(CITYSCAPES_CLASSES))
     parts = []
@@ -260,7 +261,7 @@ def open_cityscapes(where: str, folder: Path, in_chans: int) -> list[ClassMasks]
             if not mask.is_file():
                 raise Refused(f"{where}: {image} has no mask {mask}; add it or remove the image")
             pairs.append((image, mask))
-        parts.append(pairs_of_files(where, pairs, CITYSCAPES_CLASSES.values(), numbers, in_chans, zero=""))
+        parts.append(pairs_of_files(where, pairs, CITYSCAPES_CLASSES.values(), numbers, reading, zero=""))
     return parts
 
 

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
+import atomic
 from imagesets import decode, masks
 from parallel import Refused
 
@@ -35,7 +36,7 @@ class Video(NamedTuple):
 
 def find_videos(
     data_path: str, resolution: str = "", image_set: str = "", names: Sequence[str] = (), merge: bool = False,
-    in_chans: int = 3,
+    reading: decode.Reading = decode.PLAIN,
 ) -> list[Video]:
     """The sequences of a folder in the layout above, all checked.
 
@@ -62,7 +63,7 @@ def find_videos(
     listed = [name for name in listed if name in names] if names else listed
     if not listed:
         raise Refused(f"{where}: there are no sequences in {frames}; give a folder that has some")
-    videos = [open_video(name, frames / name, root / "Annotations" / below / name, in_chans) for name in listed]
+    videos = [open_video(name, frames / name, root / "Annotations" / below / name, reading) for name in listed]
     return [video._replace(objects=video.objects[:1], merged=True) for video in videos] if merge else videos
 
 
@@ -87,14 +88,14 @@ def read_list(root: Path, image_set: str) -> list[str]:
     return list(dict.fromkeys(Path(line).parent.name if "/" in line else line for line in lines))
 
 
-def open_video(name: str, folder: Path, annotated: Path, in_chans: int = 3) -> Video:
+def open_video(name: str, folder: Path, annotated: Path, reading: decode.Reading = decode.PLAIN) -> Video:
     """A sequence whose frames and annotations all have one size.
 
     255 is void, unless it is the only label of the first annotation: DAVIS 2016 labels its one object so.
     """
     if not folder.is_dir():
         raise Refused(f"sequence {name}: there is no folder {folder}; take the name out of the list")
-    frames = list(masks.by_stem(folder, decode.suffixes(in_chans)).values())
+    frames = list(masks.by_stem(folder, decode.suffixes(reading.in_chans), atomic.outputs_in(folder)).values())
     by_stem = masks.by_stem(annotated, masks.SUFFIXES) if annotated.is_dir() else {}
     annotations = {i: by_stem[path.stem] for i, path in enumerate(frames) if path.stem in by_stem}
     if not frames:
@@ -116,9 +117,9 @@ def open_video(name: str, folder: Path, annotated: Path, in_chans: int = 3) -> V
     return Video(name, frames, annotations, objects or [masks.VOID], masks.VOID if objects else None)
 
 
-def read_frame(video: Video, frame: int, in_chans: int) -> Tensor:
+def read_frame(video: Video, frame: int, reading: decode.Reading) -> Tensor:
     """uint8 (C, height, width). Raises Refused for a file that can't be decoded."""
-    return masks.read_image(video.frames[frame], in_chans, f"sequence {video.name}")
+    return masks.read_image(video.frames[frame], reading, f"sequence {video.name}")
 
 
 def read_annotation(video: Video, frame: int) -> tuple[np.ndarray, np.ndarray]:

@@ -7,10 +7,11 @@ What `decode` returns for `in_chans` 1 (luma), 3 (RGB) or 4 (RGBA):
     alpha, transparent colour composited on white. The colours under transparent pixels are arbitrary (often black, or
                               left over from editing), and such images were mostly made for white pages. With 4
                               channels the alpha channel is kept and nothing is composited
-    16-bit                    scaled: v / 257, rounded. Of 16-bit colour, Pillow itself gives only the high byte
-    32-bit and float          stretched from the image's own minimum..maximum, as such files don't state their white
+    more than 8 bits          scaled to 8 by what the file declares, or by a given range of values (deep.py)
     several frames            the first one
-    .npy                      (H, W) or (H, W, C), uint8 or uint16: the format for any other number of channels
+    DICOM                     where pydicom is installed (dicom.py)
+    .npy                      (H, W) or (H, W, C): the format for any other number of channels. uint8, uint16, or with a
+                              given range any type of numbers
 """
 
 import io
@@ -19,11 +20,15 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+
+from imagesets import deep, dicom, remarks
+from imagesets.deep import WHITE_16, Range, Undecodable
 
 MAX_PIXELS = 178_956_970  # above it Pillow's own guard against decompression bombs raises
 
@@ -48,13 +53,29 @@ TURNS = {
 }
 
 
-class Undecodable(ValueError):
-    """An image that can't be decoded. From `decode`, the message is "<name>: <reason>"."""
+class Reading(NamedTuple):
+    """How the files of a set of images are read.
+
+    in_chans, max_pixels, value_range: see `decode`.
+    skip_bad: file to list images in that can't be decoded and are left out; "" leaves out none (see `checking`).
+    """
+
+    in_chans: int = 3
+    max_pixels: int = MAX_PIXELS
+    value_range: Range | None = None
+    skip_bad: str = ""
+
+    def decoding(self) -> dict[str, Any]:
+        """The arguments of `decode`."""
+        return {"in_chans": self.in_chans, "max_pixels": self.max_pixels, "value_range": self.value_range}
+
+
+PLAIN = Reading()
 
 
 def decode(
     source: str | os.PathLike | bytes, in_chans: int = 3, max_pixels: int = MAX_PIXELS, name: str = "<bytes>",
-    reduction: Reduction | None = None,
+    reduction: Reduction | None = None, value_range: Range | None = None,
 ) -> Tensor:
     """Decode an image file to uint8 (C, H, W), a view of contiguous (H, W, C) memory.
 
@@ -68,6 +89,7 @@ def decode(
         reduction: (H, W) -> 1, 2, 4 or 8, the factor by which the image may be downsampled while it is decoded. Only
             JPEG makes use of it: transforming its blocks of 8 x 8 pixels at the smaller size costs a fraction of
             decoding the whole image.
+        value_range: values of black and of white, for images of more than 8 bits; None: as the file declares.
 
     Raises:
         Undecodable: for every file that can't be decoded, whatever the decoder raised. An exception raised by
@@ -75,6 +97,22 @@ def decode(
     """
     if not isinstance(source, bytes):
         name = printable(os.fsencode(source))
+    try:
+        with remarks.captured() as remark:
+            pixels = decode_quietly(source, in_chans, max_pixels, name, reduction, value_range)
+    except Undecodable as error:
+        if remark:
+            raise Undecodable(f"{error} ({remark[0]})") from error
+        raise
+    if remark:
+        remarks.say(name, remark[0])
+    return pixels
+
+
+def decode_quietly(
+    source: str | os.PathLike | bytes, in_chans: int, max_pixels: int, name: str, reduction: Reduction | None,
+    value_range: Range | None,
+) -> Tensor:
     with decoding(name):
         file = io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb")
     with file, pillow_limits(max_pixels):
@@ -84,7 +122,9 @@ def decode(
             if not magic:
                 raise Undecodable("the file is empty")
             if magic == NPY_MAGIC:
-                return from_array(np.load(file, allow_pickle=False), in_chans, max_pixels)
+                return from_array(np.load(file, allow_pickle=False), in_chans, max_pixels, value_range)
+            if dicom.is_dicom(file):
+                return from_pil(dicom.read(file, max_pixels, value_range), in_chans)
             image = Image.open(file, formats=formats())
         # Outside of `decoding`: a bug in `reduction` is not a broken file.
         scale = reduction(*image.size) if reduction is not None and image.format == "JPEG" else 1
@@ -95,7 +135,7 @@ def decode(
                 file.seek(0)
                 if (pixels := plain_jpeg(file.read())) is not None:
                     return pixels
-            return from_pil(image, in_chans)
+            return from_pil(image, in_chans, value_range, name)
 
 
 @contextmanager
@@ -107,34 +147,46 @@ def decoding(name: str) -> Iterator[None]:
         raise Undecodable(f"{name}: {reason(error)}") from error
 
 
-def from_pil(image: Image.Image, in_chans: int = 3) -> Tensor:
+def from_pil(
+    image: Image.Image, in_chans: int = 3, value_range: Range | None = None, name: str = "an image"
+) -> Tensor:
     """A Pillow image -> uint8 (C, H, W), a view of contiguous (H, W, C) memory; by the rules at the top of this file.
+
+    Args:
+        value_range: as in `decode`.
+        name: for remarks.
 
     Raises:
         Undecodable: for other than 1, 3 or 4 channels, and for pixels that are not finite; the message has no name.
     """
     if in_chans not in MODES:
         raise Undecodable(f"an image has 1, 3 or 4 channels, not {in_chans}: use .npy arrays")
+    file = deep.declared(image, value_range)
     image.load()  # before anything reads EXIF: that loads too, and hides the error of a broken PNG
-    pixels = with_mode(eight_bit(image), MODES[in_chans])
+    pixels = with_mode(deep.eight_bit(image, file, value_range, name), MODES[in_chans])
     turn = TURNS.get(orientation(image))
     pixels = np.array(pixels if turn is None else pixels.transpose(turn))
     return torch.from_numpy(pixels.reshape(*pixels.shape[:2], in_chans)).permute(2, 0, 1)
 
 
-def from_array(array: np.ndarray, in_chans: int = 3, max_pixels: int = MAX_PIXELS) -> Tensor:
-    """Array (H, W) or (H, W, C) of uint8 or uint16 -> uint8 (in_chans, H, W).
+def from_array(
+    array: np.ndarray, in_chans: int = 3, max_pixels: int = MAX_PIXELS, value_range: Range | None = None
+) -> Tensor:
+    """Array (H, W) or (H, W, C) of uint8 or uint16, or with `value_range` of numbers -> uint8 (in_chans, H, W).
 
-    C equals in_chans, or both are among 1, 3 and 4 and are converted like those of an image.
+    C equals in_chans, or both are among 1, 3 and 4 and are converted like those of an image. uint8 is not scaled.
 
     Raises:
         Undecodable: for an array of another type, shape or number of channels; the message has no name.
     """
-    if array.dtype.kind != "u" or array.itemsize > 2 or array.ndim not in (2, 3) or not array.size:
-        raise Undecodable(f"{array.dtype} array {array.shape}: (H, W) or (H, W, C) of uint8 or uint16 is needed")
+    if array.ndim not in (2, 3) or not array.size:
+        raise Undecodable(f"array {array.shape}: (H, W) or (H, W, C) is needed")
+    if array.dtype not in (np.uint8, np.uint16, ">u2") and (value_range is None or array.dtype.kind not in "uif"):
+        raise Undecodable(f"{array.dtype} array {array.shape}: uint8 or uint16 is needed, or --value_range LOW HIGH "
+                          "for other numbers")
     if array.shape[0] * array.shape[1] > max_pixels:
         raise Undecodable(f"array {array.shape}: more than {max_pixels} pixels")
-    array = array if array.itemsize == 1 else from_16_bit(array)
+    array = array if array.dtype == np.uint8 else deep.scaled(array, value_range or (0, WHITE_16))
     channels = 1 if array.ndim == 2 else array.shape[2]
     if channels == in_chans:
         array = np.ascontiguousarray(array.reshape(*array.shape[:2], channels))
@@ -149,7 +201,8 @@ def suffixes(in_chans: int = 3) -> frozenset[str]:
     if in_chans not in MODES:
         return frozenset([".npy"])
     known = Image.registered_extensions()
-    return frozenset(suffix for suffix, name in known.items() if name not in NOT_IMAGES) | {".npy"}
+    others = {".npy", *(dicom.SUFFIXES if dicom.installed() else ())}
+    return frozenset(suffix for suffix, name in known.items() if name not in NOT_IMAGES) | others
 
 
 def printable(path: bytes) -> str:
@@ -212,29 +265,6 @@ def orientation(image: Image.Image) -> int:
         return image.getexif().get(ORIENTATION_TAG, 1)
     except Exception:  # broken EXIF data count as none
         return 1
-
-
-def eight_bit(image: Image.Image) -> Image.Image:
-    """Grey images of more than 8 bits -> 8 bits; all others are returned as they are."""
-    # "I" means 32 bits, but 16-bit PGM and, in some versions of Pillow, 16-bit PNG files have this mode too
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
-        return Image.fromarray(from_16_bit(np.asarray(image)))
-    if image.mode in ("I", "F"):
-        return Image.fromarray(stretched(np.asarray(image)))
-    return image
-
-
-def from_16_bit(values: np.ndarray) -> np.ndarray:
-    return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)  # v / 257, rounded
-
-
-def stretched(values: np.ndarray) -> np.ndarray:
-    """(v - min) / (max - min) in 0..255; an image of one value is black."""
-    values = values.astype(np.float64)
-    low, high = values.min(), values.max()
-    if not np.isfinite(high - low):
-        raise Undecodable("pixels that are not finite")
-    return np.rint((values - low) * (255 / (high - low) if high > low else 0)).astype(np.uint8)
 
 
 def with_mode(image: Image.Image, mode: str) -> Image.Image:

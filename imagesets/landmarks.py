@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from imagesets.decode import Undecodable
+from imagesets.decode import Reading, Undecodable
 from imagesets.ground_truth import GroundTruth, read_ground_truth
 from imagesets.sources import Images, open_files
 from parallel import Refused
@@ -40,7 +40,7 @@ class Cropped:
 
 
 def open_landmarks(
-    data_path: str, dataset: str, in_chans: int, crop_queries: bool = True
+    data_path: str, dataset: str, reading: Reading, crop_queries: bool = True
 ) -> tuple[GroundTruth, Cropped, Cropped]:
     """Ground truth, database images and queries, which are cropped to their boxes or left whole.
 
@@ -60,7 +60,7 @@ def open_landmarks(
         if absent:
             raise Refused(f"--data_path {data_path}: {len(absent)} image(s) of {path.name} are missing, the first is "
                           f"{folder / 'jpg' / absent[0]}.jpg; put them there")
-        return Cropped(open_files(folder / "jpg", [f"{name}.jpg" for name in names], in_chans), boxes)
+        return Cropped(open_files(folder / "jpg", [f"{name}.jpg" for name in names], reading), boxes)
 
     database = open_images(truth.database, [None] * len(truth.database))
     return truth, database, open_images(

@@ -20,6 +20,7 @@ import torch
 
 import atomic
 import parallel
+from imagesets import dicom
 from imagesets.decode import printable
 
 VERSION = 1  # of the content of an index
@@ -79,7 +80,7 @@ def numbered(labels: Sequence[str]) -> tuple[list[int], list[str]]:
 
 def images_below(
     folder: bytes, prefix: bytes, known: frozenset[bytes], stamps: list[tuple], others: Counter[bytes],
-    above: tuple = (),
+    own: list[bytes], above: tuple = (),
 ) -> Iterator[bytes]:
     """Paths of the images below a folder, each preceded by `prefix`: its files, then recursively those of its folders.
 
@@ -89,6 +90,7 @@ def images_below(
         known: lower-case suffixes of images.
         stamps: (path, time of change in ns, 0) of every folder is appended.
         others: counts files of other suffixes, by suffix.
+        own: paths of what the project itself wrote there (`atomic.mark_output`) are appended; they are left out.
         above: (device, inode) of the folders above this one; a link back to one of them is not followed.
 
     Raises:
@@ -99,13 +101,15 @@ def images_below(
         return
     above += ((status.st_dev, status.st_ino),)
     stamps.append((folder, status.st_mtime_ns, 0))
-    files, folders = [], []
+    files, folders, outputs = [], [], atomic.outputs_in(folder)
     with os.scandir(folder) as entries:
         for entry in entries:
             suffix = os.path.splitext(entry.name)[1].lower()
             if entry.name.startswith(b".") or entry.name in PASSED_FOLDERS:
                 continue
-            if entry.is_dir():
+            if entry.name in outputs:
+                own.append(os.path.join(folder, entry.name))
+            elif entry.is_dir():
                 folders.append(entry.name)
             elif suffix not in known:
                 others[suffix] += 1
@@ -113,7 +117,7 @@ def images_below(
                 files.append(entry.name)  # a broken link counts, as a bad image to be reported; a pipe does not
     yield from (prefix + name for name in sorted(files))
     for name in sorted(folders):
-        yield from images_below(os.path.join(folder, name), prefix + name + b"/", known, stamps, others, above)
+        yield from images_below(os.path.join(folder, name), prefix + name + b"/", known, stamps, others, own, above)
 
 
 def passed_over(others: Counter[bytes], what: str) -> str:
@@ -122,7 +126,17 @@ def passed_over(others: Counter[bytes], what: str) -> str:
         return ""
     counts = [f"{count} {printable(suffix) or 'without suffix'}" for suffix, count in others.most_common(5)]
     more = ", ..." if len(others) > 5 else ""
-    return f"{others.total()} {what} are passed over ({', '.join(counts)}{more})"
+    remedy = f"; {dicom.REMEDY}" if any(os.fsencode(suffix) in others for suffix in dicom.SUFFIXES) else ""
+    return f"{others.total()} {what} are passed over ({', '.join(counts)}{more}){remedy}"
+
+
+def own_outputs(own: Sequence[bytes]) -> str:
+    """What of the project's own outputs is left out: "2 outputs of these scripts are left out (curves.png, ...)"."""
+    if not own:
+        return ""
+    names = ", ".join(sorted(printable(os.path.basename(path)) for path in own)[:3]) + (", ..." if len(own) > 3 else "")
+    return (f"{len(own)} outputs of these scripts are left out ({names}), as {atomic.OUTPUTS} in their folder tells; "
+            "to read one, move it elsewhere")
 
 
 # ---- The index ----

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
+from imagesets import remarks
 from imagesets.bad_images import Unreadable
 from imagesets.decode import Undecodable, jpeg_decoder
 from imagesets.sources import Images
@@ -221,6 +222,7 @@ def worker_options(n: int) -> dict[str, Any]:
     listing's memory, and no server process stands in between, which a signal meant for the training process could end.
     """
     if n:
+        remarks.share()
         jpeg_decoder()  # imported once here instead of in each worker
     fork = "fork" if n and sys.platform == "linux" else None
     return {"num_workers": n, "worker_init_fn": init_worker, "multiprocessing_context": fork}

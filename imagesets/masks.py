@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -57,10 +57,10 @@ def read_labels(path: str | os.PathLike) -> np.ndarray:
     return values.any(axis=-1).astype(np.uint8) if values.ndim == 3 else values.astype(np.int32)
 
 
-def read_image(path: Path, in_chans: int, where: str) -> Tensor:
+def read_image(path: Path, reading: decode.Reading, where: str) -> Tensor:
     """uint8 (C, height, width). Raises Refused, with `where`, for a file that can't be decoded."""
     try:
-        return decode.decode(path, in_chans)
+        return decode.decode(path, **reading.decoding())
     except decode.Undecodable as error:
         raise Refused(f"{where}: {error}; replace the file") from error
 
@@ -80,6 +80,7 @@ def write_labels(labels: np.ndarray, path: str | os.PathLike) -> None:
     image = Image.fromarray(labels.astype(np.uint8))
     image.putpalette(palette())
     Path(path).parent.mkdir(parents=True, exist_ok=True)
+    atomic.mark_output(path)
     with atomic.replacing(path) as temporary:
         image.save(temporary, format="PNG")
 
@@ -127,7 +128,7 @@ def is_drawn(data_path: str) -> bool:
     return re.fullmatch(r"shapes(:.*)?", data_path) is not None
 
 
-def open_masked(data_path: str, in_chans: int = 3, flag: str = "--data_path") -> MaskedImages:
+def open_masked(data_path: str, reading: decode.Reading = decode.PLAIN, flag: str = "--data_path") -> MaskedImages:
     """The images and masks that `data_path` names.
 
     shapes[:COUNT[xPIXELS]]     drawn images that no training set contains
@@ -143,8 +144,8 @@ def open_masked(data_path: str, in_chans: int = 3, flag: str = "--data_path") ->
     """
     where = f"{flag} {data_path!r}"
     if is_drawn(data_path):
-        drawn = sources.open_images(data_path, in_chans=in_chans, flag=flag)
-        held_out = sources.Shapes(sources.VAL_START, len(drawn), drawn.size, in_chans)
+        drawn = sources.open_images(data_path, flag=flag, **reading.decoding())
+        held_out = sources.Shapes(sources.VAL_START, len(drawn), drawn.size, reading.in_chans)
         names, sizes = [held_out.name(i) for i in range(len(drawn))], [(drawn.size, drawn.size)] * len(drawn)
         return MaskedImages(names, sizes, partial(load_drawn, held_out), [])
     folder = Path(os.path.expanduser(data_path))
@@ -153,7 +154,7 @@ def open_masked(data_path: str, in_chans: int = 3, flag: str = "--data_path") ->
         raise Refused(f"{where}: give a folder with images/ and masks/, or JPEGImages/ and SegmentationClass/, or "
                       "shapes[:COUNT[xPIXELS]]")
     voc = layout != LAYOUTS[0]
-    pairs, notes = pair(where, folder, layout, folder / VOC_LIST if voc else None, decode.suffixes(in_chans))
+    pairs, notes = pair(where, folder, layout, folder / VOC_LIST if voc else None, decode.suffixes(reading.in_chans))
     shown, sizes = [], []
     for image, mask in pairs:
         check_size(image, mask, where)
@@ -168,7 +169,7 @@ def open_masked(data_path: str, in_chans: int = 3, flag: str = "--data_path") ->
 
     def load(i: int) -> tuple[Tensor, np.ndarray, np.ndarray]:
         image, mask = shown[i]
-        return read_image(image, in_chans, where), *read_foreground(mask, voc)
+        return read_image(image, reading, where), *read_foreground(mask, voc)
 
     return MaskedImages([str(image) for image, _ in shown], sizes, load, notes)
 
@@ -194,10 +195,11 @@ def pair(
     return [(images[stem], masks[stem]) for stem in both], notes
 
 
-def by_stem(folder: Path, suffixes: Iterable[str]) -> dict[str, Path]:
+def by_stem(folder: Path, suffixes: Iterable[str], left_out: Container[bytes] = ()) -> dict[str, Path]:
     """A folder's files with one of the suffixes, by name without suffix, in the order of the names."""
     return {path.stem: path for path in sorted(folder.iterdir())
-            if path.suffix.lower() in suffixes and not path.name.startswith(".")}
+            if path.suffix.lower() in suffixes and not path.name.startswith(".")
+            and os.fsencode(path.name) not in left_out}
 
 
 def read_foreground(path: Path, voc: bool) -> tuple[np.ndarray, np.ndarray]:

@@ -19,8 +19,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from imagesets.decode import Reduction, Undecodable, decode, from_pil
-from imagesets.listing import files_hash
+from imagesets.decode import Reading, Reduction, Undecodable, decode, from_pil
+from imagesets.listing import files_hash, numbered
 from parallel import Refused
 
 # ---- torchvision ----
@@ -32,9 +32,9 @@ class Torchvision:
     """A torchvision data set whose items are (PIL image, target)."""
 
     def __init__(
-        self, name: str, dataset: Any, in_chans: int, arguments: Mapping[str, Any] = MappingProxyType({}),
+        self, name: str, dataset: Any, reading: Reading, arguments: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
-        self.dataset, self.in_chans, self._name, self.arguments = dataset, in_chans, name, dict(arguments)
+        self.dataset, self.reading, self._name, self.arguments = dataset, reading, name, dict(arguments)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -56,7 +56,7 @@ class Torchvision:
 
     def load(self, i: int, reduction: Reduction | None = None) -> Tensor:
         try:
-            return from_pil(self.dataset[i][0], self.in_chans)
+            return from_pil(self.dataset[i][0], self.reading.in_chans, self.reading.value_range, self.name(i))
         except Exception as error:  # on broken files, decoders raise many types
             raise Undecodable(f"{self.name(i)}: {error}") from error
 
@@ -109,7 +109,7 @@ def files_below(folder: str | None) -> list[str]:
     return sorted(os.path.join(top, name) for top, _, names in walk for name in names if not name.startswith("."))
 
 
-def open_torchvision(where: str, value: str | None, split: str | None, in_chans: int) -> Torchvision:
+def open_torchvision(where: str, value: str | None, split: str | None, reading: Reading) -> Torchvision:
     from torchvision import datasets
 
     name, _, root = (value or "").partition(":")
@@ -125,7 +125,7 @@ def open_torchvision(where: str, value: str | None, split: str | None, in_chans:
             dataset = construct(partial(known[name], **folder, **choice), folder.get("root"), "download" in takes)
             if not isinstance(dataset[0][0], Image.Image):
                 raise TypeError("its items aren't (image, target)")
-            return Torchvision(f"torchvision:{name}", dataset, in_chans, folder | choice)
+            return Torchvision(f"torchvision:{name}", dataset, reading, folder | choice)
         except Exception as error:  # files or packages are missing, no network, no such split, more arguments needed
             last = error
             if not isinstance(error, ValueError):  # torchvision raises ValueError for a split that it does not have
@@ -161,17 +161,17 @@ def construct(make: partial, root: str | None, downloadable: bool) -> Any:
 # ---- Hugging Face ----
 
 SPLITS = {None: ("train",), "train": ("train",), "val": ("validation", "val", "valid", "test")}
-LABELS = ("label", "labels", "target")  # integer columns of these names are labels
+LABELS = ("label", "labels", "target")  # columns of integers or text of these names are labels
 
 
 class HuggingFace:
     """A data set with a column of images, which are decoded like files."""
 
-    def __init__(self, folder: str, dataset: Any, column: str, in_chans: int, max_pixels: int) -> None:
+    def __init__(self, folder: str, dataset: Any, column: str, reading: Reading) -> None:
         from datasets import Image as ImageFeature
 
         self.rows = dataset.select_columns([column]).cast_column(column, ImageFeature(decode=False))
-        self.folder, self.column, self.in_chans, self.max_pixels = folder, column, in_chans, max_pixels
+        self.folder, self.column, self.reading = folder, column, reading
         self.labels, self.classes = labels_of(dataset)
         self.fingerprint = dataset._fingerprint
 
@@ -181,23 +181,29 @@ class HuggingFace:
     def name(self, i: int) -> str:
         return f"hf:{self.folder}[{i}]"
 
-    def load(self, i: int, reduction: Reduction | None = None) -> Tensor:
+    def content(self, i: int) -> str | bytes:
+        """The file, as `decode` takes it."""
         cell = self.rows[i][self.column] or {"bytes": None, "path": None}
         source = cell["path"] if cell["bytes"] is None else cell["bytes"]
         if source is None:
             raise Undecodable(f"{self.name(i)}: the cell is empty")
-        return decode(source, self.in_chans, self.max_pixels, self.name(i), reduction)
+        return source
+
+    def load(self, i: int, reduction: Reduction | None = None) -> Tensor:
+        return decode(self.content(i), name=self.name(i), reduction=reduction, **self.reading.decoding())
 
 
 def labels_of(dataset: Any) -> tuple[Tensor | None, list[str]]:
-    """Labels and names of classes: of the first ClassLabel column, else of an integer column named as in LABELS."""
+    """Labels and names of classes: of the first ClassLabel column, else of a column of integers, else of text, that is
+    named as in LABELS.
+    """
     from datasets import ClassLabel
 
     features = dataset.features
     columns = [name for name, kind in features.items() if isinstance(kind, ClassLabel)]
     columns += [name for name in LABELS if "int" in str(getattr(features.get(name), "dtype", ""))]
     if not columns:
-        return None, []
+        return text_labels(dataset)
     values = dataset.with_format("numpy", columns=columns[:1])[:][columns[0]]
     labels = torch.as_tensor(values)
     if labels.is_floating_point() or labels.min() < 0:  # null or -1: not known
@@ -205,7 +211,48 @@ def labels_of(dataset: Any) -> tuple[Tensor | None, list[str]]:
     return with_names(labels, getattr(features[columns[0]], "names", None))
 
 
-def open_hugging_face(where: str, folder: str, split: str | None, in_chans: int, max_pixels: int) -> HuggingFace:
+def text_labels(dataset: Any) -> tuple[Tensor | None, list[str]]:
+    """Labels of a column of text that is named as in LABELS, numbered in the order of their names."""
+    name = next((name for name in LABELS if "string" in str(getattr(dataset.features.get(name), "dtype", ""))), None)
+    values = [] if name is None else dataset.select_columns([name])[:][name]
+    if name is None or None in values:
+        return None, []
+    numbers, classes = numbered(list(values))
+    return torch.tensor(numbers), classes
+
+
+def open_parquet(where: str, files: list[str], split: str | None, reading: Reading) -> HuggingFace:
+    """The rows of parquet files, which Hugging Face's datasets copies once to its cache."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise Refused(f"{where}: parquet files need Hugging Face's datasets: pip install datasets") from error
+    if split == "val":
+        raise Refused(f"{where}: parquet files have no validation part; give the validation images files of their own")
+    missing = [file for file in files if not os.path.isfile(file)]
+    if missing:
+        raise Refused(f"{where}: {missing[0]!r} isn't there ({len(missing)} of {len(files)} files are missing); "
+                      "correct the name")
+    try:
+        dataset = datasets.Dataset.from_parquet(files)
+    except Exception as error:  # of Arrow, of datasets itself, of the file system
+        raise Refused(f"{where}: {str(error)[:200]}; give parquet files that can be read") from error
+    column = next((name for name, kind in dataset.features.items() if isinstance(kind, datasets.Image)), None)
+    column = column or next((name for name, kind in dataset.features.items() if holds_files(kind)), None)
+    if column is None:
+        raise Refused(f"{where}: no column of images among {', '.join(dataset.features)}; it has to hold the bytes of "
+                      "image files, or {'bytes', 'path'}")
+    images = HuggingFace(files[0], dataset, column, reading)
+    images.fingerprint = files_hash(files)
+    return images
+
+
+def holds_files(kind: Any) -> bool:
+    """Whether a column holds the bytes of files, or dicts of bytes and path."""
+    return "binary" in str(getattr(kind, "dtype", "")) or isinstance(kind, dict) and "bytes" in kind
+
+
+def open_hugging_face(where: str, folder: str, split: str | None, reading: Reading) -> HuggingFace:
     try:
         import datasets
     except ImportError as error:
@@ -228,4 +275,4 @@ def open_hugging_face(where: str, folder: str, split: str | None, in_chans: int,
     column = next((name for name, kind in dataset.features.items() if isinstance(kind, datasets.Image)), None)
     if column is None:
         raise Refused(f"{where}: no column of datasets.Image among {', '.join(dataset.features)}; cast one to it")
-    return HuggingFace(folder, dataset, column, in_chans, max_pixels)
+    return HuggingFace(folder, dataset, column, reading)

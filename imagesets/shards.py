@@ -30,7 +30,7 @@ from torch import Tensor
 import atomic
 import parallel
 from imagesets import listing
-from imagesets.decode import Reduction, Undecodable, decode, printable, suffixes
+from imagesets.decode import Reading, Reduction, Undecodable, decode, printable, suffixes
 from parallel import Refused
 
 BLOCK = 512  # bytes; tar files consist of such blocks
@@ -48,13 +48,13 @@ class Member(NamedTuple):
 class Shards:
     """The images of local tar files. A worker opens the shard for each read, so that no file position is shared."""
 
-    def __init__(self, files: Sequence[bytes], table: listing.Table, in_chans: int, max_pixels: int) -> None:
+    def __init__(self, files: Sequence[bytes], table: listing.Table, reading: Reading) -> None:
         self.files, self.paths = listing.Texts(listing.pack(files)), listing.Texts(table["paths"])
         self.shard, self.offset, self.size = (torch.from_numpy(table[k]) for k in ("shard", "offset", "size"))
         self.labels = torch.from_numpy(table["labels"]) if len(table["labels"]) else None
         self.classes = [printable(name) for name in listing.Texts(table["classes"])]
         self.fingerprint = listing.table_hash(table)
-        self.in_chans, self.max_pixels = in_chans, max_pixels
+        self.reading = reading
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -62,14 +62,17 @@ class Shards:
     def name(self, i: int) -> str:
         return printable(os.path.join(self.files[self.shard[i].item()], self.paths[i]))
 
-    def load(self, i: int, reduction: Reduction | None = None) -> Tensor:
+    def content(self, i: int) -> bytes:
+        """The file, as `decode` takes it."""
         try:
             with open(self.files[self.shard[i].item()], "rb", buffering=0) as file:
                 file.seek(self.offset[i].item())
-                content = file.read(self.size[i].item())
+                return file.read(self.size[i].item())
         except OSError as error:
             raise Undecodable(f"{self.name(i)}: {error.strerror}") from error
-        return decode(content, self.in_chans, self.max_pixels, self.name(i), reduction)
+
+    def load(self, i: int, reduction: Reduction | None = None) -> Tensor:
+        return decode(self.content(i), name=self.name(i), reduction=reduction, **self.reading.decoding())
 
 
 # ---- Opening ----
@@ -79,7 +82,7 @@ def named_by(data_path: str) -> bool:
     return data_path.startswith("pipe:") or data_path.endswith((".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.zst"))
 
 
-def open_shards(where: str, data_path: str, split: str | None, in_chans: int, max_pixels: int) -> Shards:
+def open_shards(where: str, data_path: str, split: str | None, reading: Reading) -> Shards:
     """The shards of `name-{000..099}.tar`, `pipe:command` or a URL."""
     if split == "val":
         raise Refused(f"{where}: shards have no validation part; give a folder with shards in train/ and val/")
@@ -92,14 +95,16 @@ def open_shards(where: str, data_path: str, split: str | None, in_chans: int, ma
     if missing:
         raise Refused(f"{where}: {missing[0]!r} isn't there ({len(missing)} of {len(paths)} shards are missing); "
                       "correct the name")
-    return read_shards(where, [os.fsencode(path) for path in paths], in_chans, max_pixels)
+    return read_shards(where, [os.fsencode(path) for path in paths], reading)
 
 
-def open_folder_of_shards(where: str, folder: str, in_chans: int, max_pixels: int) -> Shards | None:
+def open_folder_of_shards(where: str, folder: str, reading: Reading) -> Shards | None:
     """The folder's .tar files, in the order of their names; None if it has none."""
-    names = sorted(name for name in os.listdir(os.fsencode(folder)) if name.endswith(b".tar") and name[:1] != b".")
+    own = atomic.outputs_in(folder)
+    names = sorted(name for name in os.listdir(os.fsencode(folder))
+                   if name.endswith(b".tar") and name[:1] != b"." and name not in own)
     paths = [os.path.join(os.fsencode(folder), name) for name in names]
-    return read_shards(where, paths, in_chans, max_pixels) if paths else None
+    return read_shards(where, paths, reading) if paths else None
 
 
 def expand(pattern: str) -> list[str]:
@@ -133,6 +138,7 @@ def copied(where: str, url: str) -> str:
                     part.unlink()
                 with atomic.replacing(path) as temporary:
                     copy(url, gopen, temporary)
+                    atomic.mark_output(path)
     except OSError as error:
         raise Refused(f"{where}: {url!r} could not be copied to {folder} ({str(error)[:200]}); correct it, or set "
                       "DINO_CACHE to a folder with room") from error
@@ -152,8 +158,8 @@ def copy(url: str, gopen: Callable, path: Path) -> None:
 # ---- What the shards hold ----
 
 
-def read_shards(where: str, paths: Sequence[bytes], in_chans: int, max_pixels: int) -> Shards:
-    known = frozenset(map(os.fsencode, suffixes(in_chans)))
+def read_shards(where: str, paths: Sequence[bytes], reading: Reading) -> Shards:
+    known = frozenset(map(os.fsencode, suffixes(reading.in_chans)))
     real = [os.path.realpath(path) for path in paths]
     what = "\n".join(map(os.fsdecode, real))
     table = listing.listed(what, known, lambda stamps: shards_table(where, real, known, stamps), ["note"])
@@ -163,7 +169,7 @@ def read_shards(where: str, paths: Sequence[bytes], in_chans: int, max_pixels: i
         print(f"{where}: {table['left_out']} images are left out: only the first image of a sample is used", flush=True)
     if note := printable(table["note"].tobytes()):
         parallel.say(f"{where}: {note}")
-    return Shards(paths, table, in_chans, max_pixels)
+    return Shards(paths, table, reading)
 
 
 def shards_table(where: str, paths: Sequence[bytes], known: frozenset[bytes], stamps: list[tuple]) -> listing.Table:

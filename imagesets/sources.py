@@ -12,6 +12,8 @@ where `reduction` is that of decode.decode. Where names and file times don't sho
 Shapes: N images in all, C channels.
 """
 
+import csv
+import io
 import os
 import re
 from array import array
@@ -27,7 +29,8 @@ from torch import Tensor
 
 import parallel
 from imagesets import shapes
-from imagesets.decode import MAX_PIXELS, MODES, Reduction, decode, from_pil, printable, suffixes
+from imagesets.decode import MAX_PIXELS, MODES, Reading, Reduction, decode, from_pil, printable, suffixes
+from imagesets.deep import Range
 from imagesets.listing import (
     PASSED_FOLDERS,
     Table,
@@ -36,11 +39,13 @@ from imagesets.listing import (
     images_below,
     listed,
     numbered,
+    own_outputs,
     pack,
     passed_over,
 )
-from imagesets.packages import open_hugging_face, open_torchvision
-from imagesets.shards import named_by, open_folder_of_shards, open_shards
+from imagesets.packages import open_hugging_face, open_parquet, open_torchvision
+from imagesets.shards import expand, named_by, open_folder_of_shards, open_shards
+from imagesets.zipped import open_zip
 from parallel import Refused
 
 
@@ -62,6 +67,7 @@ def open_images(
     in_chans: int = 3,
     max_pixels: int = MAX_PIXELS,
     flag: str = "--data_path",
+    value_range: Range | None = None,
 ) -> Images:
     """Open the images that `data_path` names.
 
@@ -69,8 +75,11 @@ def open_images(
                         folders are not. If all images lie in two or more first-level folders, these are the classes,
                         numbered in the order of their names (empty ones too, so that the numbers of train and val
                         agree); otherwise there are no labels.
-    file.txt            one path per line, relative to the file's folder, or in all lines "path<TAB>label". The
-                        labels are numbered in the order of their names, integers in numeric order.
+    file.txt            one path per line, relative to the file's folder, or in all lines "path<TAB>label" or "path
+                        label". The labels are numbered in the order of their names, integers in numeric order.
+    file.csv            the same in columns that a header names: path, and label if there are labels.
+    file.zip            as a folder, of the archive's members.
+    name.parquet        a column of images, and label if there are labels; name-{00..09}.parquet for several files.
     torchvision:NAME    the class of torchvision.datasets, in ./data or in the folder of `torchvision:NAME:FOLDER`;
                         downloaded if it isn't there.
     name-{000..099}.tar tar files by WebDataset's convention, whose samples are key.jpg and the like, with key.cls or
@@ -88,11 +97,13 @@ def open_images(
         in_chans: C; values other than 1, 3 or 4 only for folders and lists of .npy arrays.
         max_pixels: larger images can't be decoded (a guard against decompression bombs).
         flag: the flag to name in errors.
+        value_range: values of black and of white, for images of more than 8 bits; None: as the files declare.
 
     Raises:
         Refused: nothing is there, or it can't be read or used.
     """
-    data_path = os.fspath(data_path)
+    data_path, reading = os.fspath(data_path), Reading(
+        in_chans, max_pixels, tuple(value_range) if value_range else None)
     where = f"{flag} {data_path!r}"
     if split not in (None, "train", "val"):
         raise ValueError(f"split is {split!r}: give None, 'train' or 'val'")
@@ -100,32 +111,35 @@ def open_images(
     if kind and in_chans not in MODES:
         raise Refused(f"--in_chans {in_chans} with {where}: its images have 1, 3 or 4 channels")
     if kind and kind[1] == "hf":
-        return open_hugging_face(where, kind[2] or "", split, in_chans, max_pixels)
+        return open_hugging_face(where, kind[2] or "", split, reading)
     if kind:
-        return (open_shapes if kind[1] == "shapes" else open_torchvision)(where, kind[2], split, in_chans)
+        return (open_shapes if kind[1] == "shapes" else open_torchvision)(where, kind[2], split, reading)
     path = os.path.expanduser(data_path)
     try:
         if os.path.isdir(path):
-            return open_folder(where, path, split, in_chans, max_pixels)
-        if os.path.isfile(path) and path.lower().endswith(".txt"):
-            return open_list(where, path, split, in_chans, max_pixels)
+            return open_folder(where, path, split, reading)
+        if os.path.isfile(path) and path.lower().endswith((".txt", ".csv")):
+            return open_list(where, path, split, reading)
+        if os.path.isfile(path) and path.lower().endswith(".zip"):
+            return open_zip(where, path, split, reading)
+        if data_path.lower().endswith(".parquet"):
+            return open_parquet(where, expand(path), split, reading)
         if named_by(data_path):
-            return open_shards(where, data_path, split, in_chans, max_pixels)
+            return open_shards(where, data_path, split, reading)
     except OSError as error:
         name = printable(os.fsencode(error.filename or path))
         raise Refused(f"{where}: {name!r}: {error.strerror or error}; make it readable or remove it") from error
-    raise Refused(f"{where}: no folder or .txt list has this name; give one, or .tar shards, torchvision:NAME, "
-                  "hf:FOLDER or shapes[:COUNT[xPIXELS]]")
+    raise Refused(f"{where}: no folder or .txt list has this name, nor a .csv or .zip; give one, or .tar shards, "
+                  ".parquet files, torchvision:NAME, hf:FOLDER or shapes[:COUNT[xPIXELS]]")
 
 
 class Files:
     """Image files, their paths relative to a folder."""
 
     def __init__(
-        self, folder: str, paths: Texts, labels: Sequence[int] | None, classes: list[str], in_chans: int,
-        max_pixels: int,
+        self, folder: str, paths: Texts, labels: Sequence[int] | None, classes: list[str], reading: Reading,
     ) -> None:
-        self.folder, self.paths, self.in_chans, self.max_pixels = os.fsencode(folder), paths, in_chans, max_pixels
+        self.folder, self.paths, self.reading = os.fsencode(folder), paths, reading
         self.labels = None if labels is None else torch.from_numpy(np.array(labels, np.int64))
         self.classes = classes
 
@@ -147,56 +161,67 @@ class Files:
         except UnicodeDecodeError:
             return files_hash(map(self.path, range(len(self))))
 
+    def content(self, i: int) -> str:
+        """The file, as `decode` takes it."""
+        return os.fsdecode(self.path(i))
+
     def load(self, i: int, reduction: Reduction | None = None) -> Tensor:
-        return decode(os.fsdecode(self.path(i)), self.in_chans, self.max_pixels, reduction=reduction)
+        return decode(self.content(i), reduction=reduction, **self.reading.decoding())
 
 
-def open_files(folder: str | os.PathLike, names: Iterable[str], in_chans: int) -> Files:
+def open_files(folder: str | os.PathLike, names: Iterable[str], reading: Reading) -> Files:
     """Files without labels, whose names are relative to `folder`."""
-    return Files(os.fspath(folder), Texts(pack(map(os.fsencode, names))), None, [], in_chans, MAX_PIXELS)
+    return Files(os.fspath(folder), Texts(pack(map(os.fsencode, names))), None, [], reading)
 
 
-def open_folder(where: str, folder: str, split: str | None, in_chans: int, max_pixels: int) -> Images:
+def open_folder(where: str, folder: str, split: str | None, reading: Reading) -> Images:
     folder = split_folder(where, folder, split)
-    known = frozenset(map(os.fsencode, suffixes(in_chans)))
+    known = frozenset(map(os.fsencode, suffixes(reading.in_chans)))
     real = os.path.realpath(folder)
     table = listed(real, known, lambda stamps: folder_table(os.fsencode(real), known, stamps))
     paths, labels = Texts(table["paths"]), table["labels"]
+    note = printable(table.get("note", np.empty(0, np.uint8)).tobytes())  # absent in an index of an older version
     if not len(paths):
-        if shards := open_folder_of_shards(where, folder, in_chans, max_pixels):
+        if shards := open_folder_of_shards(where, folder, reading):
             return shards
-        kinds = "formats that Pillow reads, .npy, .tar" if in_chans in MODES else f".npy, as --in_chans is {in_chans}"
-        raise Refused(f"{where}: no images in {folder!r}; give a folder that holds some ({kinds})")
-    if note := printable(table.get("note", np.empty(0, np.uint8)).tobytes()):  # absent in an index of an older version
+        chans = reading.in_chans
+        kinds = "formats that Pillow reads, .npy, .tar" if chans in MODES else f".npy, as --in_chans is {chans}"
+        raise Refused(f"{where}: no images in {folder!r}; give a folder that holds some ({kinds})"
+                      + (f". {note}" if note else ""))
+    if note:
         parallel.say(f"{where}: {note}")
     strays, numbers = np.flatnonzero(labels < 0), np.unique(labels[labels >= 0])
     if len(strays) and len(numbers) > 1:
         parallel.say(f"{where}: no labels, because {len(strays)} of {len(labels)} images lie beside the class folders "
                      f"(the first: {printable(paths[strays[0]])!r}); for labels move them into these")
     if len(strays) or len(numbers) < 2:
-        return Files(folder, paths, None, [], in_chans, max_pixels)
+        return Files(folder, paths, None, [], reading)
     classes = [printable(name) for name in Texts(table["classes"])]
-    return Files(folder, paths, labels, classes, in_chans, max_pixels)
+    return Files(folder, paths, labels, classes, reading)
 
 
 def folder_table(folder: bytes, known: frozenset[bytes], stamps: list[tuple]) -> Table:
     """Columns: paths; labels, the number of the first-level folder, or -1 outside of them; classes, their names; note,
-    which other files there are."""
+    which other files there are. A folder that holds outputs of the project and no images is not a class."""
     with os.scandir(folder) as entries:
         names = sorted(e.name for e in entries
                        if e.is_dir() and not e.name.startswith(b".") and e.name not in PASSED_FOLDERS)
     numbers = {name: number for number, name in enumerate(names)}
-    labels, others = array("q"), Counter()
+    labels, others, own = array("q"), Counter(), []
 
     def paths() -> Iterator[bytes]:
-        for path in images_below(folder, b"", known, stamps, others):
+        for path in images_below(folder, b"", known, stamps, others, own):
             first, slash, _ = path.partition(b"/")
             labels.append(numbers[first] if slash else -1)
             yield path
 
-    table = {"paths": pack(paths()), "labels": np.array(labels), "classes": pack(names)}
-    note = passed_over(others, "files of other suffixes")
-    return table | {"note": np.frombuffer(os.fsencode(note), np.uint8)}
+    table = {"paths": pack(paths())}
+    written_to = {os.path.relpath(path, folder).partition(b"/")[0] for path in own}
+    kept = np.array([name not in written_to or numbers[name] in labels for name in names], bool)
+    order = np.append(np.cumsum(kept) - 1, -1)  # new number of each folder; the last stays -1
+    table |= {"labels": order[np.array(labels, np.int64)], "classes": pack(np.array(names, object)[kept])}
+    notes = [passed_over(others, "files of other suffixes"), own_outputs(own)]
+    return table | {"note": np.frombuffer(os.fsencode("; ".join(filter(None, notes))), np.uint8)}
 
 
 def split_folder(where: str, folder: str, split: str | None) -> str:
@@ -209,21 +234,63 @@ def split_folder(where: str, folder: str, split: str | None) -> str:
     return folder
 
 
-def open_list(where: str, path: str, split: str | None, in_chans: int, max_pixels: int) -> Files:
+def open_list(where: str, path: str, split: str | None, reading: Reading) -> Files:
     if split == "val":
         raise Refused(f"{where}: a list has no validation part; give the validation images a list of their own")
     with open(path, "rb") as file:
-        lines = [line.rstrip(b"\r\n") for line in file.read().removeprefix(b"\xef\xbb\xbf").split(b"\n")]
-    rows = [line.split(b"\t") for line in lines if line]
+        content = file.read().removeprefix(b"\xef\xbb\xbf")
+    folder = os.path.dirname(path)
+    rows = csv_rows(where, content) if path.lower().endswith(".csv") else text_rows(where, os.fsencode(folder), content)
+    labels, classes = numbered([printable(row[1]) for row in rows]) if len(rows[0]) == 2 else (None, [])
+    files = Files(folder, Texts(pack(row[0] for row in rows)), labels, classes, reading)
+    if not os.path.isfile(files.path(0)):  # catches the usual mistake; checking all would take long
+        raise Refused(f"{where}: {files.name(0)!r} isn't there; paths are relative to the list's folder")
+    return files
+
+
+def text_rows(where: str, folder: bytes, content: bytes) -> list[list[bytes]]:
+    """[path] or [path, label] of each line: "path", "path<TAB>label", or "path label" where the first line as a whole
+    is no file and its part before the last space is one."""
+    rows = [line.split(b"\t") for line in (line.rstrip(b"\r") for line in content.split(b"\n")) if line]
     if not rows:
         raise Refused(f"{where}: the list is empty; write one path per line")
     if len({len(row) for row in rows}) > 1 or len(rows[0]) > 2:
         raise Refused(f"{where}: some lines have a label and some don't; write 'path' or 'path<TAB>label' in all")
-    labels, classes = numbered([printable(row[1]) for row in rows]) if len(rows[0]) == 2 else (None, [])
-    files = Files(os.path.dirname(path), Texts(pack(row[0] for row in rows)), labels, classes, in_chans, max_pixels)
-    if not os.path.isfile(files.path(0)):  # catches the usual mistake; checking all would take long
-        raise Refused(f"{where}: {files.name(0)!r} isn't there; paths are relative to the list's folder")
-    return files
+    first, space, _ = rows[0][0].rstrip().rpartition(b" ")
+    if len(rows[0]) == 2 or not space or os.path.isfile(os.path.join(folder, rows[0][0])):
+        return rows
+    if not os.path.isfile(os.path.join(folder, first)):
+        return rows
+    parallel.say(f"{where}: lines are read as 'path label', split at the last space, as {printable(rows[0][0])!r} is "
+                 "no file")
+    split = [row[0].rstrip().rpartition(b" ") for row in rows]
+    if bad := [row[0] for row, (path, _, label) in zip(rows, split, strict=True) if not path or not label]:
+        raise Refused(f"{where}: {printable(bad[0])!r} has no label and the first line has one; write 'path label' in "
+                      "all")
+    return [[path.rstrip(), label] for path, _, label in split]
+
+
+PATH_COLUMNS = ("path", "image", "file", "filename", "file_name", "filepath", "image_path")
+LABEL_COLUMNS = ("label", "class", "target", "category")
+
+
+def csv_rows(where: str, content: bytes) -> list[list[bytes]]:
+    """[path] or [path, label] of each row of a CSV file, whose header names the columns."""
+    text = content.decode("utf-8", "surrogateescape")
+    head = text.partition("\n")[0]
+    rows = list(csv.reader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=head.count)))
+    rows = [row for row in rows if any(cell.strip() for cell in row)]
+    names = [cell.strip().lower() for cell in rows[0]] if rows else []
+    path = next((names.index(name) for name in PATH_COLUMNS if name in names), None)
+    if path is None or len(rows) < 2:
+        raise Refused(f"{where}: give a header with a column path, and label if there are labels, and a row per image; "
+                      f"the first line is {head.strip()[:80]!r}")
+    label = next((names.index(name) for name in LABEL_COLUMNS if name in names), None)
+    columns = [path] if label is None else [path, label]
+    for number, row in enumerate(rows[1:], 2):
+        if len(row) <= max(columns) or not all(row[c].strip() for c in columns):
+            raise Refused(f"{where}: row {number} has no {' or no '.join(names[c] for c in columns)}; complete it")
+    return [[row[c].strip().encode("utf-8", "surrogateescape") for c in columns] for row in rows[1:]]
 
 
 class Shapes:
@@ -250,10 +317,10 @@ class Shapes:
 VAL_START = 1_000_000_000  # images from here on are for validation
 
 
-def open_shapes(where: str, size: str | None, split: str | None, in_chans: int) -> Shapes:
+def open_shapes(where: str, size: str | None, split: str | None, reading: Reading) -> Shapes:
     match = re.fullmatch(r"([0-9]+)(?:x([0-9]+))?", "10000x96" if size is None else size)
     count, pixels = (int(match[1]), int(match[2] or 96)) if match else (0, 0)
     if not 1 <= count <= VAL_START or not 8 <= pixels <= 8192:
         raise Refused(f"{where}: give shapes:COUNT or shapes:COUNTxPIXELS, as in shapes:2000x96, of 8 pixels or more")
     start, count = (VAL_START, max(1, count // 4)) if split == "val" else (0, count)
-    return Shapes(start, count, pixels, in_chans)
+    return Shapes(start, count, pixels, reading.in_chans)

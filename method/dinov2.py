@@ -1,4 +1,4 @@
-"""A training step of DINOv2 (arXiv 2304.07193, section 4), in the order in which it is computed.
+"""The loss of DINOv2 (arXiv 2304.07193, section 4): `losses`, and the network and targets that it needs.
 
 Shapes: B images, L local crops, V = 2 + L views, N patches of a global crop, D width, K prototypes for class tokens and
 K' for patches, n patches on which the iBOT loss is taken, in all 2 B global crops.
@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+import parallel
 from method.ibot import patch_loss
 from method.koleo import koleo
 from method.masking import masks_weight
@@ -53,15 +54,17 @@ class BackboneAndHeads(nn.Module):
 
 
 class DINOv2Loss(nn.Module):
-    """How the losses are computed, and their state, the two centres.
+    """Settings of `losses`, how the teacher's scores become targets, and the state of that, the two centres.
 
     Args:
         out_dim, ibot_out_dim: K, K'.
         centering: how the teacher's scores become targets: "centering" as in DINO, or "sinkhorn_knopp".
         dino_weight, ibot_weight, koleo_weight: factors of the three losses.
         koleo_all_processes: see `koleo.nearest_distances`.
-        hide: replace the masked patches of the student's crops by the mask token. False for distillation.
+        mask_student: replace the masked patches of the student's crops by the mask token. False for distillation.
         all_patches: take the iBOT loss on all patches, instead of the masked ones.
+        student_temp: temperature of the student's softmax, for class tokens and patches.
+        center_momentum: of both centres.
         sinkhorn_iterations: of Sinkhorn-Knopp.
     """
 
@@ -74,7 +77,7 @@ class DINOv2Loss(nn.Module):
         ibot_weight: float = 1.0,
         koleo_weight: float = 0.1,
         koleo_all_processes: bool = False,
-        hide: bool = True,
+        mask_student: bool = True,
         all_patches: bool = False,
         student_temp: float = 0.1,
         center_momentum: float = 0.9,
@@ -83,7 +86,7 @@ class DINOv2Loss(nn.Module):
         super().__init__()
         self.centering, self.student_temp, self.sinkhorn_iterations = centering, student_temp, sinkhorn_iterations
         self.dino_weight, self.ibot_weight, self.koleo_weight = dino_weight, ibot_weight, koleo_weight
-        self.koleo_all_processes, self.hide, self.all_patches = koleo_all_processes, hide, all_patches
+        self.koleo_all_processes, self.mask_student, self.all_patches = koleo_all_processes, mask_student, all_patches
         self.dino_loss = Center(1, out_dim, momentum=center_momentum)
         self.ibot_patch_loss = Center(1, 1, ibot_out_dim, momentum=center_momentum)
 
@@ -118,7 +121,7 @@ def losses(
     Returns:
         The loss to differentiate, and a dict of detached parts: the terms `dino_global`, `dino_local`, `ibot` and
         `koleo`, which add up to `loss`; `class_targets` and `patch_targets`; `teacher_features` (2B, D); `class_mean`
-        (1, K) and `patch_mean` (1, K') of the teacher's scores, None if there are no patches.
+        (1, K) and `patch_mean` (1, K'), means of the teacher's scores, None if there are no patches.
     """
     dtype, device = at_least_float32(crops[0][:0]).dtype, crops[0].device
     chosen = torch.ones_like(masks) if objective.all_patches else masks
@@ -127,7 +130,7 @@ def losses(
     with torch.no_grad():
         teacher_out = teacher(crops[:1], None, positions)
     class_targets, patch_targets = objective.targets(teacher_out, teacher_temp)
-    out = student(crops, masks.to(device, non_blocking=True) if objective.hide else None, positions)
+    out = student(crops, masks.to(device, non_blocking=True) if objective.mask_student else None, positions)
 
     dino, pairs = class_loss(out.class_scores, class_targets, objective.student_temp)
     ibot = patch_loss(out.patch_scores, patch_targets, weights, len(crops[0]), objective.student_temp)
@@ -145,8 +148,8 @@ def losses(
 
 
 def has_neighbours(crops: Sequence[Tensor], objective: DINOv2Loss) -> bool:
-    """Whether KoLeo compares an image with another one: there are two images on this process, or it looks further."""
-    return len(crops[0]) > 2 or objective.koleo_all_processes
+    """Whether KoLeo compares an image with another one, of this process or, if it looks there, of the others."""
+    return len(crops[0]) > 2 or (objective.koleo_all_processes and parallel.world_size() > 1)
 
 
 def mean_of_rows(scores: Tensor) -> Tensor | None:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import parallel
-from imagesets.decode import MAX_PIXELS
+from imagesets.decode import Reading
 from imagesets.sources import Images, open_images
 from parallel import Refused
 from protocols.features import extract_features, pixel_features
@@ -74,8 +74,8 @@ class KnnEvaluation(NamedTuple):
 
 
 def open_evaluation(
-    path: str, flag: str, crop_size: int, mean: Sequence[float], std: Sequence[float], in_chans: int,
-    batch_size: int, num_workers: int, device: torch.device, max_pixels: int = MAX_PIXELS,
+    path: str, flag: str, reading: Reading, crop_size: int, mean: Sequence[float], std: Sequence[float],
+    batch_size: int, num_workers: int, device: torch.device,
 ) -> KnnEvaluation:
     """The k-NN evaluation on the data set at `path`, the value of `flag`.
 
@@ -83,7 +83,7 @@ def open_evaluation(
         Refused: there is no train or val part, one of them has no labels, or they have no class in common.
     """
     try:
-        parts = tuple(open_images(path, part, in_chans, max_pixels, flag) for part in ("train", "val"))
+        parts = tuple(open_images(path, part, flag=flag, **reading.decoding()) for part in ("train", "val"))
         for images, part in zip(parts, ("train", "val"), strict=True):
             if images.labels is None:
                 raise Refused(f"{flag} {path}: its {part} part has no labels")

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import parallel
 from method import targets
 from method.koleo import nearest_distances
 from method.rank import effective_rank
@@ -55,24 +56,33 @@ def health_dinov2(parts: Mapping, losses_at_start: Mapping[str, float]) -> dict[
             times ln K, and for ibot times the share of crops with a mask.
 
     Returns:
-        dino_left, ibot_left: terms as a fraction of `losses_at_start`. What does not leave 1 has not begun to learn.
-        entropy, kl, prototypes_used: as `health`, of class tokens; patch_entropy, patch_kl, patch_prototypes_used of
-            the masked patches.
+        dino_left, ibot_left: terms as a fraction of `losses_at_start`; a term that stays at 1 has not begun to learn.
+            Left out, with its KL divergence, if the weight of the term is 0.
+        entropy, kl, prototypes_used: as `health`, of class tokens.
+        patch_entropy, patch_kl, patch_prototypes_used: of the patches in the iBOT loss; left out if no process has any.
+            patch_kl is approximate: the loss is a mean over crops, the entropy a mean over patches.
         neighbour_distance: mean distance of a crop's normalized feature to the nearest of the process's other images,
-            which KoLeo enlarges: 0 if all are equal, sqrt(2) if they are orthogonal.
+            which KoLeo enlarges: 0 if all are equal, sqrt(2) if they are orthogonal. Left out for a single image.
         feature_std, feature_rank: as `health`.
     """
     class_targets, patch_targets = parts["class_targets"], parts["patch_targets"]
     features = parts["teacher_features"]
-    values = of_features(features) | {
-        "dino_left": (parts["dino_global"] + parts["dino_local"]) / losses_at_start["dino"],
-        "neighbour_distance": torch.cat([nearest_distances(crop) for crop in features.chunk(2)]).mean()}
+    values = of_features(features)
     values["entropy"], values["prototypes_used"] = of_rows(class_targets)
-    values["kl"] = values["dino_left"] * math.log(class_targets.scores.shape[1]) - values["entropy"]
-    if len(patch_targets.scores):
-        values["ibot_left"] = parts["ibot"] / losses_at_start["ibot"]
-        values["patch_entropy"], values["patch_prototypes_used"] = of_rows(patch_targets)
-        values["patch_kl"] = values["ibot_left"] * math.log(patch_targets.scores.shape[1]) - values["patch_entropy"]
+    if len(features) > 2:  # one image has no neighbour
+        values["neighbour_distance"] = torch.cat([nearest_distances(crop) for crop in features.chunk(2)]).mean()
+    if losses_at_start["dino"]:
+        values["dino_left"] = (parts["dino_global"] + parts["dino_local"]) / losses_at_start["dino"]
+        values["kl"] = values["dino_left"] * math.log(class_targets.scores.shape[1]) - values["entropy"]
+    # All processes must return the same names. One without patches counts in none of the means over processes.
+    has_patches = len(patch_targets.scores) > 0
+    share = parallel.mean_over_processes(features.new_tensor(float(has_patches), dtype=torch.float32))
+    if share > 0:
+        of_patches = of_rows(patch_targets) if has_patches else (torch.zeros_like(share), torch.zeros_like(share))
+        values["patch_entropy"], values["patch_prototypes_used"] = (value / share for value in of_patches)
+        if losses_at_start["ibot"]:
+            values["ibot_left"] = parts["ibot"] / losses_at_start["ibot"]
+            values["patch_kl"] = values["ibot_left"] * math.log(patch_targets.scores.shape[1]) - values["patch_entropy"]
     return values
 
 

@@ -110,6 +110,7 @@ def start_wandb(folder: Path, config: dict):
 
     name = folder / "wandb_run.txt"
     known = name.read_text().strip() if name.exists() else None
+    atomic.mark_output(folder / "wandb")  # where it keeps copies of the figures
     try:
         run = wandb.init(project=os.environ.get("WANDB_PROJECT", "dino"), name=folder.resolve().name, dir=str(folder),
                          config=config, id=known, resume="allow")

@@ -14,11 +14,11 @@ from imagesets.decode import Undecodable
 from imagesets.sources import Images
 from pretraining.logs import Log, duration
 from pretraining.plan import Plan
-from protocols import attention, charts, sheets, transforms
+from protocols import attention, charts, dense, sheets, transforms
 from vision_transformer import VisionTransformer
 
 # Values on the progress line: {name: (label, format)}; log_steps.txt has all of them.
-SHOWN = {"dino_left": ("dino", ".0%"), "ibot_left": ("ibot", ".0%"), "koleo": ("koleo", ".3f"),
+SHOWN = {"dino_left": ("dino left", ".0%"), "ibot_left": ("ibot left", ".0%"), "koleo": ("koleo", ".3f"),
          "entropy": ("entropy", ".2f"), "kl": ("kl", ".3f"), "feature_rank": ("rank", ".1f")}
 
 
@@ -30,14 +30,14 @@ def log_step(
 
     Args:
         figures: values of the losses and of `health`.
-        scale: what to compare the loss with, in words.
+        scale: what to compare the loss with, in words; may be empty.
         images: images per step, over all processes.
         seconds, waiting: seconds per step and fraction of waiting time, from `Clock.read`.
     """
     epoch, eta = step // plan.steps_per_epoch, duration(seconds * (plan.steps - step - 1))
     shown = "".join(f"  {label} {figures[name]:{style}}" for name, (label, style) in SHOWN.items() if name in figures)
     log.step(
-        f"epoch {epoch} step {step + 1}/{plan.steps}  loss {figures['loss']:.4f} ({scale}){shown}"
+        f"epoch {epoch} step {step + 1}/{plan.steps}  loss {figures['loss']:.4f}{f' ({scale})' if scale else ''}{shown}"
         f"  lr {plan.lr[step]:.2e}  {images / seconds:.0f} images/s  data {waiting:.0%}  eta {eta}",
         {"step": step, "epoch": epoch, **figures, "lr": float(plan.lr[step]), "images_per_s": images / seconds,
          "data_wait": waiting},
@@ -63,33 +63,39 @@ def log_epoch(
 # ---- Figures ----
 
 
-def draw(images: Images, backbone: nn.Module, size: int, mean: Sequence[float], std: Sequence[float]
+def draw(images: Images, backbone: nn.Module, crop: int, mean: Sequence[float], std: Sequence[float]
          ) -> dict[str, np.ndarray]:
-    """Sheets of the attention and the PCA of patch tokens on fixed images: {name: uint8 (height, width, 3)}."""
+    """Sheets of the attention and the PCA of patch tokens on fixed images: {name: uint8 (height, width, 3)}.
+
+    Args:
+        crop: pixels of the global crops of training; the images are larger, see `dense.default_size`.
+    """
     if not isinstance(backbone, VisionTransformer):
         return {}
-    return attention.network_sheets(backbone, fixed_images(images, size), mean, std)
+    return attention.network_sheets(backbone, fixed_images(images, crop, backbone.patch_embed.patch_size), mean, std)
 
 
-def fixed_images(images: Images, size: int, count: int = 6) -> list[torch.Tensor]:
-    """A few random images, always the same ones; images that can't be decoded are left out."""
+def fixed_images(images: Images, crop: int, patch: int, count: int = 6) -> list[torch.Tensor]:
+    """A few random images, always the same ones, at their `dense.default_size`; images that can't be decoded are left
+    out."""
     chosen = np.random.default_rng(0).choice(len(images), min(count, len(images)), replace=False)
     fixed = []
     for i in sorted(chosen.tolist()):
         try:
-            fixed.append(transforms.resized(images.load(i), size))
+            image = images.load(i)
         except Undecodable:
             continue
+        fixed.append(transforms.resized(image, dense.default_size(crop, patch, [min(image.shape[1:])])))
     return fixed
 
 
 def save_last_figures(
-    folder: Path, images: Images, backbone: nn.Module, size: int, mean: Sequence[float], std: Sequence[float]
+    folder: Path, images: Images, backbone: nn.Module, crop: int, mean: Sequence[float], std: Sequence[float]
 ) -> list[str]:
-    """Write curves.png, and for a ViT attention.png of the teacher, into `folder`. Returns the file names."""
+    """Write curves.png, and for a ViT pca.png and attention.png of the teacher, into `folder`. Returns the file
+    names."""
     charts.training_curves([folder / "log.txt"], folder / "curves.png")
-    names, drawn = ["curves.png"], draw(images, backbone, size, mean, std)
-    if "attention" in drawn:
-        sheets.save_picture(drawn["attention"], folder / "attention.png")
-        names.append("attention.png")
-    return names
+    drawn = draw(images, backbone, crop, mean, std)
+    for name, figure in drawn.items():
+        sheets.save_picture(figure, folder / f"{name}.png")
+    return [f"{name}.png" for name in ("curves", *drawn)]

@@ -16,26 +16,27 @@ import parallel
 from parallel import Refused
 from pretraining import sharding
 from vision_transformer import VITS, VisionTransformer, build_backbone
-from weights.backbones import load_weights_into
+from weights.backbones import load_weights_into, normalizes_single_values
 from weights.checkpoints import refusing
 from weights.layouts import backbone_state, head_states, read, recognize, stored_args
 
 
 def pair(
-    build: Callable[[float], nn.Module], drop_path_rate: float, init_from: str = ""
+    build: Callable[[float], nn.Module], drop_path_rate: float, init_from: str = "", init_in_chans: str = ""
 ) -> tuple[nn.Module, nn.Module]:
     """A student, and a teacher with the same weights, without gradients and without stochastic depth.
 
     Args:
         build: rate of stochastic depth -> a network with a `backbone` and heads.
         init_from: file of weights to initialize the backbones from; "": random initialization.
+        init_in_chans: mean or tile, for weights of another number of channels; see `backbones.converted_channels`.
 
     Raises:
         Refused: the weights do not fit the network.
     """
     student, teacher = build(drop_path_rate), build(0.0)
     if init_from:
-        load_weights_into(student.backbone, init_from, flag="--init_from")
+        load_weights_into(student.backbone, init_from, flag="--init_from", init_in_chans=init_in_chans)
     teacher.load_state_dict(student.state_dict())
     return student, teacher.requires_grad_(False)
 
@@ -68,6 +69,26 @@ def check_crop_sizes(backbone: nn.Module, arch: str, in_chans: int, **sizes: int
             raise Refused(f"--{flag} {size}: --arch {arch} does not accept this size ({reason}); choose another size "
                           "or another network") from error
     backbone.train()
+
+
+def check_batch_norm(
+    backbone: nn.Module, arch: str, in_chans: int, batch_size: int, global_size: int, local_size: int, n_local: int,
+    device: torch.device,
+) -> None:
+    """Batch norm needs more than one value per channel; fail before training starts.
+
+    The network sees all crops of one size together: two global ones per image, so that only a single local one can be
+    alone. Synchronized batch norm counts those of all processes.
+
+    Args:
+        batch_size: images per process.
+    """
+    alone = n_local * batch_size == 1 and local_size != global_size
+    synchronized = parallel.world_size() > 1 and device.type == "cuda"
+    if alone and not synchronized and normalizes_single_values(backbone, in_chans, local_size):
+        raise Refused(f"--batch_size_per_gpu 1 with --local_crops_number 1: batch norm in --arch {arch} needs more "
+                      f"than one value per channel, and one crop of {local_size} pixels gives one; raise either, or "
+                      "--local_crops_size")
 
 
 def on_device(network: nn.Module, device: torch.device) -> nn.Module:
@@ -172,7 +193,7 @@ def read_heads(path: str, flag: str) -> tuple[dict, dict[str, Tensor]]:
         recognized = recognize(backbone_state(loaded, "teacher", path))
     if "dino_head.last_layer.weight_v" not in heads:
         raise Refused(f"{flag} {path}: it has no heads, as published backbones; train heads first: main_dinov2.py "
-                      f"--init_from {path} with --freeze_backbone_epochs as long as the run (docs/recipes.md)")
+                      f"--init_from {path} with --freeze_backbone_epochs as long as the run (docs/dinov2.md)")
     options = recognized.options
     settings = {
         "arch": recognized.arch, "patch_size": options["patch_size"], "in_chans": options["in_chans"],

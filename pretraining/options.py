@@ -8,10 +8,18 @@ from collections.abc import Callable, Sequence
 
 import flags
 import utils
-from imagesets.decode import MAX_PIXELS
 from parallel import Refused
 from pretraining.logs import installed
 from vision_transformer import VITS
+
+
+def add_init_flags(add: Callable) -> None:
+    """Weights to start from, for the group `network`."""
+    add("--init_from", default="",
+        help="start from the backbone in this file, such as published weights; not needed to resume a run")
+    add("--init_in_chans", choices=("mean", "tile"), default="",
+        help="with --init_from, for weights of other channels than --in_chans: average the first layer over its "
+             "channels, or repeat them. A heuristic: train for long enough to adapt it")
 
 
 def add_length_flags(add: Callable) -> None:
@@ -48,14 +56,14 @@ def add_crop_flags(
 
 
 def add_data_flags(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("data").add_argument
+    group = parser.add_argument_group("data")
+    add = group.add_argument
     add("--data_path", default="",
-        help="folder of images, with or without class folders; a .txt list; shards-{000..099}.tar; hf:FOLDER; "
-             "torchvision:CIFAR10; shapes[:COUNT[xPIXELS]], drawn images (docs/data.md)")
-    add("--max_pixels", type=flags.positive_int, default=MAX_PIXELS,
-        help="larger images count as undecodable, against decompression bombs; raise it for very large images")
+        help="folder of images, with or without class folders; a .txt or .csv list; a .zip; shards-{000..099}.tar; "
+             ".parquet files; hf:FOLDER; torchvision:CIFAR10; shapes[:COUNT[xPIXELS]], drawn images (docs/data.md)")
+    flags.add_reading_flags(group)
     add("--max_bad_images", type=flags.fraction, default=0.01,
-        help="share of undecodable files above which the run stops")
+        help="share of undecodable files, rounded up to whole files, above which the run stops")
     add("--eval_knn_every", type=flags.count, default=0,
         help="epochs between k-NN evaluations on labelled images; 0: never")
     add("--eval_data_path", default="", help="labelled images with train and val (or test) parts; empty: --data_path")
@@ -152,6 +160,12 @@ def check_hardware(parallel: str, precision: str, use_fp16: bool, compile: str |
     if compile in ("reduce-overhead", "max-autotune") and grad_accum_steps > 1:  # their outputs do not last
         raise Refused(f"--compile {compile} with --grad_accum_steps {grad_accum_steps} is not supported: "
                       "CUDA graphs take a micro-batch's gradients back; give --compile default")
+
+
+def check_init(init_from: str, init_in_chans: str) -> None:
+    if init_in_chans and not init_from:
+        raise Refused(f"--init_in_chans {init_in_chans}: converts the weights of --init_from; give that too, or leave "
+                      "it out")
 
 
 def check_packages(**wanted: bool) -> None:

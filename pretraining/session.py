@@ -123,9 +123,9 @@ def add_gradients(
 
     Returns:
         The scalars among the parts, and all parts. Scalars and parts called `..._mean` are means over the
-        micro-batches, the others are those of the last micro-batch.
+        micro-batches that have them (not None), the others are those of the last micro-batch.
     """
-    means: dict[str, Tensor] = {}
+    values: dict[str, list[Tensor]] = {}
     for micro in range(grad_accum_steps):
         batch = clock.next(batches)
         bad_images.add(batch["bad"])
@@ -136,8 +136,9 @@ def add_gradients(
                 loss, parts = losses(student, crops, batch)
             run.scaler.scale(loss / grad_accum_steps).backward()
         for name, value in parts.items():
-            if name.endswith("_mean") or (isinstance(value, Tensor) and value.ndim == 0):
-                means[name] = means.get(name, 0) + value / grad_accum_steps
+            if isinstance(value, Tensor) and (name.endswith("_mean") or value.ndim == 0):
+                values.setdefault(name, []).append(value)
+    means = {name: sum(several) / len(several) for name, several in values.items()}
     return {name: value for name, value in means.items() if value.ndim == 0}, parts | means
 
 

@@ -30,18 +30,18 @@ PAGE = 16  # images on a sheet
 # ---- One image ----
 
 
-def load_image(path: str | None, in_chans: int) -> Tensor:
+def load_image(path: str | None, reading: decode.Reading) -> Tensor:
     """An image file as uint8 (C, height, width); without a path, the first image of the drawn set.
 
     Raises:
         Refused: no such file, or one that can't be decoded.
     """
     if path is None:
-        return decode.from_array(shapes.draw(0, 480)[0], in_chans)
+        return decode.from_array(shapes.draw(0, 480)[0], reading.in_chans)
     if not Path(path).is_file():
         raise Refused(f"--image_path {path}: no such file; give a folder of images to --images")
     try:
-        return decode.decode(path, in_chans)
+        return decode.decode(path, **reading.decoding())
     except decode.Undecodable as error:
         raise Refused(f"--image_path {error}; give another image") from error
 
@@ -140,7 +140,9 @@ def draw_sheets(
             drawn.append((images.name(i), images.load(i)))
         except decode.Undecodable as error:
             print(f"left out: {error}")
-    size = image_size or [dense.default_size(network, [min(image.shape[1:]) for _, image in drawn] or [0])]
+    size = image_size or [dense.default_size(
+        network.info["global_crops_size"], network.info["patch_size"],
+        [min(image.shape[1:]) for _, image in drawn] or [0])]
     for name, image in drawn:
         try:
             outputs.append((Path(name).name, *dense.look(network, image, size, layer, bilinear=True)))
@@ -193,7 +195,7 @@ def network_sheets(
         mean, std: one value per channel, of intensities in [0, 1], as in training.
 
     Returns:
-        {"attention": the attention sheet, "pca": the images above their patch tokens as colours, of one basis}, both
+        {"pca": the images above their patch tokens as colours, of one basis, "attention": the attention sheet}, both
         uint8 (height, width, 3); empty without images.
     """
     if not images:
@@ -209,6 +211,6 @@ def network_sheets(
         for module, training in modes:
             module.training = training
     figures = [sheets.as_picture(image) for image in images]
-    attention = sheets.attention_sheet(figures, [a[0].numpy() for a, _ in outputs], cell=cell)
     colors = pca_figures([t[0].numpy() for _, t in outputs], figures)
-    return {"attention": attention, "pca": sheets.contact_sheet([figures, colors], cell=cell)}
+    attention = sheets.attention_sheet(figures, [a[0].numpy() for a, _ in outputs], cell=cell)
+    return {"pca": sheets.contact_sheet([figures, colors], cell=cell), "attention": attention}

@@ -57,7 +57,7 @@ def draw_video(
     Raises:
         Refused: no such video, no frames, a point outside them, or nothing can be written to `output_dir`.
     """
-    frames, fps = open_video(path, fps, network.info["in_chans"])
+    frames, fps = open_video(path, fps, network.reading)
     all_drawn = video_rows(network, frames, image_size, layer, threshold, pca, point)
     first = next(all_drawn, None)  # before anything is written: bad flags show here
     if first is None:
@@ -109,7 +109,8 @@ def make_video(path: str, output_dir: str | os.PathLike, fps: float | None = Non
     """Write the images of a folder as video.mp4, at the size of the first one; without a network.
 
     Args:
-        path: a folder; if it has images named attn-*, those alone, as in the published script.
+        path: a folder, of whose images those in it are used, figures of `draw_video` included; if some are named
+            attn-*, those alone, as in the published script.
         fps: frames per second; None: 30.
         video_format: a key of CODECS.
 
@@ -118,9 +119,14 @@ def make_video(path: str, output_dir: str | os.PathLike, fps: float | None = Non
     """
     if not Path(path).is_dir():
         raise Refused(f"--video {path}: not a folder; give the folder of images to --video_only")
-    images, count, fps = sources.open_images(path, flag="--video"), 0, fps or DEFAULT_FPS
-    plain = [i for i in range(len(images)) if Path(images.name(i)).name.startswith("attn-")]
-    frames = (sheets.as_picture(frame) for _, frame in folder_frames(images, plain or range(len(images)), path))
+    names = [file.name for file in Path(path).iterdir()
+             if file.suffix.lower() in decode.suffixes() and not file.name.startswith(".") and file.is_file()]
+    if not names:
+        raise Refused(f"--video {path}: no images in it; give the folder of images to --video_only")
+    # Not by `open_images`, which leaves out what the project wrote.
+    images = sources.open_files(path, [n for n in names if n.startswith("attn-")] or names, decode.PLAIN)
+    frames = (sheets.as_picture(frame) for _, frame in folder_frames(images, range(len(images)), path))
+    count, fps = 0, fps or DEFAULT_FPS
     first = next(frames)  # before anything is written
     target = flags.prepare_output(output_dir) / f"video.{video_format}"
     with writing(target, first, fps) as write:
@@ -147,7 +153,7 @@ def writing(path: Path, first: np.ndarray, fps: float) -> Iterator[Callable[[np.
             np.pad(figure, ((0, height - len(figure)), (0, width - figure.shape[1]), (0, 0)), mode="edge"))
 
 
-def open_video(path: str, fps: float | None, in_chans: int) -> tuple[Iterator[tuple[str, Tensor]], float]:
+def open_video(path: str, fps: float | None, reading: decode.Reading) -> tuple[Iterator[tuple[str, Tensor]], float]:
     """Names and frames uint8 (C, height, width), decoded when they are asked for, and frames per second.
 
     Frames of a folder come in the order of the numbers in their names; those of a file are named frame-0000 and so on.
@@ -157,12 +163,13 @@ def open_video(path: str, fps: float | None, in_chans: int) -> tuple[Iterator[tu
     """
     imageio_ffmpeg = import_ffmpeg()
     if Path(path).is_dir():
-        images = sources.open_images(path, in_chans=in_chans, flag="--video")
+        images = sources.open_images(path, flag="--video", **reading.decoding())
         return folder_frames(images, range(len(images)), path), fps or DEFAULT_FPS
     if not Path(path).is_file():
         raise Refused(f"--video {path}: no such file or folder; give a video, or a folder of frames")
-    if in_chans != 3:
-        raise Refused(f"--video {path}: a video has 3 channels, the network {in_chans}; give a folder of frames")
+    if reading.in_chans != 3:
+        raise Refused(f"--video {path}: a video has 3 channels, the network {reading.in_chans}; give a folder of "
+                      "frames")
     reader = imageio_ffmpeg.read_frames(path)
     try:
         about = next(reader)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
+import atomic
 from parallel import Refused
 from protocols import sheets
 
@@ -143,6 +144,7 @@ def check_format(flag: str, path: str | Path) -> None:
 def save(figure: Figure, path: str | Path, flag: str) -> None:
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
+        atomic.mark_output(path)
         figure.savefig(path)
     except OSError as error:
         raise Refused(f"{flag} {path}: {error.strerror or error}; give a file that can be written") from error
@@ -210,6 +212,7 @@ def sweep_chart(networks: Mapping[str, Sequence[Mapping]], path: str | Path) -> 
     axes.grid(alpha=0.3)
     if len(networks) > 1:
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(networks), frameon=False)
+    atomic.mark_output(path)
     figure.savefig(path, dpi=120)
 
 
@@ -217,7 +220,8 @@ def feature_map(features: np.ndarray, labels: np.ndarray, classes: Sequence[str]
                 ) -> None:
     """scikit-learn's t-SNE of (N, D) features in two dimensions (van der Maaten and Hinton 2008), coloured by class.
 
-    The 20 largest classes have colours, the others are grey.
+    The 20 largest classes have colours, the others are grey. The map, whose axes mean nothing, is turned so that it is
+    widest from left to right.
     """
     from matplotlib import colormaps
     from matplotlib.figure import Figure
@@ -226,18 +230,22 @@ def feature_map(features: np.ndarray, labels: np.ndarray, classes: Sequence[str]
     unit = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
     perplexity = min(30.0, (len(features) - 1) / 3)
     points = TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(unit)
+    points = points - points.mean(axis=0)
+    points = points @ np.linalg.svd(points, full_matrices=False)[2].T
+    size = float(np.clip(8000 / len(points), 8, 50))  # of a point, in square points
     figure = Figure(figsize=(9, 7), layout="constrained")
     axes = figure.subplots()
     largest = np.argsort(-np.bincount(labels, minlength=len(classes)), kind="stable")[:MOST_COLORS]
     rest = ~np.isin(labels, largest)
-    axes.scatter(*points[rest].T, s=6, color="0.7", label="other classes" if rest.any() else None)
+    axes.scatter(*points[rest].T, s=size, color="0.7", label="other classes" if rest.any() else None)
     colors = colormaps["tab10" if len(largest) <= 10 else "tab20"]
     for i, c in enumerate(sorted(largest.tolist())):
         if (labels == c).any():
-            axes.scatter(*points[labels == c].T, s=8, color=colors(i), label=classes[c])
+            axes.scatter(*points[labels == c].T, s=size, color=colors(i), label=classes[c])
     axes.set_axis_off()
     axes.margins(0.01)
-    figure.legend(loc="outside right center", markerscale=2, frameon=False, fontsize=9)
+    figure.legend(loc="outside right center", markerscale=(40 / size) ** 0.5, frameon=False, fontsize=9)
+    atomic.mark_output(path)
     figure.savefig(path, dpi=120)
 
 

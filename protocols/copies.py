@@ -23,8 +23,9 @@ from torch import Tensor, nn
 
 import flags
 import parallel
+from imagesets.checking import open_checked
 from imagesets.copies import read_copies
-from imagesets.sources import Images, open_files, open_images
+from imagesets.sources import Images, open_files
 from parallel import Refused
 from protocols import retrieval, scores
 from protocols.features import PIXELS, Network, dataset_features
@@ -140,23 +141,22 @@ def evaluate_copies(
     """
     info, pixels = network.info, network.about["arch"] == PIXELS
     side = PIXELS_SIDE if pixels else image_size or default_side(info["global_crops_size"])
-    copies, in_chans = read_copies(data_path), info["in_chans"]
+    copies, reading = read_copies(data_path), network.reading
     folder = os.path.expanduser(data_path)
-    sets = {name: open_files(folder, names, in_chans)
+    sets = {name: open_files(folder, names, reading)
             for name, names in (("queries", copies.queries), ("database", copies.database))}
-    sets |= {name: open_images(path, None, in_chans, flag=f"--{name}_path")
+    sets |= {name: open_checked(path, None, reading, f"--{name}_path")
              for name, path in (("distractors", distractors_path), ("whitening", whitening_path)) if path}
     if "whitening" in sets and len(sets["whitening"]) < 2:
         raise Refused(f"--whitening_path {whitening_path}: one image gives no whitening; give more, or leave it out")
     output_dir = flags.prepare_output(output_dir)
     for note in copies.notes:
         parallel.say(note)
-    forward, name = descriptor(network.forward, gem_p)
+    (forward, name), mean, std = descriptor(network.forward, gem_p), info["mean"], info["std"]
     parts = {
         part: dataset_features(
-            network, SmallPictures(images) if pixels else Squares(images, side, info["mean"], info["std"]),
-            f"square {side} {info['mean']} {info['std']}", batch_size, num_workers, output_dir / "features", forward,
-            f" {name}")
+            network, SmallPictures(images, mean, std) if pixels else Squares(images, side, mean, std),
+            f"square {side} {mean} {std}", batch_size, num_workers, output_dir / "features", forward, f" {name}")
         for part, images in sets.items()}
     queries, database = parts["queries"], parts["database"]
     if "distractors" in parts:

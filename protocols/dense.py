@@ -22,13 +22,12 @@ from vision_transformer import VITS, VisionTransformer
 PUBLISHED_SIZE = 480 / 224  # shorter side of the published attention maps' images, per side of the training crops
 
 
-def default_size(network: Network, sides: Sequence[int]) -> int:
+def default_size(crop: int, patch: int, sides: Sequence[int]) -> int:
     """Shorter side of the network's input, in pixels and whole patches, where no size is asked for.
 
-    480 for crops of 224 pixels in training, as published, and in proportion for others; at most twice the median of the
-    images' shorter `sides`, which have no more detail, and at least the crops' size.
+    480 for global crops of 224 pixels in training, as published, and in proportion for other sizes `crop`; at most
+    twice the median of the images' shorter `sides`, which have no more detail, and at least `crop`.
     """
-    crop, patch = network.info["global_crops_size"], network.info["patch_size"]
     return max(crop, min(int(crop * PUBLISHED_SIZE), 2 * int(np.median(sides)))) // patch * patch
 
 
@@ -118,7 +117,8 @@ def check_attention(network: Network, image_size: Sequence[int], layer: int) -> 
         raise Refused(f"--arch {arch}: has no class token whose attention could be read; use one of {', '.join(VITS)}")
     if not -len(model.blocks) <= layer < len(model.blocks):
         raise Refused(f"--layer {layer}: the network has layers 0 to {len(model.blocks) - 1}; -1 is the last")
-    input_sizes(64, 64, image_size, network.info["patch_size"])
+    patch = network.info["patch_size"]
+    input_sizes(patch, patch, image_size, patch)
 
 
 def normalize(images: Tensor, info: Mapping, device: torch.device) -> Tensor:

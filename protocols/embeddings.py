@@ -35,6 +35,7 @@ def write(path: Path, parts: list[np.ndarray], names: list[str], about: Mapping)
     """
     about = dict(about, shape=[sum(map(len, parts)), *parts[0].shape[1:]])
     try:
+        atomic.mark_output(path)
         with atomic.replacing(path) as temporary:
             WRITERS[path.suffix](temporary, parts, names, about)
             if path.suffix != ".parquet":  # first the file beside it: without that, the array could not be read

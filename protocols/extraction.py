@@ -19,6 +19,7 @@ from torch.utils.data import Dataset, Subset
 
 import atomic
 import parallel
+from imagesets.checking import Chosen
 from imagesets.sources import Images
 from parallel import Refused
 from protocols import embeddings
@@ -88,6 +89,7 @@ def missing_parts(job: Job, images: Images) -> list[int] | None:
     try:
         if not record.exists():
             job.parts.mkdir(parents=True, exist_ok=True)
+            atomic.mark_output(job.parts)
             atomic.write_text(record, written)
         before = dict(json.loads(record.read_text()))
         old = before.pop("images_of_parts", [])  # an older version wrote none
@@ -178,6 +180,8 @@ def extract(
         Refused: `output` exists with other content or can't be written, or an image can't be decoded.
     """
     forward = token_forward(network.forward, about["tokens"])
+    if isinstance(images, Chosen):
+        about = dict(about, left_out=images.left_out())
     job = Job(output, len(images), per_part, fingerprint(network, images, about, half))
     missing = parallel.on_main(lambda: missing_parts(job, images))
     if missing is None:
@@ -200,7 +204,7 @@ def describe(network: Network, data_path: str, tokens: str, seed: int, precision
     return network.about | {  # absolute paths, so that search.py may run in another folder
         "data_path": os.path.abspath(path) if os.path.exists(path) else data_path, "tokens": tokens,
         "weights": weights and os.path.abspath(weights), "seed": seed, "precision": precision,
-        "in_chans": network.info["in_chans"],
+        "in_chans": network.info["in_chans"], "reading": network.reading.decoding(),
     }
 
 

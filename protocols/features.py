@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 import parallel
-from imagesets.decode import Undecodable
+from imagesets.decode import MAX_PIXELS, PLAIN, Reading, Undecodable
+from imagesets.deep import Range
 from imagesets.loaders import worker_options
 from imagesets.sources import Images
 from parallel import Refused
@@ -30,9 +31,10 @@ from protocols.transforms import (
     Transformed,
     check_patches,
 )
-from vision_transformer import VITS
-from weights import checkpoints, load_backbone
+from vision_transformer import VITS, build_backbone
+from weights import checkpoints, load_backbone, preprocessing
 from weights.layouts import BadFile
+from weights.preprocessing import Found
 
 PIXELS = "pixels"  # --arch of the baseline without a network: images of 32 x 32 pixels, flattened
 TRAINING_SCALE = (0.08, 1.0)  # VIEW_SCALE of the crops that classifiers are trained on
@@ -188,6 +190,8 @@ def images_hash(images: Images, numbers: Sequence[int] | None = None) -> str:
     while hasattr(whole, "images"):  # a subset, or crops
         whole = whole.images
     digest.update(getattr(whole, "fingerprint", "").encode())
+    if value_range := getattr(getattr(whole, "reading", None), "value_range", None):  # the first image may have 8 bits
+        digest.update("value_range {:g} {:g}".format(*value_range).encode())
     if len(images):
         try:
             first = images.load(0)
@@ -247,6 +251,12 @@ class Network(NamedTuple):
     about: dict  # for reports, plain values: arch, weights, weights_sha256, crop_size, precision ...
     device: torch.device
 
+    @property
+    def reading(self) -> Reading:
+        """How images for the network are decoded."""
+        return Reading(self.info["in_chans"], self.info.get("max_pixels", MAX_PIXELS), self.info.get("value_range"),
+                       self.info.get("skip_bad", ""))
+
     def autocast(self) -> AbstractContextManager:
         """A context that computes in the network's precision."""
         dtype = PRECISIONS[self.about["precision"]]
@@ -256,30 +266,33 @@ class Network(NamedTuple):
 def load_network(
     weights: str, arch: str = "vit_small", patch_size: int = 16, checkpoint_key: str = "teacher",
     device: torch.device | str = "cpu", crop_size: int = 0, resize_size: int = 0, precision: str = "fp32",
-    seed: int = 0, size_flag: str = "--crop_size",
+    seed: int = 0, size_flag: str = "--crop_size", mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None, in_chans: int | None = None, max_pixels: int = MAX_PIXELS,
+    value_range: Range | None = None, skip_bad: str = "",
 ) -> Network:
     """Load a frozen network.
 
     Args:
         weights: path; "" builds an untrained network from `seed`.
         arch, patch_size: used where the weights don't tell. `pixels` is the baseline of raw 32 x 32 pixels.
-        crop_size: pixels; 0 means the size of the global crops in training, or 224.
+        crop_size: pixels; 0 means the image size stored with the weights, or 224.
         resize_size: pixels of the shorter side before the crop; 0 means crop_size x 256 / 224.
         precision: fp32, fp16 or bf16.
         size_flag: the flag that errors about `crop_size` name.
+        mean, std, in_chans: instead of the stored ones, see `load_backbone`.
+        max_pixels, value_range, skip_bad: see `decode.Reading`; no value_range is that of the weights' training.
 
     Raises:
         Refused: missing weights, weights of another architecture, or sizes that contradict each other.
     """
-    device = torch.device(device)
+    device, value_range = torch.device(device), tuple(value_range) if value_range else None
     if arch == PIXELS:
         if weights:
             raise Refused(f"--pretrained_weights {weights}: --arch {PIXELS} has no weights; leave one of them out")
-        info = {"embed_dim": 3 * PIXELS_SIDE**2, "in_chans": 3, "mean": (0.0,) * 3, "std": (1.0,) * 3}
-        about = {"arch": PIXELS, "weights": None, "weights_sha256": None, "crop_size": PIXELS_SIDE, "precision": "fp32"}
-        return Network(nn.Flatten(), info, about, device)
+        return pixel_network(device, Reading(in_chans or 3, max_pixels, value_range, skip_bad), mean, std)
     torch.manual_seed(seed)
-    model, info = load_backbone(weights, arch, patch_size, checkpoint_key)
+    model, info = load_backbone(weights, arch, patch_size, checkpoint_key, mean=mean, std=std, in_chans=in_chans)
+    info |= {"max_pixels": max_pixels, "value_range": value_range or info.get("value_range"), "skip_bad": skip_bad}
     crop = crop_size or info["global_crops_size"]
     if info["arch"] in VITS and crop < info["patch_size"]:
         raise Refused(f"{size_flag} {crop}: smaller than a patch of {info['patch_size']}; raise it")
@@ -292,8 +305,35 @@ def load_network(
         "arch": info["arch"], "patch_size": info["patch_size"], "weights": weights or None,
         "checkpoint_key": checkpoint_key, "weights_sha256": weights_hash(model),
         "resize_size": resize_size or round(crop * 256 / 224), "crop_size": crop, "precision": precision,
+        "mean": list(info["mean"]), "std": list(info["std"]), "normalization": info["sources"],
     }
     return Network(model.to(device), info, about, device)
+
+
+def pixel_network(
+    device: torch.device, reading: Reading = PLAIN, mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> Network:
+    """The baseline without a network: images of 32 x 32 pixels, flattened, in [0, 1] unless mean and std are given.
+
+    Raises:
+        Refused: mean or std with another number of values than channels.
+    """
+    plain = {"mean": Found(0.0, "default of raw pixels"), "std": Found(1.0, "default of raw pixels")}
+    chosen = preprocessing.normalization(plain, reading.in_chans, f"--arch {PIXELS}", mean, std)
+    info = {"embed_dim": reading.in_chans * PIXELS_SIDE**2} | reading._asdict() | {
+        key: value for key, (value, _) in chosen.items()}
+    about = {"arch": PIXELS, "weights": None, "weights_sha256": None, "crop_size": PIXELS_SIDE, "precision": "fp32",
+             "mean": list(info["mean"]), "std": list(info["std"])}
+    return Network(nn.Flatten(), info, about, device)
+
+
+def untrained(network: Network, seed: int) -> Network:
+    """The same network with random weights, which sees the same images: the baseline of training."""
+    torch.manual_seed(seed)
+    model, _ = build_backbone(network.info["arch"], **network.info["options"])
+    about = network.about | {"weights": None, "weights_sha256": weights_hash(model)}
+    return network._replace(forward=model.eval().requires_grad_(False).to(network.device), about=about)
 
 
 def network_features(
@@ -319,7 +359,7 @@ def input_dataset(
     if view is not None:
         return RandomViews(images, about["crop_size"], mean, std, view, scale, interpolation)
     if about["arch"] == PIXELS:
-        return SmallPictures(images)
+        return SmallPictures(images, mean, std)
     return EvalImages(images, about["resize_size"], about["crop_size"], mean, std)
 
 

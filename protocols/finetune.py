@@ -28,6 +28,8 @@ from protocols.linear import Training, run_of, train
 from protocols.splits import Task
 from vision_transformer import DropPath, VisionTransformer, build_backbone
 from weights import checkpoints
+from weights.backbones import normalizes_single_values
+from weights.layouts import STORED_OPTIONS
 
 UNFINISHED, TUNED = "checkpoint_finetune.pth", "finetuned.pth"
 
@@ -172,13 +174,18 @@ def tune(network: Network, task: Task, training: Training, recipe: Recipe, folde
         A row for the table, and (M, min(5, C)) classes of the test images, best first.
 
     Raises:
-        Refused: fewer images than a batch, a stopped run of other settings, or a loss that is not finite.
+        Refused: fewer images than a batch, a batch too small for batch norm, a stopped run of other settings, or a loss
+            that is not finite.
     """
     device, epochs = network.device, training.epochs
     batch, n_classes = training.batch_size * parallel.world_size(), max(training.num_labels, len(task.classes))
     if not (steps := len(task.train) // batch):
         raise Refused(f"--batch_size_per_gpu {training.batch_size}: {len(task.train)} training images are less than "
                       "one batch; lower it")
+    crop = network.about["crop_size"]
+    if training.batch_size == 1 and normalizes_single_values(network.forward, network.info["in_chans"], crop):
+        raise Refused(f"--batch_size_per_gpu 1: batch norm in --arch {network.info['arch']} needs more than one value "
+                      f"per channel, and one crop of {crop} pixels gives one; raise it, or --crop_size")
     torch.manual_seed(training.seed)
     model = Classifier(trainable(network, recipe.drop_path_rate), network.info["embed_dim"], n_classes).to(device)
     averaged = copy.deepcopy(model).requires_grad_(False)
@@ -208,8 +215,9 @@ def save(model: Classifier, network: Network, classes: Sequence[str], folder: Pa
     """finetuned.pth: the backbone under `teacher`, where evaluation scripts look for it, and the classifier."""
     info = network.info
     args = {k: list(info[k]) if isinstance(info[k], tuple) else info[k]
-            for k in ("arch", "patch_size", "in_chans", "mean", "std")} | {
-        "global_crops_size": network.about["crop_size"]}
+            for k in ("arch", "patch_size", "in_chans", "mean", "std", "value_range") if k in info} | {
+        "global_crops_size": network.about["crop_size"]} | {
+        k: info["options"][k] for k in STORED_OPTIONS if k in info["options"]}
     linear = {f"linear.{k}": v.cpu() for k, v in model.linear.state_dict().items()}
     checkpoints.save({"teacher": model.backbone.state_dict(), "state_dict": linear, "classes": list(classes),
                       "args": args}, folder / TUNED)

@@ -16,6 +16,7 @@ import json
 import math
 import re
 import types
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,10 +28,11 @@ from parallel import Refused, Stopped
 from protocols import scores
 from vision_transformer import XCITS, SwiGLU, VisionTransformer
 from weights import backbones
-from weights.layouts import to_timm_registers
+from weights.layouts import to_timm_registers, to_xcit
 
 Run = Callable[[Tensor], Tensor]
-SUFFIXES = {"onnx": ".onnx", "safetensors": ".safetensors", "torch": ".pt2"}  # the others are folders
+# The formats that are files; the others are folders.
+SUFFIXES = {"onnx": ".onnx", "safetensors": ".safetensors", "torch": ".pt2", "published": ".pth"}
 
 
 class Differs(Stopped):
@@ -69,11 +71,13 @@ def same(what: str, theirs, expected) -> None:
         raise Differs(f"{what}: {theirs} instead of {expected}")
 
 
-def save_tensors(state: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+def save_tensors(state: Mapping[str, Tensor], path: Path, about: Mapping) -> None:
+    """A safetensors file with `about` in its metadata, as JSON, which `backbones.load_backbone` reads."""
     from safetensors.torch import save
 
+    metadata = {"format": "pt"} | {k: json.dumps(v) for k, v in about.items()}
     # Not by the library's save_file, which writes files that only their owner can read.
-    path.write_bytes(save({k: v.contiguous().clone() for k, v in state.items()}, {"format": "pt", **(metadata or {})}))
+    path.write_bytes(save({k: v.contiguous().clone() for k, v in state.items()}, metadata))
 
 
 # ---- Graphs: ONNX and torch.export ----
@@ -146,12 +150,31 @@ def to_torch(model: nn.Module, about: dict, path: Path, dynamic_size: bool) -> R
     return torch.export.load(path).module()
 
 
+# ---- The published backbone's file ----
+
+
+def to_published(model: nn.Module, about: dict, path: Path) -> Run:
+    """A plain state dict under the published names: `model.load_state_dict(torch.load(path), strict=True)`.
+
+    Mean, std and the rest of `about` are in the metadata that torch keeps with a state dict, where
+    `layouts.stored_args` finds them.
+    """
+    state = OrderedDict(to_xcit(model.state_dict()))
+    state._metadata = OrderedDict({"": {"version": 1, "args": about}})
+    torch.save(state, path)
+    theirs = copy.deepcopy(model)
+    for tensor in theirs.state_dict().values():
+        tensor.zero_()
+    theirs.load_state_dict(torch.load(path, weights_only=True), strict=True)
+    return theirs
+
+
 # ---- safetensors and timm ----
 
 
 def to_safetensors(model: nn.Module, about: dict, path: Path) -> Run:
-    """Tensors under this project's names; `backbones.load_backbone` reads the metadata, which are JSON values."""
-    save_tensors(model.state_dict(), path, {k: json.dumps(v) for k, v in about.items()})
+    """Tensors under this project's names."""
+    save_tensors(model.state_dict(), path, about)
     return backbones.load_backbone(str(path))[0]
 
 
@@ -180,7 +203,7 @@ def to_timm(model: nn.Module, about: dict, path: Path, license: str) -> Run:
     }
     path.mkdir()
     (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    save_tensors(state, path / "model.safetensors")
+    save_tensors(state, path / "model.safetensors", about)
     theirs = timm.create_model(f"local-dir:{path}", pretrained=True).eval()
     config = timm.data.resolve_model_data_config(theirs)
     same("mean and std", (list(config["mean"]), list(config["std"])), (about["mean"], about["std"]))
@@ -227,14 +250,14 @@ def to_hf(
     )
     config.architectures = [kind.__name__]
     config.save_pretrained(path)
-    save_tensors(hf_state(model, names), path / "model.safetensors")
+    save_tensors(hf_state(model, names), path / "model.safetensors", about)
     transformers.BitImageProcessor(
         size={"shortest_edge": about["resize_size"]}, crop_size=about["image_size"], resample=3,
         image_mean=about["mean"], image_std=about["std"], do_convert_rgb=about["in_chans"] == 3,
     ).save_pretrained(path)
     (path / "README.md").write_text(model_card(about, kind.__name__, license, training_data, results))
     theirs, loaded = kind.from_pretrained(path, output_loading_info=True)
-    same("missing tensors", [k for k in loaded["missing_keys"] if not k.startswith("pooler.")], [])
+    same("missing tensors", list(loaded["missing_keys"]), [])
     same("unexpected tensors", list(loaded["unexpected_keys"]), [])
     processor = transformers.AutoImageProcessor.from_pretrained(path)
     same("mean and std", (list(processor.image_mean), list(processor.image_std)), (about["mean"], about["std"]))
@@ -258,7 +281,7 @@ def hf_vit(model: VisionTransformer) -> tuple[str, dict, dict]:
         return "Dinov2WithRegistersModel", kwargs | {"num_register_tokens": model.num_register_tokens}, HF_DINOV2
     if gated or model.mask_token is not None or not isinstance(model.blocks[0].ls1, nn.Identity):
         return "Dinov2Model", kwargs, HF_DINOV2
-    return "ViTModel", {"intermediate_size": ratio * model.embed_dim}, HF_VIT
+    return "ViTModel", {"intermediate_size": ratio * model.embed_dim, "pooler_act": "linear"}, HF_VIT
 
 
 def hf_state(model: VisionTransformer, names: dict[str, str]) -> dict[str, Tensor]:
@@ -266,6 +289,8 @@ def hf_state(model: VisionTransformer, names: dict[str, str]) -> dict[str, Tenso
     top = {"cls_token": "embeddings.cls_token", "pos_embed": "embeddings.position_embeddings",
            "register_tokens": "embeddings.register_tokens", "mask_token": "embeddings.mask_token"}  # fmt: skip
     state = dict(model.state_dict())
+    if names is HF_VIT:  # without them the library makes random ones at each load; these hand the class token on
+        state |= {"pooler.dense.weight": torch.eye(model.embed_dim), "pooler.dense.bias": torch.zeros(model.embed_dim)}
     if names is HF_DINOV2:
         state.setdefault("mask_token", torch.zeros(1, model.embed_dim))
         for i in range(len(model.blocks)):  # the library's network always has LayerScale: factors of 1 if ours has none
@@ -311,6 +336,11 @@ processor, model = AutoImageProcessor.from_pretrained("."), {kind}.from_pretrain
 features = model(**processor(images=image, return_tensors="pt")).last_hidden_state[:, 0]  # (1, {about['embed_dim']})
 ```
 
+The feature is the class token of `last_hidden_state`, after the last norm. `pooler_output` is the same vector
+(versions of transformers that do not read `pooler_act` apply tanh to it); it is not trained separately.
+Images: {about['in_chans']} channels, {about['image_size']} x {about['image_size']} pixels, mean {about['mean']}, \
+std {about['std']}.
+
 ## Evaluation
 """
     for path, report in results:
@@ -321,6 +351,7 @@ features = model(**processor(images=image, return_tensors="pt")).last_hidden_sta
     return card if results else card + "\nNot evaluated.\n"
 
 
-FORMATS = {"onnx": to_onnx, "safetensors": to_safetensors, "timm": to_timm, "hf": to_hf, "torch": to_torch}
+FORMATS = {"onnx": to_onnx, "safetensors": to_safetensors, "timm": to_timm, "hf": to_hf, "torch": to_torch,
+           "published": to_published}
 
 

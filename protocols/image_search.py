@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 import parallel
-from imagesets.decode import Undecodable, decode
+from imagesets.checking import Chosen
+from imagesets.decode import Reading, Undecodable, decode
 from imagesets.sources import Images, open_files, open_images
 from parallel import Refused
 from protocols import embeddings
@@ -33,7 +34,7 @@ class Neighbours(NamedTuple):
     nearest: list[list[tuple[int, float]]]
     names: list[str]  # of all rows
     images: Images  # of all rows
-    in_chans: int
+    reading: Reading
 
 
 def nearest_images(
@@ -53,13 +54,14 @@ def nearest_images(
     array, names, about = embeddings.read(features)
     array = class_tokens(array, about)
     rows = [row_of(query, len(array)) for query in queries]
-    images = open_named(data_path or about["data_path"], names, about["in_chans"])
+    reading = Reading(**{"in_chans": about["in_chans"]} | about.get("reading", {}))  # not in files of older versions
+    images = open_named(data_path or about["data_path"], names, reading, about.get("left_out", ()))
     files = [query for query, row in zip(queries, rows, strict=True) if row is None]
     embedded = iter(embed(files, about, weights, device, batch_size) if files else ())
     vectors = torch.stack([next(embedded) if row is None else tensor(array[row]).float() for row in rows])
     cosines, candidates = nearest(vectors, tensor(array), k + 1)  # one more, in case the query itself is among them
     neighbours = [without(row, c.tolist(), i.tolist(), k) for row, c, i in zip(rows, cosines, candidates, strict=True)]
-    return Neighbours(queries, rows, neighbours, names, images, about["in_chans"])
+    return Neighbours(queries, rows, neighbours, names, images, reading)
 
 
 def tensor(array: np.ndarray) -> Tensor:
@@ -99,17 +101,21 @@ def embed(paths: Sequence[str], about: dict, weights: str, device: str, batch_si
     weights = weights or about.get("weights") or ""
     network = load_network(
         weights, about["arch"], about.get("patch_size"), about.get("checkpoint_key"), parallel.pick_device(device),
-        about.get("crop_size"), about.get("resize_size"), about["precision"], about["seed"])
+        about.get("crop_size"), about.get("resize_size"), about["precision"], about["seed"], mean=about.get("mean"),
+        std=about.get("std"), in_chans=about.get("in_chans"),
+        **{k: v for k, v in about.get("reading", {}).items() if k != "in_chans"})
     if network.about["weights_sha256"] != about["weights_sha256"]:
         raise Refused(f"--pretrained_weights {weights}: not the weights that the file's features were extracted with; "
                       "give those")
-    images = open_files(os.getcwd(), paths, network.info["in_chans"])
+    images = open_files(os.getcwd(), paths, network.reading)
     return network_features(network, images, batch_size, num_workers=0)
 
 
-def open_named(data_path: str, names: Sequence[str], in_chans: int) -> Images:
-    """The images at `data_path`, refused unless they have these names in this order."""
-    images = open_images(data_path, None, in_chans)
+def open_named(data_path: str, names: Sequence[str], reading: Reading, left_out: Sequence[int] = ()) -> Images:
+    """The images at `data_path`, without those left out, refused unless they have these names in this order."""
+    images = open_images(data_path, None, **reading.decoding())
+    if left_out:
+        images = Chosen(images, sorted(set(range(len(images))) - set(left_out)))
     same = len(images) == len(names) and all(
         os.path.basename(images.name(i)) == os.path.basename(name) for i, name in enumerate(names))
     if not same:
@@ -126,7 +132,7 @@ def sheet_rows(result: Neighbours) -> list[list[tuple[Tensor, str]]]:
     sheet = []
     try:
         for query, row, neighbours in zip(result.queries, result.rows, result.nearest, strict=True):
-            image = decode(query, result.in_chans) if row is None else result.images.load(row)
+            image = decode(query, **result.reading.decoding()) if row is None else result.images.load(row)
             name = query if row is None else result.names[row]
             sheet.append([(image, f"query\n{short(name)}")] + [
                 (result.images.load(i), f"{cosine:.3f}\n{short(result.names[i])}") for i, cosine in neighbours])

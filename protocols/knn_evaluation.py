@@ -59,7 +59,7 @@ def compute_features(
     Raises:
         Refused: no such data, an image that can't be decoded, or an unusable output folder.
     """
-    images = open_parts(data_path, val_data_path, network.info["in_chans"])
+    images = open_parts(data_path, val_data_path, network.reading)
     cache, labelled = output_dir / "features", images[0].labels is not None
     parts = [Part(torch.empty(0), i.labels, i.classes) for i in images]
     if len(parts) == 2 and labelled:

@@ -32,7 +32,7 @@ from imagesets.landmarks import Cropped, open_landmarks
 from imagesets.sources import Images
 from protocols import retrieval, scores
 from protocols.features import PIXELS, Network, dataset_features
-from protocols.transforms import SmallPictures, Transformed, check_patches, resize
+from protocols.transforms import SmallPictures, Transformed, resize
 
 SETTINGS = {  # relevant images, and images removed from the ranking
     "easy": (("easy",), ("hard", "junk")),
@@ -137,7 +137,7 @@ def landmark_features(
     pixels, own = network.about["arch"] == PIXELS, arithmetic == flags.OWN
     patch, mean, std = patch_multiple(network.forward), network.info["mean"], network.info["std"]
     input_images = WholeImages if own else Thumbnails
-    dataset = SmallPictures(images) if pixels else input_images(images, imsize, patch, mean, std)
+    dataset = SmallPictures(images, mean, std) if pixels else input_images(images, imsize, patch, mean, std)
     scaled = multiscale if own else published_multiscale
     forward = scaled(network.forward, patch) if use_multiscale and not pixels else network.forward
     transform = f"imsize {imsize} multiscale {use_multiscale} {mean} {std} {images.boxes}" + " published" * (not own)
@@ -192,11 +192,8 @@ def evaluate_retrieval(
     Raises:
         Refused: no such data set, a file that can't be read or written.
     """
-    if (patch := patch_multiple(network.forward)) > 1:
-        check_patches(imsize, imsize, patch, f"--imsize {imsize}: an image of {imsize} x {imsize} pixels",
-                      "lower --imsize")
     truth, database, queries = open_landmarks(
-        data_path, dataset, network.info["in_chans"], crop_queries=arithmetic == flags.OWN)
+        data_path, dataset, network.reading, crop_queries=arithmetic == flags.OWN)
     output_dir = flags.prepare_output(output_dir)
     query_features, database_features = (
         landmark_features(network, images, imsize, use_multiscale, num_workers, output_dir / "features", arithmetic)

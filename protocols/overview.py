@@ -132,8 +132,8 @@ def draw(
                               flag="--data_path")
 
     add("attention and PCA", draw_sheets,
-        ("attention_sheet.png", "image, the patches that hold 60 % of the attention, mean of the heads, each head"),
-        ("pca_sheet.png", "the first three principal components of the patch tokens as red, green and blue"))
+        ("pca_sheet.png", "the first three principal components of the patch tokens as red, green and blue"),
+        ("attention_sheet.png", "image, the patches that hold 60 % of the attention, mean of the heads, each head"))
     return drawn
 
 
@@ -179,7 +179,7 @@ def page(
          if "linear" in reports else []),
         ("Map of the features", drawn.get("map of the features", [])),
         ("Nearest neighbours", drawn.get("neighbours", [])),
-        ("Attention and patch tokens", drawn.get("attention and PCA", [])),
+        ("Patch tokens and attention", drawn.get("attention and PCA", [])),
         ("Foreground masks", [report.table(segmented["results"])] + (
             [report.figure(masks, "images, their foreground, and masks from the attention")] if masks.is_file() else []
         ) + notes(segmented) if segmented else []),

@@ -64,7 +64,7 @@ def evaluate_linear(
         raise Refused("--select_epoch best with several settings: a setting would be chosen on the test set; give "
                       "held_out or last, or one setting")
     choice = protocol == "logreg" or protocol == "probe" and (several or training.select_epoch == "held_out")
-    task = open_task(data_path, val_data_path, network.info["in_chans"], low_shot, val_share if choice else None,
+    task = open_task(data_path, val_data_path, network.reading, low_shot, val_share if choice else None,
                      training.seed)
     if training.num_labels and training.num_labels < len(task.classes):
         raise Refused(f"--num_labels {training.num_labels}: the data have {len(task.classes)} classes; raise it, or "

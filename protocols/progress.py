@@ -1,35 +1,37 @@
-"""Progress lines of evaluations, with the time left."""
+"""Progress lines of work that may take long."""
 
 from __future__ import annotations
 
 import time
-from datetime import timedelta
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
 
 import parallel
 
-FIRST, EVERY = 3.0, 20.0  # seconds before the first line, and between lines
+Item = TypeVar("Item")
+FIRST, MOST = 3.0, 60.0  # seconds to the first line; between two lines at most
 
 
-class Progress:
-    """Counts items and prints on rank 0 how many are done and when the rest will be.
+def progress(items: Iterable[Item], total: int, what: str, size: int = 1, first: float = FIRST) -> Iterator[Item]:
+    """Yield the items, and say `what: 256 of 3000, eta 0:01:10` after `first` seconds, then ever less often.
 
-    The first line comes after 3 seconds, so short work prints none, and further ones every 20 seconds.
+    Each line comes after twice the time of the one before, within a minute of it. Work of a few seconds says nothing.
+    Only the first process prints; nothing is printed if `what` is empty.
 
     Args:
-        total: number of items.
-        what: their name in the plural.
+        total: of what is counted (images, frames, epochs).
+        size: how many of them an item holds.
     """
+    started, due = time.monotonic(), first
+    for done, item in enumerate(items, 1):
+        yield item
+        passed = time.monotonic() - started
+        if what and passed >= due and done * size < total:
+            due = min(2 * passed, passed + MOST)
+            parallel.say(f"{what}: {done * size} of {total}, eta {duration(passed / (done * size) * total - passed)}")
 
-    def __init__(self, total: int, what: str) -> None:
-        self.total, self.what, self.count = total, what, 0
-        self.started = time.monotonic()
-        self.due = self.started + FIRST
 
-    def done(self, items: int = 1) -> None:
-        self.count = min(self.count + items, self.total)
-        now = time.monotonic()
-        if now < self.due or self.count == self.total:
-            return
-        self.due = now + EVERY
-        left = (now - self.started) / self.count * (self.total - self.count)
-        parallel.say(f"{self.count} of {self.total} {self.what}  eta {timedelta(seconds=round(left))}")
+def duration(seconds: float) -> str:
+    """H:MM:SS."""
+    seconds = round(seconds)
+    return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"

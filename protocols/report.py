@@ -18,6 +18,7 @@ p.note, figcaption, caption { color: var(--soft); font-size: .88rem; text-align:
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { border-bottom: 1px solid var(--line); padding: .3rem .8rem .3rem 0; text-align: left; white-space: nowrap; }
+th:first-child, td:first-child { background: Canvas; left: 0; position: sticky; }
 th { font-weight: 600; } code { overflow-wrap: anywhere; font-size: .88rem; }
 figure { margin: 1rem 0; } img { background: #fff; border-radius: 4px; height: auto; max-width: 100%; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; } dt { color: var(--soft); }

@@ -159,10 +159,11 @@ def uniformity(features: Tensor, t: float = 2.0, rows: int = 1024, n: int = 1000
         return {"value": None, "interval": None}
     drawn = np.random.default_rng(seed).multinomial(len(x), np.full(len(x), 1 / len(x)), n)
     weights = torch.from_numpy(drawn).to(x.device, torch.float32)  # (n, N): how often an image is in a resample
+    norms = x.square().sum(1)  # 1, or 0 for a feature of zeros, such as the pixels of a black image
     total, resampled = 0.0, torch.zeros(n, dtype=torch.float64, device=x.device)
     for first in range(0, len(x), rows):
         part = x[first : first + rows]
-        kernel = (t * (2 * part @ x.T - 2)).exp()  # (rows, N)
+        kernel = (t * (2 * part @ x.T - norms[first : first + rows, None] - norms)).exp()  # (rows, N)
         kernel.diagonal(first).zero_()
         total += kernel.sum().item()
         resampled += (weights[:, first : first + rows] * (weights @ kernel.float().T)).sum(1, dtype=torch.float64)
@@ -216,6 +217,7 @@ def write_results(path: str | Path, results: Sequence[Mapping], **about) -> dict
         return report
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        atomic.mark_output(path)
         atomic.write_text(path, text)
     except OSError as error:
         reason = error.strerror or error

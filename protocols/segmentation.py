@@ -23,15 +23,14 @@ Shapes: N images, C channels, H heads, h x w patches, D width. Sizes are (height
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import repeat
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
 import flags
@@ -39,10 +38,9 @@ import parallel
 from imagesets import masks
 from parallel import Refused, import_optional
 from protocols import dense, scores, segmentation_scores, sheets
-from protocols.features import Network
-from protocols.progress import Progress
+from protocols.features import Network, untrained
+from protocols.progress import progress
 from protocols.transforms import TooManyPatches
-from vision_transformer import build_backbone
 
 BOX_SIDES = tuple(round(0.3 + 0.05 * i, 2) for i in range(15))  # share of the image's sides: 0.3 to 1
 
@@ -194,11 +192,7 @@ def compared_networks(network: Network, seed: int) -> dict[str, Network]:
     """The network and the same one with random weights, by their names in the table."""
     if network.about["weights"] is None:
         return {"random weights": network}
-    torch.manual_seed(seed)
-    info, positions = network.info, network.forward.pos_embed.shape[1] - 1
-    untrained, _ = build_backbone(info["arch"], info["patch_size"], in_chans=info["in_chans"],
-                                  img_size=math.isqrt(positions) * info["patch_size"])
-    return {"network": network, "random weights": network._replace(forward=untrained.to(network.device).eval())}
+    return {"network": network, "random weights": untrained(network, seed)}
 
 
 def check_sizes(images: masks.MaskedImages, image_size: int, patch: int, flag: str) -> None:
@@ -212,13 +206,12 @@ def check_sizes(images: masks.MaskedImages, image_size: int, patch: int, flag: s
 
 def score_images(images: masks.MaskedImages, find_masks: Callable[[Tensor], Candidates]) -> Measured:
     """MEASURES (N, candidates, 3) of the masks that `find_masks` makes of each image; the processes share them."""
-    progress = Progress(len(images.names), "images")
+    steps = progress(repeat(None), len(images.names), "images segmented", size=parallel.world_size())
 
     def work(i: int) -> Measured:
+        next(steps)
         image, truth, ignored = images.load(i)
-        measured = measure(find_masks(image), truth, ignored)
-        progress.done(parallel.world_size())  # the other processes are as far
-        return measured
+        return measure(find_masks(image), truth, ignored)
 
     per_image = parallel.map_shared(work, len(images.names))
     return {key: np.stack([one[key] for one in per_image]) for key in per_image[0]}
@@ -275,9 +268,10 @@ def evaluate_segmentation(
     """
     import_kmeans()  # before any work
     dense.check_attention(network, [image_size] if image_size else (), layer)
-    images = masks.open_masked(data_path, network.info["in_chans"], flag)
-    image_size = image_size or dense.default_size(network, [min(size) for size in images.sizes])
-    check_sizes(images, image_size, network.info["patch_size"], flag)
+    images, patch = masks.open_masked(data_path, network.reading, flag), network.info["patch_size"]
+    image_size = image_size or dense.default_size(
+        network.info["global_crops_size"], patch, [min(size) for size in images.sizes])
+    check_sizes(images, image_size, patch, flag)
     parallel.say(f"{len(images.names)} images, shorter side resized to {image_size} pixels")
     output_dir = flags.prepare_output(output_dir)
     networks = compared_networks(network, seed)

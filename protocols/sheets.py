@@ -283,6 +283,7 @@ def save_picture(figure: np.ndarray, path: str | Path) -> None:
     """Write a uint8 figure in the format that the name's suffix says; makes the folder."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    atomic.mark_output(path)
     with atomic.replacing(path) as temporary:
         # the quality is of JPEG; other formats ignore it
         Image.fromarray(figure).save(temporary, format=Image.registered_extensions()[path.suffix.lower()], quality=95)

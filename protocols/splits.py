@@ -14,7 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from imagesets.sources import Images, open_images
+from imagesets.checking import open_checked
+from imagesets.decode import PLAIN, Reading
+from imagesets.sources import Images
 from parallel import Refused
 
 
@@ -26,18 +28,17 @@ def has_test_part(data_path: str) -> bool:
     return any(os.path.isdir(os.path.join(folder, name)) for name in names)
 
 
-def open_parts(data_path: str, val_data_path: str = "", in_chans: int = 3) -> list[Images]:
+def open_parts(data_path: str, val_data_path: str = "", reading: Reading = PLAIN) -> list[Images]:
     """The training images and, if the data have any, the test images.
 
     Raises:
         Refused: no such data, or one of the two sets has labels and the other has none.
     """
     if val_data_path:
-        images = [open_images(data_path, None, in_chans),
-                  open_images(val_data_path, None, in_chans, flag="--val_data_path")]
+        images = [open_checked(data_path, None, reading), open_checked(val_data_path, None, reading, "--val_data_path")]
     else:
         names = ("train", "val") if has_test_part(data_path) else ("train",)
-        images = [open_images(data_path, name, in_chans) for name in names]
+        images = [open_checked(data_path, name, reading) for name in names]
     check_labels(f"--data_path {data_path}", [part.labels for part in images])
     return images
 
@@ -159,7 +160,7 @@ class Task(NamedTuple):
 
 
 def open_task(
-    data_path: str, val_data_path: str = "", in_chans: int = 3, low_shot: float = 0.0,
+    data_path: str, val_data_path: str = "", reading: Reading = PLAIN, low_shot: float = 0.0,
     val_share: float | None = None, seed: int = 0,
 ) -> Task:
     """Open labelled data and split them into training, held-out and test images.
@@ -174,7 +175,7 @@ def open_task(
     Raises:
         Refused: no such data, no labels, or too few images to split.
     """
-    images = open_parts(data_path, val_data_path, in_chans)
+    images = open_parts(data_path, val_data_path, reading)
     if images[0].labels is None:
         raise Refused(f"--data_path {data_path}: no labels; give train/ and val/ with a folder for each class")
     notes = []

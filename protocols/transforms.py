@@ -129,10 +129,10 @@ def center_crop(image: Tensor, height: int, width: int) -> Tensor:
 
 
 class SmallPictures(Transformed):
-    """The whole image at 32 x 32 pixels in [0, 1], whatever its aspect ratio: the raw-pixel baseline."""
+    """The whole image at 32 x 32 pixels, whatever its aspect ratio: the raw-pixel baseline, by default in [0, 1]."""
 
-    def __init__(self, images: Images) -> None:
-        super().__init__(images, mean=(0.0,), std=(1.0,))
+    def __init__(self, images: Images, mean: Sequence[float] = (0.0,), std: Sequence[float] = (1.0,)) -> None:
+        super().__init__(images, mean, std)
 
     def transform(self, image: Tensor, index: int) -> Tensor:
         return F.interpolate(image[None].float(), size=(PIXELS_SIDE, PIXELS_SIDE), mode="bilinear", antialias=True)[0]

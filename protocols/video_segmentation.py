@@ -51,7 +51,9 @@ def patch_network(network: Network, patch_size: int, arithmetic: str = flags.PUB
         Refused: the network has no patch tokens.
     """
     if network.about["arch"] == PIXELS:
-        info = {"patch_size": patch_size, "in_chans": 3, "mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+        info = network.info | {"patch_size": patch_size}
+        if info["mean"] == (0.0,) * 3:  # the default of raw pixels; cosines of patches need centred values
+            info |= {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
         network = network._replace(forward=lambda x: F.pixel_unshuffle(x, patch_size).movedim(1, -1), info=info)
     elif isinstance(model := network.forward, VisionTransformer):
         network = network._replace(forward=lambda x: model.forward_features(x).patch_tokens)
@@ -94,7 +96,7 @@ def frame_features(
     shrink = resize if arithmetic == flags.OWN else resize_as_opencv
     for first in range(0, len(video.frames), batch_size):
         numbers = range(len(video.frames))[first : first + batch_size]
-        batch = torch.stack([shrink(davis.read_frame(video, i, network.info["in_chans"]), size) for i in numbers])
+        batch = torch.stack([shrink(davis.read_frame(video, i, network.reading), size) for i in numbers])
         yield from network.forward(dense.normalize(batch, network.info, network.device)).float()
 
 
@@ -215,7 +217,7 @@ def evaluate_video_segmentation(
     """
     network = patch_network(network, patch_size, arithmetic)
     frame_size(64, 64, image_size, network.info["patch_size"])  # fail before any frame is read
-    videos = davis.find_videos(data_path, resolution, image_set, sequences, merge_objects, network.info["in_chans"])
+    videos = davis.find_videos(data_path, resolution, image_set, sequences, merge_objects, network.reading)
     output_dir = flags.prepare_output(output_dir)
     segment = partial(segment_video, network=network, image_size=image_size, n_last_frames=n_last_frames,
                       radius=size_mask_neighborhood, topk=topk, batch_size=batch_size, arithmetic=arithmetic)

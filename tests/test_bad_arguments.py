@@ -114,6 +114,8 @@ TRAINING = [
     ("--seed -1", ("--seed", "-1", "at least 0")),
     ("--seed 18446744073709551616", ("--seed", "18446744073709551616", "at most")),
     ("--max_pixels 0", ("--max_pixels", "0", "at least 1")),
+    ("--value_range 5 5", ("--value_range", "5 5", "LOW < HIGH")),
+    ("--value_range -1000 nan", ("--value_range", "nan", "finite")),
     ("--lr nan", ("--lr", "nan", "above 0")),
     ("--lr inf", ("--lr", "inf", "above 0")),
     ("--lr 1e999", ("--lr", "1e999", "above 0")),
@@ -203,6 +205,9 @@ TRAINING = [
     ("--init_from {here}/picture0.png", ("--init_from {here}/picture0.png", "not a readable checkpoint")),
     ("--init_from {here}/nano.pth", ("--init_from {here}/nano.pth", "of 150 tensors", "--arch")),
     ("--init_from {here}/student.pth", ("--init_from {here}/student.pth", "teacher", "it has student")),
+    ("--init_in_chans mean", ("--init_in_chans mean", "--init_from")),
+    ("--init_from {here}/nano.pth --arch vit_nano --in_chans 4 --mean 0 0 0 0 --std 1 1 1 1",
+     ("--init_from {here}/nano.pth", "3 channel", "not 4", "--init_in_chans", "mean", "tile")),
     # Data
     ("--data_path {here}/none", ("--data_path '{here}/none'", "give")),
     ("--data_path ''", ("--data_path ''", "give")),

@@ -48,6 +48,9 @@ NETWORK = "--device cpu --num_workers 0"
 QUICK = {
     "main_dino.py": f"{NETWORK} --arch vit_nano --patch_size 8 --steps 2 --warmup_epochs 0 --precision fp32 "
                     "--batch_size_per_gpu 8 --global_crops_size 32 --local_crops_size 16 --out_dim 64",
+    "main_dinov2.py": f"{NETWORK} --arch vit_nano --patch_size 8 --steps 2 --warmup_epochs 0 --precision fp32 "
+                      "--batch_size_per_gpu 8 --global_crops_size 32 --local_crops_size 16 --out_dim 64 "
+                      "--warmup_teacher_temp_epochs 0",
     "eval_knn.py": NETWORK,
     "eval_linear.py": f"{NETWORK} --epochs 2 --views 1",
     "eval_segmentation.py": "--device cpu --image_size 32",
@@ -132,7 +135,8 @@ def test_every_documented_command_is_accepted_by_its_script(where, words, capsys
     assert (ROOT / script).is_file(), f"{where}: there is no {script}"
     if "\ndef get_args_parser(" not in (ROOT / script).read_text():
         return
-    parser = load(script).get_args_parser()
+    launched = [word for word in flags[:1] if word.endswith(".py")]  # the launcher's first argument
+    parser = load(script).get_args_parser(*launched)
     given = with_presets([flag for flag in flags if flag not in ("...", "[...]")])
     if len(given) < len(flags):  # abbreviated: check only that the flags exist
         assert {flag for flag in given if flag.startswith("--")} <= set(parser._option_string_actions), words
@@ -189,12 +193,66 @@ def test_readme_runs_from_its_first_command_to_its_last(playground, monkeypatch,
 
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda p: p.stem)
 def test_presets_are_valid_and_state_their_accuracy_and_command(preset):
+    scripts = {"dinov2": "main_dinov2", "semantic": "eval_semantic"}
+    script = importlib.import_module(scripts.get(preset.stem.split("_")[0], "main_dino"))
+    data = [] if "shapes" in preset.name else ["--data_path", "x"]
+    args = script.get_args_parser().parse_args([f"@{preset}", *data])
+    script.check_args(args)
     header = "".join(line for line in preset.read_text().splitlines(True) if line.startswith("#"))
     assert "%" in header or "shapes" in preset.name
-    assert f"@presets/{preset.name}" in header
-    script = importlib.import_module(re.search(rf"(\w+)\.py @presets/{re.escape(preset.name)}", header)[1])
-    script = importlib.import_module("main_dino") if script.__name__ == "run_with_submitit" else script
-    script.check_args(script.get_args_parser().parse_args([f"@{preset}"]))
+    assert re.search(rf"{script.__name__}\.py @presets/{preset.name}" if "dinov2" in preset.name
+                     else f"@presets/{preset.name}", header)
+
+
+# Published numbers: peak learning rate, images per step, K, K', steps, and the epochs of 1,250 steps of each warm-up.
+RECIPES = {
+    "dinov2_vitl16_short": (32, 0.004 * 2**0.5, 2048, 65536, 65536, 125_000, 10),
+    "dinov2_vitl14": (96, 0.0002 * 3**0.5, 3072, 131072, 131072, 625_000, 80),
+    "dinov2_vitg14": (256, 0.0002 * 3**0.5, 3072, 131072, 131072, 625_000, 80),
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_of_dinov2_are_the_published_ones(name, monkeypatch):
+    import main_dinov2
+
+    processes, peak, images, k, k_patches, steps, warmup = RECIPES[name]
+    monkeypatch.setattr("parallel.world_size", lambda: processes)
+    args = main_dinov2.get_args_parser().parse_args([f"@{ROOT}/presets/{name}.txt"])
+    plan = main_dinov2.make_plan(args, 1_281_167)  # images of ImageNet-1k: the length does not depend on their number
+    assert main_dinov2.images_per_step(args) == images and plan.steps == steps == len(plan.lr)
+    assert plan.lr.max() == pytest.approx(peak) and plan.lr.argmax() in (1250 * warmup - 1, 1250 * warmup)
+    assert plan.lr[0] == 0 and plan.lr[-1] == pytest.approx(1e-6, rel=0.01)
+    assert (args.out_dim, main_dinov2.patch_prototypes(args)) == (k, k_patches)
+    assert (plan.last_layer_lr == 0).sum() == 1250 and not plan.last_layer_lr[:1250].any()
+    assert (plan.teacher_temp < 0.07).sum() == 1250 * 30 - 1 and plan.teacher_temp[0] == 0.04
+    short = name == "dinov2_vitl16_short"
+    assert plan.momentum[0] == (0.992 if short else 0.994) and plan.wd[0] == pytest.approx(0.04)
+    assert plan.wd[-1] == pytest.approx(0.4 if short else 0.2) and args.layer_decay == (0.9 if short else 1)
+    assert (args.centering == "centering") == short and args.ibot_separate_head != short
+    assert (args.head_bottleneck_dim, args.ibot_head_bottleneck_dim) == (256 if short else 384, 256)
+    assert (args.patch_size, args.local_crops_size) == ((16, 96) if short else (14, 98))
+    assert args.drop_path_rate == (0.3 if short else 0.4)
+
+
+def test_the_table_of_published_keys_is_right():
+    """docs/dinov2.md: each flag exists, and its columns are the defaults and the values of the long recipe."""
+    import main_dinov2
+
+    parser = main_dinov2.get_args_parser()
+    recipes = [parser.parse_args(words) for words in ([], [f"@{ROOT}/presets/dinov2_vitl14.txt"])]
+    table = (ROOT / "docs" / "dinov2.md").read_text().split("## Published keys")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| `([\w.]+)` \| `--(\w+)` \| (.*?) \| (.*?) \|$", table, re.M)
+    assert len(rows) > 40
+    for key, flag, *values in rows:
+        assert f"--{flag}" in parser._option_string_actions, key
+        for args, value in zip(recipes, values, strict=True):
+            if flag not in ("arch", "batch_size_per_gpu", "epoch_steps", "ffn_layer", "ibot_out_dim", "epochs"):
+                ours = getattr(args, flag)
+                ours = [float(x) for x in ours] if isinstance(ours, (list, tuple)) else [ours]
+                theirs = [x if x in ("centering", "sinkhorn_knopp") else {"true": True, "false": False}.get(x) if
+                          x in ("true", "false") else float(x.replace(",", "")) for x in value.split()]
+                assert ours == theirs, (key, flag, value)
 
 
 def test_the_page_of_flags_is_current():

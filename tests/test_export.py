@@ -45,7 +45,9 @@ def assert_same(weights, theirs, *size, batch=5):
 
 def test_safetensors_carries_what_the_network_needs(weights, tmp_path, capsys):
     assert run(weights, tmp_path / "w.safetensors", "safetensors") == 0
-    assert "largest difference 0.0e+00 of the features' RMS, tolerance 0.0001" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "largest difference 0.0e+00 of the features' RMS, tolerance 0.0001" in said
+    assert str(tmp_path / "w.safetensors") in said and ".export-" not in said  # no temporary file
     model, info = backbones.load_backbone(str(tmp_path / "w.safetensors"))
     assert_same(weights, model, 24, 48)
     assert info["arch"] == "vit_nano" and info["mean"] == tuple(MEAN) and info["global_crops_size"] == 32
@@ -166,8 +168,10 @@ def test_hugging_face(weights, tmp_path):
     (tmp_path / "eval_knn.json").write_text(json.dumps(report))
     more = ["--results", tmp_path / "eval_knn.json", "--training_data", "holiday\nphotos", "--license", "cc-by-4.0"]
     assert run(weights, tmp_path / "hf", "hf", *more) == 0
-    theirs = transformers.ViTModel.from_pretrained(tmp_path / "hf").eval()
+    theirs, again = (transformers.ViTModel.from_pretrained(tmp_path / "hf").eval() for _ in range(2))
     assert_same(weights, lambda x: theirs(x).last_hidden_state[:, 0], 32, 32)
+    assert_same(weights, lambda x: theirs(x).pooler_output, 32, 32)  # by default the library makes a random pooler
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in theirs.state_dict().items())
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "hf")
     image = torch.full((3, 50, 80), 255, dtype=torch.uint8)
     pixels = processor(images=image, return_tensors="pt")["pixel_values"]
@@ -177,6 +181,7 @@ def test_hugging_face(weights, tmp_path):
     assert card.startswith("---\nlicense: cc-by-4.0\n") and "holiday photos" in card
     assert f"`{command}`, in %" in card and "| 20 | 0.07 | 61.25 [60.00, 62.50] |" in card
     assert report["weights_sha256"] in card
+    assert "The feature is the class token of `last_hidden_state`" in card and "`pooler_output`" in card
 
 
 def test_figures_of_other_weights_are_refused(weights, tmp_path, capsys):
@@ -255,6 +260,10 @@ def test_bad_input_is_named_in_one_line(weights, tmp_path, monkeypatch, capsys):
     for args, message in (
         ((weights, tmp_path / "there", "timm"), "there: exists; remove it"),
         ((weights, tmp_path / "w.bin", "onnx"), "w.bin: the name must end in .onnx"),
+        ((weights, tmp_path / "w.safetensors", "timm"), "w.safetensors: --format timm writes a folder; give a name"),
+        ((weights, tmp_path / "w.pth", "hf"), "w.pth: --format hf writes a folder"),
+        ((weights, tmp_path / "w.onnx", "published"), "w.onnx: the name must end in .pth"),
+        ((weights, tmp_path / "w", "timm", "--mean", "0.5"), "--mean 0.5: 1 value(s) for 3 channel(s)"),
         ((weights, tmp_path / "w", "timm", "--dynamic_size"), "--dynamic_size: for --format onnx and torch"),
         ((weights, tmp_path / "w", "timm", "--results", "x.json"), "--results: for --format hf; leave it out for timm"),
         ((weights, tmp_path / "w", "hf", "--results", "x.json"), "--results x.json: not a results file"),

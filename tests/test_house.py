@@ -11,7 +11,7 @@ SHARED = {"vision_transformer", "utils", "flags", "parallel", "atomic"}
 GROUND = {"parallel", "atomic"}
 MAY_IMPORT = {
     "vision_transformer": set(), "parallel": set(), "atomic": set(), "hubconf": set(),
-    "flags": {"parallel"},
+    "flags": {"parallel", "imagesets"},
     "method": {"parallel"},
     "utils": {"method"},
     "imagesets": GROUND,

@@ -63,10 +63,52 @@ def site(tmp_path, monkeypatch):
 def test_entries_are_the_published_ones():
     hubconf = importlib.import_module("hubconf")
     entries = [f for f in dir(hubconf) if callable(getattr(hubconf, f)) and not f.startswith("_")]  # torch.hub.list
-    assert sorted(entries) == NAMES == sorted(published.PUBLISHED)
+    assert sorted(entries) == ["dino", *NAMES] and sorted(published.PUBLISHED) == NAMES
     for name in NAMES:  # what torch.hub.help prints
         row = published.PUBLISHED[name]
-        assert f"20-NN {row.knn_top1} %, linear {row.linear_top1} %" in getattr(hubconf, name).__doc__
+        classifier = "k-NN" if name.startswith("dinov2_") else "20-NN"  # the k of DINOv2's figures is not stated
+        assert f"{classifier} {row.knn_top1} %, linear {row.linear_top1} %" in getattr(hubconf, name).__doc__
+
+
+def test_any_checkpoint_by_the_generic_entry(tmp_path):
+    """Architecture, patch size, image size and channels are the file's; so are registers and networks of timm."""
+    for number, (arch, patch, options) in enumerate((
+        ("vit_nano", 8, {"img_size": 64}), ("vit_tiny", 4, {"img_size": 32, "in_chans": 4}),
+        ("vit_nano", 8, {"img_size": 32, "num_register_tokens": 2, "init_values": 1.0}),
+        ("resnet18", 16, {"in_chans": 1}), ("mobilenetv3_small_050", 16, {}),
+    )):
+        source, _ = build_backbone(arch, patch, **options)
+        args = {"arch": arch, "patch_size": patch, "in_chans": options.get("in_chans", 3)}
+        path = tmp_path / f"{number}.pth"
+        torch.save({"teacher": {f"backbone.{k}": v for k, v in source.state_dict().items()}, "args": args}, path)
+        x = torch.randn(2, args["in_chans"], 64, 64)
+        assert torch.equal(load("dino", weights=path).eval()(x), source.eval()(x)), arch
+    plain = {k: v for k, v in source.state_dict().items()}  # a network that tensors alone do not tell
+    torch.save(plain, path)
+    with pytest.raises(ValueError, match="4.pth .*arch="):
+        load("dino", weights=path)
+    assert torch.equal(load("dino", weights=path, arch=arch).eval()(x), source(x))
+
+
+def test_xcit_takes_the_published_state_dict(tmp_path):
+    """Strictly, alone and as a part of another module; timm's own names too."""
+    from test_layouts import published_xcit, random_like
+
+    model = load("dino_xcit_small_12_p16", pretrained=False)
+    state = random_like(model.state_dict())
+    theirs = published_xcit(state)
+    for names, target in ((theirs, model), ({f"backbone.{k}": v for k, v in theirs.items()},
+                                            torch.nn.ModuleDict({"backbone": copy.deepcopy(model)})), (state, model)):
+        for tensor in target.state_dict().values():
+            tensor.zero_()
+        before = dict(names)
+        target.load_state_dict(names, strict=True)
+        assert all(torch.equal(v, state[k.removeprefix("backbone.")]) for k, v in target.state_dict().items())
+        assert names == before
+    with pytest.raises(RuntimeError, match="pos_embed"):
+        model.load_state_dict({k: v for k, v in theirs.items() if "pos_embeder" not in k}, strict=True)
+    torch.save(model, tmp_path / "model.pt")
+    torch.load(tmp_path / "model.pt", weights_only=False).load_state_dict(theirs)
 
 
 def test_addresses():

@@ -16,6 +16,7 @@ import utils
 from imagesets import loaders
 from parallel import Refused
 from pretraining import networks
+from vision_transformer import build_backbone
 from weights import backbones, checkpoints
 
 
@@ -33,7 +34,7 @@ def test_a_run_leaves_checkpoint_log_curve_and_attention_picture(finished):
     out, stdout = finished
     names = {p.name for p in out.iterdir()}
     assert {"checkpoint.pth", "checkpoint_best.pth", "checkpoint0000.pth", "checkpoint0001.pth", "log.txt",
-            "log_steps.txt", "curves.png", "attention.png"} <= names  # fmt: skip
+            "log_steps.txt", "curves.png", "attention.png", "pca.png"} <= names  # fmt: skip
     assert any(name.startswith("events.out") for name in names)
     lines = json_lines(out / "log.txt")
     assert [line["epoch"] for line in lines] == [0, 1]
@@ -90,6 +91,20 @@ def test_start_from_weights_is_not_a_resume(finished, tmp_path):
     done = launch("main_dino.py", *SMALL, "--init_from", finished[0] / "checkpoint.pth", "--steps", 1, "--out_dim", 32,
                   "--output_dir", tmp_path)  # fmt: skip
     assert done.returncode == 0 and "150 of 150 tensors matched" in done.stdout, done.stderr
+
+
+def test_start_from_weights_of_other_channels(tmp_path):
+    """Both networks start from the file, its patch embedding averaged over the three channels."""
+    old = build_backbone("vit_nano", 8, img_size=32)[0].state_dict()
+    torch.save(old, tmp_path / "w.pth")
+    networks = main_dino.make_networks(main_dino.get_args_parser().parse_args(
+        ["--arch", "vit_nano", "--patch_size", "8", "--global_crops_size", "32", "--out_dim", "8", "--in_chans", "2",
+         "--mean", "0", "0", "--std", "1", "1", "--init_from", str(tmp_path / "w.pth"), "--init_in_chans", "mean"]))
+    name = "patch_embed.proj.weight"
+    for network in networks:
+        new = network.backbone.state_dict()
+        torch.testing.assert_close(new[name], old[name].sum(1, keepdim=True).expand(-1, 2, -1, -1) / 2)
+        assert all(torch.equal(v, old[k]) for k, v in new.items() if k != name)
 
 
 @pytest.mark.parametrize("extra", [["--precision", "bf16"], ["--precision", "fp16"], ["--optimizer", "sgd"],
@@ -245,6 +260,34 @@ def test_an_epoch_without_a_step_is_refused(tmp_path, capsys, accum, remedy):
     assert main_dino.main(main_dino.get_args_parser().parse_args(argv)) == 2
     said = capsys.readouterr().err
     assert "--batch_size_per_gpu 8: 7 images" in said and remedy in said and not (tmp_path / "o").exists()
+
+
+CONVOLUTIONAL = ("--data_path", "shapes:8x64", "--device", "cpu", "--num_workers", 0, "--steps", 1, "--out_dim", 64,
+                 "--warmup_epochs", 0, "--local_crops_number", 1, "--global_crops_size", 64, "--local_crops_size", 32)
+
+
+@pytest.mark.parametrize("batch, code", [(1, 2), (2, 0)])
+def test_a_crop_too_small_for_batch_norm_is_refused_before_training(batch, code, tmp_path, capsys):
+    flags = (*CONVOLUTIONAL, "--arch", "resnet18", "--batch_size_per_gpu", batch, "--output_dir", tmp_path / "out")
+    assert main_dino.main(main_dino.get_args_parser().parse_args([*map(str, flags)])) == code
+    error = capsys.readouterr().err
+    assert (tmp_path / "out").exists() == (code == 0)
+    if code:
+        assert error.count("\n") == 1 and "resnet18" in error and "32 pixels" in error
+        assert "--batch_size_per_gpu 1" in error and "raise" in error and "--local_crops_size" in error
+
+
+def test_the_default_rate_of_stochastic_depth_gives_way(tmp_path, capsys):
+    flags = (*CONVOLUTIONAL, "--arch", "selecsls42", "--batch_size_per_gpu", 2, "--output_dir", tmp_path / "out")
+    parse = main_dino.get_args_parser().parse_args
+    assert main_dino.main(parse([*map(str, flags), "--drop_path_rate", "0.1"])) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "--drop_path_rate 0.1" in error and "give 0" in error
+    assert not (tmp_path / "out").exists()
+    assert main_dino.main(parse([*map(str, flags)])) == 0
+    assert "--drop_path_rate 0 instead of the default 0.1" in capsys.readouterr().out
+    stored = checkpoints.read(tmp_path / "out" / "checkpoint.pth")["args"]["drop_path_rate"]
+    assert stored == 0 and type(stored) is float
 
 
 def test_non_finite_loss_stops_the_run(tmp_path):

@@ -153,6 +153,22 @@ def test_the_sweep_shows_every_network(tmp_path, monkeypatch):
     assert shown[1].get_legend() is None
 
 
+def test_a_map_lies_along_its_figure(tmp_path, monkeypatch):
+    """A long diagonal cloud is turned: no correlation of x and y is left, and x has the larger spread."""
+    from matplotlib.figure import Figure
+    from sklearn.manifold import TSNE
+
+    cloud = np.random.default_rng(0).normal(size=(40, 2)) * (20, 2) @ [[1, 1], [-1, 1]] + 50
+    monkeypatch.setattr(TSNE, "fit_transform", lambda self, features: cloud)
+    shown = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **options: shown.append(figure.axes[0]))
+    charts.feature_map(np.ones((40, 3)), np.arange(40) % 2, ["a", "b"], tmp_path / "map.png")
+    drawn = np.concatenate([dots.get_offsets() for dots in shown[0].collections])
+    assert abs(np.corrcoef(drawn.T)[0, 1]) < 0.01 and np.ptp(drawn[:, 0]) > 3 * np.ptp(drawn[:, 1])
+    away = lambda x: np.sort(np.linalg.norm(x - x.mean(0), axis=1))  # noqa: E731
+    assert np.allclose(away(drawn), away(cloud))  # turned, not stretched
+
+
 def test_a_map_fills_its_figure(tmp_path):
     rng = np.random.default_rng(0)
     charts.feature_map(rng.standard_normal((60, 4)), np.arange(60) % 3, ["a", "b", "c"], tmp_path / "map.png")

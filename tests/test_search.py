@@ -63,6 +63,17 @@ def parse(*args):
     return search.get_args_parser().parse_args([*map(str, args)])
 
 
+def test_a_query_is_normalized_as_the_features_were(photos, tmp_path):
+    """The flags of the extraction count, not the defaults: a copy of row 5 has cosine 1 with it."""
+    extract(photos, "scaled.npy", "--mean", 0.1, 0.2, 0.9, "--std", 0.9, 0.1, 0.4)
+    default, scaled = (embeddings.read(photos / name)[0] for name in ("f.npy", "scaled.npy"))
+    cosine = float(default[5] @ scaled[5] / np.linalg.norm(default[5]) / np.linalg.norm(scaled[5]))
+    assert cosine < 0.99  # else the test would say nothing
+    found = search.search(parse("--features", photos / "scaled.npy", "--query", photos / "photos" / "05.png", "--k", 2,
+                                "--output", tmp_path / "sheet.png"))
+    assert found[0][0][0] == 5 and found[0][0][1] > 0.99999
+
+
 @pytest.mark.parametrize("suffix, more", [
     (".npy", ()), (".parquet", ("--half",)), (".safetensors", ("--tokens", "both")),
 ])

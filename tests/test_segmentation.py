@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 from fractions import Fraction
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -200,8 +201,7 @@ def test_an_error_of_one_process_is_raised_in_all(monkeypatch):
     (224, 16, [130, 150, 140], 272),  # twice 140, in whole patches
 ])
 def test_default_size_follows_the_weights_and_the_data(crop, patch, sides, expected):
-    network = Network(None, {"global_crops_size": crop, "patch_size": patch}, {}, None)
-    assert dense.default_size(network, sides) == expected
+    assert dense.default_size(crop, patch, sides) == expected
 
 
 # ---- The script ----
@@ -321,6 +321,14 @@ def test_size_is_chosen_from_the_folder_and_said_before_the_work(tmp_path, capsy
     assert run(tmp_path, tmp_path / "out", *from_crops) == 0
     assert read(tmp_path / "out")["image_size"] == 224  # the file doesn't tell the crops of training: 224
     assert "2 images, shorter side resized to 224 pixels" in capsys.readouterr().out
+
+
+def test_a_line_says_how_far_it_is_from_the_first_seconds(tmp_path, capsys, monkeypatch):
+    seconds = itertools.count()
+    monkeypatch.setattr("protocols.progress.time", SimpleNamespace(monotonic=lambda: float(next(seconds))))
+    assert run("shapes:8x32", tmp_path) == 0  # an image takes a second by this clock
+    lines = [line for line in capsys.readouterr().out.splitlines() if "eta" in line]
+    assert lines[0] == "images segmented: 3 of 8, eta 0:00:05"
 
 
 def test_an_image_of_too_many_patches_is_named_before_the_work(tmp_path, capsys, monkeypatch):

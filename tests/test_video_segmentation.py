@@ -279,7 +279,7 @@ def test_moving_squares_are_followed(tmp_path, capsys):
     expected = [8 / 16, *[np.mean([max(0, 12 - 2 * t) / min(24, 12 + 2 * t) for t in range(1, 7)])] * 2]
     assert copied["J mean"]["value"] == pytest.approx(100 * np.mean(expected))
     for name, count in (("two", 8), ("one", 7), ("bare", 4)):
-        written = sorted((out / name).iterdir())
+        written = sorted((out / name).glob("[!.]*"))
         assert [p.name for p in written] == [f"{t:05d}.png" for t in range(count)]
         first = Image.open(written[0])
         assert first.mode == "P" and first.size == (48, 32) and first.getpalette()[:12] == [

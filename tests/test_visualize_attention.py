@@ -13,6 +13,7 @@ from PIL import Image
 from torchvision.transforms import v2
 from torchvision.utils import make_grid, save_image
 
+import atomic
 import visualize_attention
 from imagesets import shapes
 from protocols import attention_video, dense, sheets, transforms
@@ -55,7 +56,7 @@ def write_image(path, height, width, seed=0):
 
 def sizes(folder):
     """{name: (width, height)} of every figure in a folder."""
-    return {path.name: Image.open(path).size for path in sorted(folder.iterdir())}
+    return {path.name: Image.open(path).size for path in sorted(folder.glob("[!.]*"))}
 
 
 # ---- sizes
@@ -172,9 +173,23 @@ def test_a_strip_of_too_many_patches_is_refused_or_left_out(tiny, tmp_path, caps
     assert f"left out: {tmp_path / 'strip.png'}: " in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("size, flags, message", [
+    ((24, 400), (), "an image of 400 x 24 pixels (width x height) makes 50 x 3 patches, more than 16; lower --image_"),
+    ((24, 400), ("--resize", 16), "--image_size 16: an image of 400 x 24 pixels"),
+    ((6, 40), (), "40 x 6 pixels (width x height) is smaller than a patch of 8; give --image_size 8 or more"),
+])
+def test_frames_of_too_many_patches_or_none_are_refused(tiny, tmp_path, capsys, monkeypatch, size, flags, message):
+    pytest.importorskip("imageio_ffmpeg", reason="needs imageio-ffmpeg: pip install imageio-ffmpeg")
+    monkeypatch.setattr(transforms, "MAX_PATCHES", 16)
+    write_image(tmp_path / "in" / "0.png", *size)
+    assert run("--video", tmp_path / "in", "--output_dir", tmp_path / "out", *flags) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and message in error and not (tmp_path / "out").exists()
+
+
 def test_of_many_images_some_are_chosen_evenly(tiny, tmp_path, monkeypatch):
     chosen = []
-    original = visualize_attention.sources.open_images
+    original = visualize_attention.checking.open_checked
 
     def spying(*args, **options):
         source = original(*args, **options)
@@ -182,7 +197,7 @@ def test_of_many_images_some_are_chosen_evenly(tiny, tmp_path, monkeypatch):
         source.load = lambda i: (chosen.append(i), load(i))[1]
         return source
 
-    monkeypatch.setattr(visualize_attention.sources, "open_images", spying)
+    monkeypatch.setattr(visualize_attention.checking, "open_checked", spying)
     run("--images", "shapes:9x32", "--max_images", 3, "--output_dir", tmp_path, "--image_size", 32)
     assert chosen == [0, 4, 8]
 
@@ -247,7 +262,7 @@ def test_published_flags_of_video_generation_write_its_files(tiny, tmp_path, ffm
     for i in range(3):
         write_image(tmp_path / "in" / f"frame{i}.jpg", 45, 70, seed=i)
     run("--input_path", tmp_path / "in", "--output_path", tmp_path / "out", "--video_format", suffix)
-    maps = sorted((tmp_path / "out" / "attention").iterdir())
+    maps = sorted((tmp_path / "out" / "attention").glob("[!.]*"))
     assert [path.name for path in maps] == [f"attn-frame{i}.jpg" for i in range(3)]
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"attention", f"attention.{suffix}",
                                                                     f"video.{suffix}"}
@@ -280,6 +295,7 @@ def test_video_only_makes_a_video_of_maps_without_a_network(tmp_path, ffmpeg, mo
     for i, name in enumerate(["attn-2.png", "attn-10.png", "other.png"]):  # the last one is no map
         (tmp_path / "maps").mkdir(exist_ok=True)
         Image.fromarray(np.full((32, 48 - 8 * i, 3), 50 + 100 * i, dtype=np.uint8)).save(tmp_path / "maps" / name)
+    atomic.mark_output(tmp_path / "maps" / "attn-10.png")  # as visualize_attention.py does with the maps that it writes
     run("--video_only", "--input_path", tmp_path / "maps", "--output_path", tmp_path / "out", "--fps", 12)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["video.mp4"]
     fps, frames = read_video(ffmpeg, tmp_path / "out" / "video.mp4")
@@ -291,7 +307,7 @@ def test_frames_of_one_name_do_not_overwrite_each_other(tiny, tmp_path, ffmpeg):
     for folder in "ab":
         write_image(tmp_path / "in" / folder / "1.png", 32, 32)
     run("--video", tmp_path / "in", "--output_dir", tmp_path / "out")
-    assert sorted(path.name for path in (tmp_path / "out" / "attention").iterdir()) == [
+    assert sorted(path.name for path in (tmp_path / "out" / "attention").glob("[!.]*")) == [
         "attn-0000-1.jpg", "attn-0001-1.jpg"]
 
 

@@ -3,27 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 
+import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 import parallel
-from method.photometric import IMAGENET_MEAN, IMAGENET_STD
 from parallel import Refused
 from vision_transformer import VITS, XCITS, VisionTransformer, build_backbone
+from weights import preprocessing
 from weights.checkpoints import refusing
-from weights.layouts import (
-    UNUSED,
-    Weights,
-    backbone_state,
-    misfit,
-    read,
-    recognize,
-    rename,
-    stored_args,
-    stored_options,
-)
+from weights.layouts import UNUSED, Weights, backbone_state, describe, misfit, read, recognize, rename, stored_args
 
 
 def load_matching(model: nn.Module, state: Mapping[str, Tensor], path: str, flag: str = "--pretrained_weights") -> None:
@@ -41,30 +33,40 @@ def load_matching(model: nn.Module, state: Mapping[str, Tensor], path: str, flag
     fitting = {k: state[k] for k in expected if k in state and own[k].shape == state[k].shape}
     report = f"{path}: {len(fitting)} of {len(expected)} tensors matched"
     if problems := misfit(own, state):
-        raise Refused(f"{flag} {report}; {problems}; give the --arch and --patch_size of its network, or another file")
+        raise Refused(f"{flag} {report}; {problems}; give the --arch, --patch_size and --in_chans of its network, or "
+                      "another file")
     model.load_state_dict(fitting, strict=False)
     if parallel.is_main():
         print(report, flush=True)
 
 
 def load_weights_into(
-    model: nn.Module, path: str, checkpoint_key: str = "teacher", flag: str = "--pretrained_weights"
+    model: nn.Module, path: str, checkpoint_key: str = "teacher", flag: str = "--pretrained_weights",
+    init_in_chans: str = "",
 ) -> None:
     """Copy the weights in a file, in any layout of `weights.layouts`, into a backbone.
 
-    Position embeddings for another image size are interpolated to the backbone's grid, which is printed.
+    Position embeddings for another image size are interpolated to the backbone's grid, which is printed, as are the
+    mean and std that are stored with the weights.
+
+    Args:
+        init_in_chans: mean or tile converts the first layer to the backbone's channels (`converted_channels`); "":
+            another number of channels is refused.
 
     Raises:
         Refused: no such file, not a checkpoint, no such part in it, or weights of another network.
     """
     with refusing(flag):
-        state = backbone_state(read(path), checkpoint_key, path)
+        loaded = read(path)
+        state = backbone_state(loaded, checkpoint_key, path)
+        found = preprocessing.stored(path, stored_args(loaded))
     with refusing(f"{flag} {path}:"):
         recognized = recognize(state)
     if isinstance(model, VisionTransformer):
         state = recognized.state if recognized.arch else rename(state)[1]
     elif misfit(model.state_dict(), state):  # else names of the model's library
         state = recognized.state
+    state = with_channels(model, state, init_in_chans, f"{flag} {path}")
     positions = state.get("pos_embed")
     if isinstance(model, VisionTransformer) and positions is not None:
         state = state | {"pos_embed": resized_positions(model, positions)}
@@ -73,6 +75,49 @@ def load_weights_into(
     if positions is not None and positions.shape != state["pos_embed"].shape:
         grids = (f"{math.isqrt(p.shape[1] - 1)} x {math.isqrt(p.shape[1] - 1)}" for p in (positions, model.pos_embed))
         parallel.say(f"{path}: position embeddings interpolated from {' to '.join(grids)} patches")
+    if normalization := {key: found[key] for key in ("mean", "std") if key in found}:
+        parallel.say(f"{path}: its images were normalized with {preprocessing.sentence(normalization)}; this run uses "
+                     "its own --mean and --std")
+
+
+def with_channels(model: nn.Module, state: Mapping[str, Tensor], init_in_chans: str, file: str) -> dict[str, Tensor]:
+    """The state with the first convolution converted to the model's channels, if only these differ.
+
+    Raises:
+        Refused: they differ, and `init_in_chans` is "".
+    """
+    state = dict(state)
+    for name, own in model.state_dict().items():
+        if own.ndim != 4 or name not in state:
+            continue
+        shape = state[name].shape
+        if len(shape) == 4 and shape[1] != own.shape[1] and shape[:1] + shape[2:] == own.shape[:1] + own.shape[2:]:
+            if not init_in_chans:
+                raise Refused(f"{file}: for images of {shape[1]} channel(s), not {own.shape[1]}; give --init_in_chans "
+                              f"mean or tile to convert {name}, or --in_chans {shape[1]}")
+            state[name] = converted_channels(state[name], own.shape[1], init_in_chans)
+            parallel.say(f"{file}: {name} converted from {shape[1]} to {own.shape[1]} channel(s) by {init_in_chans}")
+        break  # the first convolution alone sees the image
+    return state
+
+
+def converted_channels(weight: Tensor, in_chans: int, mode: str) -> Tensor:
+    """A convolution's weight (D, C, h, w) for other channels: (D, in_chans, h, w).
+
+    Both modes multiply by C / in_chans, so that the response to an image of equal channels keeps its scale; with `mean`
+    it is the same response. A heuristic: the new channels are not those that the weights were trained on.
+
+    Args:
+        mode: mean: each channel gets the mean over the old ones; tile: the old ones repeat in their order.
+    """
+    old = weight.shape[1]
+    if mode == "mean":
+        weight = weight.mean(1, keepdim=True).expand(-1, in_chans, -1, -1)
+    elif mode == "tile":
+        weight = weight[:, torch.arange(in_chans) % old]
+    else:
+        raise ValueError(f"mode {mode!r}: give mean or tile")
+    return weight * (old / in_chans)
 
 
 def resized_positions(model: VisionTransformer, positions: Tensor) -> Tensor:
@@ -88,11 +133,68 @@ def resized_positions(model: VisionTransformer, positions: Tensor) -> Tensor:
     return VisionTransformer.interpolate_pos_encoding(source, own, size, size)
 
 
+# ---- What a network supports in training ----
+
+
+def supported_drop_path_rate(arch: str, rate: float, in_chans: int = 3, is_default: bool = False) -> float:
+    """The rate to build a network with.
+
+    A network without stochastic depth gets 0 if the rate is a flag's default, which is printed. torchvision's networks
+    then keep the default, which has no effect on them: earlier runs have stored it.
+
+    Raises:
+        Refused: the network has no stochastic depth, but the rate was given.
+    """
+    if not rate or arch in VITS:
+        return rate
+    import torchvision  # takes seconds to import; ViTs do not need it
+
+    known = arch in torchvision.models.list_models(module=torchvision.models)
+    try:
+        model, _ = build_backbone(arch, drop_path_rate=rate, in_chans=in_chans)
+        supported = not known or any(isinstance(m, torchvision.ops.StochasticDepth) for m in model.modules())
+    except ValueError:
+        try:
+            build_backbone(arch, in_chans=in_chans)
+        except ValueError as error:  # not because of the rate
+            raise Refused(error) from error
+        supported = False
+    if supported or (is_default and known):
+        return rate
+    if not is_default:
+        raise Refused(f"--drop_path_rate {rate:g}: --arch {arch} has no stochastic depth; leave the flag out or give 0")
+    parallel.say(f"--drop_path_rate 0 instead of the default {rate:g}: {arch} has no stochastic depth")
+    return 0.0
+
+
+@torch.no_grad()
+def normalizes_single_values(model: nn.Module, in_chans: int, size: int) -> bool:
+    """Whether batch norm meets one value per channel in a batch of one image of `size` x `size` pixels.
+
+    Its variance is 0 then, and torch refuses to train.
+    """
+    single: list[bool] = []
+    hooks = [module.register_forward_pre_hook(lambda m, x: single.append(x[0].numel() == x[0].shape[1]))
+             for module in model.modules() if isinstance(module, _BatchNorm)]
+    training = model.training
+    try:
+        if hooks:
+            model.eval()(torch.zeros(1, in_chans, size, size, device=next(model.parameters()).device))
+    finally:
+        model.train(training)
+        for hook in hooks:
+            hook.remove()
+    return any(single)
+
+
 def load_backbone(
     weights: str, arch: str | None = None, patch_size: int | None = None, checkpoint_key: str = "teacher",
-    flag: str = "--pretrained_weights",
+    flag: str = "--pretrained_weights", mean: Sequence[float] | None = None, std: Sequence[float] | None = None,
+    in_chans: int | None = None,
 ) -> tuple[nn.Module, dict]:
     """A frozen backbone in eval mode from a file of weights, and how its input images are made.
+
+    Prints the mean and std, and where they come from; `weights.preprocessing` knows the places.
 
     Args:
         weights: a checkpoint of this project, a published full checkpoint, or the state dict of a backbone in any
@@ -100,43 +202,52 @@ def load_backbone(
         arch, patch_size: used where the file does not say; their own defaults are vit_small and 16.
         checkpoint_key: part of a full checkpoint, teacher or student.
         flag: the flag that names the file, for messages.
+        mean, std: one value per channel of intensities in [0, 1], instead of the stored ones.
+        in_chans: channels, where the file does not say.
 
     Returns:
-        The network, and {arch, patch_size, embed_dim, in_chans, mean, std, global_crops_size}.
+        The network, and {arch, patch_size, embed_dim, in_chans, mean, std, global_crops_size, options: the arguments
+        of `build_backbone`, sources: where mean and std come from}, and value_range of the training images if one was
+        given.
 
     Raises:
-        Refused (a ValueError): no such file, not a checkpoint, no such part in it, unknown or wrong architecture.
+        Refused (a ValueError): no such file, not a checkpoint, no such part in it, unknown or wrong architecture, or
+            mean and std that are unknown or do not fit the channels.
     """
-    args, state = {}, {}
+    args, described, file = {}, Weights("", None, {}, {}), f"{flag} {weights}" if weights else f"--in_chans {in_chans}"
     if weights:
         with refusing(flag):
             loaded = read(weights)
         args = stored_args(loaded)
         with refusing(f"--checkpoint_key {checkpoint_key}:"):
             state = backbone_state(loaded, checkpoint_key, weights)
-    # Networks of timm and torchvision keep the tensor names that these libraries give them.
-    recognized = Weights("", None, {}, state)
-    if args.get("arch") in (None, *VITS, *XCITS):
-        with refusing(f"{flag} {weights}:"):
-            recognized = recognize(state)
+        with refusing(f"{file}:"):
+            described = describe(args, state, (*VITS, *XCITS))
+    with refusing(flag):
+        found = preprocessing.stored(weights, args)
+    channels = described.options.get("in_chans") or (found["in_chans"].value if "in_chans" in found else None)
+    if weights and in_chans and channels and in_chans != channels:
+        raise Refused(f"--in_chans {in_chans}: {weights} is for images of {channels} channel(s); leave it out")
     info = {
-        "arch": args.get("arch") or recognized.arch or arch or "vit_small",
-        "patch_size": recognized.options.get("patch_size") or args.get("patch_size") or patch_size or 16,
-        "in_chans": recognized.options.get("in_chans") or args.get("in_chans", 3),
-        "mean": tuple(args.get("mean", IMAGENET_MEAN)),
-        "std": tuple(args.get("std", IMAGENET_STD)),
-        "global_crops_size": args.get("global_crops_size", 224),
+        "arch": described.arch or arch or "vit_small",
+        "patch_size": described.options.get("patch_size") or patch_size or 16,
+        "in_chans": channels or in_chans or 3,
+        "global_crops_size": found["image_size"].value if "image_size" in found else 224,
     }
-    options = {"img_size": args["global_crops_size"]} if "global_crops_size" in args else {}
-    options |= recognized.options | stored_options(args)
-    options |= {k: info[k] for k in ("patch_size", "in_chans")}
+    if args.get("value_range"):
+        info["value_range"] = tuple(args["value_range"])
+    normalization = preprocessing.normalization(found, info["in_chans"], file, mean, std)
+    info |= {key: value for key, (value, _) in normalization.items()}
+    info["sources"] = {key: source for key, (_, source) in normalization.items()}
+    info["options"] = described.options | {k: info[k] for k in ("patch_size", "in_chans")}
     try:
-        model, info["embed_dim"] = build_backbone(info["arch"], **options)
+        model, info["embed_dim"] = build_backbone(info["arch"], **info["options"])
     except ValueError as error:  # it names --arch; vision_transformer.py imports nothing of the project
         raise Refused(error) from error
     if weights:
-        layout = f", {recognized.layout} names" if recognized.layout else ""
-        load_matching(model, recognized.state, f"{weights} ({info['arch']}{layout})", flag=flag)
-    elif parallel.is_main():
-        print(f"no {flag}: the network has random weights", flush=True)
+        layout = f", {described.layout} names" if described.layout else ""
+        load_matching(model, described.state, f"{weights} ({info['arch']}{layout})", flag=flag)
+    else:
+        parallel.say(f"no {flag}: the network has random weights")
+    parallel.say(f"images of {info['in_chans']} channel(s), normalized with {preprocessing.sentence(normalization)}")
     return model.eval().requires_grad_(False), info

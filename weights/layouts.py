@@ -15,7 +15,7 @@ import math
 import os
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -24,13 +24,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # Prefixes that wrappers add to the names of all parameters.
-PREFIXES = ("module.", "_orig_mod.", "model.", "encoder.")
-# Prefixes that mark student and teacher in one flat file.
-NETWORK = re.compile(r"(student|teacher)(_backbone)?\.")
+PREFIXES = ("module.", "model.", "encoder.", "net.", "network.", "vit.", "trunk.", "base_model.", "feature_extractor.",
+            "image_encoder.")  # fmt: skip
+# Parts that torch's wrappers add anywhere in a name.
+WRAPPERS = re.compile(r"(?<![^.])_(orig_mod|forward_module|fsdp_wrapped_module|checkpoint_wrapped_module)\.")
+# Names of student and teacher (--checkpoint_key), as entries of a file and as prefixes in one flat file; other methods
+# call them online and momentum or target encoder, query and key encoder.
+_PART = r"(_(backbone|encoder|model|network))?"
+NETWORKS = {
+    "student": re.compile(rf"(student{_PART}|online_(backbone|encoder|network)|base_encoder|encoder_q)(_state_dict)?"),
+    "teacher": re.compile(rf"(teacher{_PART}|(momentum|target)_(backbone|encoder|network)|encoder_k)(_state_dict)?"),
+}
+# Entries of a file that hold its only network.
+CONTAINERS = ("state_dict", "model", "model_state_dict", "model_state", "network", "net", "module", "backbone",
+              "encoder", "weights", "params")  # fmt: skip
 # Heads and classifiers, which are not part of a backbone.
 HEAD = re.compile(r"(\w+_)?(heads?|fc|classif|classifier|last_linear|pooler)(_dist)?\.")
 # Heads of DINO (`head`) and DINOv2 in a checkpoint of both networks' parts.
-PROJECTION_HEAD = re.compile(r"(?:(?:module|_orig_mod|student|teacher)\.)*(head|dino_head|ibot_head)\.(.+)")
+PROJECTION_HEAD = re.compile(r"(?:(?:module|student|teacher)\.)*(head|dino_head|ibot_head)\.(.+)")
 # Tensors that have no effect on features: used in training only, or derived from the network's shape.
 UNUSED = re.compile(r"(.*\.)?(num_batches_tracked|mask_token|masked_embed|relative_position_index|attn_mask)"
                     r"|decoder_pos_embed|(decoder(_\w+)?|aux\d|AuxLogits)\..*")
@@ -60,6 +71,9 @@ STORED_OPTIONS = ("interpolate_antialias", "interpolate_offset")
 SHARD = re.compile(r".*_flat_param")
 SHARD_REMEDY = ("one process's part of a run that was sharded over GPUs (FSDP), not the whole weights: give the run's "
                 "teacher_checkpoint.pth, in eval/training_N/")
+# What is read of the metadata of a safetensors file; each value is JSON.
+METADATA = ("arch", "patch_size", "in_chans", "mean", "std", "value_range", "global_crops_size",
+            *STORED_OPTIONS)  # fmt: skip
 
 
 class BadFile(ValueError):
@@ -120,7 +134,7 @@ def read(path: str | os.PathLike, kind: type = dict) -> dict:
 
 
 def read_safetensors(path: str | os.PathLike) -> dict:
-    """The tensors; if export.py wrote the file, under `state_dict`, with its metadata under `args`."""
+    """The tensors; if the metadata describe the network, under `state_dict`, with the metadata under `args`."""
     try:
         from safetensors import safe_open
     except ImportError as error:
@@ -128,17 +142,19 @@ def read_safetensors(path: str | os.PathLike) -> dict:
     with safe_open(path, framework="pt") as f:
         tensors = {name: f.get_tensor(name) for name in f.keys()}  # f is not iterable
         metadata = f.metadata() or {}
-    if "arch" not in metadata:  # not written by export.py
+    if not metadata.keys() & {"arch", "mean", "std"}:
         return tensors
-    return {"state_dict": tensors, "args": {k: json.loads(v) for k, v in metadata.items() if k != "format"}}
+    return {"state_dict": tensors, "args": {k: json.loads(v) for k, v in metadata.items() if k in METADATA}}
 
 
 def stored_args(loaded: Mapping) -> dict:
-    """The training flags in a checkpoint of this project or a published full one; {} for plain weights.
+    """The training flags in a checkpoint of this project or a published full one; {} for weights of others.
 
     Flags that are None are left out: other programs' checkpoints have flags of the same names without a value.
     """
     args = loaded.get("args")
+    if args is None:  # a state dict of torch may carry metadata, where export.py puts them
+        args = getattr(loaded, "_metadata", {}).get("", {}).get("args")
     args = vars(args) if isinstance(args, argparse.Namespace) else args
     return {k: v for k, v in args.items() if v is not None} if isinstance(args, Mapping) else {}
 
@@ -151,6 +167,14 @@ def stored_options(args: Mapping) -> dict:
     """
     options = {"interpolate_antialias": False, "interpolate_offset": 0.1} if args.get("method") == "dinov2" else {}
     return options | {k: args[k] for k in STORED_OPTIONS if k in args}
+def network_of(name: str) -> str | None:
+    """student or teacher, where the first part of a name says so."""
+    return next((key for key, pattern in NETWORKS.items() if pattern.fullmatch(name.split(".")[0])), None)
+
+
+def is_unmarked(networks: set[str], checkpoint_key: str) -> bool:
+    """Whether names without a mark are the network that is wanted: all are, or the student beside a marked teacher."""
+    return not networks or (networks == {"teacher"} and checkpoint_key == "student")
 
 
 def strip_prefixes(state: Mapping[str, Tensor], checkpoint_key: str = "teacher") -> dict[str, Tensor]:
@@ -158,19 +182,23 @@ def strip_prefixes(state: Mapping[str, Tensor], checkpoint_key: str = "teacher")
 
     A prefix of `PREFIXES` is stripped if all names have it, heads excepted, so that a part of that name which a
     network really has keeps it. If there are names with `backbone.`, or with the prefix of student or teacher, the
-    tensors with other names belong to something else and are left out.
+    tensors with other names belong to something else and are left out. Beside a teacher, `backbone.` or `encoder.` is
+    the student.
 
     Raises:
         BadFile: the names mark student or teacher, but not `checkpoint_key`.
     """
-    state = dict(state)
+    state = {WRAPPERS.sub("", name): value for name, value in state.items()}
     while True:
-        networks = {m[1] for m in map(NETWORK.match, state) if m}
-        if networks and checkpoint_key not in networks:
+        networks = {network_of(name) for name in state if "." in name} - {None}
+        if is_unmarked(networks, checkpoint_key):
+            chosen = [name for name in state if name.startswith(("backbone.", "encoder.") if networks else "backbone.")]
+        else:
+            chosen = [name for name in state if "." in name and network_of(name) == checkpoint_key]
+        if networks and not chosen:
             raise BadFile(f"no part {checkpoint_key!r} in this checkpoint; it has {', '.join(sorted(networks))}")
-        part = rf"{checkpoint_key}(_backbone)?\." if networks else r"backbone\."
-        if any(re.match(part, name) for name in state):
-            state = {re.sub(f"^{part}", "", k): v for k, v in state.items() if re.match(part, k)}
+        if chosen:
+            state = {name.split(".", 1)[1]: state[name] for name in chosen}
             continue
         body = [name for name in state if not HEAD.match(name) and not UNUSED.fullmatch(name)]
         prefix = next((p for p in PREFIXES if body and all(name.startswith(p) for name in body)), None)
@@ -182,8 +210,8 @@ def strip_prefixes(state: Mapping[str, Tensor], checkpoint_key: str = "teacher")
 def backbone_state(loaded: Mapping, checkpoint_key: str, path: str = "") -> dict[str, Tensor]:
     """The backbone's tensors in a loaded file, prefixes stripped.
 
-    They are the entry `checkpoint_key` of a full checkpoint, else the entry `state_dict` or `model`, else the file
-    itself.
+    They are the entry `checkpoint_key` of a full checkpoint or one that means it (`NETWORKS`), else an entry of
+    `CONTAINERS`, each of which may hold such entries again, else the file itself.
 
     Raises:
         BadFile: a full checkpoint without that entry.
@@ -206,20 +234,24 @@ def head_states(loaded: Mapping, checkpoint_key: str, path: str = "") -> dict[st
     """
     heads: dict[str, dict[str, Tensor]] = {}
     for name, value in part(loaded, checkpoint_key, path).items():
-        if isinstance(value, Tensor) and (match := PROJECTION_HEAD.fullmatch(str(name))):
+        if isinstance(value, Tensor) and (match := PROJECTION_HEAD.fullmatch(WRAPPERS.sub("", str(name)))):
             heads.setdefault(match[1], {})[match[2]] = value
     return heads
 
 
 def part(loaded: Mapping, checkpoint_key: str, path: str = "") -> Mapping:
-    """The entry `checkpoint_key` of a full checkpoint, else the entry `state_dict` or `model`, else the file itself."""
-    for key in (checkpoint_key, "state_dict", "model"):
-        if isinstance(loaded.get(key), Mapping):
-            loaded = loaded[key]
+    """The entry of a loaded file that holds a network's tensors: see `backbone_state`. Raises BadFile."""
+    while entries := [k for k, v in loaded.items() if isinstance(k, str) and isinstance(v, Mapping)]:
+        marked = {k: network_of(k) for k in entries if network_of(k)}
+        names = [checkpoint_key, *(k for k in marked if marked[k] == checkpoint_key)]
+        names += CONTAINERS if is_unmarked(set(marked.values()), checkpoint_key) else ()
+        name = next((k for k in names if k in entries), None)
+        if name is None:
             break
-    else:
-        if keys := [k for k, v in loaded.items() if isinstance(v, Mapping)]:
-            raise BadFile(f"{path}: no part {checkpoint_key!r} in this checkpoint; it has {', '.join(map(str, keys))}")
+        loaded = loaded[name]
+    if entries and not any(isinstance(v, Tensor) for v in loaded.values()):
+        raise BadFile(f"{path}: no part {checkpoint_key!r} in this checkpoint; it has {', '.join(entries)}: name one "
+                      "by --checkpoint_key")
     return loaded
 
 
@@ -277,6 +309,21 @@ def recognize(state: Mapping[str, Tensor]) -> Weights:
             recognized = describe(layout, renamed)
             return recognized if recognized.arch else recognized._replace(layout="", state=dict(state))
     return Weights("", None, {}, dict(state))
+
+
+def describe(args: Mapping, state: Mapping[str, Tensor], ours: Collection[str]) -> Weights:
+    """The network of a file: as its flags name it, else recognized; `options` hold what either tells.
+
+    Args:
+        args, state: of `stored_args` and `backbone_state`.
+        ours: architectures whose tensors have this project's names, or are renamed to them. The networks of timm and
+            torchvision keep the names that these libraries give.
+    """
+    weights = recognize(state) if args.get("arch") in (None, *ours) else Weights("", None, {}, dict(state))
+    options = {"img_size": args["global_crops_size"]} if "global_crops_size" in args else {}
+    options |= {k: args[k] for k in ("patch_size", "in_chans") if k in args}
+    options |= weights.options | stored_options(args)
+    return weights._replace(arch=args.get("arch") or weights.arch, options=options)
 
 
 def shape(state: Mapping[str, Tensor], name: str, ndim: int) -> torch.Size:
@@ -425,6 +472,19 @@ def from_xcit(state: dict[str, Tensor]) -> dict[str, Tensor]:
         else:
             renamed[name] = value
     return renamed
+
+
+def to_xcit(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of `from_xcit`; other networks' tensors keep their names."""
+    published = {}
+    for name, value in state.items():
+        match = re.fullmatch(r"(cls_attn_blocks\.\d+\.attn\.)([qkv])(\.\w+)", name)
+        if match and match[2] != "q":
+            continue
+        if match:
+            name, value = f"{match[1]}qkv{match[3]}", torch.cat([state[f"{match[1]}{p}{match[3]}"] for p in "qkv"])
+        published[re.sub(r"^pos_embed\.", "pos_embeder.", name)] = value
+    return published
 
 
 CHUNKED = "chunked"

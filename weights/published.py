@@ -24,7 +24,7 @@ class Published(NamedTuple):
     patch_size: int
     path: str  # of the backbone's file, below BASE
     linear_path: str  # of the linear classifier
-    knn_top1: float  # 20-NN
+    knn_top1: float  # of DINO 20-NN; of DINOv2 the k is not stated
     linear_top1: float
     options: Mapping[str, object] = MappingProxyType({})  # further arguments of build_backbone
 

@@ -15,6 +15,7 @@ from processes import ENV, free_port
 
 from benchmarks.listing import growth_in_a_fork
 from imagesets import listing
+from imagesets.decode import Reading
 from imagesets.sources import Files, open_images
 
 FLAT_MB = 3
@@ -123,13 +124,13 @@ def test_what_is_passed_over_is_counted_also_from_the_index(tree, cache, capsys)
     for name in ("a/@eaDir/00.jpg/thumb.jpg", "__MACOSX/a/00.jpg", "a/.AppleDouble/00.jpg"):
         touch(tree / name)
     assert listed(tree) == expected and "passed over" not in capsys.readouterr().out
-    for name in ("a/0.dcm", "b/1.DCM", "LICENSE"):
+    for name in ("a/0.raw", "b/1.RAW", "LICENSE"):
         touch(tree / name)
     age(tree)
     for _ in range(2):
         assert listed(tree) == expected
         assert capsys.readouterr().out.endswith(
-            f"--data_path '{tree}': 3 files of other suffixes are passed over (2 .dcm, 1 without suffix)\n")
+            f"--data_path '{tree}': 3 files of other suffixes are passed over (2 .raw, 1 without suffix)\n")
     (index,) = cache.iterdir()  # as an older version may have written it
     table = listing.read_index(index)
     os.utime(tree / "__MACOSX", (10**9, 10**9))
@@ -287,6 +288,6 @@ def test_one_process_searches_and_all_get_its_listing(tree, tmp_path):
 def test_a_worker_that_reads_all_names_gains_no_memory():
     """A list of names, in contrast, is copied page by page as reference counts change."""
     names = [f"n{i % 1000:08d}/n{i % 1000:08d}_{i}.JPEG" for i in range(200_000)]
-    files = Files("/data", listing.Texts(listing.pack(map(str.encode, names))), None, [], 3, 100)
+    files = Files("/data", listing.Texts(listing.pack(map(str.encode, names))), None, [], Reading(3, 100))
     assert growth_in_a_fork(names.__getitem__, len(names)) > 3 * FLAT_MB
     assert growth_in_a_fork(files.path, len(names)) < FLAT_MB

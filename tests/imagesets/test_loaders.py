@@ -18,7 +18,7 @@ from PIL import Image
 
 from imagesets import packages, shapes, sources
 from imagesets.bad_images import BadImages, TooManyBadImages, Unreadable
-from imagesets.decode import Undecodable, from_pil
+from imagesets.decode import Reading, Undecodable, from_pil
 from imagesets.listing import Texts, pack
 from imagesets.loaders import GlobalBatches, MultiCrop, batches, on_device
 from imagesets.sources import open_images
@@ -218,7 +218,7 @@ def test_channels(tmp_path):
 
 def test_paths_are_small():
     paths = (f"n{i % 1000:08d}/n{i % 1000:08d}_{i}.JPEG".encode() for i in range(100_000))
-    images = sources.Files("/data", Texts(pack(paths)), None, [], 3, 100)
+    images = sources.Files("/data", Texts(pack(paths)), None, [], Reading(3, 100))
     assert images.name(99_999) == "/data/n00000999/n00000999_99999.JPEG" and len(images) == 100_000
     assert len(images.paths.text) < 32 * len(images)
     assert len(pickle.dumps(images)) < 45 * len(images)

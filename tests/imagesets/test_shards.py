@@ -141,7 +141,7 @@ def test_pipes_are_copied_once(class_folder, tmp_path, cache, capfd):
     pipe = f"pipe:echo run >> {tmp_path}/runs; cat {pattern}"
     for _ in range(2):
         assert same(open_images(pipe), images)
-    assert {path.suffix for path in cache.iterdir()} == {".lock", ".tar"}
+    assert {path.suffix for path in cache.glob("[!.]*")} == {".lock", ".tar"}
     assert (tmp_path / "runs").read_text() == "run\n" * 3
     assert capfd.readouterr().out.count("delete that file to copy it again") == 3
     for path in cache.glob("*.tar"):
@@ -259,8 +259,8 @@ def test_a_sample_in_two_places_is_refused(tmp_path):
 
 
 def test_samples_without_an_image_are_counted(tmp_path, capsys):
-    open_images(shard(tmp_path / "a.tar", {"x.png": png(1), "y.dcm": b"", "z.dcm": b"", "notes.txt": b""}))
-    assert "3 samples without an image are passed over (2 .dcm, 1 .txt)" in capsys.readouterr().out
+    open_images(shard(tmp_path / "a.tar", {"x.png": png(1), "y.raw": b"", "z.raw": b"", "notes.txt": b""}))
+    assert "3 samples without an image are passed over (2 .raw, 1 .txt)" in capsys.readouterr().out
 
 
 def test_long_and_odd_names(tmp_path):

@@ -1,6 +1,7 @@
 """main_dinov2.py in real processes: what holds for runs of DINO holds for it."""
 
 import importlib
+import math
 import signal
 from functools import partial
 
@@ -17,7 +18,9 @@ import main_dinov2
 import vision_transformer
 from imagesets import loaders
 from method import dinov2, masking
+from method.targets import Targets
 from pretraining import replay
+from pretraining.health import health_dinov2
 from weights import checkpoints
 
 ARGS = [*SMALLEST_DINOV2, "--saveckp_freq", 1]
@@ -141,6 +144,41 @@ def test_masks_depend_on_seed_epoch_and_step_alone():
         assert [key[:2] for key in both] == list(loaders.GlobalBatches(64, 8, 0, last_batch=3))[m]
 
 
+@pytest.mark.parametrize("extra, processes, absent", [
+    (["--batch_size_per_gpu", 1], 2, {"neighbour_distance"}),
+    (["--batch_size_per_gpu", 1, "--grad_accum_steps", 3, "--koleo_all_processes"], 1, {"neighbour_distance"}),
+    ([*CENTERING, "--mask_probability", 0], 1, {"ibot_left", "patch_kl", "patch_entropy"}),
+    ([*CENTERING, "--dino_loss_weight", 0, "--ibot_loss_weight", 0], 1, {"dino_left", "kl", "ibot_left", "patch_kl"}),
+], ids=["on one of two processes", "in one of three micro-batches", "anywhere", "weights of 0"])  # fmt: skip
+def test_steps_without_masked_patches(tmp_path, extra, processes, absent):
+    """With few images some processes and micro-batches have none; figures that mean nothing are left out."""
+    run = Run(*ARGS, *extra, "--steps", 12, "--log_every", 1, "--warmup_epochs", 0, "--warmup_teacher_temp_epochs", 0,
+              "--output_dir", tmp_path, processes=processes)
+    assert run.wait() == [0] * processes, run.output()
+    for logged in json_lines(tmp_path / "log_steps.txt"):
+        assert all(math.isfinite(value) for value in logged.values()) and not absent & logged.keys()
+        assert (logged["koleo"] == 0) == ("neighbour_distance" in absent)
+        if "patch_entropy" not in absent and "patch_entropy" in logged:
+            assert 0 < logged["patch_entropy"] <= math.log(32) + 1e-3 and logged["patch_prototypes_used"] >= 1
+
+
+def test_patch_figures_are_means_over_processes_that_have_patches(monkeypatch):
+    """Two processes, one with patches and one without: the mean of what they return is the figure of the first."""
+    q = torch.softmax(torch.randn(6, 8, dtype=torch.float64), 1)
+    targets = Targets(q.log(), 1.0, torch.zeros(8, dtype=torch.float64), torch.zeros(6, dtype=torch.float64))
+    none = Targets(targets.scores[:0], 1.0, targets.prototypes, targets.samples[:0])
+    parts = {name: torch.tensor(1.0) for name in ("dino_global", "dino_local", "ibot")}
+    parts |= {"class_targets": targets, "teacher_features": torch.randn(4, 3)}
+    monkeypatch.setattr("parallel.mean_over_processes", lambda x: torch.full_like(x, 0.5))
+    start = {"dino": 2.0, "ibot": 1.0}
+    here, there = (health_dinov2(parts | {"patch_targets": t}, start) for t in (targets, none))
+    assert here.keys() == there.keys()
+    entropy = -(q * q.log()).sum(1).mean()
+    assert (here["patch_entropy"] + there["patch_entropy"]) / 2 == pytest.approx(entropy.item())
+    used = (here["patch_prototypes_used"] + there["patch_prototypes_used"]) / 2
+    assert used == len(q.argmax(1).unique())
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished")
@@ -181,6 +219,21 @@ def test_continue_with_heads_and_with_another_size(finished, tmp_path, monkeypat
         assert "weights it starts from" in run.output() and "starting weights" in run.output()
         size = int(extra[1]) if extra else 16
         assert after["student"]["backbone.pos_embed"].shape[1] == 1 + (size // 4) ** 2
+
+
+def test_start_from_weights_of_other_channels(tmp_path):
+    """Both networks start from the file, its patch embedding averaged over the three channels."""
+    old = vision_transformer.build_backbone(
+        "vit_nano", 4, img_size=16, method="dinov2", init_values=0.1, num_register_tokens=2)[0].state_dict()
+    torch.save(old, tmp_path / "w.pth")
+    args = main_dinov2.get_args_parser().parse_args([str(a) for a in (
+        *ARGS, "--in_chans", 2, "--mean", 0, 0, "--std", 1, 1, "--init_from", tmp_path / "w.pth", "--init_in_chans",
+        "mean")])
+    name = "patch_embed.proj.weight"
+    for network in main_dinov2.make_networks(args):
+        new = network.backbone.state_dict()
+        torch.testing.assert_close(new[name], old[name].sum(1, keepdim=True).expand(-1, 2, -1, -1) / 2)
+        assert all(torch.equal(v, old[k]) for k, v in new.items() if k != name)
 
 
 def test_distillation(finished, tmp_path):
@@ -228,6 +281,7 @@ BAD = [
     (["--compile", "reduce-overhead"], ["--compile reduce-overhead", "--compile default"]),
     (["--ibot_out_dim", "7", "--ibot_separate_head", "false"], ["--ibot_out_dim 7", "--ibot_separate_head true"]),
     (["--init_heads"], ["--init_heads", "--init_from"]),
+    (["--init_in_chans", "tile"], ["--init_in_chans tile", "--init_from"]),
     (["--mask_ratio", "0.5", "0.1"], ["--mask_ratio 0.5 0.1", "low <= high"]),
     (["--mask_probability", "0"], ["--mask_probability 0", "--ibot_separate_head false"]),
     (["--distill_from", "/absent"], ["--distill_from /absent", "no such file"]),
@@ -264,3 +318,13 @@ def test_a_bug_keeps_its_traceback(tmp_path, monkeypatch):
     args = main_dinov2.get_args_parser().parse_args([str(a) for a in (*ARGS, "--output_dir", tmp_path / "out")])
     with pytest.raises(ValueError, match="broadcast"):
         main_dinov2.main(args)
+
+
+def test_only_warmups_longer_than_published_ones_are_warned_of():
+    parser = main_dinov2.get_args_parser()
+    for recipe in ("dinov2_vitl16_short", "dinov2_vitl14", "dinov2_vitg14"):
+        args = parser.parse_args([f"@presets/{recipe}.txt", "--data_path", "x"])
+        assert main_dinov2.long_warmups(args, main_dinov2.make_plan(args, 1_281_167)) == []
+    args = parser.parse_args(["--epochs", "10", "--warmup_epochs", "3", "--warmup_teacher_temp_epochs", "3"])
+    lines = main_dinov2.long_warmups(args, main_dinov2.make_plan(args, 6400))
+    assert len(lines) == 1 and "--warmup_epochs 3" in lines[0] and "30%" in lines[0]

@@ -34,7 +34,7 @@ def watched(tmp_path_factory):
 
 def test_pictures_come_at_the_start_every_few_epochs_and_at_the_end(watched):
     names = {f"{what}_{when}.png" for what in ("attention", "pca") for when in ("start", "epoch0001", "epoch0002")}
-    assert {p.name for p in (watched / "pictures").iterdir()} == names
+    assert {p.name for p in (watched / "pictures").glob("*.png")} == names
     for name in names:
         with Image.open(watched / "pictures" / name) as picture:
             assert len(np.unique(np.asarray(picture))) > 50, name
@@ -66,13 +66,20 @@ class Broken(list):
 
 def test_fixed_images_are_the_same_each_time_and_the_broken_passed_over():
     images = Broken(torch.full((3, 8, 8), i, dtype=torch.uint8) for i in range(100))
-    once, again = ([int(x[0, 0, 0]) for x in monitor.fixed_images(images, 8)] for _ in range(2))
+    once, again = ([int(x[0, 0, 0]) for x in monitor.fixed_images(images, 8, 4)] for _ in range(2))
     assert once == again == sorted(set(once)) and len(once) == 6
     assert len({i % 10 for i in once}) > 3  # neither one class after the other, nor one of them alone
     images[once[2]] = None
-    assert [int(x[0, 0, 0]) for x in monitor.fixed_images(images, 8)] == once[:2] + once[3:]
-    assert [int(x[0, 0, 0]) for x in monitor.fixed_images(Broken(images[:1]), 8)] == [0]
-    assert monitor.fixed_images(Broken([None]), 8) == []
+    assert [int(x[0, 0, 0]) for x in monitor.fixed_images(images, 8, 4)] == once[:2] + once[3:]
+    assert [int(x[0, 0, 0]) for x in monitor.fixed_images(Broken(images[:1]), 8, 4)] == [0]
+    assert monitor.fixed_images(Broken([None]), 8, 4) == []
+
+
+def test_pictures_show_more_patches_than_the_crops_of_training():
+    """Crops of 48 in patches of 8: 12 rows of patches instead of 6, for small images twice their own size."""
+    shapes = [image.shape for image in monitor.fixed_images(Broken([torch.zeros(3, 64, 80, dtype=torch.uint8)]), 48, 8)]
+    assert shapes == [(3, 96, 120)]
+    assert monitor.fixed_images(Broken([torch.zeros(3, 30, 30, dtype=torch.uint8)]), 48, 8)[0].shape == (3, 56, 56)
 
 
 def test_a_network_without_patches_has_no_pictures(tmp_path):

@@ -14,7 +14,7 @@ from imagesets.decode import Undecodable
 from imagesets.sources import open_images
 from parallel import Refused
 from protocols import features, splits
-from protocols.features import cached_features, extract_features, images_hash, weights_hash
+from protocols.features import cached_features, extract_features, images_hash, load_network, weights_hash
 
 
 class Numbers(Dataset):
@@ -74,6 +74,27 @@ class Broken(Numbers):
         if i == 3:
             raise self.error
         return super().__getitem__(i)
+
+
+@pytest.mark.parametrize("flag", ["--crop_size", "--imsize"])
+def test_a_crop_of_too_many_patches_is_refused(flag):
+    """131,072 patches of 4 x 4 pixels are 362 x 362: the next crop is one too many."""
+    assert load_network("", "vit_nano", 4, crop_size=362 * 4, size_flag=flag).about["crop_size"] == 1448
+    with pytest.raises(Refused, match=f"{flag} 1452: .* 363 x 363 patches, more than 131072; lower {flag}"):
+        load_network("", "vit_nano", 4, crop_size=363 * 4, size_flag=flag)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("first", [True, False])
+def test_an_image_of_182_million_pixels_is_named_in_one_line(first, num_workers, tmp_path):
+    """Above Pillow's limit; it is the image whose pixels are in the hash of the images, or another."""
+    name = "a.png" if first else "z.png"
+    Image.new("1", (13500, 13500)).save(tmp_path / name)
+    Image.new("RGB", (40, 40)).save(tmp_path / "b.png")
+    network = features.load_network("", "vit_nano", 8, crop_size=32)
+    with pytest.raises(Refused, match=f"{name}: .*182250000 pixels.* remove that file") as refused:
+        features.network_features(network, open_images(str(tmp_path)), 2, num_workers, tmp_path / "cache")
+    assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

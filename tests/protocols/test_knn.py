@@ -470,6 +470,18 @@ def test_pictures_without_labels(pictures, tmp_path, capsys):
     assert report["label_free"]["uniformity"]["value"] < 0 < report["label_free"]["alignment"]["value"] < 2
 
 
+@pytest.mark.parametrize("count", [1, 5])
+def test_black_images_without_labels(count, tmp_path, capsys):
+    for i in range(count):
+        (tmp_path / "black").mkdir(exist_ok=True)
+        Image.new("RGB", (24, 20)).save(tmp_path / "black" / f"{i}.png")
+    flags = ("--data_path", tmp_path / "black", "--arch", "pixels", "--output_dir", tmp_path, "--num_workers", 0)
+    assert run(*flags) == 0
+    found = json.loads((tmp_path / "eval_knn.json").read_text())["label_free"]
+    assert found["uniformity"]["value"] == (0 if count > 1 else None)  # 0, the worst: all are equal
+    assert found["alignment"]["value"] == 0 and found["rank_me"]["value"] == pytest.approx(1, abs=1e-3)
+
+
 def test_pixels_are_a_baseline(pictures, tmp_path):
     out = ("--num_workers", 0, "--nb_knn", 3, "--metric", "l2", "--output_dir", tmp_path)
     assert run("--data_path", pictures, "--arch", "pixels", *out) == 0

@@ -656,6 +656,21 @@ def test_mixing():
     assert torch.equal(same, x) and torch.equal(hard.argmax(1), y)
 
 
+@pytest.mark.parametrize("flags, message", [
+    (("--arch", "selecsls42", "--drop_path_rate", 0.1), "--drop_path_rate 0.1: --arch selecsls42"),
+    (("--arch", "resnet18", "--batch_size_per_gpu", 1), "--batch_size_per_gpu 1: batch norm in --arch resnet18"),
+])
+def test_fine_tuning_what_a_network_does_not_support(flags, message, pictures, tmp_path, capsys):
+    assert run(pictures, tmp_path, "--finetune", "--epochs", 1, "--warmup_epochs", 0, *flags) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and message in error and "finetuned.pth" not in [p.name for p in tmp_path.iterdir()]
+
+
+def test_fine_tuning_without_stochastic_depth(pictures, tmp_path, capsys):
+    report = run(pictures, tmp_path, "--finetune", "--epochs", 1, "--warmup_epochs", 0, "--arch", "selecsls42")
+    assert report["protocol"] == "finetune" and "--drop_path_rate 0 instead" in capsys.readouterr().out
+
+
 def test_fine_tuning_learns_and_its_backbone_loads(pictures, tmp_path):
     flags = ("--finetune", "--epochs", 6, "--warmup_epochs", 1, "--lr", 0.03, "--drop_path_rate", 0.1)
     report = run(pictures, tmp_path, *flags)

@@ -132,6 +132,16 @@ def test_one_image_without_labels():
     assert "-" in scores.table([found])
 
 
+@pytest.mark.parametrize("zeros", [6, 3])
+def test_uniformity_of_features_of_zeros(zeros):
+    """Black images as raw pixels: equal features are 0 apart, however they are normalized."""
+    x = torch.cat([torch.zeros(zeros, 4), torch.eye(4)[: 6 - zeros]])
+    kernel = [math.exp(-2 * (x[i] - x[j]).square().sum().item()) for i in range(6) for j in range(6) if i != j]
+    assert scores.uniformity(x)["value"] == pytest.approx(math.log(np.mean(kernel)), abs=1e-12)
+    low, high = scores.uniformity(x)["interval"]
+    assert low <= math.log(np.mean(kernel)) + 1e-6 and high <= 1e-6
+
+
 def test_many_images_are_thinned_out(monkeypatch):
     monkeypatch.setattr(scores, "MOST_PAIRED", 10)
     x = torch.randn(95, 3)

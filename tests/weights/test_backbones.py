@@ -81,7 +81,6 @@ def test_init_from_refuses_what_does_not_fit(tmp_path, capsys):
     torch.save(dinov2_file(), tmp_path / "dinov2.pth")
     for file, network, message in (
         ("w", {"patch_size": 16}, "patch_embed.proj.weight .192, 3, 8, 8. .*--patch_size"),
-        ("w", {"patch_size": 8, "in_chans": 4}, "wrong shape: patch_embed.proj.weight .*3, 8, 8"),
         ("w", {"patch_size": 8, "depth": 5}, "missing: blocks.4"), ("w", {"patch_size": 8, "depth": 3}, "unused: bl"),
         ("w", {"patch_size": 8, "init_values": 1.0}, "missing: blocks.0.ls1.gamma"),
         ("w", {"patch_size": 8, "num_register_tokens": 2}, "missing: register_tokens"),
@@ -131,7 +130,7 @@ def test_a_bug_keeps_its_traceback(tmp_path, monkeypatch):
         raise ValueError("operands could not be broadcast")
 
     torch.save(build_backbone("vit_nano", 8, img_size=16)[0].state_dict(), tmp_path / "w.pth")
-    for name in ("backbone_state", "recognize", "load_matching"):
+    for name in ("backbone_state", "describe", "load_matching"):
         with monkeypatch.context() as patched:
             patched.setattr(backbones, name, lambda *args, **options: bug())
             with pytest.raises(ValueError, match="broadcast") as raised:
@@ -152,3 +151,83 @@ def test_tensors_with_an_impossible_number_of_dimensions_are_refused(tmp_path, n
     torch.save(state, tmp_path / "w.pth")
     with pytest.raises(Refused, match=f"--pretrained_weights .*w.pth: {name} has shape"):
         backbones.load_backbone(str(tmp_path / "w.pth"))
+
+
+# ---- Other numbers of channels ----
+
+
+@pytest.mark.parametrize("mode", ["mean", "tile"])
+@pytest.mark.parametrize("arch, name", [("vit_nano", "patch_embed.proj.weight"), ("resnet18", "conv1.weight")])
+@pytest.mark.parametrize("in_chans", [1, 4, 6])
+def test_weights_for_other_channels(tmp_path, capsys, arch, name, in_chans, mode):
+    torch.save(build_backbone(arch, 8, img_size=16)[0].state_dict(), tmp_path / "w.pth")
+    old = torch.load(tmp_path / "w.pth")[name]
+    model, _ = build_backbone(arch, 8, img_size=16, in_chans=in_chans)
+    with pytest.raises(Refused, match=f"--init_from .*w.pth.* 3 .*{in_chans}.*--init_in_chans.*--in_chans 3"):
+        backbones.load_weights_into(model, str(tmp_path / "w.pth"), flag="--init_from")
+    backbones.load_weights_into(model, str(tmp_path / "w.pth"), flag="--init_from", init_in_chans=mode)
+    new = model.state_dict()[name]
+    for channel in range(in_chans):
+        source = old[:, channel % 3] if mode == "tile" else (old[:, 0] + old[:, 1] + old[:, 2]) / 3
+        torch.testing.assert_close(new[:, channel], source * 3 / in_chans)
+    if mode == "mean" or in_chans % 3 == 0:  # the response to an image of equal channels
+        image = torch.randn(2, 1, 16, 16)
+        before, after = (torch.nn.functional.conv2d(image.expand(-1, w.shape[1], -1, -1), w) for w in (old, new))
+        torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5)
+    assert f"3 to {in_chans}" in capsys.readouterr().out
+    same, _ = build_backbone(arch, 8, img_size=16)
+    backbones.load_weights_into(same, str(tmp_path / "w.pth"), init_in_chans=mode)
+    assert torch.equal(same.state_dict()[name], old)
+
+
+def test_init_from_says_the_normalization_of_its_weights(tmp_path, capsys):
+    model, _ = build_backbone("vit_nano", 8, img_size=16)
+    torch.save({"teacher": model.state_dict(), "args": {"mean": [0.5] * 3, "std": [0.25] * 3}}, tmp_path / "w.pth")
+    backbones.load_weights_into(model, str(tmp_path / "w.pth"), flag="--init_from")
+    said = capsys.readouterr().out
+    assert "mean 0.5 0.5 0.5" in said and "std 0.25 0.25 0.25" in said and "--mean" in said
+
+
+# ---- What a network supports in training ----
+
+
+@pytest.mark.parametrize("arch", ["hrnet_w18_small", "selecsls42", "inception_v4"])
+def test_a_default_rate_gives_way_where_there_is_no_stochastic_depth(arch, capsys):
+    assert backbones.supported_drop_path_rate(arch, 0.1, is_default=True) == 0
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1 and "--drop_path_rate 0" in said and "0.1" in said and arch in said
+    with pytest.raises(Refused, match=f"--drop_path_rate 0.1: --arch {arch} .*give 0"):
+        backbones.supported_drop_path_rate(arch, 0.1)
+    assert backbones.supported_drop_path_rate(arch, 0.0) == 0
+
+
+@pytest.mark.parametrize("arch", ["vit_nano", "swin_t", "resnet26"])
+def test_stochastic_depth_that_a_network_has(arch, capsys):
+    for is_default in (True, False):
+        assert backbones.supported_drop_path_rate(arch, 0.3, is_default=is_default) == 0.3
+    assert not capsys.readouterr().out
+
+
+def test_torchvisions_networks_without_stochastic_depth():
+    """They ignore the rate: the default stays what earlier runs stored, a given one is refused."""
+    assert backbones.supported_drop_path_rate("resnet18", 0.1, is_default=True) == 0.1
+    with pytest.raises(Refused, match="--drop_path_rate 0.2: --arch resnet18 has no stochastic depth"):
+        backbones.supported_drop_path_rate("resnet18", 0.2)
+    with pytest.raises(Refused, match="--arch resnet81: no such network"):
+        backbones.supported_drop_path_rate("resnet81", 0.1, is_default=True)
+
+
+@pytest.mark.parametrize("arch, size, single", [
+    ("resnet18", 32, True), ("resnet18", 33, False), ("resnet18", 64, False), ("resnet26", 32, True),
+    ("vit_nano", 16, False)])
+def test_batch_norm_of_one_value_is_what_torch_refuses_to_train(arch, size, single):
+    model, _ = build_backbone(arch, img_size=16)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    assert backbones.normalizes_single_values(model.train(), 3, size) == single and model.training
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    if single:
+        with pytest.raises(ValueError, match="more than 1 value"):
+            model(torch.zeros(1, 3, size, size))
+    else:
+        model(torch.zeros(1, 3, size, size))

@@ -405,3 +405,71 @@ def test_a_stored_timm_network_keeps_its_names(tmp_path):
     path = saved({"teacher": trained.state_dict(), "args": {"arch": arch}}, tmp_path)
     with pytest.raises(ValueError, match=r" of 175 tensors matched; missing: blocks.1\."):  # it has one block of twelve
         backbones.load_backbone(path)
+
+
+# ---- Wrappers of other programs ----
+
+
+@pytest.fixture(scope="module")
+def two_networks():
+    """Tensors of a student and a teacher."""
+    return [random_like(build_backbone("vit_nano", 8, img_size=16)[0].state_dict(), seed) for seed in (1, 2)]
+
+
+def prefixed(state, prefix):
+    return {prefix + name: value for name, value in state.items()}
+
+
+def read_back(content, tmp_path, key="teacher"):
+    return backbones.load_backbone(saved(content, tmp_path), checkpoint_key=key)[0].state_dict()["pos_embed"]
+
+
+@pytest.mark.parametrize("prefix", [
+    "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "module.backbone.", "model.backbone.", "net.",
+    "network.", "vit.", "trunk.", "base_model.", "feature_extractor.", "image_encoder.", "_forward_module.model.",
+    "backbone._fsdp_wrapped_module.", "module.teacher.module.backbone._orig_mod.", "model.teacher_backbone."])
+def test_files_with_prefixes_of_wrappers(tmp_path, two_networks, prefix):
+    assert torch.equal(read_back(prefixed(two_networks[1], prefix), tmp_path), two_networks[1]["pos_embed"])
+
+
+def test_wrappers_of_single_blocks(tmp_path, two_networks):
+    """torch.compile and activation checkpointing of each block put their names in the middle."""
+    for part in ("_orig_mod.", "_checkpoint_wrapped_module."):
+        state = {k.replace("blocks.0.", f"blocks.0.{part}"): v for k, v in two_networks[1].items()}
+        assert torch.equal(read_back(state, tmp_path), two_networks[1]["pos_embed"])
+
+
+@pytest.mark.parametrize("keys", ["state_dict", "model", "model_state_dict", "network", "net", "module", "backbone",
+                                  "model.state_dict", "teacher.state_dict", "state_dict.teacher", "target_encoder",
+                                  "teacher_state_dict", "teacher_backbone"])
+def test_entries_that_hold_the_network(tmp_path, two_networks, keys):
+    content = two_networks[1]
+    for key in reversed(keys.split(".")):
+        content = {key: content}
+    content |= {"epoch": 3, "optimizer": {"state": {0: {"step": torch.ones(1)}}, "param_groups": [{"lr": 1.0}]},
+                "hyper_parameters": {"lr": 1.0}, "callbacks": {}}
+    assert torch.equal(read_back(content, tmp_path), two_networks[1]["pos_embed"])
+
+
+@pytest.mark.parametrize("student, teacher", [
+    ("student_backbone.", "teacher_backbone."), ("student.backbone.", "teacher.backbone."),
+    ("encoder_q.", "encoder_k."), ("module.base_encoder.", "module.momentum_encoder."),
+    ("backbone.", "momentum_backbone."), ("encoder.", "target_encoder."), ("online_network.", "target_network.")])
+def test_student_and_teacher_are_never_confused(tmp_path, two_networks, student, teacher):
+    content = prefixed(two_networks[0], student) | prefixed(two_networks[1], teacher)
+    nested = {"state_dict": content, "epoch": 3}
+    entries = {student.rstrip(".").split(".")[-1]: two_networks[0], teacher.rstrip(".").split(".")[-1]: two_networks[1]}
+    for file in (content, nested, *([entries] if len(entries) == 2 else [])):
+        for key, state in zip(("student", "teacher"), two_networks, strict=True):
+            assert torch.equal(read_back(file, tmp_path, key), state["pos_embed"])
+    other = prefixed(two_networks[1], teacher)  # without the student
+    for file in (other, {"state_dict": other}):
+        with pytest.raises(parallel.Refused, match="no part 'student'.*it has teacher"):
+            read_back(file, tmp_path, "student")
+
+
+def test_entries_that_are_not_known_are_named(tmp_path, two_networks):
+    file = {"ema": two_networks[1], "optimizer": {"lr": 1.0}}
+    with pytest.raises(parallel.Refused, match="it has ema, optimizer: name one by --checkpoint_key"):
+        read_back(file, tmp_path)
+    assert torch.equal(read_back(file, tmp_path, "ema"), two_networks[1]["pos_embed"])

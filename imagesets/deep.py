@@ -1,0 +1,239 @@
+"""Pixels of more than 8 bits -> 8 bits: which value is black and which is white.
+
+    a range is given          LOW is black, HIGH is white, values outside of it are clipped (--value_range)
+    n bits are declared       0 .. 2^n - 1; n is 16, or TIFF's BitsPerSample, or PNG's sBIT (see `significant_bits`)
+    32-bit, signed and float  stretched from the image's own minimum..maximum, as such files don't state their white
+    no-data value             GDAL's tag of a TIFF file: black, and left out of the minimum and maximum
+    inverted polarity         TIFF's PhotometricInterpretation WhiteIsZero: black and white change places
+    colour key                tRNS of a PNG file: transparent, compared at the file's own depth
+
+Images of 8 bits pass unchanged. Of 16-bit colour, Pillow reads the high byte; where that loses what is needed, PNG
+files are read by torchvision and other formats are refused.
+
+Shapes: H x W pixels, C channels.
+"""
+
+import struct
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+
+from imagesets import remarks
+
+Range = tuple[float, float]  # values of black and of white
+
+WHITE_16 = 65535
+BITS, PHOTOMETRIC, NO_DATA = 258, 262, 42113  # tags of TIFF; WhiteIsZero is photometric interpretation 0
+
+
+class Undecodable(ValueError):
+    """An image that can't be decoded. From `decode`, the message is "<name>: <reason>"."""
+
+
+class Declared(NamedTuple):
+    """What a file says about its pixels, read before Pillow decodes it.
+
+    white: value of white in a grey image that is not stretched.
+    bits: significant bits of each channel of a 16-bit PNG file, () where it doesn't say.
+    key: the transparent colour of a 16-bit PNG file, or None.
+    content: of a 16-bit colour PNG file that has to be read whole, else b"".
+    """
+
+    white: int = WHITE_16
+    bits: Sequence[int] = ()
+    inverted: bool = False
+    no_data: float | None = None
+    key: int | tuple[int, ...] | None = None
+    deep_colour: bool = False
+    content: bytes = b""
+
+
+def declared(image: Image.Image, value_range: Range | None = None) -> Declared:
+    """Of an image that Pillow has opened and not yet loaded."""
+    colour = image.mode not in ("1", "L", "P") and not is_grey(image)
+    if image.format == "TIFF":
+        tags = image.tag_v2
+        bits = max(tags.get(BITS, (8,)))
+        return Declared(2**bits - 1 if 8 < bits < 16 else WHITE_16, inverted=tags.get(PHOTOMETRIC) == 0,
+                        no_data=number(tags.get(NO_DATA)), deep_colour=colour and bits > 8)
+    if not getattr(image, "tile", None):  # not from a file, or of a format that Pillow decodes as it opens it
+        return Declared()
+    arguments = str(image.tile[0][3])
+    if image.format != "PNG" or "16B" not in arguments:
+        return Declared(deep_colour=colour and (";16" in arguments or wide_ppm(image)))
+    bits, key = png_sbit(image.fp), image.info.get("transparency")
+    whole = colour and (value_range is not None or key is not None or any(n < 16 for n in bits))
+    return Declared(bits=bits, key=key, deep_colour=colour, content=contents(image.fp) if whole else b"")
+
+
+def is_grey(image: Image.Image) -> bool:
+    """One channel of more than 8 bits; 16-bit PGM and, in some versions of Pillow, 16-bit PNG files have the mode I."""
+    return image.mode.startswith("I;16") or image.mode in ("I", "F")
+
+
+def bits_of(image: Image.Image) -> int:
+    """Bits of a channel, by the header of an image that Pillow has opened and not yet loaded."""
+    if image.format == "TIFF":
+        return max(image.tag_v2.get(BITS, (1,)))
+    if image.mode == "1":
+        return 1
+    if is_grey(image):
+        return 16 if image.mode.startswith("I;16") or image.format in ("PNG", "PPM") and image.mode == "I" else 32
+    return 16 if declared(image).deep_colour else 8
+
+
+def eight_bit(image: Image.Image, file: Declared, value_range: Range | None = None, name: str = "") -> Image.Image:
+    """A loaded image of any Pillow mode -> one of 8 bits, whose transparency is 8-bit too.
+
+    Args:
+        file: what `declared` returned before the image was loaded.
+        name: of the file, for remarks.
+
+    Raises:
+        Undecodable: pixels that are not finite, or 16-bit colour that can't be read with `value_range`.
+    """
+    if file.content:
+        return from_png(file.content, file, value_range)
+    if not is_grey(image):
+        if value_range is not None and file.deep_colour:
+            raise Undecodable(f"--value_range and 16-bit colour of {image.format}: convert it to PNG or .npy")
+        return image
+    values = np.asarray(image)
+    left_out = missing(values, file.no_data)
+    sixteen = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+    if value_range is None and sixteen:
+        bits = significant_bits(values[..., None], file.bits)
+        value_range = (0, 2 ** bits[0] - 1 if bits else file.white)
+    grey = scaled(values, value_range, left_out, name)
+    grey = 255 - grey if file.inverted else grey
+    grey[left_out] = 0
+    if file.key is None:
+        return Image.fromarray(grey)
+    return Image.fromarray(np.dstack([grey, np.where(values == file.key, 0, 255).astype(np.uint8)]))
+
+
+def scaled(
+    values: np.ndarray, value_range: Range | None, left_out: np.ndarray | bool = False, name: str = ""
+) -> np.ndarray:
+    """255 (v - low) / (high - low), clipped to 0..255 and rounded: uint8 of the same shape.
+
+    Args:
+        value_range: (low, high); None takes the values' own minimum and maximum, and one value alone is black.
+        left_out: bool (...), pixels that have no part in these; they become black.
+        name: of the file, for the remark that it is stretched.
+
+    Raises:
+        Undecodable: values that are not finite.
+    """
+    if value_range == (0, WHITE_16):
+        return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)  # the same in integers
+    values = values.astype(np.float64)
+    left_out = np.broadcast_to(left_out, values.shape)
+    kept = values[~left_out]
+    if not np.isfinite(kept).all():
+        raise Undecodable("pixels that are not finite")
+    low, high = value_range or ((kept.min(), kept.max()) if kept.size else (0.0, 0.0))
+    if value_range is None and name:
+        remarks.say_kind("stretched", f"{name}: stretched from its own values, {low:g} to {high:g}, as its format does "
+                         "not state which value is white; --value_range LOW HIGH gives all images one scale")
+    values = np.where(left_out, low, values)
+    return np.rint(np.clip((values - low) * (255 / (high - low) if high > low else 0), 0, 255)).astype(np.uint8)
+
+
+def missing(values: np.ndarray, no_data: float | None) -> np.ndarray:
+    """Pixels that are the no-data value, bool of the same shape."""
+    if no_data is None:
+        return np.zeros(values.shape, bool)
+    if np.isnan(no_data):
+        return np.isnan(values)
+    return values == (np.float32(no_data) if values.dtype.kind == "f" else no_data)
+
+
+def number(text: str | None) -> float | None:
+    try:
+        return float(text.strip(" \0"))
+    except (AttributeError, ValueError):
+        return None
+
+
+def significant_bits(values: np.ndarray, bits: Sequence[int]) -> Sequence[int]:
+    """`bits` if values (H, W, C) of 16-bit samples are stored in the low bits, else ().
+
+    The PNG specification stores n significant bits scaled to all 16; then the scale is that of 16 bits. Files of
+    cameras and microscopes often hold the plain values: none exceeds 2^n - 1, and not all of them are what scaling can
+    give.
+    """
+    bits = bits[: values.shape[-1]]
+    if len(bits) < values.shape[-1] or not all(0 < n <= 16 for n in bits) or min(bits) == 16:  # broken, or no news
+        return ()
+    bits = np.array(bits)
+    if (values > 2**bits - 1).any():
+        return ()
+    top = values.astype(np.int64) >> (16 - bits)
+    by_shift, by_rule = top << (16 - bits), np.rint(top * (WHITE_16 / (2.0**bits - 1)))
+    repeated = by_shift | top >> np.maximum(2 * bits - 16, 0)
+    fits = (values == by_shift) | (values == by_rule) | (values == repeated)
+    return () if fits.all() else bits.tolist()
+
+
+# ---- PNG ----
+
+
+def png_sbit(file) -> Sequence[int]:
+    """The significant bits of each channel, () where the file doesn't declare them. Keeps the file's position."""
+    position = file.tell()
+    try:
+        file.seek(8)
+        while len(head := file.read(8)) == 8:
+            size, kind = struct.unpack(">I4s", head)
+            if kind == b"sBIT":
+                return tuple(file.read(size))
+            if kind in (b"PLTE", b"IDAT"):  # it has to come before these
+                return ()
+            file.seek(size + 4, 1)
+        return ()
+    finally:
+        file.seek(position)
+
+
+def contents(file) -> bytes:
+    position = file.tell()
+    try:
+        file.seek(0)
+        return file.read()
+    finally:
+        file.seek(position)
+
+
+def from_png(content: bytes, file: Declared, value_range: Range | None) -> Image.Image:
+    """A 16-bit colour PNG file -> RGB, or RGBA where it has transparency or a colour key."""
+    try:
+        from torchvision.io import ImageReadMode, decode_png  # takes half a second, and is rarely needed
+    except ImportError as error:
+        raise Undecodable("16-bit colour with a range, significant bits or a colour key needs torchvision's PNG "
+                          "decoder, which this version lacks: convert it to .npy") from error
+    values = decode_png(torch.frombuffer(bytearray(content), dtype=torch.uint8), ImageReadMode.UNCHANGED)
+    values = values.permute(1, 2, 0).numpy()  # (H, W, C)
+    colours = values[..., : values.shape[2] - (values.shape[2] in (2, 4))]
+    bits = significant_bits(colours, file.bits)
+    if value_range is not None or bits:
+        ranges = [value_range or (0, 2**n - 1) for n in bits or [16] * colours.shape[2]]
+        eight = np.dstack([scaled(colours[..., c], ranges[c]) for c in range(len(ranges))])
+    else:
+        eight = (colours >> 8).astype(np.uint8)  # as Pillow reads it
+    if eight.shape[2] == 1:
+        eight = eight.repeat(3, 2)
+    if values.shape[2] in (2, 4):
+        return Image.fromarray(np.dstack([eight, (values[..., -1] >> 8).astype(np.uint8)]))
+    if file.key is None:
+        return Image.fromarray(eight)
+    opaque = (colours != np.array(file.key)).any(-1)
+    return Image.fromarray(np.dstack([eight, np.where(opaque, 255, 0).astype(np.uint8)]))
+
+
+def wide_ppm(image: Image.Image) -> bool:
+    arguments = image.tile[0][3]
+    return image.format == "PPM" and isinstance(arguments, tuple) and arguments[-1] > 255

@@ -1,0 +1,187 @@
+"""Lists with spaces, CSV files, zip archives, parquet files, labels as text, DICOM files."""
+
+import io
+import zipfile
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_decode import pixels
+
+from imagesets import dicom
+from imagesets.decode import Undecodable, decode
+from imagesets.sources import open_images
+from parallel import Refused
+
+COLOURS = {"cat/a b.png": 10, "cat/b.png": 20, "dog/c.png": 30}
+
+
+def png(level: int) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (5, 4), (level, level, level)).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.fixture
+def files(tmp_path):
+    for name, level in COLOURS.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(png(level))
+    return tmp_path
+
+
+def levels(images) -> list[int]:
+    return [int(images.load(i)[0, 0, 0]) for i in range(len(images))]
+
+
+def labelled(images) -> list[tuple[int, str]]:
+    return [(level, images.classes[label]) for level, label in zip(levels(images), images.labels, strict=True)]
+
+
+EXPECTED = [(10, "cat"), (20, "cat"), (30, "dog")]
+
+
+# ---- Lists ----
+
+
+def test_lists_with_spaces(files, capsys):
+    (files / "l.txt").write_text("cat/a b.png cat\ncat/b.png   cat\ndog/c.png dog\n")
+    assert labelled(open_images(files / "l.txt")) == EXPECTED
+    assert "'path label'" in capsys.readouterr().out
+    (files / "l.txt").write_text("cat/a b.png\ndog/c.png\n")  # as before: names with spaces
+    images = open_images(files / "l.txt")
+    assert levels(images) == [10, 30] and images.labels is None
+    (files / "l.txt").write_text("cat/b.png 1\ndog/c.png\n")
+    with pytest.raises(Refused, match=r"l.txt.*dog/c.png.*no label.*'path label'"):
+        open_images(files / "l.txt")
+
+
+@pytest.mark.parametrize("text", [
+    "path,label\ncat/a b.png,cat\ncat/b.png,cat\ndog/c.png,dog\n",
+    "\ufeffID;Label;File Name;filename\r\n1;cat;x;\"cat/a b.png\"\r\n2;cat;x;cat/b.png\r\n\r\n3;dog;x;dog/c.png\r\n",
+    "image\tclass\ncat/a b.png\tcat\ncat/b.png\tcat\ndog/c.png\tdog\n",
+])
+def test_csv_files(files, text):
+    (files / "l.csv").write_bytes(text.encode())
+    assert labelled(open_images(files / "l.csv")) == EXPECTED
+
+
+@pytest.mark.parametrize("text, words", [
+    ("cat/b.png,cat\n", "header.*path.*label"),
+    ("path,label\n", "header.*row per image"),
+    ("path,label\ncat/b.png,cat\ndog/c.png\n", "row 3.*label"),
+    ("path,label\nnone.png,cat\n", "none.png.*isn't there.*relative"),
+])
+def test_csv_files_that_are_refused(files, text, words):
+    (files / "l.csv").write_text(text)
+    with pytest.raises(Refused, match=f"l.csv.*{words}"):
+        open_images(files / "l.csv")
+    (files / "l.csv").write_text("path\ncat/b.png\n")
+    assert levels(open_images(files / "l.csv")) == [20]
+
+
+# ---- Archives ----
+
+
+@pytest.mark.parametrize("top", ["", "photos/"])
+@pytest.mark.parametrize("packing", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_zip_archives(tmp_path, top, packing, capsys):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", packing) as archive:
+        for name, level in reversed(COLOURS.items()):
+            archive.writestr(top + name, png(level))
+        for name in ("__MACOSX/cat/._b.png", ".hidden/x.png", "README.md"):
+            archive.writestr(top + name, b"x")
+    images = open_images(tmp_path / "a.zip")
+    assert labelled(images) == EXPECTED and images.name(0) == f"{tmp_path}/a.zip/{top}cat/a b.png"
+    assert "1 .md" in capsys.readouterr().out and images.fingerprint
+
+
+def test_archives_that_cannot_be_read_are_refused(tmp_path):
+    path = tmp_path / "a.zip"
+    path.write_bytes(b"PK no archive")
+    with pytest.raises(Refused, match=r"a.zip.*make or fetch"):
+        open_images(path)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_LZMA) as archive:
+        archive.writestr("a.png", png(1))
+    with pytest.raises(Refused, match=r"a.png.*deflate; unpack"):
+        open_images(path)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a.txt", b"")
+    with pytest.raises(Refused, match="no images"):
+        open_images(path)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a.png", png(1) + bytes(1000))
+    content = bytearray(path.read_bytes())
+    content[40:60] = b"\xff" * 20
+    path.write_bytes(content)
+    with pytest.raises(Undecodable, match="a.zip/a.png: "):
+        open_images(path).load(0)
+
+
+# ---- Tables ----
+
+
+def test_parquet_files(tmp_path, monkeypatch):
+    pytest.importorskip("datasets")
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    rows = [(png(level), name.split("/")[0]) for name, level in COLOURS.items()]
+    plain = pa.table({"id": [1, 2, 3], "data": [row[0] for row in rows], "label": [row[1] for row in rows]})
+    pq.write_table(plain, tmp_path / "a.parquet")
+    assert labelled(open_images(tmp_path / "a.parquet")) == EXPECTED
+    for number, part in enumerate((plain[:2], plain[2:])):
+        cells = [{"bytes": cell.as_py(), "path": None} for cell in part["data"]]
+        pq.write_table(pa.table({"image": cells, "label": part["label"]}), tmp_path / f"b-{number}.parquet")
+    images = open_images(f"{tmp_path}/b-{{0..1}}.parquet")
+    assert labelled(images) == EXPECTED and len(images.fingerprint) == 64
+    with pytest.raises(Refused, match="b-2.parquet' isn't there"):
+        open_images(f"{tmp_path}/b-{{0..2}}.parquet")
+    pq.write_table(plain.select(["id"]), tmp_path / "c.parquet")
+    with pytest.raises(Refused, match="no column of images among id"):
+        open_images(tmp_path / "c.parquet")
+
+
+def test_labels_of_saved_data_sets_may_be_text(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    cells = [{"bytes": png(level), "path": None} for level in COLOURS.values()]
+    columns = {"image": cells, "label": ["zebra", "ant", "zebra"]}
+    data = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
+    data.save_to_disk(tmp_path / "text")
+    images = open_images(f"hf:{tmp_path / 'text'}")
+    assert images.classes == ["ant", "zebra"] and images.labels.tolist() == [1, 0, 1]
+
+
+# ---- DICOM ----
+
+
+def test_without_pydicom_the_way_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(dicom, "installed", lambda: False)
+    (tmp_path / "scan.dcm").write_bytes(bytes(128) + b"DICM")
+    with pytest.raises(Refused, match=r"no images.*1 \.dcm.*pip install pydicom"):
+        open_images(tmp_path)
+    with pytest.raises(Undecodable, match=r"scan\.dcm: .*pip install pydicom.*convert"):
+        decode(tmp_path / "scan.dcm")
+    (tmp_path / "a.png").write_bytes(png(1))
+    assert len(open_images(tmp_path)) == 1 and "pip install pydicom" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("photometric", ["MONOCHROME2", "MONOCHROME1"])
+def test_dicom_files(tmp_path, photometric):
+    pydicom = pytest.importorskip("pydicom")
+    values = np.array([[-1024, 0, 1023], [2047, 100, -2048]], np.int16)  # 12 bits, signed
+    data = pydicom.Dataset()
+    data.file_meta = pydicom.dataset.FileMetaDataset()
+    data.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    data.file_meta.MediaStorageSOPClassUID = data.SOPClassUID = pydicom.uid.CTImageStorage
+    data.file_meta.MediaStorageSOPInstanceUID = data.SOPInstanceUID = pydicom.uid.generate_uid()
+    data.Rows, data.Columns, data.SamplesPerPixel, data.PhotometricInterpretation = 2, 3, 1, photometric
+    data.BitsAllocated, data.BitsStored, data.HighBit, data.PixelRepresentation = 16, 12, 11, 1
+    data.RescaleSlope, data.RescaleIntercept, data.PixelData = 2, -24, values.tobytes()
+    data.save_as(tmp_path / "a.dcm", enforce_file_format=True)
+    images = open_images(tmp_path)
+    turned = (lambda a: 255 - a) if photometric == "MONOCHROME1" else (lambda a: a)
+    assert (images.load(0)[0].numpy() == turned(np.rint((values + 2048.0) * (255 / 4095)))).all()
+    units = np.clip((2.0 * values - 24 + 1000) / 2000, 0, 1) * 255
+    assert (pixels(tmp_path / "a.dcm", 1, value_range=(-1000, 1000))[..., 0] == turned(np.rint(units))).all()
+    with pytest.raises(Undecodable, match="2 x 3"):
+        decode(tmp_path / "a.dcm", max_pixels=5)
