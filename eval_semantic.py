@@ -23,14 +23,14 @@ from protocols.semantic_training import Recipe
 def get_args_parser() -> argparse.ArgumentParser:
     parser = flags.Parser("Linear semantic segmentation on frozen patch tokens.")
     flags.add_weights_flags(parser)
-    data = parser.add_argument_group("data")
-    flags.add_reading_flags(data)
-    add = data.add_argument
+    group = parser.add_argument_group("data")
+    add = group.add_argument
     add("--data_path", default="shapes:1200x64",
         help="folder with train/ and val/, each with images/ and masks/; VOC2012, ADEChallengeData2016 or Cityscapes "
              "as they come; or drawn images: shapes:COUNTxPIXELS")
     add("--val_data_path", default="",
         help="test images outside of --data_path, all of whose training images are then used for training")
+    flags.add_reading_flags(group)
     add("--foreground", action="store_true",
         help="two classes, background (0) and object (all others), instead of those of the masks")
     add("--image_size", type=flags.count, default=0, metavar="PIXELS",

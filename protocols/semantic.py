@@ -30,7 +30,7 @@ from imagesets.class_masks import ClassMasks, open_class_masks
 from imagesets.decode import Undecodable
 from parallel import Refused
 from protocols import scores, semantic_scores, sheets, tokens, transforms
-from protocols.features import PIXELS, Network, refused_image
+from protocols.features import PIXELS, Network, refused_image, untrained
 from protocols.segmentation import import_kmeans
 from protocols.semantic_training import Recipe, Setting, TrainingCrops, kmeans_layer, last_blocks, train
 
@@ -180,7 +180,7 @@ def compared(network: Network, baselines: bool, seed: int) -> dict[str, Network]
     name = "raw pixels" if network.about["arch"] == PIXELS else "network" if network.about["weights"] else "untrained"
     networks = {name: network}
     if baselines and name == "network":
-        networks["untrained"] = tokens.untrained(network, seed)
+        networks["untrained"] = untrained(network, seed)
     if baselines and name != "raw pixels":
         networks["raw pixels"] = tokens.raw_pixels(network)
     return networks

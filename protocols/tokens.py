@@ -5,16 +5,14 @@ Shapes: B images, C channels, D width, h x w patches.
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from parallel import Refused
 from protocols import dense
-from protocols.features import PIXELS, Network
-from vision_transformer import VisionTransformer, build_backbone
+from protocols.features import PIXELS, Network, pixel_network
+from vision_transformer import VisionTransformer
 
 PIXELS_PATCH = 8  # pixels per side of what stands for a patch token in the baseline of raw pixels
 
@@ -98,23 +96,7 @@ def upsample(maps: Tensor, height: int, width: int, patch: int) -> Tensor:
     return maps[..., top : top + height, left : left + width]
 
 
-def untrained(network: Network, seed: int) -> Network:
-    """The same network with random weights."""
-    info, model = network.info, network.forward
-    options = {}
-    if isinstance(model, VisionTransformer):
-        options = {"img_size": math.isqrt(model.pos_embed.shape[1] - 1) * model.patch_size, "method": model.method,
-                   "num_register_tokens": model.num_register_tokens,
-                   "init_values": None if isinstance(model.blocks[0].ls1, nn.Identity) else 1.0}
-    torch.manual_seed(seed)
-    random, _ = build_backbone(info["arch"], patch_size(network), in_chans=info["in_chans"], **options)
-    random = random.to(network.device).eval().requires_grad_(False)
-    return network._replace(forward=random, about=network.about | {"weights": None, "weights_sha256": None})
-
-
 def raw_pixels(network: Network) -> Network:
     """The baseline without a network, with patches of the size of another network's."""
-    channels, patch = network.info["in_chans"], patch_size(network)
-    info = {"in_chans": channels, "mean": (0.0,) * channels, "std": (1.0,) * channels, "patch_size": patch}
-    about = {"arch": PIXELS, "weights": None, "weights_sha256": None, "precision": "fp32"}
-    return Network(nn.Identity(), info, about, network.device)
+    pixels = pixel_network(network.device, network.reading)
+    return pixels._replace(info=pixels.info | {"patch_size": patch_size(network)})

@@ -193,14 +193,15 @@ def test_readme_runs_from_its_first_command_to_its_last(playground, monkeypatch,
 
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda p: p.stem)
 def test_presets_are_valid_and_state_their_accuracy_and_command(preset):
+    scripts = {"dinov2": "main_dinov2", "semantic": "eval_semantic"}
+    script = importlib.import_module(scripts.get(preset.stem.split("_")[0], "main_dino"))
+    data = [] if "shapes" in preset.name else ["--data_path", "x"]
+    args = script.get_args_parser().parse_args([f"@{preset}", *data])
+    script.check_args(args)
     header = "".join(line for line in preset.read_text().splitlines(True) if line.startswith("#"))
     assert "%" in header or "shapes" in preset.name
-    if preset.name.startswith("dinov2_"):
-        assert f"main_dinov2.py @presets/{preset.name}" in header
-    script = importlib.import_module(re.search(rf"(\w+)\.py @presets/{re.escape(preset.name)}", header)[1])
-    script = importlib.import_module("main_dino") if script.__name__ == "run_with_submitit" else script
-    data = [] if "shapes" in preset.name or not script.__name__.startswith("main_") else ["--data_path", "x"]
-    script.check_args(script.get_args_parser().parse_args([f"@{preset}", *data]))
+    assert re.search(rf"{script.__name__}\.py @presets/{preset.name}" if "dinov2" in preset.name
+                     else f"@presets/{preset.name}", header)
 
 
 # Published numbers: peak learning rate, images per step, K, K', steps, and the epochs of 1,250 steps of each warm-up.

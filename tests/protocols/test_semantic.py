@@ -172,13 +172,6 @@ def test_networks_without_tokens_are_refused():
         tokens.check_tokens(load_network("", "beit_base_patch16_224"), 1, 64, "--crop_size")
 
 
-def test_the_untrained_network_has_the_same_parts():
-    model = build_backbone("vit_nano", 8, img_size=48, num_register_tokens=2, init_values=1e-5, method="dinov2")[0]
-    other = tokens.untrained(network_of(model), 3).forward
-    assert {k: v.shape for k, v in other.state_dict().items()} == {k: v.shape for k, v in model.state_dict().items()}
-    assert not torch.equal(other.blocks[0].attn.qkv.weight, model.blocks[0].attn.qkv.weight)
-
-
 # ---- Training crops and loss ----
 
 
