@@ -59,7 +59,7 @@ def evaluate(args: argparse.Namespace) -> None:
         in_chans=args.in_chans, max_pixels=args.max_pixels, value_range=args.value_range)
     report = evaluate_video_segmentation(
         network, args.data_path, args.resolution, args.image_set, args.sequences, args.merge_objects, args.image_size,
-        args.patch_size, args.n_last_frames, args.size_mask_neighborhood, args.topk, args.bs, args.output_dir,
+        args.patch_size or 16, args.n_last_frames, args.size_mask_neighborhood, args.topk, args.bs, args.output_dir,
         args.arithmetic)
     if parallel.is_main():
         show_video_segmentation(report)

@@ -46,8 +46,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add = network.add_argument
     add("--pretrained_weights", required=True, help="checkpoint or weights, in any layout")
     add("--checkpoint_key", default="teacher", help="part of the checkpoint: teacher or student")
-    add("--arch", default="vit_small", help="if the weights do not say")
-    add("--patch_size", type=flags.positive_int, default=16, help="if the weights do not say")
+    add("--arch", default=None, help="if the weights do not say (default: vit_small)")
+    add("--patch_size", type=flags.positive_int, default=None, help="if the weights do not say (default: 16)")
     flags.add_image_flags(network)
     add = parser.add_argument_group("output").add_argument
     add("--format", choices=tuple(FORMATS), required=True,

@@ -275,9 +275,11 @@ def add_weights_flags(parser: argparse._ActionsContainer, precision: bool = True
         help="checkpoint or file of weights; empty: a randomly initialized network, as a baseline")
     add("--checkpoint_key", default="teacher",
         help="network to load from the checkpoint: teacher or student; the teacher's features are usually better")
-    add("--arch", default="vit_small",
-        help="architecture, if the weights do not name it; `pixels` compares raw 32 x 32 images, as a baseline")
-    add("--patch_size", type=positive_int, default=16, help="patch size of a ViT, if the weights do not name it")
+    add("--arch", default=None,
+        help="architecture, if the weights do not name it (default: vit_small); `pixels` compares raw 32 x 32 images, "
+             "as a baseline")
+    add("--patch_size", type=positive_int, default=None,
+        help="patch size of a ViT, if the weights do not name it (default: 16, and 8 to visualize attention)")
     add_image_flags(group)
     if precision:
         add("--precision", choices=("fp32", "fp16", "bf16"), default="fp32",
@@ -325,7 +327,7 @@ def add_image_size(parser: argparse._ActionsContainer) -> None:
 def add_launch_flags(parser: argparse._ActionsContainer, workers: bool = True) -> None:
     """Device and processes; workers=False for scripts that load images in the main process."""
     add = group_of(parser, "hardware").add_argument
-    add("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda or cuda:N")
+    add("--device", default="auto", help="auto (a CUDA GPU if there is one), cpu, cuda, cuda:N or mps (Apple GPUs)")
     if workers:
         add("--num_workers", type=count, default=10,
             help="data-loading workers per process; raise it if the GPU waits for data (in training, if `data` on the "

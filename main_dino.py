@@ -174,9 +174,8 @@ def make_run(args: argparse.Namespace, plan: Plan, n_images: int, device: torch.
     """Networks, loss and optimizer at the start of a run."""
     seed_everything(args.seed)  # the networks start the same on every process
     student, teacher = make_networks(args)
-    sizes = {"global_crops_size": args.global_crops_size} | (
-        {"local_crops_size": args.local_crops_size} if args.local_crops_number else {})
-    networks.check_crop_sizes(student.backbone, args.arch, args.in_chans, **sizes)
+    networks.check_crop_sizes(student.backbone, args.arch, args.in_chans, **options.crop_sizes(
+        args.global_crops_size, args.local_crops_size, args.local_crops_number))
     networks.check_batch_norm(student.backbone, args.arch, args.in_chans, args.batch_size_per_gpu,
                               args.global_crops_size, args.local_crops_size, args.local_crops_number, device)
     student, teacher = networks.on_device(student, device), networks.on_device(teacher, device)
@@ -199,7 +198,9 @@ def describe(args: argparse.Namespace, run: Run, plan: Plan, n_images: int) -> s
     """What is about to run, in a few lines."""
     lines = session.description(
         run, plan, args.arch, f"K {args.out_dim}", args.data_path, n_images, images_per_step(args),
-        f"2 x {args.global_crops_size} + {args.local_crops_number} x {args.local_crops_size} pixels")
+        f"2 x {args.global_crops_size} + {args.local_crops_number} x {args.local_crops_size} pixels", args.num_workers)
+    lines += networks.cut_pixels(args.arch, args.patch_size, **options.crop_sizes(
+        args.global_crops_size, args.local_crops_size, args.local_crops_number))
     if args.freeze_last_layer >= plan.steps / plan.steps_per_epoch:
         lines.append(
             f"WARNING: the prototypes stay frozen for the whole run, as --freeze_last_layer {args.freeze_last_layer} "

@@ -342,7 +342,9 @@ def describe(args: argparse.Namespace, run: Run, plan: Plan, n_images: int) -> s
     heads += "" if args.ibot_separate_head else " (one head)"
     lines = session.description(
         run, plan, args.arch, heads, args.data_path, n_images, images_per_step(args),
-        f"2 x {args.global_crops_size} + {args.local_crops_number} x {args.local_crops_size} pixels")
+        f"2 x {args.global_crops_size} + {args.local_crops_number} x {args.local_crops_size} pixels", args.num_workers)
+    lines += networks.cut_pixels(args.arch, args.patch_size, **options.crop_sizes(
+        args.global_crops_size, args.local_crops_size, args.local_crops_number))
     lines.append(memory.estimate(
         run.student, args.batch_size_per_gpu, args.global_crops_size, args.local_crops_size, args.local_crops_number,
         1.0 if all_patches(args) else args.mask_probability * sum(args.mask_ratio) / 2, run.dtype,

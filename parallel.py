@@ -236,16 +236,19 @@ def first_slurm_host(nodelist: str) -> str:
 
 
 def named_device(name: str) -> torch.device:
-    if not re.fullmatch(r"cpu|cuda(:[0-9]{1,3})?", name):
-        raise Refused(f"--device {name}: not a device; use auto, cpu, cuda or cuda:N")
+    if not re.fullmatch(r"cpu|mps|cuda(:[0-9]{1,3})?", name):
+        raise Refused(f"--device {name}: not a device; use auto, cpu, cuda, cuda:N or mps")
     return torch.device(name)
 
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
-    """`auto`, `cpu`, `cuda` or `cuda:N` -> the device of this process."""
+    """`auto`, `cpu`, `cuda`, `cuda:N` or `mps` -> the device of this process; `auto` never means mps (docs/systems.md).
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = named_device(name)
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise Refused(f"--device {name}: torch finds no Apple GPU; use --device cpu")
     if device.type != "cuda":
         return device
     if not torch.cuda.is_available():
@@ -280,6 +283,9 @@ def start(device: str = "auto", dist_url: str = "env://", timeout_minutes: float
     chosen = pick_device(device, int(env.get("LOCAL_RANK", "0")))
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
+    if chosen.type == "mps" and int(env.get("WORLD_SIZE", "1")) > 1:
+        raise Refused(f"--device {device} with {env['WORLD_SIZE']} processes: torch has no collectives for Apple GPUs; "
+                      "start one process, or use --device cpu")
     if not env or dist.is_initialized():
         return chosen
     importlib.import_module("torch.distributed.nn")  # imported later, its default arguments would keep the group alive

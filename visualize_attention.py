@@ -21,7 +21,6 @@ from protocols import attention, attention_video, dense, features
 def get_args_parser() -> argparse.ArgumentParser:
     parser = flags.Parser("Draw what a Vision Transformer attends to, on an image, a set of images or a video.")
     flags.add_weights_flags(parser, precision=False)
-    parser.set_defaults(patch_size=8)  # smaller patches give finer maps
     data = parser.add_argument_group(
         "data", "At most one of --image_path, --images and --video; without them, a drawn image.")
     flags.add_reading_flags(data, skip_bad=True)
@@ -78,8 +77,10 @@ def visualize(args: argparse.Namespace) -> None:
     if args.video_only:
         attention_video.make_video(args.video, args.output_dir, args.fps, args.video_format)
         return
+    # Without weights, which tell theirs: smaller patches give finer maps.
+    patch_size = args.patch_size or (None if args.pretrained_weights else 8)
     network = features.load_network(
-        args.pretrained_weights, args.arch, args.patch_size, args.checkpoint_key, parallel.pick_device(args.device),
+        args.pretrained_weights, args.arch, patch_size, args.checkpoint_key, parallel.pick_device(args.device),
         min(args.image_size, default=0), size_flag="--image_size", mean=args.mean, std=args.std,
         in_chans=args.in_chans, max_pixels=args.max_pixels, value_range=args.value_range, skip_bad=args.skip_bad)
     dense.check_attention(network, args.image_size, args.layer)

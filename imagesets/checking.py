@@ -24,7 +24,7 @@ import atomic
 import parallel
 from imagesets import deep
 from imagesets.decode import MAX_PIXELS, NPY_MAGIC, Reading, Reduction, Undecodable, formats, pillow_limits
-from imagesets.loaders import worker_options
+from imagesets.loaders import available_cores, worker_options
 from imagesets.sources import Images, open_images
 from parallel import Refused
 
@@ -65,8 +65,7 @@ class Checks(Dataset):
 def check(images: Images, numbers: Sequence[int] | None = None) -> list[Checked]:
     """Every image, or those of `numbers`, decoded by as many workers as there are cores."""
     numbers = range(len(images)) if numbers is None else numbers
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = 0 if len(numbers) < 100 else min(cores, MOST_WORKERS)
+    workers = 0 if len(numbers) < 100 else min(available_cores(), MOST_WORKERS)
     loader = DataLoader(Checks(images), batch_size=None, sampler=numbers, **worker_options(workers))
     checked, said = [], time.monotonic()
     for image in loader:

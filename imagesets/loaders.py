@@ -215,12 +215,17 @@ def on_device(batches: Iterable[dict[str, Any]], device: torch.device) -> Iterat
         yield batch | {"crops": crops}
 
 
+def available_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def worker_options(n: int) -> dict[str, Any]:
-    """DataLoader's arguments for n workers.
+    """DataLoader's arguments for n workers, or as many as there are cores: more would only take turns.
 
     On Linux workers are forked, whatever Python's default is (forkserver from 3.14 on): they start at once, share the
     listing's memory, and no server process stands in between, which a signal meant for the training process could end.
     """
+    n = min(n, available_cores())
     if n:
         remarks.share()
         jpeg_decoder()  # imported once here instead of in each worker

@@ -29,6 +29,21 @@ VOC_LIST = Path("ImageSets", "Segmentation", "val.txt")
 # ---- One file ----
 
 
+def read_values(path: str | os.PathLike) -> np.ndarray:
+    """The values that a mask's file stores: (height, width), or (height, width, channels) for a colour image.
+
+    Raises:
+        Undecodable: the file isn't an image.
+    """
+    try:
+        with decode.pillow_limits(decode.MAX_PIXELS), Image.open(path) as mask:
+            if mask.mode in ("RGBA", "LA", "La", "RGBa"):  # the colour of transparent pixels is arbitrary
+                mask = mask.convert("RGB" if mask.mode.startswith("RGB") else "L")
+            return np.asarray(mask)
+    except Exception as error:  # on broken bytes, decoders raise nearly anything
+        raise decode.Undecodable(f"{path}: {decode.reason(error)}") from error
+
+
 def read_labels(path: str | os.PathLike) -> np.ndarray:
     """Integers (height, width): palette indices, grey values, or for a colour image 1 where it isn't black.
 
@@ -36,13 +51,10 @@ def read_labels(path: str | os.PathLike) -> np.ndarray:
         Refused: the file isn't an image.
     """
     try:
-        with decode.pillow_limits(decode.MAX_PIXELS), Image.open(path) as mask:
-            if mask.mode in ("RGBA", "LA", "La", "RGBa"):  # the colour of transparent pixels is arbitrary
-                mask = mask.convert("RGB" if mask.mode.startswith("RGB") else "L")
-            labels = np.asarray(mask)
-    except Exception as error:  # on broken bytes, decoders raise nearly anything
-        raise Refused(f"{path}: {decode.reason(error)}; replace the file") from error
-    return labels.any(axis=-1).astype(np.uint8) if labels.ndim == 3 else labels.astype(np.int32)
+        values = read_values(path)
+    except decode.Undecodable as error:
+        raise Refused(f"{error}; replace the file") from error
+    return values.any(axis=-1).astype(np.uint8) if values.ndim == 3 else values.astype(np.int32)
 
 
 def read_image(path: Path, reading: decode.Reading, where: str) -> Tensor:

@@ -15,12 +15,6 @@ from pretraining.progress import Lines
 from protocols.sheets import save_picture
 
 
-def duration(seconds: float) -> str:
-    """H:MM:SS."""
-    seconds = round(seconds)
-    return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
-
-
 class Log:
     """Writes console lines, log.txt (one JSON line per epoch), log_steps.txt (one JSON line per logged step) and
     figures, and optionally logs to TensorBoard and Weights & Biases. Rank 0 only.

@@ -31,7 +31,7 @@ class Meters:
         if not self.sums:
             return {}
         device = next((s.device for s in self.sums.values() if s.device.type != "cpu"), torch.device("cpu"))
-        sums = torch.stack([s.to(device, torch.float32) for s in self.sums.values()])
+        sums = torch.stack([s.float().to(device) for s in self.sums.values()])
         means = parallel.mean_over_processes(sums / torch.tensor(list(self.counts.values()), device=device))
         return dict(zip(self.sums, means.tolist(), strict=True))
 

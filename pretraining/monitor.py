@@ -12,9 +12,10 @@ from torch import nn
 import parallel
 from imagesets.decode import Undecodable
 from imagesets.sources import Images
-from pretraining.logs import Log, duration
+from pretraining.logs import Log
 from pretraining.plan import Plan
 from protocols import attention, charts, dense, sheets, transforms
+from protocols.progress import duration
 from vision_transformer import VisionTransformer
 
 # Values on the progress line: {name: (label, format)}; log_steps.txt has all of them.

@@ -91,6 +91,16 @@ def check_batch_norm(
                       "--local_crops_size")
 
 
+def cut_pixels(arch: str, patch_size: int, **sizes: int) -> list[str]:
+    """A warning for each of the `sizes` ({flag: side in pixels}) of which a ViT's patches don't cover the last pixels.
+    """
+    if arch not in VITS:
+        return []
+    return [f"WARNING: the last {size % patch_size} pixels of --{flag} {size} are not used, as --patch_size "
+            f"{patch_size} does not divide it; give {size // patch_size * patch_size} or "
+            f"{-(-size // patch_size) * patch_size}" for flag, size in sizes.items() if size % patch_size]
+
+
 def on_device(network: nn.Module, device: torch.device) -> nn.Module:
     """Move a network to its device; with several GPUs, synchronize batch norm (torch can't on CPUs)."""
     network = network.to(device)

@@ -141,6 +141,12 @@ def check_crops(
         raise Refused(f"--patch_size {patch_size} is larger than --{flag}_crops_size {smallest}; lower it")
 
 
+def crop_sizes(global_crops_size: int, local_crops_size: int, local_crops_number: int) -> dict[str, int]:
+    """{flag: side in pixels} of the crops that there are."""
+    local = {"local_crops_size": local_crops_size} if local_crops_number else {}
+    return {"global_crops_size": global_crops_size} | local
+
+
 def check_length(lr: float, min_lr: float, epochs: int, steps: int, **warmups: float) -> None:
     """Args: warmups: {flag: epochs}; with --steps, they are checked once the length of an epoch is known."""
     if min_lr > lr:

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 import parallel
 import utils
 from parallel import Stopped
-from pretraining.logs import duration
 from pretraining.meters import Meters
 from pretraining.state import seed_everything
+from protocols.progress import duration
 from weights import layouts
 
 # ---- A process of a run ----

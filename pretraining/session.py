@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import flags
 import parallel
+from imagesets import loaders
 from imagesets.bad_images import BadImages
 from imagesets.sources import Images
 from parallel import Refused
@@ -52,7 +53,8 @@ def memory_refused():
 
 
 def description(
-    run: Run, plan: Plan, arch: str, prototypes: str, data_path: str, n_images: int, batch: int, crops: str
+    run: Run, plan: Plan, arch: str, prototypes: str, data_path: str, n_images: int, batch: int, crops: str,
+    num_workers: int,
 ) -> list[str]:
     """What is about to run, in a few lines. `batch`: images per step, over all processes."""
     n_params, used = sum(p.numel() for p in run.student.backbone.parameters()), plan.steps_per_epoch * batch
@@ -61,6 +63,9 @@ def description(
         f"{str(run.dtype or torch.float32).removeprefix('torch.')}, {parallel.world_size()} process(es)"
         + (", networks sharded" if run.make_backbone else ""),
         f"{data_path}: {n_images} images, {used} used per epoch; {crops}"]
+    if num_workers > (cores := loaders.available_cores()):
+        lines.append(f"{cores} data-loading workers per process instead of --num_workers {num_workers}, as this "
+                     f"process has {cores} core(s)")
     if used < n_images:
         lines.append(
             f"{n_images - used} of {n_images} images are left out of each epoch, different ones each time, as they do "

@@ -224,7 +224,10 @@ def steps_per_epoch_of(state: Mapping) -> int:
 
 def plain_settings(flags: Mapping, n_images: int) -> dict:
     """The flags as a checkpoint stores them, with the number of images, the world size and the global batch size."""
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in flags.items()} | {
+    def plain(value: object) -> object:
+        return list(value) if isinstance(value, tuple) else float(value) if isinstance(value, float) else value
+
+    return {k: plain(v) for k, v in flags.items()} | {  # without types of ours, such as flags.Default
         "images": n_images,
         "world_size": parallel.world_size(),
         "global_batch": flags["batch_size_per_gpu"] * flags["grad_accum_steps"] * parallel.world_size(),

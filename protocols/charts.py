@@ -72,6 +72,9 @@ def read_log(path: str | Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     path = path / "log.txt" if path.is_dir() else path
     if not path.is_file():
         raise Refused(f"log {path}: no such file; give the log.txt of a run, or its folder")
+    with open(path, "rb") as file:
+        if b"\0" in file.read(4096):
+            raise Refused(f"log {path}: not a text file; give the log.txt of a run, or its folder")
     epochs = {}
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:

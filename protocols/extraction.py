@@ -24,6 +24,7 @@ from imagesets.sources import Images
 from parallel import Refused
 from protocols import embeddings
 from protocols.features import Network, extract_features, images_hash, input_dataset
+from protocols.progress import duration
 from vision_transformer import VisionTransformer
 
 
@@ -129,12 +130,12 @@ def differences(one: Mapping, other: Mapping) -> str:
 
 def compute_part(
     job: Job, number: int, forward: Callable[[Tensor], Tensor], dataset: Dataset, network: Network,
-    dtype: type[np.floating], batch_size: int, num_workers: int,
+    dtype: type[np.floating], batch_size: int, num_workers: int, what: str,
 ) -> int:
     """Compute and write one part. Returns its number of images."""
     start = number * job.per_part
     part = Subset(dataset, range(start, min(start + job.per_part, job.images)))
-    features = extract_features(forward, part, batch_size, num_workers, network.device, network.autocast())
+    features = extract_features(forward, part, batch_size, num_workers, network.device, network.autocast(), what)
     parallel.on_main(lambda: save_part(job, number, features.numpy().astype(dtype)))
     return len(part)
 
@@ -190,10 +191,14 @@ def extract(
     if len(missing) < len(job.numbers()):
         parallel.say(f"resuming: {len(missing)} of {len(job.numbers())} parts are missing in {job.parts}")
     dataset, dtype = input_dataset(network, images), np.float16 if half else np.float32
-    for i, number in enumerate(missing):
-        began = time.perf_counter()
-        count = compute_part(job, number, forward, dataset, network, dtype, batch_size, num_workers)
-        parallel.say(f"part {i + 1} of {len(missing)}: {count / (time.perf_counter() - began):.0f} images/s")
+    began = time.perf_counter()
+    for i, number in enumerate(missing, 1):
+        started = time.perf_counter()
+        count = compute_part(job, number, forward, dataset, network, dtype, batch_size, num_workers,
+                             "first part" if i == 1 else "")
+        now = time.perf_counter()
+        parallel.say(f"part {i} of {len(missing)}: {count / (now - started):.0f} images/s, "
+                     f"eta {duration((now - began) / i * (len(missing) - i))}")
     parallel.on_main(lambda: finish(job, [images.name(i) for i in range(len(images))], about))
     parallel.say(f"wrote {output}: {len(images)} images")
 

@@ -22,6 +22,7 @@ from imagesets.deep import Range
 from imagesets.loaders import worker_options
 from imagesets.sources import Images
 from parallel import Refused
+from protocols.progress import progress
 from protocols.transforms import (
     PIXELS_SIDE,
     VIEW_SCALE,
@@ -48,6 +49,7 @@ def extract_features(
     num_workers: int = 10,
     device: torch.device | str = "cpu",
     autocast: AbstractContextManager | None = None,
+    what: str = "features",
 ) -> Tensor:
     """Features of every image. The processes share the work, and each of them returns all features.
 
@@ -62,6 +64,7 @@ def extract_features(
         batch_size: images per process and batch.
         num_workers: data-loading workers per process, capped at the number of cores and of batches.
         autocast: context for the forward pass; none by default.
+        what: the name of the work on progress lines; "" prints none.
 
     Returns:
         (N, D), or (N, ...), float32 on the CPU; row i belongs to item i.
@@ -73,7 +76,8 @@ def extract_features(
     if n == 0:
         raise Refused("no images to extract features from; give a --data_path that holds some")
     features, first = None, 0
-    for part in feature_batches(forward, dataset, range(n), batch_size, num_workers, device, autocast):
+    batches = feature_batches(forward, dataset, range(n), batch_size, num_workers, device, autocast)
+    for part in progress(batches, n, what, batch_size * parallel.world_size()):
         if features is None:
             features = torch.empty(n, *part.shape[1:])
         features[first : first + len(part)] = part.cpu()
@@ -114,7 +118,7 @@ def image_batches(
     Raises:
         Refused: an image can't be decoded; the line names it.
     """
-    workers = min(num_workers, available_cores(), -(-len(order) // batch_size))
+    workers = min(num_workers, -(-len(order) // batch_size))
     loader = DataLoader(
         Subset(dataset, order), batch_size, pin_memory=device.type == "cuda", **worker_options(workers))
     try:
@@ -128,10 +132,6 @@ def refused_image(error: Undecodable) -> Refused:
     # From a worker, torch raises the exception with the worker's traceback as its message, which ends in this name.
     reason = str(error).rpartition(f"{Undecodable.__module__}.{Undecodable.__qualname__}: ")[2].strip()
     return Refused(f"{reason}; repair or remove that file, then start again")
-
-
-def available_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 # ---- Raw pixels, the baseline ----
@@ -264,7 +264,7 @@ class Network(NamedTuple):
 
 
 def load_network(
-    weights: str, arch: str = "vit_small", patch_size: int = 16, checkpoint_key: str = "teacher",
+    weights: str, arch: str | None = None, patch_size: int | None = None, checkpoint_key: str = "teacher",
     device: torch.device | str = "cpu", crop_size: int = 0, resize_size: int = 0, precision: str = "fp32",
     seed: int = 0, size_flag: str = "--crop_size", mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None, in_chans: int | None = None, max_pixels: int = MAX_PIXELS,
@@ -274,7 +274,7 @@ def load_network(
 
     Args:
         weights: path; "" builds an untrained network from `seed`.
-        arch, patch_size: used where the weights don't tell. `pixels` is the baseline of raw 32 x 32 pixels.
+        arch, patch_size: see `load_backbone`. `pixels` is the baseline of raw 32 x 32 pixels.
         crop_size: pixels; 0 means the image size stored with the weights, or 224.
         resize_size: pixels of the shorter side before the crop; 0 means crop_size x 256 / 224.
         precision: fp32, fp16 or bf16.
@@ -301,6 +301,10 @@ def load_network(
                       f"lower {size_flag}")
     if resize_size and resize_size < crop:
         raise Refused(f"--resize_size {resize_size} is smaller than --crop_size {crop}; make it larger")
+    if info["arch"] in VITS and crop % info["patch_size"]:
+        whole = crop // info["patch_size"] * info["patch_size"]
+        parallel.say(f"{size_flag} {crop} is not a multiple of the patch size {info['patch_size']}, so that not every "
+                     f"pixel is used as it is; give {whole} or {whole + info['patch_size']}")
     about = {
         "arch": info["arch"], "patch_size": info["patch_size"], "weights": weights or None,
         "checkpoint_key": checkpoint_key, "weights_sha256": weights_hash(model),

@@ -25,6 +25,7 @@ from method.photometric import to_device
 from parallel import Refused
 from protocols.features import TRAINING_SCALE, Network, extract_features, image_batches, input_dataset
 from protocols.linear import Training, run_of, train
+from protocols.progress import FIRST, MOST, progress
 from protocols.splits import Task
 from vision_transformer import DropPath, VisionTransformer, build_backbone
 from weights import checkpoints
@@ -196,7 +197,9 @@ def tune(network: Network, task: Task, training: Training, recipe: Recipe, folde
         model, device_ids=[device.index] if device.type == "cuda" else None)
 
     def epoch_losses(epoch: int) -> Tensor:
-        return tune_epoch(network, wrapped, averaged, optimizer, batches(network, task, training, epoch),
+        images = progress(batches(network, task, training, epoch), steps * batch, f"epoch {epoch + 1}", batch,
+                          MOST if epoch else FIRST)
+        return tune_epoch(network, wrapped, averaged, optimizer, images,
                           schedule[epoch * steps : (epoch + 1) * steps], recipe, epoch, training.seed)
 
     run = run_of(network.about, task, training) | recipe._asdict() | {"lr": list(training.lrs)}

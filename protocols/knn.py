@@ -16,6 +16,7 @@ from torch import Tensor
 import parallel
 from parallel import Refused
 from protocols import scores
+from protocols.progress import progress
 from utils import at_least_float32
 
 # ---- Search: the K nearest training images of each test image ----
@@ -71,7 +72,7 @@ def nearest(
     offsets = -keys.square().sum(1) / 2 if metric == "l2" else None
     buffer = keys.new_empty(min(rows, len(queries)) * padded(min(columns, len(keys))))
     nearest_rows = []
-    for first in range(0, len(queries), rows):
+    for first in progress(range(0, len(queries), rows), len(queries), "neighbours", rows):
         x = place(queries[first : first + rows])
         best = x.new_empty(len(x), 0), torch.empty(len(x), 0, dtype=torch.int64, device=x.device)
         for c in range(0, len(keys), columns):

@@ -12,6 +12,7 @@ import copy
 import itertools
 import math
 import os
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 import parallel
 from parallel import Refused
+from protocols.progress import duration, progress
 from protocols.splits import Task
 from vision_transformer import VisionTransformer
 from weights import checkpoints, layouts
@@ -239,14 +241,15 @@ def train(
     if state:
         for name, module in modules.items():
             module.load_state_dict(state[name])
-    losses = state.get("loss")
-    for done in range(state.get("epoch", 0) + 1, training.epochs + 1):
+    losses, before, started = state.get("loss"), state.get("epoch", 0), time.monotonic()
+    for done in range(before + 1, training.epochs + 1):
         losses = epoch_losses(done - 1).cpu()
         if not losses.isfinite().any():  # a sweep continues without the settings that diverged
             raise Refused(f"--lr {min(training.lrs):g}: the loss is no longer finite; lower it")
         if is_validated(done, training):
+            eta = (time.monotonic() - started) / (done - before) * (training.epochs - done)
             parallel.say(f"epoch {done}/{training.epochs}: training loss {losses.min():.4f}"
-                         + (f" to {losses.max():.4f}" if len(losses) > 1 else ""))
+                         + (f" to {losses.max():.4f}" if len(losses) > 1 else "") + f", eta {duration(eta)}")
         if parallel.is_main() and (done % save_freq == 0 or done == training.epochs):
             states = {name: module.state_dict() for name, module in modules.items()}
             checkpoints.save({"run": run, "epoch": done, "loss": losses} | states, path)
@@ -350,7 +353,8 @@ def logistic_regression(
     def fit(c: float, x: Tensor, y: Tensor):
         return make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=1000)).fit(x.numpy(), y.numpy())
 
-    accuracies = [100 * float(fit(c, *train).score(held[0].numpy(), held[1].numpy())) for c in strengths]
+    accuracies = [100 * float(fit(c, *train).score(held[0].numpy(), held[1].numpy()))
+                  for c in progress(strengths, len(strengths), "strengths of the regularization")]
     best = strengths[max(range(len(strengths)), key=lambda i: accuracies[i])]  # the strongest regularization among ties
     model = fit(best, torch.cat([train[0], held[0]]), torch.cat([train[1], held[1]]))
     scores = torch.from_numpy(model.predict_log_proba(test.numpy()))

@@ -25,6 +25,7 @@ from protocols.splits import Part
 
 VOTERS, TEMPERATURE = 20, 0.07  # of the k-NN whose errors are shown
 MAPPED, SHOWN, QUERIES, NEIGHBOURS = 2000, 12, 10, 6  # images of the map, of the sheets, and of the neighbours
+OTHERS = ("semantic segmentation", "video segmentation", "copy detection", "retrieval")  # shown as tables alone
 FACTS = ("arch", "patch_size", "weights", "checkpoint_key", "weights_sha256", "crop_size")
 
 
@@ -42,6 +43,10 @@ def segmentation_figures(segmentation: Mapping) -> dict:
     first = segmentation["results"][0]["network"]
     return {f"Jaccard, {row['mask']}": row["jaccard"] or row["jaccard_held_out"]
             for row in segmentation["results"] if row["network"] == first}
+
+
+def semantic_figures(semantic: Mapping) -> dict:
+    return {"mIoU": semantic["results"][0]["miou"], "pixel accuracy": semantic["results"][0]["pixel_accuracy"]}
 
 
 def confusions(parts: Sequence[Part], most: int = 10) -> list[dict]:
@@ -179,6 +184,6 @@ def page(
             [report.figure(masks, "images, their foreground, and masks from the attention")] if masks.is_file() else []
         ) + notes(segmented) if segmented else []),
         *((name.capitalize(), [report.table(reports[name]["results"])] + notes(reports[name]))
-          for name in ("video segmentation", "copy detection", "retrieval") if name in reports),
+          for name in OTHERS if name in reports),
         ("Skipped", [report.facts(skipped)] if skipped else []),
     ])

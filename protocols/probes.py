@@ -22,6 +22,7 @@ from parallel import Refused
 from protocols import finetune, linear, scores
 from protocols.features import TRAINING_SCALE, Network, feature_batches, input_dataset, network_features
 from protocols.linear import Training
+from protocols.progress import FIRST, MOST, progress
 from protocols.splits import ImageSubset, Task, open_task
 from vision_transformer import VisionTransformer
 from weights import checkpoints
@@ -141,6 +142,7 @@ def training_batches(
         features = feature_batches(
             network.forward, input_dataset(network, part, epoch, TRAINING_SCALE, training.interpolation),
             order.tolist(), training.batch_size, training.num_workers, network.device, network.autocast())
+    features = progress(features, len(part), f"epoch {epoch + 1}", len(batches[0]), MOST if epoch else FIRST)
     for x, rows in zip(features, batches, strict=True):
         yield x, to_device(part.labels[rows], network.device)
 

@@ -121,7 +121,8 @@ def validate_network(
     """
     linear_classifier.eval()
     device, features = next(linear_classifier.parameters()).device, linear.probe_features(model, n)
-    sums = torch.zeros(4, dtype=torch.float64, device=device)  # loss, right, right among five, images
+    # loss, right, right among five, images; Apple GPUs have no float64
+    sums = torch.zeros(4, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
     for images, labels in val_loader:
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         logits = linear_classifier(linear.columns(features(images), n if features is not model else 0, n, avgpool))

@@ -202,7 +202,8 @@ def cell_text(cell) -> str:
 def write_results(path: str | Path, results: Sequence[Mapping], **about) -> dict:
     """Write a JSON file with the command, `about` (weights, their hash, data ...) and the results.
 
-    Every process may call it; the first one writes.
+    Where the file holds the results of other weights, data or settings, they are kept under "earlier", the newest
+    first. Every process may call it; the first one writes.
 
     Returns:
         What the file holds, without the command.
@@ -212,9 +213,12 @@ def write_results(path: str | Path, results: Sequence[Mapping], **about) -> dict
         ValueError: a NaN, which JSON does not have; give None for a missing figure.
     """
     path, report = Path(path), about | {"results": list(results)}
-    text = json.dumps({"command": shlex.join(sys.argv)} | report, indent=2, allow_nan=False) + "\n"
+    json.dumps(report, allow_nan=False)  # on every process
     if not parallel.is_main():
         return report
+    earlier = [one for one in read_results(path) if settings_of(one) != settings_of(json.loads(json.dumps(report)))]
+    content = {"command": shlex.join(sys.argv)} | report | ({"earlier": earlier} if earlier else {})
+    text = json.dumps(content, indent=2) + "\n"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic.mark_output(path)
@@ -223,3 +227,22 @@ def write_results(path: str | Path, results: Sequence[Mapping], **about) -> dict
         reason = error.strerror or error
         raise Refused(f"--output_dir {path.parent}: {reason}; choose a folder you can write to") from error
     return report
+
+
+def read_results(path: Path) -> list[dict]:
+    """The reports in a file of `write_results`, the newest first; [] if there is none that can be read."""
+    try:
+        newest = json.loads(path.read_text(encoding="utf-8"))
+        return [{k: v for k, v in newest.items() if k != "earlier"}, *newest.get("earlier", [])]
+    except (OSError, ValueError, AttributeError):
+        return []
+
+
+def settings_of(report: Mapping) -> dict:
+    """What tells a report from another: weights, data and settings, which are plain values or lists of them."""
+    def plain(value: object) -> bool:
+        if isinstance(value, list):
+            return all(map(plain, value))
+        return value is None or isinstance(value, str | int | float)
+
+    return {k: v for k, v in report.items() if k not in ("command", "notes", "results") and plain(v)}

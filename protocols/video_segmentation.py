@@ -26,6 +26,7 @@ from imagesets import davis, masks
 from parallel import Refused
 from protocols import dense, scores
 from protocols.features import PIXELS, Network
+from protocols.progress import progress
 from protocols.propagation import harden, one_hot, propagate_video
 from protocols.segmentation_scores import contour_accuracy, jaccard, statistics
 from protocols.transforms import resize, resize_as_opencv
@@ -132,7 +133,7 @@ def evaluate_video(video: davis.Video, segmented: Iterable[np.ndarray], output_d
     """
     started, measured = time.perf_counter(), {PROPAGATED: [], COPIED: []}
     first, _ = davis.read_annotation(video, 0)
-    for i, labels in enumerate(segmented):
+    for i, labels in enumerate(progress(segmented, len(video.frames), f"{video.name}, frame")):
         masks.write_labels(labels, output_dir / video.name / f"{video.frames[i].stem}.png")
         if i in video.annotations and 0 < i < len(video.frames) - 1:
             truth, void = davis.read_annotation(video, i)

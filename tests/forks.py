@@ -105,7 +105,7 @@ class Started:
             raise AssertionError(f"still running after {timeout} s: {self.output()[-2000:]}")
         return [process.exitcode for process in self.all]
 
-    def wait_for(self, condition, timeout: float = 60) -> bool:
+    def wait_for(self, condition, timeout: float = 240) -> bool:
         """Until `condition()` is true; False when the run ended before."""
         end = time.monotonic() + timeout
         while not condition():

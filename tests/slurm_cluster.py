@@ -99,7 +99,7 @@ class Cluster:
                 daemon.kill()
 
     def run(self, *command: object, check: bool = True, **kwargs) -> str:
-        done = subprocess.run([*map(str, command)], env=self.env, capture_output=True, text=True, timeout=60, **kwargs)
+        done = subprocess.run([*map(str, command)], env=self.env, capture_output=True, text=True, timeout=240, **kwargs)
         assert not check or done.returncode == 0, f"{command}: {done.stdout}{done.stderr}\n{self.logs()}"
         return done.stdout
 

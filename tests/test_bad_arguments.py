@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,9 @@ from processes import ENV, SMALL, launch
 import eval_knn
 import main_dino
 import visualize_attention
+from imagesets import loaders
 from pretraining import faults
+from protocols import features
 from vision_transformer import build_backbone
 
 SECONDS = 5  # torch is imported already
@@ -257,6 +260,9 @@ KNN = [
     ("--draws 0", ("--draws", "0", "at least 1")),
     ("--pretrained_weights {here}/none.pth", ("--pretrained_weights {here}/none.pth", "no such file")),
     ("--pretrained_weights {here}/broken.pth", ("--pretrained_weights {here}/broken.pth", "not a readable")),
+    ("--pretrained_weights {here}/nano.pth --arch vit_small", ("--arch vit_small", "holds vit_nano", "leave --arch")),
+    ("--pretrained_weights {here}/nano.pth --arch resnet18", ("--arch resnet18", "holds vit_nano", "leave --arch out")),
+    ("--pretrained_weights {here}/nano.pth --patch_size 8", ("--patch_size 8", "holds 16", "leave --patch_size out")),
     ("--pretrained_weights {here}/student.pth", ("--checkpoint_key teacher", "student.pth", "it has student")),
     ("--data_path {here}/none", ("--data_path '{here}/none'", "give")),
     ("--val_data_path {here}/none", ("--val_data_path '{here}/none'", "give")),
@@ -328,7 +334,7 @@ def test_a_place_to_meet_that_is_none(url, word, here, tmp_path, capfd, monkeypa
     ("visualize_attention.py", ["--layer", "99", "--device", "cpu"], ("--layer 99", "0 to 11")),
 ])  # fmt: skip
 def test_in_a_process_of_its_own(script, argv, words, tmp_path):
-    done = launch(script, *argv, "--output_dir", tmp_path / "out", timeout=60)
+    done = launch(script, *argv, "--output_dir", tmp_path / "out")
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr
     assert done.stderr.startswith(f"{script}: error: ") and all(re.search(word, done.stderr) for word in words)
     assert not list(tmp_path.iterdir())
@@ -389,10 +395,34 @@ def test_presets_work_from_any_folder(tmp_path, monkeypatch):
 def test_every_parser_can_be_the_parent_of_another():
     for script in (main_dino, eval_knn, visualize_attention):
         parser = argparse.ArgumentParser(parents=[script.get_args_parser()])
-        assert parser.parse_args([]).arch == "vit_small"
+        assert parser.parse_args(["--arch", "vit_small"]).arch == "vit_small"
 
 
 def test_prototypes_that_are_never_trained_are_told(tmp_path, capsys):
     argv = [*SMALL, "--steps", "2", "--freeze_last_layer", "1", "--output_dir", str(tmp_path)]
     assert main_dino.main(main_dino.get_args_parser().parse_args(argv)) == 0
     assert "WARNING: the prototypes stay frozen for the whole run, as --freeze_last_layer 1" in capsys.readouterr().out
+
+
+def test_pixels_that_no_patch_covers_are_told(tmp_path, capsys, monkeypatch):
+    """And once, how many workers there are of those that were asked for."""
+    monkeypatch.setattr(loaders, "available_cores", lambda: 1)
+    argv = [*SMALL, "--arch", "vit_nano", "--patch_size", "7", "--steps", "1", "--num_workers", "10", "--output_dir",
+            str(tmp_path)]  # fmt: skip
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        assert main_dino.main(main_dino.get_args_parser().parse_args(argv)) == 0
+    said = capsys.readouterr().out
+    assert "the last 4 pixels of --global_crops_size 32 are not used, as --patch_size 7" in said and "28 or 35" in said
+    assert "the last 2 pixels of --local_crops_size 16" in said and "14 or 21" in said
+    assert said.count("instead of --num_workers 10") == 1 and "1 data-loading workers" in said
+    assert not [w for w in warned if "worker" in str(w.message)]
+
+
+def test_an_image_size_that_patches_do_not_divide_is_told(here, capsys):
+    for flag, size, remedy in (("--image_size", 190, "176 or 192"), ("--crop_size", 40, "32 or 48")):
+        features.load_network(str(here / "nano.pth"), crop_size=size, size_flag=flag)
+        said = capsys.readouterr().out
+        assert f"{flag} {size} is not a multiple of the patch size 16" in said and f"give {remedy}" in said
+    features.load_network(str(here / "nano.pth"), crop_size=32)
+    assert "multiple" not in capsys.readouterr().out

@@ -32,6 +32,7 @@ NOT_RUN = {
     "docs/make_flags.py": "test_the_page_of_flags_is_current",
     "--format onnx": "needs optional packages; tests/test_export.py",
     "DAVIS": "needs the data set; tests/test_video_segmentation.py",
+    "ADEChallengeData2016": "needs the data set; tests/imagesets/test_class_masks.py",
     "roxford5k": "needs the data set; tests/test_image_retrieval.py",
     "copydays": "needs the data set; tests/test_copy_detection.py",
     "imagenette128": "needs the data set",
@@ -53,6 +54,7 @@ QUICK = {
     "eval_knn.py": NETWORK,
     "eval_linear.py": f"{NETWORK} --epochs 2 --views 1",
     "eval_segmentation.py": "--device cpu --image_size 32",
+    "eval_semantic.py": f"{NETWORK} --steps 3",
     "visualize_attention.py": "--device cpu --image_size 32 --max_images 2",
     "evaluate.py": f"{NETWORK} --image_size 32 --linear_epochs 2 --linear_views 1",
     "extract_features.py": NETWORK,
@@ -191,7 +193,8 @@ def test_readme_runs_from_its_first_command_to_its_last(playground, monkeypatch,
 
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda p: p.stem)
 def test_presets_are_valid_and_state_their_accuracy_and_command(preset):
-    script = importlib.import_module("main_dinov2" if preset.name.startswith("dinov2_") else "main_dino")
+    scripts = {"dinov2": "main_dinov2", "semantic": "eval_semantic"}
+    script = importlib.import_module(scripts.get(preset.stem.split("_")[0], "main_dino"))
     data = [] if "shapes" in preset.name else ["--data_path", "x"]
     args = script.get_args_parser().parse_args([f"@{preset}", *data])
     script.check_args(args)

@@ -9,8 +9,13 @@ import pytest
 import torch
 from conftest import ROOT
 from processes import ENV, SMALL, free_port
+from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
 import parallel
+from method import photometric
+from parallel import Refused
+from pretraining import networks
+from weights import checkpoints
 
 KINDS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_", "SLURM_", "SUBMITIT_", "TORCHELASTIC_")
 TORCHRUN = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
@@ -174,3 +179,32 @@ def test_a_process_that_never_comes_ends_the_wait(tmp_path):
     done = subprocess.run(command, env=ENV | variables, text=True, capture_output=True, timeout=120)
     assert done.returncode == 2 and "no process group of 2 at 127.0.0.1" in done.stderr, done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+# ---- Apple GPUs, as far as a machine without one can tell ----
+
+
+def test_an_apple_gpu_is_taken_where_there_is_one(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(Refused, match="--device mps: .*no Apple GPU.*--device cpu"):
+        parallel.pick_device("mps")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert parallel.pick_device("mps") == torch.device("mps") and parallel.pick_device("auto").type == "cpu"
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(Refused, match="--device mps with 2 processes.*--device cpu"):
+        parallel.start("mps")
+
+
+def test_what_a_run_on_an_apple_gpu_builds():
+    """float32, no scaler that acts, a fused AdamW that knows the device, random state in plain types."""
+    device = torch.device("mps")
+    dtype = networks.half_precision("auto", True, device)
+    assert dtype is None
+    with torch.autocast(device.type, dtype, enabled=False):
+        assert not torch.amp.GradScaler(device.type, enabled=False).is_enabled()
+    assert "mps" in _get_fused_kernels_supported_devices()
+    assert checkpoints.rng_state(device).keys() == {"python", "numpy", "torch"}
+    x = torch.ones(2, 3)
+    assert photometric.to_device(x, torch.device("cpu")) is x  # pinned memory is for CUDA only

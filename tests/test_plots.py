@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 from PIL import Image
 
@@ -29,6 +30,14 @@ def test_read_log_takes_the_last_word_on_an_epoch_and_passes_over_rubbish(tmp_pa
     assert series["train_loss"][0].tolist() == [0, 1, 2] and series["train_loss"][1].tolist() == [8, 7, 1]
     assert series["knn_top1"][0].tolist() == [1] and series["knn_top1"][1].tolist() == [51]
     assert charts.read_log(tmp_path).keys() == series.keys()
+
+
+def test_a_checkpoint_is_no_log(tmp_path, capsys, monkeypatch):
+    torch.save({"epoch": 3, "teacher": torch.randn(10_000)}, tmp_path / "checkpoint.pth")
+    monkeypatch.setattr(charts.Path, "read_text", None)  # never read as text, which took a minute
+    assert plots.main(plots.get_args_parser().parse_args([str(tmp_path / "checkpoint.pth")])) == 2
+    said = capsys.readouterr().err
+    assert "checkpoint.pth: not a text file" in said and "log.txt" in said and said.count("\n") == 1
 
 
 FULL = {key: lambda e: 1.0 + e for key in (

@@ -358,5 +358,5 @@ def test_published_command_line():
              "--output_dir out --n_last_frames 7 --size_mask_neighborhood 12 --topk 5 --bs 6").split()
     args = script.get_args_parser().parse_args(flags)
     default = script.get_args_parser().parse_args(["--data_path", "davis"])
-    for name in ("n_last_frames", "size_mask_neighborhood", "topk", "bs", "arch", "checkpoint_key"):
+    for name in ("n_last_frames", "size_mask_neighborhood", "topk", "bs", "checkpoint_key"):
         assert getattr(args, name) == getattr(default, name)

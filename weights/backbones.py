@@ -187,6 +187,21 @@ def normalizes_single_values(model: nn.Module, in_chans: int, size: int) -> bool
     return any(single)
 
 
+# ---- From a file to a frozen network ----
+
+
+def check_asked(asked: str | int | None, stored: str | int | None, flag: str, path: str) -> None:
+    """Refuses an architecture or patch size that is asked for and is not the file's, where the file tells it.
+
+    A name of timm for a Vision Transformer of this project's sizes is that size.
+    """
+    if asked is None or stored is None or VITS.get(asked, asked) == VITS.get(stored, stored):
+        return
+    size = stored.split("_")[1] if stored in VITS else str(stored)
+    if asked in VITS or size not in str(asked):
+        raise Refused(f"{flag} {asked}: {path} holds {stored}; leave {flag} out, or give the weights of {asked}")
+
+
 def load_backbone(
     weights: str, arch: str | None = None, patch_size: int | None = None, checkpoint_key: str = "teacher",
     flag: str = "--pretrained_weights", mean: Sequence[float] | None = None, std: Sequence[float] | None = None,
@@ -199,7 +214,8 @@ def load_backbone(
     Args:
         weights: a checkpoint of this project, a published full checkpoint, or the state dict of a backbone in any
             layout that `weights.layouts` knows. "" gives random weights and prints a note.
-        arch, patch_size: used where the file does not say; their own defaults are vit_small and 16.
+        arch, patch_size: used where the file does not say, and refused where it says something else; their own
+            defaults are vit_small and 16.
         checkpoint_key: part of a full checkpoint, teacher or student.
         flag: the flag that names the file, for messages.
         mean, std: one value per channel of intensities in [0, 1], instead of the stored ones.
@@ -211,8 +227,8 @@ def load_backbone(
         given.
 
     Raises:
-        Refused (a ValueError): no such file, not a checkpoint, no such part in it, unknown or wrong architecture, or
-            mean and std that are unknown or do not fit the channels.
+        Refused (a ValueError): no such file, not a checkpoint, no such part in it, unknown architecture, another than
+            the one asked for, or mean and std that are unknown or do not fit the channels.
     """
     args, described, file = {}, Weights("", None, {}, {}), f"{flag} {weights}" if weights else f"--in_chans {in_chans}"
     if weights:
@@ -234,6 +250,9 @@ def load_backbone(
         "in_chans": channels or in_chans or 3,
         "global_crops_size": found["image_size"].value if "image_size" in found else 224,
     }
+    check_asked(arch, described.arch, "--arch", weights)
+    if described.arch in (*VITS, *XCITS):
+        check_asked(patch_size, described.options.get("patch_size"), "--patch_size", weights)
     if args.get("value_range"):
         info["value_range"] = tuple(args["value_range"])
     normalization = preprocessing.normalization(found, info["in_chans"], file, mean, std)

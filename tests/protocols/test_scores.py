@@ -155,6 +155,22 @@ def test_table():
     assert scores.table([row]).splitlines() == lines
 
 
+def test_results_of_other_data_are_kept(tmp_path, monkeypatch):
+    path = tmp_path / "eval_knn.json"
+    for i, data in enumerate(("a", "b", "a", "c")):
+        monkeypatch.setattr("sys.argv", ["eval.py", data, str(i)])
+        scores.write_results(path, [{"k": 1, "top1": i}], data_path=data, weights_sha256="ab", label_free={"x": i},
+                             images=[3, 2], size=(4, 4))
+    found = json.loads(path.read_text())
+    assert (found["data_path"], found["results"]) == ("c", [{"k": 1, "top1": 3}])
+    assert [(one["data_path"], one["results"][0]["top1"], one["command"]) for one in found["earlier"]] == [
+        ("a", 2, "eval.py a 2"), ("b", 1, "eval.py b 1")]  # the first of a is replaced
+    assert not any("earlier" in one for one in found["earlier"])
+    path.write_text("{damaged")
+    scores.write_results(path, [], data_path="a")
+    assert json.loads(path.read_text()) == {"command": "eval.py c 3", "data_path": "a", "results": []}
+
+
 def test_results_are_json_with_the_command(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["eval.py", "--data_path", "a b"])
     scores.write_results(tmp_path / "new" / "file.json", [{"k": 1}], weights_sha256="ab")

@@ -1,0 +1,102 @@
+"""Patch tokens of any network that has them, as feature maps at any height and width.
+
+Shapes: B images, C channels, D width, h x w patches.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from parallel import Refused
+from protocols import dense
+from protocols.features import PIXELS, Network, pixel_network
+from vision_transformer import VisionTransformer
+
+PIXELS_PATCH = 8  # pixels per side of what stands for a patch token in the baseline of raw pixels
+
+
+def patch_size(network: Network) -> int:
+    """Pixels per side of a patch token. Raises Refused for a network that has none."""
+    arch, model = network.about["arch"], network.forward
+    if arch == PIXELS:
+        return network.info.get("patch_size", PIXELS_PATCH)
+    if isinstance(model, VisionTransformer):
+        return model.patch_size
+    if not hasattr(model, "forward_intermediates"):
+        raise Refused(f"--arch {arch}: has no patch tokens that could be read; give a Vision Transformer, of this "
+                      "project or of timm")
+    return model.feature_info[-1]["reduction"]  # timm
+
+
+def block_count(network: Network) -> int:
+    """Blocks whose tokens can be read together; 1 for raw pixels."""
+    model = network.forward
+    return len(model.blocks) if hasattr(model, "blocks") else 1
+
+
+@torch.no_grad()
+def check_tokens(network: Network, blocks: int, size: int, size_flag: str) -> None:
+    """Fail before any work.
+
+    Raises:
+        Refused: the network has no patch tokens, not so many blocks, or doesn't take images of this size.
+    """
+    patch = patch_size(network)
+    if blocks > block_count(network):
+        raise Refused(f"--n_last_blocks {blocks}: the network has {block_count(network)} blocks; lower it")
+    if size < patch:
+        raise Refused(f"{size_flag} {size}: smaller than a patch of {patch}; raise it")
+    image = torch.zeros(1, network.info["in_chans"], size, size, dtype=torch.uint8)
+    try:
+        patch_tokens(network, image, blocks)
+    except (RuntimeError, ValueError, AssertionError) as error:  # timm asserts
+        if isinstance(network.forward, VisionTransformer):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise Refused(f"{size_flag} {size}: {network.about['arch']} refuses it ({reason}); give another one") from error
+
+
+def margins(height: int, width: int, patch: int) -> tuple[int, int, int, int]:
+    """Padding (left, right, top, bottom) that makes whole patches of an image, which stays in the middle (DINOv2)."""
+    across, down = -width % patch, -height % patch
+    return across // 2, across - across // 2, down // 2, down - down // 2
+
+
+@torch.no_grad()
+def patch_tokens(network: Network, images: Tensor, n: int = 1) -> list[Tensor]:
+    """Tokens after each of the last n blocks, through the network's last norm: n of float32 (B, D, h, w).
+
+    Images (B, C, height, width) uint8 are normalized with the weights' mean and std, then padded by zeros to whole
+    patches (`margins`). Class token and registers are left out. The "tokens" of raw pixels are the pixels of a patch.
+    """
+    patch, model = patch_size(network), network.forward
+    x = dense.normalize(images, network.info, network.device)
+    x = F.pad(x, margins(*x.shape[-2:], patch))
+    if network.about["arch"] == PIXELS:
+        return [F.pixel_unshuffle(x, patch)]
+    with network.autocast():
+        if isinstance(model, VisionTransformer):
+            grid, first = model.patch_embed.grid(*x.shape[-2:]), 1 + model.num_register_tokens
+            outputs = [tokens[:, first:].transpose(1, 2).unflatten(2, grid) for tokens in model.block_outputs(x, n)]
+        else:
+            outputs = model.forward_intermediates(x, indices=n, norm=True, output_fmt="NCHW", intermediates_only=True)
+    return [tokens.float() for tokens in outputs]
+
+
+def upsample(maps: Tensor, height: int, width: int, patch: int) -> Tensor:
+    """Maps of patches (B, K, h, w) at the pixels of the images they come from (B, K, height, width), bilinearly.
+
+    The padding of `patch_tokens` is cut off.
+    """
+    left, right, top, bottom = margins(height, width, patch)
+    size = (height + top + bottom, width + left + right)
+    maps = F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
+    return maps[..., top : top + height, left : left + width]
+
+
+def raw_pixels(network: Network) -> Network:
+    """The baseline without a network, with patches of the size of another network's."""
+    pixels = pixel_network(network.device, network.reading)
+    return pixels._replace(info=pixels.info | {"patch_size": patch_size(network)})
