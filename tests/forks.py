@@ -49,6 +49,14 @@ def make_small() -> None:
         patch_size=patch_size, embed_dim=32, depth=2, num_heads=2, qkv_bias=True, **kwargs)
 
 
+def make_small_in(monkeypatch) -> None:
+    """`make_small` in this process, until the test ends: tests that follow need the networks as they are."""
+    monkeypatch.setattr(vision_transformer, "VITS", dict(vision_transformer.VITS))
+    monkeypatch.setattr(main_dino, "DINOHead", None)
+    monkeypatch.setattr(monitor, "save_last_figures", None)
+    make_small()
+
+
 def child(script: str, argv: list[str], env: dict[str, str], output: str, before) -> None:
     os.setsid()
     os.environ.update(env)

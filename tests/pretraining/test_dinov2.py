@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from forks import SMALLEST_DINOV2, Started, make_small
+from forks import SMALLEST_DINOV2, Started, make_small_in
 from PIL import Image
 from processes import json_lines, launch
 from test_faults import slow_steps, stepping
@@ -261,10 +261,7 @@ def test_distillation(finished, tmp_path):
 ])
 def test_every_script_reads_its_checkpoints(finished, tmp_path, monkeypatch, script, extra):
     folder, _ = finished
-    monkeypatch.setattr(vision_transformer, "VITS", dict(vision_transformer.VITS))
-    monkeypatch.setattr("main_dino.DINOHead", None)
-    monkeypatch.setattr("pretraining.monitor.save_last_figures", None)
-    make_small()
+    make_small_in(monkeypatch)
     module = importlib.import_module(script)
     flag = "--output" if script in ("export", "extract_features") else "--output_dir"
     out = tmp_path / {"export": "model.safetensors", "extract_features": "features.npy"}.get(script, "out")
@@ -313,7 +310,7 @@ def test_a_bug_keeps_its_traceback(tmp_path, monkeypatch):
     def broken(*args, **kwargs):
         raise ValueError("operands could not be broadcast")
 
-    make_small()
+    make_small_in(monkeypatch)
     monkeypatch.setattr(dinov2, "class_loss", broken)
     args = main_dinov2.get_args_parser().parse_args([str(a) for a in (*ARGS, "--output_dir", tmp_path / "out")])
     with pytest.raises(ValueError, match="broadcast"):

@@ -4,12 +4,11 @@ import signal
 
 import pytest
 import torch
-from forks import SMALLEST, Started, make_small
+from forks import SMALLEST, Started, make_small_in
 from test_faults import slow_steps, stepping
 
 import eval_knn
 import main_dino
-import vision_transformer
 from weights import checkpoints
 
 ARGS = [*SMALLEST, "--batch_size_per_gpu", 4, "--norm_last_layer", "false"]
@@ -58,10 +57,7 @@ def test_a_run_goes_on_sharded_or_not(tmp_path, first, then, monkeypatch):
     path = tmp_path / "moved" / checkpoints.NAME
     assert_same_state(checkpoints.read(tmp_path / "whole" / checkpoints.NAME), checkpoints.read(path))
     if then == "fsdp":
-        monkeypatch.setattr(vision_transformer, "VITS", dict(vision_transformer.VITS))
-        monkeypatch.setattr("main_dino.DINOHead", None)
-        monkeypatch.setattr("pretraining.monitor.save_last_figures", None)
-        make_small()
+        make_small_in(monkeypatch)
         argv = ["--pretrained_weights", str(path), "--data_path", "shapes:64x16", "--device", "cpu", "--nb_knn", "5",
                 "--num_workers", "0", "--output_dir", str(tmp_path)]  # fmt: skip
         assert eval_knn.main(eval_knn.get_args_parser().parse_args(argv)) == 0
