@@ -81,7 +81,7 @@ def test_a_run_that_writes_into_its_images_resumes(photos):
     assert first.returncode == 0 and (photos / "curves.png").exists(), first.stderr
     again = launch("main_dino.py", *flags)
     assert again.returncode == 0 and "resuming from" in again.stdout and "6 images" in again.stdout, again.stderr
-    assert "2 outputs of these scripts are left out (attention.png, curves.png)" in again.stdout
+    assert "3 outputs of these scripts are left out (attention.png, curves.png, pca.png)" in again.stdout
 
 
 def test_figures_that_wandb_keeps_are_no_data(photos, monkeypatch):
