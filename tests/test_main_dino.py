@@ -69,6 +69,7 @@ def test_other_hyperparameters_are_refused_with_the_differences(finished):
     assert len(done.stderr.strip().splitlines()) == 1
 
 
+@pytest.mark.slow  # pretraining/test_kills.py kills runs at other moments, of smaller networks
 def test_resumed_run_equals_the_uninterrupted_one(tmp_path):
     args = [*SMALL, "--saveckp_freq", 0, "--saveckp_every_steps", 3]
     for name in ("whole", "stopped"):

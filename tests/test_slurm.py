@@ -80,6 +80,7 @@ def test_requeued_half_way(slurm, whole, tmp_path):
     assert_equal_runs(whole, out)
 
 
+@pytest.mark.slow
 def test_warned_half_way_the_batch_script_requeues(slurm, whole, tmp_path):
     """SIGUSR1, as --signal=USR1@120 sends it before the time is over."""
     out = tmp_path / "out"

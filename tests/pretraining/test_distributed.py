@@ -17,7 +17,7 @@ def test_three_steps_in_float64_equal_one_process(tmp_path):
         torch.testing.assert_close(two[key], one[key], rtol=1e-9, atol=1e-12, msg=lambda m, k=key: f"{k}: {m}")
 
 
-@pytest.mark.parametrize("accum", [1, 2])
+@pytest.mark.parametrize("accum", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_twenty_steps_of_the_script_equal_one_process(tmp_path, accum):
     """The real loader and augmentation; two processes of 4, or micro-batches of 4, against one batch of 8."""
     args = [*SMALL, "--steps", 20, "--drop_path_rate", 0]

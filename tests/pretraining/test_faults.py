@@ -232,6 +232,7 @@ def wait_for_step(agent: subprocess.Popen, out: Path, steps: int) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 def test_torchrun_restarts_a_run_that_lost_a_process(tmp_path):
     agent = torchrun(out=tmp_path / "lost", options=["--max_restarts=2"])
     whole = run("--batch_size_per_gpu", 4, out=tmp_path / "whole", processes=2)

@@ -44,7 +44,7 @@ def test_sharded_equals_replicated(tmp_path, extra):
     assert_same_state(*(checkpoints.read(tmp_path / kind / checkpoints.NAME) for kind in runs))
 
 
-@pytest.mark.parametrize("first, then", [("ddp", "fsdp"), ("fsdp", "ddp")])
+@pytest.mark.parametrize("first, then", [("ddp", "fsdp"), pytest.param("fsdp", "ddp", marks=pytest.mark.slow)])
 def test_a_run_goes_on_sharded_or_not(tmp_path, first, then, monkeypatch):
     extra = ["--optimizer", "sgd", "--lr", 3]
     whole, moved = run("ddp", tmp_path / "whole", *extra), run(first, tmp_path / "moved", *extra, before=slow_steps)
