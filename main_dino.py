@@ -12,7 +12,6 @@ import argparse
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -137,10 +136,13 @@ def make_plan(args: argparse.Namespace, n_images: int) -> Plan:
     )
 
 
+def make_backbone(args: argparse.Namespace, drop_path_rate: float = 0.0) -> tuple[nn.Module, int]:
+    return networks.make_backbone(args.arch, args.patch_size, args.in_chans, args.global_crops_size, drop_path_rate)
+
+
 def make_networks(args: argparse.Namespace) -> tuple[utils.MultiCropWrapper, utils.MultiCropWrapper]:
     def build(rate: float) -> utils.MultiCropWrapper:
-        backbone, width = networks.make_backbone(
-            args.arch, args.patch_size, args.in_chans, args.global_crops_size, rate)
+        backbone, width = make_backbone(args, rate)
         head = DINOHead(width, args.out_dim, args.use_bn_in_head, args.norm_last_layer)
         return utils.MultiCropWrapper(backbone, head)
 
@@ -187,11 +189,10 @@ def make_run(args: argparse.Namespace, plan: Plan, n_images: int, device: torch.
     seed_everything(args.seed + parallel.rank())  # stochastic depth differs between the processes
     dtype = networks.half_precision(args.precision, args.use_fp16, device)
     sharded = networks.shard(student, teacher, device, dtype, args.precision) if args.parallel == "fsdp" else False
-    whole = partial(networks.make_backbone, args.arch, args.patch_size, args.in_chans, args.global_crops_size)
     optimizer = utils.build_optimizer(args.optimizer, student)
     return Run(student, teacher, make_loss(args, plan.epochs).to(device), optimizer, device, dtype,
                plan.steps_per_epoch, plain_settings(vars(args), n_images), Path(args.output_dir),
-               args.keep_checkpoints, make_backbone=(lambda: whole()[0]) if sharded else None)
+               args.keep_checkpoints, make_backbone=(lambda: make_backbone(args)[0]) if sharded else None)
 
 
 def describe(args: argparse.Namespace, run: Run, plan: Plan, n_images: int) -> str:
@@ -295,15 +296,8 @@ def make_loader(
     args: argparse.Namespace, images: Images, plan: Plan, device: torch.device
 ) -> Callable[[int, int], Iterator[dict]]:
     """(first, last) -> the micro-batches of steps first ... last - 1, from one loader whose workers never restart."""
-    accum, augmentation = args.grad_accum_steps, make_augmentation(args)
-
-    def load(first: int, last: int) -> Iterator[dict]:
-        return loaders.on_device(loaders.batches(
-            images, augmentation, args.batch_size_per_gpu, args.num_workers, args.seed, parallel.rank(),
-            parallel.world_size(), batches_per_epoch=plan.steps_per_epoch * accum, first_batch=first * accum,
-            last_batch=last * accum, pin_memory=device.type == "cuda"), device)
-
-    return load
+    return loaders.steps(images, make_augmentation(args), args.batch_size_per_gpu, args.num_workers, args.seed,
+                         args.grad_accum_steps, plan.steps_per_epoch, device)
 
 
 # ---- The script ----

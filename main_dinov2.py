@@ -474,18 +474,12 @@ def make_loader(
     args: argparse.Namespace, images: Images, plan: Plan, device: torch.device
 ) -> Callable[[int, int], Iterator[dict]]:
     """(first, last) -> the micro-batches of steps first ... last - 1, from one loader whose workers never restart."""
-    accum, augmentation, batch = args.grad_accum_steps, make_augmentation(args), images_per_step(args)
     side = args.global_crops_size // args.patch_size
-    masks = partial(masking.image_masks, seed=args.seed, images=batch, micro_batches=accum, grid=(side, side),
-                    ratio=tuple(args.mask_ratio), probability=args.mask_probability)
-
-    def load(first: int, last: int) -> Iterator[dict]:
-        return loaders.on_device(loaders.batches(
-            images, augmentation, args.batch_size_per_gpu, args.num_workers, args.seed, parallel.rank(),
-            parallel.world_size(), batches_per_epoch=plan.steps_per_epoch * accum, first_batch=first * accum,
-            last_batch=last * accum, pin_memory=device.type == "cuda", masks=masks), device)
-
-    return load
+    masks = partial(masking.image_masks, seed=args.seed, images=images_per_step(args),
+                    micro_batches=args.grad_accum_steps, grid=(side, side), ratio=tuple(args.mask_ratio),
+                    probability=args.mask_probability)
+    return loaders.steps(images, make_augmentation(args), args.batch_size_per_gpu, args.num_workers, args.seed,
+                         args.grad_accum_steps, plan.steps_per_epoch, device, masks)
 
 
 # ---- The script ----

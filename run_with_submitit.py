@@ -181,7 +181,10 @@ def check(args: argparse.Namespace) -> None:
     script.check_args(args)
     rate = supported_drop_path_rate(args.arch, float(args.drop_path_rate), args.in_chans,
                                     isinstance(args.drop_path_rate, flags.Default))
-    script.make_networks(argparse.Namespace(**vars(args) | {"drop_path_rate": rate}))
+    if args.init_from:
+        script.make_networks(argparse.Namespace(**vars(args) | {"drop_path_rate": rate}))
+    else:  # the backbone alone: the host that submits may have little memory
+        script.make_backbone(args, rate)
     if args.device != "auto" and parallel.named_device(args.device).index is not None and args.ngpus > 1:
         raise Refused(f"--device {args.device}: --ngpus {args.ngpus} processes would share that GPU; use cuda")
     if args.replay:

@@ -119,7 +119,7 @@ def read_foreground(read: Callable, item: Any) -> tuple[Tensor, np.ndarray]:
 
 # ---- Drawn images ----
 
-KEPT_SIDE = 128  # pixels; larger drawn images are drawn anew each time
+KEPT_SIDE = 128  # pixels; larger drawn images are drawn again at each use
 
 
 def drawn(data_path: str, split: str, reading: decode.Reading, flag: str) -> ClassMasks:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
+import parallel
 from imagesets import remarks
 from imagesets.bad_images import Unreadable
 from imagesets.decode import Undecodable, jpeg_decoder
@@ -195,6 +196,24 @@ def batches(
         pin_memory=pin_memory,
         generator=torch.Generator(),  # drawing the workers' seed must not advance the run's own random stream
     )
+
+
+def steps(
+    images: Images, augmentation: Any, batch_size: int, num_workers: int, seed: int, micro_batches: int,
+    steps_per_epoch: int, device: torch.device, masks: Masks | None = None,
+) -> Callable[[int, int], Iterator[dict[str, Any]]]:
+    """(first, last) -> this process's micro-batches of steps first ... last - 1, on the device; see `batches`.
+
+    Args:
+        micro_batches: of a step.
+    """
+    def load(first: int, last: int) -> Iterator[dict[str, Any]]:
+        return on_device(batches(
+            images, augmentation, batch_size, num_workers, seed, parallel.rank(), parallel.world_size(),
+            steps_per_epoch * micro_batches, first * micro_batches, last * micro_batches, device.type == "cuda", masks,
+        ), device)
+
+    return load
 
 
 def on_device(batches: Iterable[dict[str, Any]], device: torch.device) -> Iterator[dict[str, Any]]:

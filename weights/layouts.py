@@ -168,7 +168,7 @@ def stored_options(args: Mapping) -> dict:
     options = {"interpolate_antialias": False, "interpolate_offset": 0.1} if args.get("method") == "dinov2" else {}
     return options | {k: args[k] for k in STORED_OPTIONS if k in args}
 def network_of(name: str) -> str | None:
-    """student or teacher, where the first part of a name says so."""
+    """student or teacher, if the first part of a name is one of theirs."""
     return next((key for key, pattern in NETWORKS.items() if pattern.fullmatch(name.split(".")[0])), None)
 
 
