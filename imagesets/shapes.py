@@ -11,6 +11,7 @@ pixel and clipped is the fraction of the pixel that is covered, which gives smoo
 
 from collections.abc import Callable
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
@@ -130,18 +131,26 @@ def colours(rng: np.random.Generator, own: str) -> np.ndarray:
     return table + COLOUR_JITTER * (2 * rng.random(table.shape) - 1)
 
 
-def place(rng: np.random.Generator, kind: Kind) -> tuple[np.ndarray, np.ndarray, float]:
-    """Position of an object: its centre (v, u), the matrix from image to object, its unit as a fraction of the side.
+def turned(kind: Kind, unit: float, angle: float, mirror: float) -> np.ndarray:
+    """(2, 2) matrix from (u, v) to (x, y): a rotation, maybe a reflection, divided by the unit; both from [0, 1)."""
+    radians = np.radians(kind.turn) * (2 * angle - 1)
+    c, s = np.cos(radians), np.sin(radians)
+    sign = -1 if mirror < 0.5 else 1
+    return np.array([[sign * c, sign * s], [-s, c]]) / unit
 
-    The matrix maps (u, v) to (x, y): a rotation by up to the kind's `turn`, maybe a reflection, divided by the unit.
-    """
+
+class Placement(NamedTuple):
+    centre: np.ndarray  # (v, u), fractions of the side
+    matrix: np.ndarray  # (2, 2), from (u, v) around the centre to the object's own (x, y)
+    unit: float  # the object's unit of length as a fraction of the side
+
+
+def place(rng: np.random.Generator, kind: Kind) -> Placement:
+    """Where a single object lies: anywhere on the image, large, rotated by up to the kind's `turn`, maybe reflected."""
     r = rng.random(5)
     unit = float(np.sqrt((AREA[0] + (AREA[1] - AREA[0]) * r[0]) / kind.extent))
     keep = min(MARGIN * unit, 0.5)
-    angle = np.radians(kind.turn) * (2 * r[1] - 1)
-    c, s = np.cos(angle), np.sin(angle)
-    mirror = -1 if r[2] < 0.5 else 1
-    return keep + (1 - 2 * keep) * r[3:5], np.array([[mirror * c, mirror * s], [-s, c]]) / unit, unit
+    return Placement(keep + (1 - 2 * keep) * r[3:5], turned(kind, unit, *r[1:3]), unit)
 
 
 def wear(rng: np.random.Generator, own: Callable[[Field, Field], Field], x: Field, y: Field) -> Field:
@@ -159,11 +168,14 @@ def shift(field: Field, down: int, right: int) -> Field:
     return field[rows[:, None], columns]
 
 
-def paint_object(rng: np.random.Generator, kind: Kind, canvas: np.ndarray) -> np.ndarray:
-    """Paint an object of a kind, and its shadow, into the canvas in place; returns its mask, (size, size) bool."""
-    size = canvas.shape[1]
-    centre, matrix, unit = place(rng, kind)
-    colour, proportions, light = colours(rng, kind.palette), rng.random(8), np.pi * (0.2 + 0.6 * rng.random())
+def paint_object(rng: np.random.Generator, kind: Kind, canvas: np.ndarray, placement: Placement,
+                 colour: np.ndarray) -> np.ndarray:
+    """Paint an object, and its shadow, into the canvas in place, with the five colours of `colours`.
+
+    Returns its mask, (size, size) bool.
+    """
+    size, (centre, matrix, unit) = canvas.shape[1], placement
+    proportions, light = rng.random(8), np.pi * (0.2 + 0.6 * rng.random())
 
     # Only the square that the object can reach is computed. `pixel` is the width of a pixel in the object's units.
     low, high = (np.clip((centre + side * REACH * unit) * size, 0, size - 1).astype(int) for side in (-1, 1))
@@ -217,6 +229,7 @@ def draw(index: int, size: int = 96) -> tuple[np.ndarray, int, np.ndarray]:
     rng = np.random.Generator(np.random.PCG64(index))
     label = index % len(KINDS)
     canvas = background(rng, size)
-    mask = paint_object(rng, TABLE[KINDS[label]], canvas)
+    kind = TABLE[KINDS[label]]
+    mask = paint_object(rng, kind, canvas, place(rng, kind), colours(rng, kind.palette))
     image = np.clip(canvas, 0, 1).transpose(1, 2, 0) * 255 + 0.5
     return np.ascontiguousarray(image.astype(np.uint8)), label, mask

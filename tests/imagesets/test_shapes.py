@@ -64,7 +64,8 @@ def test_same_scene_at_every_size():
 def test_mask_is_where_the_object_was_painted():
     for kind in shapes.TABLE.values():
         canvas = np.full((3, 64, 64), 0.5)
-        mask = shapes.paint_object(np.random.Generator(np.random.PCG64(7)), kind, canvas)
+        rng = np.random.Generator(np.random.PCG64(7))
+        mask = shapes.paint_object(rng, kind, canvas, shapes.place(rng, kind), shapes.colours(rng, kind.palette))
         change = np.abs(canvas - 0.5).mean(0)
         assert (change[mask] > 0.02).mean() > 0.95
         assert (change[~mask] > 0.02).mean() < 0.5  # edges and the shadow
