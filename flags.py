@@ -298,6 +298,13 @@ def add_image_flags(parser: argparse._ActionsContainer) -> None:
         help="channels of the images, if the weights do not say; without it 3")
 
 
+def network_values(args: argparse.Namespace) -> dict:
+    """The flags of `add_weights_flags` and `add_reading_flags`, and --seed, as arguments of `features.load_network`."""
+    names = ("arch", "patch_size", "checkpoint_key", "precision", "seed", "mean", "std", "in_chans", "max_pixels",
+             "value_range", "skip_bad")
+    return {"weights": args.pretrained_weights} | {name: value for name, value in vars(args).items() if name in names}
+
+
 def add_dense_flags(parser: argparse._ActionsContainer) -> None:
     """The network of scripts that use patch features of whole images, one image at a time."""
     group = group_of(parser, "network")

@@ -15,7 +15,7 @@ import main_dino
 import utils
 from imagesets import loaders
 from parallel import Refused
-from pretraining import networks
+from pretraining import networks, options
 from vision_transformer import build_backbone
 from weights import backbones, checkpoints
 
@@ -304,8 +304,9 @@ def test_classes_of_evaluation_are_matched_by_name(tmp_path):
         for name in names:
             (tmp_path / part / name).mkdir(parents=True)
             Image.new("RGB", (8, 8)).save(tmp_path / part / name / "x.png")
-    args = main_dino.get_args_parser().parse_args(["--eval_knn_every", "1", "--eval_data_path", str(tmp_path)])
-    train, val = main_dino.make_evaluation(args, torch.device("cpu")).labels
+    args = main_dino.get_args_parser().parse_args(
+        ["--eval_knn_every", "1", "--data_path", str(tmp_path), "--eval_data_path", str(tmp_path)])
+    train, val = options.open_data(args, torch.device("cpu")).evaluation.labels
     assert train.tolist() == [0, 1, 2] and val.tolist() == [0, 2]
 
 
