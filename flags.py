@@ -83,12 +83,10 @@ def prepare_output(folder: str | os.PathLike, flag: str = "--output_dir") -> Pat
         Refused: it can't be created, or it isn't writable.
     """
     folder = Path(folder)
-    try:
+    with parallel.refusing(f"{flag} {folder}", "choose a folder you can write to"):
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
             raise PermissionError("not writable")
-    except OSError as error:
-        raise Refused(f"{flag} {folder}: {error.strerror or error}; choose a folder you can write to") from error
     return folder
 
 

@@ -12,8 +12,9 @@ import re
 import signal
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from datetime import timedelta
 from types import ModuleType
 from typing import NoReturn, TypeVar
@@ -53,6 +54,15 @@ def import_optional(module: str, needed_by: str, package: str) -> ModuleType:
         raise Refused(f"{needed_by} needs {package}: pip install {package}") from error
 
 
+@contextmanager
+def refusing(where: str, remedy: str) -> Iterator[None]:
+    """Turns an OSError in the block, of a file or folder of the user's, into Refused."""
+    try:
+        yield
+    except OSError as error:
+        raise Refused(f"{where}: {error.strerror or error}; {remedy}") from error
+
+
 def rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
@@ -76,12 +86,12 @@ def barrier() -> None:
         dist.barrier()
 
 
-def sum_over_processes(x: Tensor) -> Tensor:
-    """Elementwise sum of a tensor over all processes (all-reduce)."""
+def sum_over_processes(x: Tensor, operation: str = "SUM") -> Tensor:
+    """Elementwise sum of a tensor over all processes (all-reduce), or another operation of `dist.ReduceOp`."""
     if world_size() == 1:
         return x
     x = x.clone()
-    dist.all_reduce(x)
+    dist.all_reduce(x, getattr(dist.ReduceOp, operation))
     return x
 
 
@@ -92,11 +102,7 @@ def mean_over_processes(x: Tensor) -> Tensor:
 
 def max_over_processes(x: Tensor) -> Tensor:
     """Elementwise maximum of a tensor over all processes (all-reduce)."""
-    if world_size() == 1:
-        return x
-    x = x.clone()
-    dist.all_reduce(x, op=dist.ReduceOp.MAX)
-    return x
+    return sum_over_processes(x, "MAX")
 
 
 def group_device(device: torch.device | str) -> torch.device:

@@ -120,11 +120,16 @@ def summarize(checked: Sequence[Checked]) -> Summary:
 
 
 class Chosen:
-    """The images of a set numbered by `index`, as a set of images (`sources.Images`)."""
+    """The images of a set numbered by `index`, as a set of images (`sources.Images`).
 
-    def __init__(self, images: Images, index: Sequence[int]) -> None:
+    Args:
+        labels: of all of `images`, in place of their own.
+    """
+
+    def __init__(self, images: Images, index: Sequence[int] | Tensor, labels: Tensor | None = None) -> None:
         self.images, self.index, self.classes = images, torch.as_tensor(index), images.classes
-        self.labels = None if images.labels is None else images.labels[self.index]
+        labels = images.labels if labels is None else labels
+        self.labels = None if labels is None else labels[self.index]
 
     def __len__(self) -> int:
         return len(self.index)
@@ -177,9 +182,7 @@ def open_checked(
 
 
 def write_list(path: str, lines: Sequence[bytes], flag: str) -> None:
-    try:
+    with parallel.refusing(f"{flag} {path}", "give a file that can be written"):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         with atomic.replacing(path) as temporary:
             temporary.write_bytes(b"".join(line + b"\n" for line in lines))
-    except OSError as error:
-        raise Refused(f"{flag} {path}: {error.strerror or error}; give a file that can be written") from error

@@ -102,18 +102,17 @@ def open_images(
     Raises:
         Refused: nothing is there, or it can't be read or used.
     """
-    data_path, reading = os.fspath(data_path), Reading(
-        in_chans, max_pixels, tuple(value_range) if value_range else None)
+    data_path = os.fspath(data_path)
+    reading = Reading(in_chans, max_pixels, tuple(value_range) if value_range else None)
     where = f"{flag} {data_path!r}"
     if split not in (None, "train", "val"):
         raise ValueError(f"split is {split!r}: give None, 'train' or 'val'")
     kind = re.fullmatch(r"(shapes|torchvision|hf)(?::(.*))?", data_path)
     if kind and in_chans not in MODES:
         raise Refused(f"--in_chans {in_chans} with {where}: its images have 1, 3 or 4 channels")
-    if kind and kind[1] == "hf":
-        return open_hugging_face(where, kind[2] or "", split, reading)
     if kind:
-        return (open_shapes if kind[1] == "shapes" else open_torchvision)(where, kind[2], split, reading)
+        openers = {"shapes": open_shapes, "torchvision": open_torchvision, "hf": open_hugging_face}
+        return openers[kind[1]](where, kind[2], split, reading)
     path = os.path.expanduser(data_path)
     try:
         if os.path.isdir(path):

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import parallel
-from parallel import Refused
+from parallel import Refused, import_optional
 from protocols.progress import duration, progress
 from protocols.splits import Task
 from vision_transformer import VisionTransformer
@@ -343,12 +343,10 @@ def logistic_regression(
     Raises:
         Refused: scikit-learn is not installed.
     """
-    try:
-        from sklearn.linear_model import LogisticRegression
-        from sklearn.pipeline import make_pipeline
-        from sklearn.preprocessing import StandardScaler
-    except ImportError as error:
-        raise Refused("--logreg needs scikit-learn: pip install scikit-learn") from error
+    import_optional("sklearn", "--logreg", "scikit-learn")
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
 
     def fit(c: float, x: Tensor, y: Tensor):
         return make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=1000)).fit(x.numpy(), y.numpy())

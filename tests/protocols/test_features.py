@@ -268,7 +268,7 @@ def test_images_hash_of_a_subset_covers_its_set(tmp_path):
     for gray in (50, 60):
         write_classes(tmp_path / str(gray), gray)
         images = open_images(f"torchvision:ImageFolder:{tmp_path / str(gray)}")
-        hashes.append(images_hash(splits.ImageSubset(images, torch.tensor([0, 2]))))
+        hashes.append(images_hash(splits.Chosen(images, torch.tensor([0, 2]))))
     assert hashes[0] != hashes[1]
 
 
