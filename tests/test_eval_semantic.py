@@ -1,15 +1,13 @@
 """eval_semantic.py from end to end: folders, drawn images, two processes, presets, and what it refuses."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT
 from PIL import Image
-from processes import ENV, free_port
+from processes import launch
 
 import eval_semantic as script
 from imagesets import masks
@@ -84,10 +82,8 @@ def test_a_sweep_with_baselines(tmp_path, capsys):
 
 def test_two_processes_agree_with_one(tmp_path):
     flags = ["--data_path", "shapes:8x16", *SMALL, "--steps", "3", "--baselines", "--lr", "0.01", "0.1"]
-    environment = ENV | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
-    command = [sys.executable, str(ROOT / "eval_semantic.py"), *flags, "--output_dir", str(tmp_path / "two")]
-    started = [subprocess.Popen(command, env=environment | {"RANK": str(rank)}) for rank in (0, 1)]
-    assert [process.wait(120) for process in started] == [0, 0]
+    done = launch("eval_semantic.py", *flags, "--output_dir", tmp_path / "two", processes=2)
+    assert done.returncode == 0, done.stderr
     assert run("shapes:8x16", tmp_path / "one", *flags[2:]) == 0
     one, two = read(tmp_path / "one"), read(tmp_path / "two")
     for a, b in zip(one["settings"], two["settings"], strict=True):

@@ -2,15 +2,12 @@
 
 import json
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from PIL import Image
-from processes import ENV, free_port
+from processes import launch
 
 import eval_linear
 from parallel import Refused
@@ -599,11 +596,8 @@ def test_the_evaluation_takes_values(pictures, swept, tmp_path):
 
 def test_two_processes_report_what_one_reports(pictures, tmp_path):
     flags = ["--data_path", pictures, *NETWORK, "--lr", 0.3, 0.01, "--epochs", 2]
-    environment = ENV | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
-    command = [sys.executable, str(ROOT / "eval_linear.py"), *map(str, flags), "--batch_size_per_gpu", "4",
-               "--output_dir", str(tmp_path / "two")]
-    started = [subprocess.Popen(command, env=environment | {"RANK": str(r)}) for r in (0, 1)]
-    assert [p.wait(120) for p in started] == [0, 0]
+    done = launch("eval_linear.py", *flags, "--batch_size_per_gpu", 4, "--output_dir", tmp_path / "two", processes=2)
+    assert done.returncode == 0, done.stderr
     one, two = run(pictures, tmp_path / "one", *flags[2:]), json.loads((tmp_path / "two/eval_linear.json").read_text())
     assert one["test"] == two["test"]
     for a, b in zip(one["results"], two["results"], strict=True):
