@@ -25,6 +25,7 @@ from protocols import features
 from vision_transformer import build_backbone
 
 SECONDS = 5  # torch is imported already
+pytestmark = pytest.mark.usefixtures("small_heads")
 
 
 @pytest.fixture(scope="module")

@@ -1,15 +1,14 @@
 """The script end to end on a tiny random network: each source, each figure, each wrong flag."""
 
 import argparse
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from matplotlib import colormaps
 from PIL import Image
+from processes import launch
 from torchvision.transforms import v2
 from torchvision.utils import make_grid, save_image
 
@@ -441,9 +440,9 @@ def test_a_bug_keeps_its_traceback(tiny, tmp_path, monkeypatch):
 
 
 def test_command_without_weights_says_so(tmp_path):
-    command = [sys.executable, ROOT / "visualize_attention.py", "--arch", "vit_tiny", "--patch_size", "16",
-               "--image_size", "64", "--device", "cpu", "--output_dir", tmp_path]
-    done = subprocess.run([str(word) for word in command], check=True, capture_output=True, text=True)
+    done = launch("visualize_attention.py", "--arch", "vit_tiny", "--patch_size", 16, "--image_size", 64, "--device",
+                  "cpu", "--output_dir", tmp_path)
+    assert done.returncode == 0, done.stderr
     assert done.stdout.count("random weights") == 1 and len(sizes(tmp_path)) == 6
 
 

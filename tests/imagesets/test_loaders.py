@@ -15,6 +15,7 @@ import torch
 import torchvision
 from conftest import ROOT
 from PIL import Image
+from processes import launch
 
 from imagesets import packages, shapes, sources
 from imagesets.bad_images import BadImages, TooManyBadImages, Unreadable
@@ -694,8 +695,7 @@ next(loader)
 def run_script(tmp_path, text):
     """In a process of its own: torch raises the death of a worker wherever the main thread stands."""
     (tmp_path / "script.py").write_text(CROPS + textwrap.dedent(text))
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.run([sys.executable, tmp_path / "script.py"], env=environment, timeout=60).returncode
+    return launch(tmp_path / "script.py", timeout=60).returncode
 
 
 def test_a_worker_that_dies_is_an_error(tmp_path):
@@ -716,7 +716,7 @@ def test_a_worker_that_dies_is_an_error(tmp_path):
     """) == 7
 
 
-def test_a_parent_that_left_is_no_news_to_a_worker():
+def test_a_parent_that_left_is_no_news_to_a_worker(tmp_path):
     """The worker's thread that hands tensors over would print a page about it, beside the parent's line."""
     script = """if True:
         import os
@@ -727,8 +727,8 @@ def test_a_parent_that_left_is_no_news_to_a_worker():
                 raise error
             os.wait()
     """
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    said = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=60)
+    (tmp_path / "script.py").write_text(script)
+    said = launch(tmp_path / "script.py", timeout=60, real=True)  # its hooks are those of a plain interpreter
     assert said.stderr.count("Traceback") == 1 and said.stderr.endswith("ValueError: another\n")
 
 
