@@ -26,6 +26,8 @@ from protocols.transforms import EvalImages
 
 FOLDER = os.environ.get("DINO_ODD_IMAGES", "")  # with MANIFEST.csv: file, what it is
 
+pytestmark = pytest.mark.usefixtures("small_heads")
+
 
 def table() -> dict[str, str]:
     """file -> what a run does with it, from the page's table."""
