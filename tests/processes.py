@@ -60,6 +60,14 @@ def start(target, *args) -> multiprocessing.Process:
     return process
 
 
+def together(target, processes: int, *args) -> None:
+    """target(rank, *args) in each of several processes."""
+    running = [start(target, rank, *args) for rank in range(processes)]
+    for process in running:
+        process.join()
+    assert [process.exitcode for process in running] == [0] * processes
+
+
 def run_script(script: str, argv: list[str], env: dict[str, str], folder: str, output: str) -> None:
     """In the new process: what `python script` does, with its output in files."""
     os.setsid()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import ROOT
 from PIL import Image
-from processes import launch
+from processes import launch, together
 
 import eval_knn
 from parallel import Refused
@@ -300,7 +300,7 @@ def search_in_a_group(rank, world_size, folder):
 
 
 def test_two_processes_find_the_neighbours_that_one_finds(tmp_path):
-    torch.multiprocessing.spawn(search_in_a_group, (2, str(tmp_path)), nprocs=2)
+    together(search_in_a_group, 2, 2, str(tmp_path))
     expected = search_all_ways()
     for rank in (0, 1):
         for found, one in zip(torch.load(tmp_path / f"{rank}.pth"), expected, strict=True):
