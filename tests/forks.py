@@ -14,8 +14,9 @@ import time
 from functools import partial
 from pathlib import Path
 
-import matplotlib.figure  # noqa: F401 - imported by runs when they need it, and here once for all, as the next
+import matplotlib.figure  # noqa: F401 - imported by runs when they need it, and here once for all, as the next two
 import torch
+import torch._dynamo  # noqa: F401 - by every optimizer, for more than a second
 import torchvision  # noqa: F401
 from processes import meeting, start
 

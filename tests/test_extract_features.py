@@ -100,11 +100,12 @@ extract_features.main(extract_features.get_args_parser().parse_args(sys.argv[1:]
 """
 
 
-def test_a_killed_run_goes_on(photos, tmp_path, capsys, monkeypatch):
+def test_a_killed_run_goes_on(photos, tmp_path, tmp_path_factory, capsys, monkeypatch):
     output = tmp_path / "photos.npy"
     command = ["--data_path", str(photos), "--output", str(output), *map(str, NETWORK)]
-    (tmp_path / "killed.py").write_text(KILLED)
-    killed = launch(tmp_path / "killed.py", *command)
+    script = tmp_path_factory.mktemp("script") / "killed.py"
+    script.write_text(KILLED)
+    killed = launch(script, *command)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     parts = tmp_path / "photos.npy.parts"
     left = sorted(p.name for p in parts.iterdir())
