@@ -282,7 +282,7 @@ def test_a_crop_too_small_for_batch_norm_is_refused_before_training(batch, code,
 
 
 def test_the_default_rate_of_stochastic_depth_gives_way(tmp_path, capsys):
-    flags = (*CONVOLUTIONAL, "--arch", "selecsls42", "--batch_size_per_gpu", 2, "--output_dir", tmp_path / "out")
+    flags = (*CONVOLUTIONAL, "--arch", "dla46x_c", "--batch_size_per_gpu", 2, "--output_dir", tmp_path / "out")
     parse = main_dino.get_args_parser().parse_args
     assert main_dino.main(parse([*map(str, flags), "--drop_path_rate", "0.1"])) == 2
     error = capsys.readouterr().err

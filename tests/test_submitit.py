@@ -122,7 +122,7 @@ def test_bad_input_gets_one_line_before_the_queue(sbatch, tmp_path, capsys, flag
 
 
 def test_the_default_rate_of_stochastic_depth_gives_way_before_the_queue(sbatch, tmp_path, capsys):
-    flags = ("--arch", "selecsls42", "--out_dim", 64, "--ngpus", 1, "--output_dir", tmp_path / "out")
+    flags = ("--arch", "dla46x_c", "--out_dim", 64, "--ngpus", 1, "--output_dir", tmp_path / "out")
     assert run(*flags, "--drop_path_rate", 0.1) == 2 and "--drop_path_rate 0.1" in capsys.readouterr().err
     assert run(*flags) == 0 and sbatch.kept.exists()
 

@@ -651,7 +651,7 @@ def test_mixing():
 
 
 @pytest.mark.parametrize("flags, message", [
-    (("--arch", "selecsls42", "--drop_path_rate", 0.1), "--drop_path_rate 0.1: --arch selecsls42"),
+    (("--arch", "dla46x_c", "--drop_path_rate", 0.1), "--drop_path_rate 0.1: --arch dla46x_c"),
     (("--arch", "resnet18", "--batch_size_per_gpu", 1), "--batch_size_per_gpu 1: batch norm in --arch resnet18"),
 ])
 def test_fine_tuning_what_a_network_does_not_support(flags, message, pictures, tmp_path, capsys):
@@ -661,7 +661,7 @@ def test_fine_tuning_what_a_network_does_not_support(flags, message, pictures, t
 
 
 def test_fine_tuning_without_stochastic_depth(pictures, tmp_path, capsys):
-    report = run(pictures, tmp_path, "--finetune", "--epochs", 1, "--warmup_epochs", 0, "--arch", "selecsls42")
+    report = run(pictures, tmp_path, "--finetune", "--epochs", 1, "--warmup_epochs", 0, "--arch", "dla46x_c")
     assert report["protocol"] == "finetune" and "--drop_path_rate 0 instead" in capsys.readouterr().out
 
 
