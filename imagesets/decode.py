@@ -105,7 +105,7 @@ def decode(
             raise Undecodable(f"{error} ({remark[0]})") from error
         raise
     if remark:
-        remarks.say(name, remark[0])
+        remarks.say(name, remark[0].removeprefix(f"{name}: "))  # which this project's own have
     return pixels
 
 

@@ -1,4 +1,5 @@
-"""How the input images of a network are made: mean, std, channels and image size, from wherever they are stored.
+"""How the input images of a network are made: mean, std, channels, image size and the size before the crop, from
+wherever they are stored.
 
 In this order: flags, what the file of weights itself says (`args` of a checkpoint, metadata of safetensors),
 `preprocessor_config.json` and `config.json` beside it (Hugging Face, timm), ImageNet's mean and std for 3 channels.
@@ -46,8 +47,10 @@ def from_processor(config: Mapping) -> dict:
         mean, std = (scaled(config.get(key), white) for key in ("image_mean", "image_std"))
     else:
         mean, std = 0.0, 1 / white
-    size = config.get("crop_size") if config.get("do_center_crop", True) else None
-    return {"mean": mean, "std": std, "image_size": side(size or config.get("size"))}
+    crop = side(config.get("crop_size")) if config.get("do_center_crop", True) else None
+    size = side(config.get("size"))
+    return {"mean": mean, "std": std, "image_size": crop or size,
+            "resize_ratio": size / (crop or size) if size and config.get("do_resize", True) else None}
 
 
 def scaled(values: Any, white: float) -> Any:
@@ -71,7 +74,9 @@ def from_config(config: Mapping) -> dict:
     shape = timm.get("input_size")
     if not (isinstance(shape, list) and len(shape) == 3):
         shape = (config.get("num_channels"), *[config.get("image_size")] * 2)
+    share = timm.get("crop_pct")
     return {"mean": timm.get("mean"), "std": timm.get("std"), "in_chans": shape[0],
+            "resize_ratio": 1 / share if isinstance(share, (int, float)) and share > 0 else None,
             "image_size": shape[1] if shape[1] == shape[2] and isinstance(shape[1], int) else None}
 
 
@@ -81,7 +86,8 @@ BESIDE: dict[str, Callable[[Mapping], dict]] = {  # in this order
 
 
 def stored(path: str, args: Mapping) -> dict[str, Found]:
-    """mean, std, in_chans and image_size of a file of weights, those that are stored, each from its first source.
+    """mean, std, in_chans, image_size and resize_ratio (the shorter side before the crop, per side of the crop) of a
+    file of weights, those that are stored, each from its first source.
 
     Args:
         path: the file; "" is none.

@@ -244,7 +244,7 @@ def test_a_killed_worker_ends_the_run_with_one_line(tmp_path):
         while "step 5/" not in run.stdout.readline():
             assert run.poll() is None
         os.kill(children(run.pid)[0], signal.SIGKILL)
-        _, stderr = run.communicate(timeout=60)
+        _, stderr = run.communicate(timeout=600)
     finally:
         run.kill()
     (line,) = stderr.strip().splitlines()
