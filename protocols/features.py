@@ -319,7 +319,7 @@ def load_network(
 
 def say_stored_resize(ratio: Found | None, crop: int, size: int) -> None:
     """Tell that the weights' configuration resizes images to another size than the protocol's `size`."""
-    if ratio and (stored := int(crop * ratio.value + 1e-6)) != size:
+    if ratio and abs((stored := int(crop * ratio.value + 1e-6)) - size) > 1:  # programs round differently
         parallel.say(f"images are resized to {size} pixels and cropped to {crop}, as in the published evaluations; "
                      f"{ratio.source} says {stored}, which --resize_size {stored} follows")
 

@@ -223,7 +223,7 @@ def load_backbone(
 
     Returns:
         The network, and {arch, patch_size, embed_dim, in_chans, mean, std, global_crops_size, options: the arguments
-        of `build_backbone`, sources: where mean and std come from}, and, if they are stored, value_range of the training
+        of `build_backbone`, sources: where mean and std come from}, and, if stored, value_range of the training
         images and resize_ratio (see `preprocessing.stored`).
 
     Raises:
