@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import atomic
 import parallel
 from imagesets.decode import MAX_PIXELS
 from parallel import Refused, Stopped, worker_death
@@ -38,6 +39,7 @@ def exit_code(
     try:
         try:
             result = work(args)
+            sys.stdout.flush()  # here, not at Python's exit, which would print a traceback if the reader has gone
             return result if isinstance(result, int) else 0
         except Refused as error:
             print(f"{script}: error: {error}", file=sys.stderr, flush=True)
@@ -46,7 +48,8 @@ def exit_code(
             print(f"{script}: interrupted", file=sys.stderr, flush=True)
             return 130
         except Exception as error:
-            stopped = error if isinstance(error, Stopped) else output_closed(error) or explain(error)
+            stopped = error if isinstance(error, Stopped) else (
+                output_closed(error) or atomic.full_disk(error) or explain(error))
             if stopped is None:
                 raise
         finally:

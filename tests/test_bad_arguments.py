@@ -1,6 +1,7 @@
 """Wrong flags and combinations: exit code 2, one line with flag, value and remedy, nothing written, at once."""
 
 import argparse
+import os
 import re
 import shlex
 import subprocess
@@ -17,6 +18,7 @@ from PIL import Image
 from processes import ENV, SMALL, launch
 
 import eval_knn
+import flags
 import main_dino
 import visualize_attention
 from imagesets import loaders
@@ -360,6 +362,27 @@ def test_a_reader_that_has_enough_is_named_as_such(tmp_path):
     said = run.stderr.read()
     assert run.wait(timeout=120) == 1
     assert "reads the output has closed it" in said and "worker" not in said and said.count("\n") == 1
+
+
+def test_output_still_buffered_when_its_reader_has_gone_is_one_line(monkeypatch, capsys):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        assert flags.exit_code("check_images.py", lambda args: print("few words"), argparse.Namespace()) == 1
+    said = capsys.readouterr().err
+    assert "check_images.py: stopped: " in said and "closed" in said and said.count("\n") == 1
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.parametrize("write", [
+    lambda: Path("/dev/full").write_text("x"), lambda: torch.save({"x": torch.ones(9)}, "/dev/full"),
+    lambda: Image.new("RGB", (99, 99)).save("/dev/full", "PNG"),
+])  # fmt: skip
+def test_a_full_disk_is_one_line_in_every_script(write, capsys):
+    assert flags.exit_code("export.py", lambda args: write(), argparse.Namespace()) == 1
+    said = capsys.readouterr().err
+    assert "export.py: stopped: " in said and "No space left on device" in said and said.count("\n") == 1
 
 
 def test_ctrl_c_is_one_line(monkeypatch, capsys):

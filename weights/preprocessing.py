@@ -50,7 +50,8 @@ def from_processor(config: Mapping) -> dict:
     crop = side(config.get("crop_size")) if config.get("do_center_crop", True) else None
     size = side(config.get("size"))
     return {"mean": mean, "std": std, "image_size": crop or size,
-            "resize_ratio": size / (crop or size) if size and config.get("do_resize", True) else None}
+            "resize_ratio": size / (crop or size) if size and config.get("do_resize", True) and size >= (crop or 0)
+            else None}
 
 
 def scaled(values: Any, white: float) -> Any:
@@ -64,7 +65,12 @@ def side(size: Any) -> int | None:
     """Pixels per side of Hugging Face's forms of a size; None: not a square, or not stated."""
     if isinstance(size, Mapping):
         size = size.get("shortest_edge") or (size.get("height") if size.get("height") == size.get("width") else None)
-    return size if isinstance(size, int) else None
+    return int(size) if is_number(size) and size == int(size) else None
+
+
+def is_number(value: Any) -> bool:
+    """A finite number; JSON's true is none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def from_config(config: Mapping) -> dict:
@@ -76,7 +82,7 @@ def from_config(config: Mapping) -> dict:
         shape = (config.get("num_channels"), *[config.get("image_size")] * 2)
     share = timm.get("crop_pct")
     return {"mean": timm.get("mean"), "std": timm.get("std"), "in_chans": shape[0],
-            "resize_ratio": 1 / share if isinstance(share, (int, float)) and share > 0 else None,
+            "resize_ratio": 1 / share if is_number(share) and 0 < share <= 1 else None,
             "image_size": shape[1] if shape[1] == shape[2] and isinstance(shape[1], int) else None}
 
 
@@ -110,6 +116,9 @@ def stored(path: str, args: Mapping) -> dict[str, Found]:
         for key, value in values.items():
             if value is not None:
                 found.setdefault(key, Found(value, source))
+    if "image_size" in found and not (is_number(found["image_size"].value) and found["image_size"].value >= 1):
+        value, source = found["image_size"]
+        raise BadFile(f"{path}: made for images of {value!r} pixels ({source}); correct it there")
     return found
 
 
