@@ -4,26 +4,12 @@ files of a folder the project wrote, so that it doesn't read them as data.
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 OUTPUTS = ".outputs"  # in each folder: names of what the project wrote there and could take for data, one per line
-
-
-DISK = {getattr(errno, name, None) for name in ("ENOSPC", "EDQUOT", "EROFS", "EIO", "ESTALE", "EFBIG")} - {None}
-
-
-def full_disk(error: BaseException | None) -> str | None:
-    """A line if the error says that a disk is full, read-only or not available, else None."""
-    if isinstance(error, RuntimeError) and "inline_container" in str(error):  # how torch.save reports a failed write
-        error = error.__context__
-    if getattr(error, "errno", None) not in DISK:
-        return None
-    file = f"{error.filename}: " if error.filename else ""
-    return f"{file}{error.strerror}; free space or repair the disk and start again"
 
 
 @contextmanager

@@ -10,7 +10,6 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import atomic
 import parallel
 from imagesets.decode import MAX_PIXELS
 from parallel import Refused, Stopped, worker_death
@@ -49,7 +48,7 @@ def exit_code(
             return 130
         except Exception as error:
             stopped = error if isinstance(error, Stopped) else (
-                output_closed(error) or atomic.full_disk(error) or explain(error))
+                output_closed(error) or parallel.full_disk(error) or explain(error))
             if stopped is None:
                 raise
         finally:

@@ -9,7 +9,6 @@ import time
 import torch
 import torch.distributed as dist
 
-import atomic
 import parallel
 
 TO_BE_CONTINUED = 75  # exit code of a run that saved and stopped on request; EX_TEMPFAIL in sysexits.h
@@ -66,7 +65,7 @@ class Requests:
 
 def explain(error: Exception, output_dir: str) -> parallel.Stopped | str | None:
     """Why a run stopped, if the cause lies outside its code; None for a bug."""
-    if reason := parallel.worker_death(error) or out_of_memory(error) or atomic.full_disk(error):
+    if reason := parallel.worker_death(error) or out_of_memory(error) or parallel.full_disk(error):
         return reason
     if reason := lost_process(error):
         # Two processes print the line, because one of them may be the lost one.
