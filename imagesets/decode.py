@@ -284,4 +284,6 @@ def with_mode(image: Image.Image, mode: str) -> Image.Image:
 def reason(error: Exception) -> str:
     if isinstance(error, Image.UnidentifiedImageError):
         return "not an image that Pillow can read"  # Pillow's message names a file object
+    if isinstance(error, Image.DecompressionBombError):
+        return f"{str(error).partition(', could')[0]}; raise --max_pixels to read it"
     return getattr(error, "strerror", None) or str(error) or type(error).__name__

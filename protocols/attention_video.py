@@ -56,14 +56,18 @@ def draw_video(
         image_size, layer, threshold, pca, point: as in `attention.draw_image`; see `video_rows`.
 
     Raises:
-        Refused: no such video, no frames, a point outside them, or nothing can be written to `output_dir`.
+        Refused: no such video, no frames, a point outside them, nothing can be written to `output_dir`, or frames that
+            somebody else put there would be replaced.
     """
     frames, total, fps = open_video(path, fps, network.reading)
     all_drawn = progress(video_rows(network, frames, image_size, layer, threshold, pca, point), total, "frames")
     first = next(all_drawn, None)  # before anything is written: bad flags show here
     if first is None:
         raise Refused(f"--video {path}: it has no frames; give another file or folder")
-    folder, count, extracted = flags.prepare_output(output_dir), 0, Path(path).is_file()
+    count, extracted = 0, Path(path).is_file()
+    if extracted:
+        check_frames(Path(output_dir) / "frames")
+    folder = flags.prepare_output(output_dir)
     plain, beside = (folder / f"{name}.{video_format}" for name in ("video", "attention"))
     with writing(plain, first.plain, fps) as write_plain, writing(beside, first.row, fps) as write_row:
         for drawn in itertools.chain([first], all_drawn):
@@ -75,6 +79,14 @@ def draw_video(
             count += 1
     print(f"{count} frames, {fps:g} per second: {plain.name}, {beside.name}, attention/{' and frames/' * extracted} "
           f"written to {folder}")
+
+
+def check_frames(folder: Path) -> None:
+    """Refuse to replace frames in the folder that another program wrote."""
+    own = atomic.outputs_in(folder)
+    if theirs := sorted(file.name for file in folder.glob("frame-*.jpg") if os.fsencode(file.name) not in own):
+        raise Refused(f"--output_dir {folder.parent}: {folder.name}/{theirs[0]} is not from this script, which would "
+                      "replace it; choose another folder")
 
 
 def video_rows(
