@@ -6,6 +6,7 @@ import argparse
 import difflib
 import math
 import os
+import shlex
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -38,6 +39,7 @@ def exit_code(
     try:
         try:
             result = work(args)
+            sys.stdout.flush()  # here, not at Python's exit, which would print a traceback if the reader has gone
             return result if isinstance(result, int) else 0
         except Refused as error:
             print(f"{script}: error: {error}", file=sys.stderr, flush=True)
@@ -46,7 +48,8 @@ def exit_code(
             print(f"{script}: interrupted", file=sys.stderr, flush=True)
             return 130
         except Exception as error:
-            stopped = error if isinstance(error, Stopped) else output_closed(error) or explain(error)
+            stopped = error if isinstance(error, Stopped) else (
+                output_closed(error) or parallel.full_disk(error) or explain(error))
             if stopped is None:
                 raise
         finally:
@@ -99,7 +102,8 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that also reads flags from `@FILE`: one or more flags per line, `#` starts a comment.
+    """An ArgumentParser that also reads flags from `@FILE`: one or more flags per line, `#` starts a comment,
+    values with spaces are quoted.
 
     It can be the parent of another parser, as the published scripts use theirs: `-h` is added when it parses.
 
@@ -144,7 +148,12 @@ class Parser(argparse.ArgumentParser):
             self.error(f"{arg}: not a file of flags ({getattr(error, 'strerror', 'not text')}); available: {presets}")
 
     def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
-        return [self.found_file(word) for word in arg_line.split("#")[0].split()]
+        words = shlex.shlex(arg_line.removeprefix("\ufeff"), posix=True)  # the mark is what some editors put first
+        words.whitespace_split, words.escape = True, ""  # a path of Windows keeps its backslashes
+        try:
+            return [self.found_file(word) for word in words]
+        except ValueError:  # an apostrophe without another one
+            return [self.found_file(word) for word in arg_line.split("#")[0].split()]
 
     def error(self, message: str) -> None:
         """Print one line and exit with code 2; argparse would print the usage of fifty flags above it."""

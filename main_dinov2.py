@@ -285,6 +285,14 @@ def make_teacher(args: argparse.Namespace, run: Run) -> nn.Module:
     """The network whose targets the student learns: its own moving average, or a frozen one (distillation)."""
     if not args.distill_from:
         return run.teacher
+    teacher = matching_teacher(args).to(run.device)
+    if run.make_backbone:
+        sharding.shard(teacher, run.device)
+    return teacher
+
+
+def matching_teacher(args: argparse.Namespace) -> BackboneAndHeads:
+    """The frozen network of --distill_from. Raises Refused if the student can't learn its targets."""
     teacher, stored = read_teacher(args.distill_from)
     for name in ("patch_size", "in_chans", "out_dim", "ibot_separate_head"):
         theirs, ours = getattr(stored, name), getattr(args, name)
@@ -294,9 +302,6 @@ def make_teacher(args: argparse.Namespace, run: Run) -> nn.Module:
     if patch_prototypes(stored) != patch_prototypes(args):
         raise Refused(f"--distill_from {args.distill_from}: it has {patch_prototypes(stored)} prototypes for patches, "
                       f"and the student {patch_prototypes(args)}; give --ibot_out_dim {patch_prototypes(stored)}")
-    teacher = teacher.to(run.device)
-    if run.make_backbone:
-        sharding.shard(teacher, run.device)
     return teacher
 
 

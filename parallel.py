@@ -5,6 +5,7 @@ Without a process group, every function behaves as in a run of one process.
 
 from __future__ import annotations
 
+import errno
 import gc
 import importlib
 import os
@@ -371,3 +372,17 @@ def leave(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+DISK = {getattr(errno, name, None) for name in ("ENOSPC", "EDQUOT", "EROFS", "EIO", "ESTALE", "EFBIG")} - {None}
+
+
+def full_disk(error: Exception) -> str | None:
+    """A one-line reason if the error says that a disk is full, read-only or not available, else None."""
+    what = ""
+    signs = ("inline_container", "iostream error")  # how torch.save reports a failed write
+    if isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs):
+        error, what = error.__context__, "a file could not be written: the disk is full, or a limit is reached"
+    if getattr(error, "errno", None) in DISK:
+        what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return what and f"{what}; free space or repair the disk and start again" or None

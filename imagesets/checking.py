@@ -11,6 +11,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,7 +30,7 @@ from imagesets.sources import Images, open_images
 from parallel import Refused
 
 MOST_WORKERS = 16
-SECONDS = 10  # between lines of progress
+FIRST, SECONDS = 3, 10  # to the first line of progress, and between lines
 
 
 class Checked(NamedTuple):
@@ -67,12 +68,13 @@ def check(images: Images, numbers: Sequence[int] | None = None) -> list[Checked]
     numbers = range(len(images)) if numbers is None else numbers
     workers = 0 if len(numbers) < 100 else min(available_cores(), MOST_WORKERS)
     loader = DataLoader(Checks(images), batch_size=None, sampler=numbers, **worker_options(workers))
-    checked, said = [], time.monotonic()
+    checked, began, due = [], time.monotonic(), FIRST
     for image in loader:
         checked.append(image)
-        if time.monotonic() - said > SECONDS:
-            said = time.monotonic()
-            print(f"{len(checked)} of {len(numbers)} images decoded", file=sys.stderr, flush=True)
+        if (passed := time.monotonic() - began) > due:
+            due = passed + SECONDS
+            left = timedelta(seconds=round(passed / len(checked) * (len(numbers) - len(checked))))
+            print(f"{len(checked)} of {len(numbers)} images decoded, eta {left}", file=sys.stderr, flush=True)
     return checked
 
 

@@ -1,6 +1,7 @@
 """Wrong flags and combinations: exit code 2, one line with flag, value and remedy, nothing written, at once."""
 
 import argparse
+import os
 import re
 import shlex
 import subprocess
@@ -17,6 +18,7 @@ from PIL import Image
 from processes import ENV, SMALL, launch
 
 import eval_knn
+import flags
 import main_dino
 import visualize_attention
 from imagesets import loaders
@@ -363,6 +365,28 @@ def test_a_reader_that_has_enough_is_named_as_such(tmp_path):
     assert "reads the output has closed it" in said and "worker" not in said and said.count("\n") == 1
 
 
+def test_output_still_buffered_when_its_reader_has_gone_is_one_line(monkeypatch, capsys):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        assert flags.exit_code("check_images.py", lambda args: print("few words"), argparse.Namespace()) == 1
+    said = capsys.readouterr().err
+    assert "check_images.py: stopped: " in said and "closed" in said and said.count("\n") == 1
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.parametrize("write", [
+    lambda: Path("/dev/full").write_text("x"), lambda: torch.save({"x": torch.ones(9)}, "/dev/full"),
+    lambda: Image.new("RGB", (99, 99)).save("/dev/full", "PNG"),
+])  # fmt: skip
+def test_a_full_disk_is_one_line_in_every_script(write, capsys):
+    assert flags.exit_code("export.py", lambda args: write(), argparse.Namespace()) == 1
+    said = capsys.readouterr().err
+    assert "export.py: stopped: " in said and said.count("\n") == 1
+    assert "No space left on device" in said or "disk is full" in said
+
+
 def test_ctrl_c_is_one_line(monkeypatch, capsys):
     def interrupted(*args, **options):
         raise KeyboardInterrupt
@@ -390,6 +414,15 @@ def test_presets_work_from_any_folder(tmp_path, monkeypatch):
     assert main_dino.get_args_parser().parse_args(["@presets/shapes.txt"]).out_dim == 256
     args = main_dino.get_args_parser().parse_args(["@mine.txt"])
     assert (args.out_dim, args.epochs) == (256, 3)
+
+
+def test_a_preset_holds_what_a_command_line_holds(tmp_path):
+    (tmp_path / "mine.txt").write_text(
+        "\ufeff--epochs 3 # fewer\r\n--data_path \"my images\"  --output_dir 'C:\\out\\a'\n"
+        "--eval_data_path it's\n", encoding="utf-8")
+    args = main_dino.get_args_parser().parse_args([f"@{tmp_path / 'mine.txt'}"])
+    assert (args.epochs, args.data_path, args.output_dir) == (3, "my images", r"C:\out\a")
+    assert args.eval_data_path == "it's"
 
 
 def test_every_parser_can_be_the_parent_of_another():

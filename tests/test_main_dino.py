@@ -4,6 +4,7 @@ import math
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ import utils
 from imagesets import loaders
 from parallel import Refused
 from pretraining import networks, options
+from pretraining.state import Run
 from vision_transformer import build_backbone
 from weights import backbones, checkpoints
 
@@ -217,6 +219,17 @@ def test_extensions_that_are_refused(one_epoch, flags, words, capsys):
     said = capsys.readouterr().err
     assert all(word in said for word in words) and said.count("\n") == 1
     assert (one_epoch / "log_steps.txt").read_text() == before
+
+
+def test_an_extension_counts_epochs_as_the_flags_do():
+    """Epochs of 4 steps (--epoch_steps), of which 3 make no more than the 16 steps done, where a pass has 8."""
+    state = {"args": {"images": 64, "global_batch": 8}, "step": 16}
+    run = SimpleNamespace(settings={"steps": 0, "epochs": 5, "epoch_steps": 4, "images": 64}, steps_per_epoch=8,
+                          step_after=lambda state: state["step"])
+    Run.check_extension(run, state, {"epochs": (4, 5)})
+    run.settings["epochs"] = 3
+    with pytest.raises(Refused, match="--epochs 3 .*4 done"):
+        Run.check_extension(run, state, {"epochs": (4, 3)})
 
 
 def test_an_extension_of_nothing_is_refused(tmp_path, capsys):

@@ -289,6 +289,20 @@ def test_published_flags_of_video_generation_on_a_file(tiny, tmp_path, ffmpeg):
     assert np.abs(kept.astype(int) - source).mean() < 3
 
 
+def test_frames_of_somebody_else_are_not_replaced(tiny, tmp_path, ffmpeg, capsys):
+    video = write_video(ffmpeg, tmp_path / "in.mp4", frames=2)
+    mine = write_image(tmp_path / "out" / "frames" / "frame-0001.jpg", 9, 9)
+    before = mine.read_bytes()
+    assert run("--video", video, "--output_dir", tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert f"--output_dir {tmp_path / 'out'}: frames/frame-0001.jpg" in error and error.count("\n") == 1
+    assert mine.read_bytes() == before and [p.name for p in (tmp_path / "out").iterdir()] == ["frames"]
+    mine.rename(mine.with_name("other.jpg"))
+    for _ in range(2):  # its own frames it replaces
+        assert run("--video", video, "--output_dir", tmp_path / "out") == 0
+    assert set(atomic.outputs_in(mine.parent)) == {b"frame-0000.jpg", b"frame-0001.jpg"}  # not other.jpg
+
+
 def test_video_only_makes_a_video_of_maps_without_a_network(tmp_path, ffmpeg, monkeypatch):
     monkeypatch.setattr("protocols.features.load_network", None)
     for i, name in enumerate(["attn-2.png", "attn-10.png", "other.png"]):  # the last one is no map

@@ -234,8 +234,8 @@ def load_backbone(
 
     Returns:
         The network, and {arch, patch_size, embed_dim, in_chans, mean, std, global_crops_size, options: the arguments
-        of `build_backbone`, sources: where mean and std come from}, and value_range of the training images if one was
-        given.
+        of `build_backbone`, sources: where mean and std come from}, and, if stored, value_range of the training
+        images and resize_ratio (see `preprocessing.stored`).
 
     Raises:
         Refused (a ValueError): no such file, not a checkpoint, no such part in it, unknown architecture, another than
@@ -259,6 +259,8 @@ def load_backbone(
     if args.get("value_range"):
         info["value_range"] = tuple(args["value_range"])
     file = f"{flag} {weights}" if weights else f"--in_chans {in_chans}"
+    if "resize_ratio" in found:
+        info["resize_ratio"] = found["resize_ratio"]
     normalization = preprocessing.normalization(found, info["in_chans"], file, mean, std)
     info |= {key: value for key, (value, _) in normalization.items()}
     info["sources"] = {key: source for key, (_, source) in normalization.items()}

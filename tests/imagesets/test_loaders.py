@@ -384,6 +384,7 @@ def test_torchvision_without_root_or_labels(monkeypatch):
         ("empty.txt", None, 3, "the list is empty"),
         ("blank.txt", None, 3, "the list is empty"),
         ("mixed.txt", None, 3, "some lines have a label"),
+        ("utf16.txt", None, 3, "UTF-8"), ("no_label.txt", None, 3, "'b.png' is empty"),
         ("tabs.txt", None, 3, "some lines have a label"),
         ("elsewhere.txt", None, 3, "'none.png' isn't there; paths are relative"),
         ("good.txt", "val", 3, "a list of their own"),
@@ -414,9 +415,11 @@ def test_errors_are_one_line_with_flag_value_and_remedy(tmp_path, monkeypatch, d
     (tmp_path / "empty").mkdir()
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.txt").write_text("a")
-    lists = {"empty": "", "blank": "\n\r\n", "mixed": "image.png\t1\nimage.png\n", "tabs": "image.png\t1\t2\n"}
+    lists = {"empty": "", "blank": "\n\r\n", "mixed": "image.png\t1\nimage.png\n", "tabs": "image.png\t1\t2\n",
+             "no_label": "image.png\tcat\nb.png\t\n"}
     for name, text in (lists | {"elsewhere": "none.png\n", "good": "image.png\n"}).items():
         (tmp_path / f"{name}.txt").write_text(text)
+    (tmp_path / "utf16.txt").write_text("image.png\n", encoding="utf-16")
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(Refused) as error:
         open_images(data_path, split, in_chans, flag="--eval_data_path")
