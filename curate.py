@@ -38,7 +38,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     flags.add_reading_flags(data, skip_bad=True)
 
     add = parser.add_argument_group("duplicates").add_argument
-    add("--duplicate_threshold", type=flags.number(float, 0, 1), default=0.95, metavar="COSINE",
+    add("--duplicate_threshold", type=flags.number(float, 0, 1), default=0.98, metavar="COSINE",
         help="images of at least this cosine are near duplicates; 0: drop only equal files. What it should be depends "
              "on the network: measure it, or look at the page (docs/curation.md)")
     add("--against", nargs="+", default=[], metavar="PATH",

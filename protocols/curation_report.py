@@ -56,7 +56,9 @@ def written(images: Joined, i: int, folder: Path) -> bytes:
         pixels = images.load(i).numpy()  # (C, H, W)
     except Undecodable as error:
         raise refused_image(error) from error
-    folder.mkdir(exist_ok=True)
+    if not folder.exists():
+        atomic.mark_output(folder)  # a pile that --output_dir lies in does not grow by these
+        folder.mkdir()
     with atomic.replacing(path) as temporary:
         Image.fromarray(pixels[0] if len(pixels) == 1 else np.moveaxis(pixels, 0, -1)).save(temporary, "PNG")
     return bytes(path)

@@ -62,7 +62,7 @@ def nearest_rows(
     cosines, rows = (torch.from_numpy(np.concatenate(part)) for part in zip(*parts, strict=True))
     order = rows.sort(1)[1]  # faiss leaves the order of equal cosines open: by row, as above
     cosines, rows = cosines.gather(1, order), rows.gather(1, order)
-    order = cosines.sort(1, descending=True, stable=True)[1]
+    order = cosines.sort(dim=1, descending=True, stable=True)[1]
     return cosines.gather(1, order), rows.gather(1, order)
 
 
