@@ -50,31 +50,38 @@ def pairs(x: torch.Tensor, engine: str, device: str) -> int:
     return sum(len(part) for part in neighbours.similar_pairs(x, THRESHOLD, engine, device))
 
 
-def measure(args) -> list[list]:
-    n, m, bank_size, width = (4000, 100, 8000, 32) if args.quick else (100_000, 1000, 1_000_000, args.width)
-    engines, rows = ["exact"], []
-    if neighbours.pick_engine("auto", torch.device(args.device)) == "faiss":
-        engines.append("faiss")
-    x = embeddings(n, width, 5, 0, args.device)
-    for engine in engines:
-        for _ in range(args.rounds):
-            took, count = seconds(lambda x=x, engine=engine: pairs(x, engine, args.device), args.device)
-            rows.append([f"all pairs of {n:,}, {engine}", took, n * n / 2 / took / 1e6, f"{count:,} pairs", memory()])
-    del x
-    bank = embeddings(bank_size, width, 5, 1, args.device)
-    queries, part = embeddings(m, width, 5, 2, args.device), max(1, m // 20)
+def all_pairs(engines: list[str], n: int, args) -> list[list]:
+    x, rows = embeddings(n, args.width, 5, 0, args.device), []
+    for engine in engines * args.rounds:
+        took, count = seconds(lambda engine=engine: pairs(x, engine, args.device), args.device)
+        rows.append([f"all pairs of {n:,}, {engine}", took, n * n / 2 / took / 1e6, f"{count:,} pairs", memory()])
+    return rows
+
+
+def few_queries(engines: list[str], m: int, n: int, args) -> list[list]:
+    bank, queries = (embeddings(count, args.width, 5, seed, args.device) for seed, count in ((1, n), (2, m)))
+    part = max(1, m // 20)
     took, expected = seconds(lambda: straightforward(queries, bank, part), args.device)
-    rows.append([f"{part:,} queries against {bank_size:,}, one product", took, part * bank_size / took / 1e6, "",
-                 memory()])
-    for engine in engines:
-        for _ in range(args.rounds):
-            took, (cosines, _) = seconds(lambda engine=engine: neighbours.nearest_rows(
-                queries, bank, K, engine, args.device), args.device)
-            worst = float((cosines[:part] - expected.cpu()).abs().max())
-            if worst > 1e-5:
-                raise SystemExit(f"{engine}: cosines differ from one product's by {worst}")
-            rows.append([f"{m:,} queries against {bank_size:,}, {engine}", took, m * bank_size / took / 1e6,
-                         f"{K} neighbours", memory()])
+    rows = [[f"{part:,} queries against {n:,}, one product", took, part * n / took / 1e6, "", memory()]]
+    for engine in engines * args.rounds:
+        took, (cosines, _) = seconds(lambda engine=engine: neighbours.nearest_rows(
+            queries, bank, K, engine, args.device), args.device)
+        worst = float((cosines[:part] - expected.cpu()).abs().max())
+        if worst > 1e-5:
+            raise SystemExit(f"{engine}: cosines differ from one product's by {worst}")
+        rows.append([f"{m:,} queries against {n:,}, {engine}", took, m * n / took / 1e6, f"{K} neighbours", memory()])
+    return rows
+
+
+def measure(args) -> list[list]:
+    n, m, bank = (4000, 100, 8000) if args.quick else (100_000, 1000, 1_000_000)
+    engines, rows = ["exact"], []
+    if args.engines != "exact" and neighbours.pick_engine("auto", torch.device(args.device)) == "faiss":
+        engines.append("faiss")
+    if args.part != "queries":
+        rows += all_pairs(engines, n, args)
+    if args.part != "pairs":
+        rows += few_queries(engines, m, bank, args)
     return rows
 
 
@@ -94,6 +101,8 @@ def main(args) -> int:
 def get_args_parser():
     parser = bench.parser(__doc__, rounds=1)
     parser.add_argument("--width", type=int, default=384)
+    parser.add_argument("--part", choices=("all", "pairs", "queries"), default="all")
+    parser.add_argument("--engines", choices=("all", "exact"), default="all")
     return parser
 
 
