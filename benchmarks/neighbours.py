@@ -74,7 +74,7 @@ def few_queries(engines: list[str], m: int, n: int, args) -> list[list]:
 
 
 def measure(args) -> list[list]:
-    n, m, bank = (4000, 100, 8000) if args.quick else (100_000, 1000, 1_000_000)
+    n, m, bank = (4000, 100, 8000) if args.quick else (args.images, 1000, 1_000_000)
     engines, rows = ["exact"], []
     if args.engines != "exact" and neighbours.pick_engine("auto", torch.device(args.device)) == "faiss":
         engines.append("faiss")
@@ -101,6 +101,7 @@ def main(args) -> int:
 def get_args_parser():
     parser = bench.parser(__doc__, rounds=1)
     parser.add_argument("--width", type=int, default=384)
+    parser.add_argument("--images", type=int, default=100_000, help="embeddings all pairs of which are compared")
     parser.add_argument("--part", choices=("all", "pairs", "queries"), default="all")
     parser.add_argument("--engines", choices=("all", "exact"), default="all")
     return parser

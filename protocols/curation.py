@@ -74,13 +74,14 @@ def embed(
     """(N, D) embeddings, computed and kept in `output`, one file per data path; a stopped run is resumed.
 
     Args:
-        output: name of the files, without number and suffix. about: see `extraction.describe`.
+        output: name of the files, without number and suffix. about: has the seed and precision of the network.
     """
     arrays = []
     for number, (path, part) in enumerate(zip(data_paths, images.parts, strict=True)):
         file = output.with_name(f"{output.name}{number or ''}.npy")
-        extraction.extract(network, part, file, dict(about, data_path=path), batch_size=batch_size,
-                           num_workers=num_workers, flag="--output_dir")
+        own = extraction.describe(network, path, "cls", about["seed"], about["precision"])
+        extraction.extract(network, part, file, own, batch_size=batch_size, num_workers=num_workers,
+                           flag="--output_dir")
         parallel.barrier()  # the main process writes the file
         arrays.append(tensor(embeddings.read(file)[0]))
     return torch.cat(arrays) if len(arrays) > 1 else arrays[0]
@@ -177,10 +178,10 @@ class Stages:
         self.reasons: dict[int, tuple[str, int | None]] = {}
         self.counts = [{"stage": "images", "dropped": 0, "left": n}]
 
-    def keep(self, stage: str, kept: np.ndarray, reason: str, of: np.ndarray | None = None) -> None:
-        """Drop all images but `kept`, a subset of `left`; `of` is the image that each of the pile duplicates."""
+    def keep(self, stage: str, kept: np.ndarray, reason: str, keeper: np.ndarray | None = None) -> None:
+        """Drop all images but `kept`, a subset of `left`; `keeper`: (N,) the image that is kept in place of each."""
         dropped = np.setdiff1d(self.left, kept)
-        self.reasons |= {int(i): (reason, None if of is None else int(of[i])) for i in dropped}
+        self.reasons |= {int(i): (reason, None if keeper is None else int(keeper[i])) for i in dropped}
         self.left = np.asarray(kept)
         self.counts.append({"stage": stage, "dropped": len(dropped), "left": len(kept)})
         parallel.say(f"{stage}: {len(dropped)} dropped, {len(kept)} left")

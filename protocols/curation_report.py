@@ -80,8 +80,9 @@ def class_counts(images: Joined, curated: Curated) -> list[dict]:
 def write_json(path: Path, images: Joined, curated: Curated, about: Mapping) -> dict:
     """Parameters, counts per stage and class, and each dropped image with the reason; returns all but the latter."""
     figures = dict(about, counts=curated.counts, classes=class_counts(images, curated))
-    dropped = [{"image": images.name(i), "reason": reason} | ({} if of is None else {"duplicates": images.name(of)})
-               for i, (reason, of) in sorted(curated.reasons.items())]
+    dropped = [{"image": images.name(i), "reason": reason}
+               | ({} if keeper is None else {"duplicates": images.name(keeper)})
+               for i, (reason, keeper) in sorted(curated.reasons.items())]
     try:
         atomic.write_text(path, json.dumps(figures | {"dropped": dropped}, indent=1))
     except OSError as error:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes import launch
 
 import curate
 import extract_features
@@ -153,6 +154,16 @@ def test_embeddings_are_kept_and_resumed(piles, tmp_path, monkeypatch, capsys):
     assert run(*args) == 0  # nothing is computed again
     assert run(*args, "--trusted", piles / "empty") == 2
     assert "embeddings of width 3072: at most" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_two_processes_write_the_list_of_one(piles, tmp_path):
+    args = ("--data_path", piles / "a", piles / "b", "--against", piles / "test", "--duplicate_threshold", 0.9999,
+            "--keep", 20, *NETWORK)
+    for n in (1, 2):
+        done = launch("curate.py", *args, "--output_dir", tmp_path / f"{n}", processes=n)
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "1" / "list.txt").read_text() == (tmp_path / "2" / "list.txt").read_text()
 
 
 @pytest.mark.parametrize("argv, words", [

@@ -101,6 +101,13 @@ def test_levels_evens_out_what_one_level_does_not():
     assert evened.max() < 30 < flat.max() and evened.min() >= 6 > flat.min()
 
 
+def test_all_levels_but_the_finest_are_resampled():
+    points, _ = blobs([100, 30, 10], spread=2.0)
+    with_steps, without = (clustering.hierarchy(points, [30, 8, 3], 10, steps) for steps in (3, 0))
+    same = [torch.equal(a.centroids, b.centroids) for a, b in zip(with_steps, without, strict=True)]
+    assert same == [True, False, False]
+
+
 def test_a_seed_is_a_result():
     points, _ = blobs([100, 30, 10])
     runs = [clustering.hierarchy(points, [14, 4, 2], 10, 2, seed) for seed in (0, 0, 1)]
@@ -144,8 +151,8 @@ def test_what_is_left_goes_by_priority():
     assert sampling.allot(np.array([2, 5]), 100, np.array([0, 1])).tolist() == [2, 5]
 
 
-def slow_sample(parents, cluster, level, total, remainders):
-    """Images of a cluster, recursively: an equal share of each child, as far as it has them, the rest as given."""
+def slow_sample(parents, cluster, level, total):
+    """Images of a cluster, recursively: an equal share of each child, as far as it has them, the rest to the first."""
     if level < 0:
         return [cluster]
     children = [i for i, parent in enumerate(parents[level]) if parent == cluster]
@@ -156,7 +163,7 @@ def slow_sample(parents, cluster, level, total, remainders):
         share = min(n, size)
         if rest and size > n:
             share, rest = share + 1, rest - 1
-        images += slow_sample(parents, child, level - 1, share, remainders) if share else []
+        images += slow_sample(parents, child, level - 1, share) if share else []
     return images
 
 
@@ -170,17 +177,16 @@ def count_below(parents, cluster, level):
 def test_sampling_is_that_of_the_paper(total, monkeypatch):
     """With the first image or cluster first where one is to be drawn, the same images as a recursive version."""
     rng = np.random.default_rng(3)
-    tops = [rng.integers(24, size=150), rng.integers(8, size=24), rng.integers(3, size=8)]
-    tops = [np.unique(labels, return_inverse=True)[1] for labels in tops]  # no empty cluster
-    counts = [len(np.unique(labels)) for labels in tops]
-    tops = [labels[: count] for labels, count in zip(tops, [150, *counts[:-1]], strict=True)]
-    tops = [np.unique(labels, return_inverse=True)[1] for labels in tops]
-    levels = [clustering.Clusters(torch.zeros(labels.max() + 1, 1), torch.from_numpy(labels)) for labels in tops]
+    parents, n = [], 150
+    for k in (24, 8, 3):
+        parents.append(np.unique(rng.integers(k, size=n), return_inverse=True)[1])  # no empty cluster
+        n = parents[-1].max() + 1
+    levels = [clustering.Clusters(torch.zeros(p.max() + 1, 1), torch.from_numpy(p)) for p in parents]
     monkeypatch.setattr(np.random, "default_rng", lambda seed: type("Ordered", (), {"permutation": np.arange})())
-    found = sampling.balanced_sample(levels, total)
+    sampled = sampling.balanced_sample(levels, total)
     top = [np.zeros(len(levels[-1].centroids), np.int64)]  # one cluster above all
-    expected = slow_sample([*tops, *top], 0, 3, min(total, 150), None)
-    assert found.tolist() == sorted(expected) and len(found) == min(total, 150)
+    expected = slow_sample([*parents, *top], 0, 3, min(total, 150))
+    assert sampled.tolist() == sorted(expected) and len(sampled) == min(total, 150)
 
 
 def test_images_are_drawn_from_clusters_with_enough_votes():

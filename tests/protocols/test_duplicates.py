@@ -147,9 +147,9 @@ def test_precision_and_recall_against_loops():
         joint = {(i, j) for i in range(40) for j in range(i + 1, 40) if group[i] == group[j]}
         true = {(i, j) for i in range(40) for j in range(i + 1, 40) if source[i] == source[j] >= 0}
         assert row["pairs"] == len(pairs) and row["kept"] == len(set(group))
-        for name, some in (("", pairs), ("group_", joint)):
-            assert row[f"{name}recall"] == pytest.approx(100 * len(some & true) / len(true))
-            expected = 100 * len(some & true) / len(some) if some else None
+        for name, chosen in (("", pairs), ("group_", joint)):
+            assert row[f"{name}recall"] == pytest.approx(100 * len(chosen & true) / len(true))
+            expected = 100 * len(chosen & true) / len(chosen) if chosen else None
             assert row[f"{name}precision"] == (expected if expected is None else pytest.approx(expected))
 
 
