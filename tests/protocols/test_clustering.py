@@ -46,8 +46,8 @@ def test_scikit_learn_finds_the_same_from_the_same_start(iterations):
 
 
 def test_a_cluster_without_points_gets_the_farthest():
-    points = torch.tensor([[0.0], [1.0], [2.0], [30.0], [100.0]])
-    clusters, inertias = clustering.kmeans(points, torch.tensor([[0.0], [1.0], [-500.0]]), 20)
+    points = torch.tensor([[50.0], [51.0], [52.0], [80.0], [150.0]])
+    clusters, inertias = clustering.kmeans(points, torch.tensor([[50.0], [51.0], [-500.0]]), 20)
     assert len(clusters.centroids) == 3 and clusters.labels[4] != clusters.labels[3] != clusters.labels[0]
     assert all(after <= before for before, after in zip(inertias, inertias[1:], strict=False))
 
