@@ -58,6 +58,7 @@ class Job(NamedTuple):
     images: int
     per_part: int
     fingerprint: dict  # everything the content depends on
+    flag: str = "--output"  # the flag that names the file or its folder, for messages
 
     @property
     def parts(self) -> Path:
@@ -78,10 +79,10 @@ def missing_parts(job: Job, images: Images) -> list[int] | None:
     Raises:
         Refused: the file or its parts come from other weights, images or settings, or can't be written.
     """
-    remedy = "remove it, or give another --output"
+    remedy = f"remove it, or give another {job.flag}"
     if job.output.exists():
         if differing := differences(embeddings.about_of(job.output).get("fingerprint", {}), job.fingerprint):
-            raise Refused(f"--output {job.output}: the existing file holds something else ({differing}); {remedy}")
+            raise Refused(f"{job.flag} {job.output}: the existing file holds something else ({differing}); {remedy}")
         remove_parts(job)
         return None
     record, own = job.parts / "fingerprint.json", job.fingerprint | {"images_per_part": job.per_part}
@@ -98,11 +99,11 @@ def missing_parts(job: Job, images: Images) -> list[int] | None:
             atomic.write_text(record, written)
             before = own
     except (ValueError, TypeError, FileExistsError) as error:
-        raise Refused(f"--output {job.output}: {job.parts} is not what a stopped run leaves; {remedy}") from error
+        raise Refused(f"{job.flag} {job.output}: {job.parts} is not what a stopped run leaves; {remedy}") from error
     except OSError as error:
-        raise Refused(f"--output {job.output}: {error.strerror or error}; give a file that can be written") from error
+        raise Refused(f"{job.flag} {job.output}: {error.strerror or error}; give a file that can be written") from error
     if differing := differences(before, own):
-        raise Refused(f"--output {job.output}: {job.parts} was begun with something else ({differing}); {remedy}")
+        raise Refused(f"{job.flag} {job.output}: {job.parts} was begun with something else ({differing}); {remedy}")
     return [number for number in job.numbers() if not job.part(number).exists()]
 
 
@@ -141,7 +142,7 @@ def compute_part(
 
 
 def save_part(job: Job, number: int, array: np.ndarray) -> None:
-    with parallel.refusing(f"--output {job.output}", f"the parts in {job.parts} are kept: make room and start again"):
+    with parallel.refusing(f"{job.flag} {job.output}", f"the parts in {job.parts} are kept: make room and start again"):
         with atomic.replacing(job.part(number)) as temporary, open(temporary, "wb") as file:
             np.save(file, array)
 
@@ -165,7 +166,7 @@ def remove_parts(job: Job) -> None:
 
 def extract(
     network: Network, images: Images, output: Path, about: Mapping, half: bool = False, per_part: int = 1024,
-    batch_size: int = 128, num_workers: int = 10,
+    batch_size: int = 128, num_workers: int = 10, flag: str = "--output",
 ) -> None:
     """Write the embeddings of all images to `output`, or resume a stopped run. All processes call this.
 
@@ -173,6 +174,7 @@ def extract(
         about: what the file says about itself, see `describe`.
         half: float16 instead of float32.
         per_part: images per part; a run that is stopped loses at most one part.
+        flag: the flag that messages name.
 
     Raises:
         Refused: `output` exists with other content or can't be written, or an image can't be decoded.
@@ -180,7 +182,7 @@ def extract(
     forward = token_forward(network.forward, about["tokens"])
     if isinstance(images, Chosen):
         about = dict(about, left_out=images.left_out())
-    job = Job(output, len(images), per_part, fingerprint(network, images, about, half))
+    job = Job(output, len(images), per_part, fingerprint(network, images, about, half), flag)
     missing = parallel.on_main(lambda: missing_parts(job, images))
     if missing is None:
         parallel.say(f"{output} exists, with the same weights, images and settings: nothing to do")

@@ -20,7 +20,7 @@ from imagesets.decode import Reading, Undecodable, decode
 from imagesets.sources import Images, open_files, open_images
 from parallel import Refused
 from protocols import embeddings
-from protocols.features import load_network, network_features, refused_image
+from protocols.features import Network, load_network, network_features, refused_image
 from protocols.knn import nearest
 
 LONGEST_TITLE = 24  # characters
@@ -98,17 +98,31 @@ def embed(paths: Sequence[str], about: dict, weights: str, device: str, batch_si
         about: what the file of features says.
         weights: "": the ones the file names.
     """
+    network = stored_network(about, weights, parallel.pick_device(device))
+    images = open_files(os.getcwd(), paths, network.reading)
+    return network_features(network, images, batch_size, num_workers=0)
+
+
+def stored_network(about: dict, weights: str, device: torch.device | str) -> Network:
+    """The network that a file of embeddings was extracted with.
+
+    Args:
+        about: what the file says.
+        weights: "": the ones the file names.
+
+    Raises:
+        Refused: these weights don't exist, or are others.
+    """
     weights = weights or about.get("weights") or ""
     network = load_network(
-        weights, about["arch"], about.get("patch_size"), about.get("checkpoint_key"), parallel.pick_device(device),
+        weights, about["arch"], about.get("patch_size"), about.get("checkpoint_key"), device,
         about.get("crop_size"), about.get("resize_size"), about["precision"], about["seed"], mean=about.get("mean"),
         std=about.get("std"), in_chans=about.get("in_chans"),
         **{k: v for k, v in about.get("reading", {}).items() if k != "in_chans"})
     if network.about["weights_sha256"] != about["weights_sha256"]:
         raise Refused(f"--pretrained_weights {weights}: not the weights that the file's features were extracted with; "
                       "give those")
-    images = open_files(os.getcwd(), paths, network.reading)
-    return network_features(network, images, batch_size, num_workers=0)
+    return network
 
 
 def open_named(data_path: str, names: Sequence[str], reading: Reading, left_out: Sequence[int] = ()) -> Images:

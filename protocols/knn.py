@@ -36,6 +36,7 @@ def nearest(
     device: torch.device | str | None = None,
     rows: int = ROWS,
     columns: int = COLUMNS,
+    what: str = "neighbours",
 ) -> tuple[Tensor, Tensor]:
     """The k most similar rows of `bank` for each query, by exhaustive search; most similar first, ties by row number.
 
@@ -53,6 +54,7 @@ def nearest(
             leave-one-out); -1 excludes none.
         device: where to search, by default where the bank is. Under NCCL every process searches on its GPU.
         rows, columns: queries and rows of the bank compared at a time.
+        what: the name of the work on progress lines; "" prints none.
 
     Returns:
         similarity (M, K) and row (M, K) on the CPU. K is k, or the number of candidates if that is smaller.
@@ -72,7 +74,7 @@ def nearest(
     offsets = -keys.square().sum(1) / 2 if metric == "l2" else None
     buffer = keys.new_empty(min(rows, len(queries)) * padded(min(columns, len(keys))))
     nearest_rows = []
-    for first in progress(range(0, len(queries), rows), len(queries), "neighbours", rows):
+    for first in progress(range(0, len(queries), rows), len(queries), what, rows):
         x = place(queries[first : first + rows])
         best = x.new_empty(len(x), 0), torch.empty(len(x), 0, dtype=torch.int64, device=x.device)
         for c in range(0, len(keys), columns):

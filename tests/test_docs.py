@@ -58,6 +58,7 @@ QUICK = {
     "visualize_attention.py": "--device cpu --image_size 32 --max_images 2",
     "evaluate.py": f"{NETWORK} --image_size 32 --linear_epochs 2 --linear_views 1",
     "extract_features.py": NETWORK,
+    "curate.py": NETWORK,
 }
 
 

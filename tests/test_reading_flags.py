@@ -22,7 +22,7 @@ from protocols.features import images_hash, load_network
 from vision_transformer import build_backbone
 
 READ_IMAGES = sorted({path.stem for path in ROOT.glob("eval*.py")} | {
-    "main_dino", "extract_features", "visualize_attention"})
+    "main_dino", "extract_features", "visualize_attention", "curate"})
 NANO = ["--arch", "vit_nano", "--patch_size", "8", "--crop_size", "32", "--device", "cpu", "--num_workers", "0"]
 
 

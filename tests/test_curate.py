@@ -1,0 +1,228 @@
+"""curate.py from end to end: the list, --against, retrieval, resumed embeddings, what it refuses."""
+
+import csv
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from processes import launch
+
+import curate
+import extract_features
+from imagesets import shapes
+from imagesets.sources import open_images
+from parallel import Refused
+from protocols import embeddings, extraction
+
+NETWORK = "--arch pixels --device cpu --num_workers 0".split()
+
+
+@pytest.fixture(scope="module")
+def piles(tmp_path_factory):
+    """a: 30 drawn images of class one, 8 of class two; b: copies of five of a: equal, three larger, one darker by 1;
+    test: image 7 of a, darker; and embeddings of a."""
+    root = tmp_path_factory.mktemp("piles")
+    for name in ("a/one", "a/two", "b", "test", "empty"):
+        (root / name).mkdir(parents=True)
+    for i in range(38):
+        drawn(i).save(root / "a" / ("one" if i < 30 else "two") / f"{i:02d}.png")
+    shutil.copy(root / "a/one/00.png", root / "b/equal.png")
+    for i in (1, 2, 3):
+        drawn(i).resize((72, 72), Image.Resampling.NEAREST).save(root / "b" / f"larger{i}.png")
+    darker(4).save(root / "b" / "near4.png")
+    darker(7).save(root / "test" / "x.png")
+    extract(root, "a", "a.npy")
+    return root
+
+
+def drawn(i):
+    return Image.fromarray(shapes.draw(i, 36)[0])
+
+
+def darker(i):
+    return Image.fromarray(np.maximum(shapes.draw(i, 36)[0], 1) - 1)
+
+
+def extract(root, folder, name, *more):
+    args = [*NETWORK, "--data_path", str(root / folder), "--output", str(root / name), *more]
+    assert extract_features.main(extract_features.get_args_parser().parse_args(args)) == 0
+
+
+def run(*args):
+    return curate.main(curate.get_args_parser().parse_args([*map(str, args)]))
+
+
+def curated(out, *args):
+    """Names of the list's images, and curation.json."""
+    assert run(*args, "--output_dir", out, *(() if "--features" in args else NETWORK)) == 0
+    names = [line.split("\t")[0].rpartition("/")[2] for line in (out / "list.txt").read_text().splitlines()]
+    return names, json.loads((out / "curation.json").read_text())
+
+
+def test_duplicates_of_two_folders(piles, tmp_path):
+    names, report = curated(tmp_path / "out", "--data_path", piles / "a", piles / "b", "--duplicate_threshold", 0.9999)
+    assert [(c["stage"], c["dropped"], c["left"]) for c in report["counts"]] == [
+        ("images", 0, 43), ("exact duplicates", 1, 42), ("near duplicates", 4, 38)]
+    reasons = {row["image"].rpartition("/")[2]: (row["reason"], row["duplicates"].rpartition("/")[2])
+               for row in report["dropped"]}
+    assert reasons == {"equal.png": ("exact duplicate", "00.png"), "01.png": ("near duplicate", "larger1.png"),
+                       "02.png": ("near duplicate", "larger2.png"), "03.png": ("near duplicate", "larger3.png"),
+                       "near4.png": ("near duplicate", "04.png")} or reasons.keys() == {
+                           "equal.png", "01.png", "02.png", "03.png", "04.png"}  # by the size of their files
+    assert len(names) == 38 and "larger1.png" in names and "equal.png" not in names
+    page = (tmp_path / "out" / "curation.html").read_text()
+    assert "Largest groups of duplicates" in page and "data:image/png" in page
+
+
+def test_the_list_is_taken_by_data_path_and_keeps_classes(piles, tmp_path):
+    names, report = curated(tmp_path / "out", "--features", piles / "a.npy", "--data_path", piles / "a", "--keep", 12,
+                            "--duplicate_threshold", 0, "--clusters", 6, 3)
+    images = open_images(tmp_path / "out" / "list.txt")
+    assert len(images) == len(names) == 12 and images.classes == ["one", "two"]
+    assert {(c["class"], c["before"]) for c in report["classes"]} == {("one", 30), ("two", 8)}
+    assert [c["after"] for c in report["classes"]] == torch.bincount(images.labels, minlength=2).tolist()
+    for i in range(12):
+        kind, number = images.name(i).split("/")[-2:]
+        assert images.classes[images.labels[i]] == kind
+        assert (images.load(i).numpy() == np.moveaxis(shapes.draw(int(number[:2]), 36)[0], -1, 0)).all()
+    assert "Clusters" in (tmp_path / "out" / "curation.html").read_text()
+
+
+def test_drawn_images_are_written_for_the_list(tmp_path):
+    names, report = curated(tmp_path / "out", "--data_path", "shapes:20x24", "shapes:30x24", "--keep", 10,
+                            "--duplicate_threshold", 0)
+    assert report["counts"][1]["dropped"] == 20 and len(names) == 10
+    images = open_images(tmp_path / "out" / "list.txt")
+    expected = shapes.draw(int(names[0][:8]), 24)[0] if int(names[0][:8]) < 20 else None
+    assert expected is None or (images.load(0).numpy() == np.moveaxis(expected, -1, 0)).all()
+    with pytest.raises(Refused, match="no images"):  # what the project wrote is left out of a pile around it
+        open_images(tmp_path)
+
+
+def test_batch_size_and_seed(piles, tmp_path):
+    args = ("--data_path", piles / "a", "--keep", 15, "--save_pictures", 0)
+    lists = [curated(tmp_path / f"{n}", *args, *more)[0] for n, more in enumerate((
+        ("--batch_size_per_gpu", 128), ("--batch_size_per_gpu", 5), ("--seed", 1)))]
+    assert lists[0] == lists[1] != lists[2]
+
+
+def test_against(piles, tmp_path):
+    """An image near the test set is dropped with all of its group."""
+    args = ("--data_path", piles / "a", piles / "b", "--against", piles / "test", "--duplicate_threshold", 0.9999)
+    names, report = curated(tmp_path / "out", *args)
+    assert report["counts"][-1] == {"stage": "against", "dropped": 1, "left": 37} and "07.png" not in names
+    assert [row["image"].rpartition("/")[2] for row in report["dropped"] if "against" in row["reason"]] == ["07.png"]
+    assert run(*args, "--against_threshold", 0.01, "--output_dir", tmp_path / "none", *NETWORK) == 2
+
+
+def test_retrieval(piles, tmp_path):
+    """The neighbours are those of a sort, and clusters give whole clusters."""
+    array = embeddings.read(piles / "a.npy")[0].astype(np.float64)
+    unit = array / np.linalg.norm(array, axis=1, keepdims=True)
+    trusted = np.asarray(darker(7).resize((32, 32), Image.Resampling.BILINEAR), np.float64)
+    trusted = np.moveaxis(trusted, -1, 0).ravel()
+    expected = np.argsort(-unit @ trusted, kind="stable")[:3]
+    args = ("--features", piles / "a.npy", "--data_path", piles / "a", "--trusted", piles / "test",
+            "--duplicate_threshold", 0)
+    names, _ = curated(tmp_path / "out", *args, "--neighbors", 3)
+    assert sorted(names) == sorted(f"{i:02d}.png" for i in expected) and "07.png" in names
+    names, report = curated(tmp_path / "clusters", *args, "--from_clusters", 4, "--clusters", 5)
+    assert 1 <= len(names) <= 4 and report["counts"][-1]["stage"] == "retrieval"
+
+
+def test_embeddings_are_kept_and_resumed(piles, tmp_path, monkeypatch, capsys):
+    args = ("--data_path", piles / "a", piles / "b", "--output_dir", tmp_path / "out", "--duplicate_threshold", 0,
+            *NETWORK)
+    compute = extraction.compute_part
+    calls = []
+
+    def stopped(job, number, *rest):
+        calls.append(job.output.name)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return compute(job, number, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(extraction, "compute_part", stopped)
+        assert run(*args) == 130  # interrupted
+        assert run(*args) == 0
+    assert calls == ["embeddings.npy", "embeddings1.npy", "embeddings1.npy"]
+    monkeypatch.setattr(extraction, "compute_part", None)
+    assert run(*args) == 0  # nothing is computed again
+    assert run(*args, "--trusted", piles / "empty") == 2
+    assert "embeddings of width 3072: at most" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_two_processes_write_the_list_of_one(piles, tmp_path):
+    args = ("--data_path", piles / "a", piles / "b", "--against", piles / "test", "--duplicate_threshold", 0.9999,
+            "--keep", 20, *NETWORK)
+    for n in (1, 2):
+        done = launch("curate.py", *args, "--output_dir", tmp_path / f"{n}", processes=n)
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "1" / "list.txt").read_text() == (tmp_path / "2" / "list.txt").read_text()
+
+
+@pytest.mark.parametrize("argv, words", [
+    ("--data_path {here}/empty", ("--data_path '{here}/empty'", "no images", "give")),
+    ("--data_path {here}/none", ("--data_path '{here}/none'", "give")),
+    ("--data_path {here}/a --trusted {here}/empty", ("--trusted '{here}/empty'", "no images", "give")),
+    ("--data_path {here}/a --against {here}/empty", ("--against '{here}/empty'", "no images", "give")),
+    ("--data_path {here}/b --features {here}/a.npy", ("--features {here}/a.npy", "--data_path {here}/b", "again")),
+    ("--data_path {here}/a {here}/b --features {here}/a.npy", ("--features", "1 file", "give one for each")),
+    ("--data_path {here}/a --features {here}/none.npy", ("--features {here}/none.npy", "no such file", "write")),
+    ("--data_path {here}/a --features {here}/a.npy --arch vit_nano", ("--arch vit_nano", "--features", "leave one")),
+    ("--data_path {here}/a --keep 5 --clusters 39 3", ("--clusters 39", "38 images", "lower")),
+    ("--data_path {here}/a --keep 5 --clusters 5 5", ("--clusters 5 5", "falling")),
+    ("--data_path {here}/a --keep -1", ("--keep", "-1", "at least 0")),
+    ("--data_path {here}/a --duplicate_threshold 1.5", ("--duplicate_threshold", "1.5", "at most 1")),
+    ("--data_path {here}/a --against {here}/test --duplicate_threshold 0", ("--against", "--against_threshold")),
+    ("--data_path {here}/a --from_clusters 3", ("--from_clusters 3", "--trusted", "give")),
+    ("--data_path {here}/a --search fast", ("--search", "'fast'", "faiss")),
+    ("--data_path {here}/a --output_dir {here}/a.npy", ("--output_dir {here}/a.npy", "is a file", "give a folder")),
+])
+def test_refused(piles, tmp_path, capfd, argv, words):
+    argv = argv.format(here=piles).split()
+    output = [] if "--output_dir" in argv else ["--output_dir", str(tmp_path / "out")]
+    network = [] if "--arch" in argv or "--features" in argv else NETWORK
+    try:
+        code = run(*argv, *output, *network)
+    except SystemExit as error:
+        code = error.code
+    error = capfd.readouterr().err
+    assert code == 2 and error.count("\n") == 1, error
+    assert all(word.format(here=piles) in error for word in words), error
+    assert not (tmp_path / "out").exists()
+
+
+def test_images_that_changed_since_the_extraction_are_refused(piles, tmp_path, capfd):
+    shutil.copytree(piles / "test", tmp_path / "own")
+    extract(tmp_path, "own", "own.npy")
+    drawn(3).save(tmp_path / "own" / "x.png")
+    args = ("--features", tmp_path / "own.npy", "--data_path", tmp_path / "own", "--output_dir", tmp_path / "out")
+    assert run(*args) == 2 and "changed" in capfd.readouterr().err
+    moved = tmp_path / "moved"
+    shutil.copytree(piles / "a", moved)
+    assert run("--features", piles / "a.npy", "--data_path", moved, "--output_dir", tmp_path / "moved_out") == 0
+
+
+def test_a_name_that_no_list_can_hold_is_refused(tmp_path, capfd):
+    (tmp_path / "pile").mkdir()
+    drawn(0).save(tmp_path / "pile" / "a\tb.png")
+    assert run("--data_path", tmp_path / "pile", "--output_dir", tmp_path / "out", *NETWORK) == 2
+    assert "tab or line break" in capfd.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_long_tail(tmp_path, piles):
+    """The list of benchmarks/long_tail.py: class sizes fall from all of the largest class to 1 / ratio of it."""
+    import long_tail
+
+    assert long_tail.sizes(100, 3, 100) == [100, 10, 1] and long_tail.sizes(5, 1, 50) == [5]
+    args = ["--data_path", str(piles / "a"), "--ratio", "10", "--output", str(tmp_path / "list.txt")]
+    assert long_tail.main(long_tail.get_args_parser().parse_args(args)) == 0
+    with open(tmp_path / "list.txt") as file:
+        rows = list(csv.reader(file, delimiter="\t"))
+    assert [row[1] for row in rows] == 30 * ["one"] + 3 * ["two"]
