@@ -22,6 +22,7 @@ from imagesets.decode import Reading
 from parallel import Refused
 from protocols import overview, scores
 from protocols.copies import evaluate_copies, show_copies
+from protocols.dense_training import Recipe
 from protocols.features import PIXELS, Network, load_network, pixel_network, untrained
 from protocols.knn_evaluation import KnnSettings, Views, compute_features, evaluate_knn, show_knn
 from protocols.landmarks import evaluate_retrieval, show_retrieval
@@ -29,7 +30,6 @@ from protocols.linear import Training
 from protocols.probes import evaluate_linear, show_linear
 from protocols.segmentation import evaluate_segmentation, show_segmentation
 from protocols.semantic import evaluate_semantic, show_semantic
-from protocols.semantic_training import Recipe
 from protocols.splits import Part, open_parts
 from protocols.video_segmentation import evaluate_video_segmentation, show_video_segmentation
 
