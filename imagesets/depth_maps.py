@@ -155,8 +155,8 @@ def read_depth(path: Path, scale: float) -> np.ndarray:
     else:
         values = masks.read_values(path)
         if values.ndim != 2 or values.dtype.itemsize < 2:
-            kind = "colour" if values.ndim == 3 else f"{8 * values.dtype.itemsize}-bit"
-            raise Undecodable(f"{path}: a {kind} image; give a 16-bit PNG file, or .npy in metres")
+            kind = "a colour image" if values.ndim == 3 else f"of {8 * values.dtype.itemsize} bits"
+            raise Undecodable(f"{path}: {kind}; give a 16-bit PNG file, or .npy in metres")
     if values.min() < 0:
         raise Undecodable(f"{path}: a depth of {values.min() / scale:g} m; store 0 where there is no depth")
     return (values / scale).astype(np.float32)
