@@ -23,7 +23,9 @@ from torch import Tensor
 
 import flags
 import parallel
+from imagesets.decode import Undecodable
 from imagesets.depth_maps import DepthMaps, Limits, open_depth_maps
+from parallel import Refused
 from protocols import dense_sweep, depth_scores, scores, sheets
 from protocols.dense_prediction import Geometry, Predictor, per_image
 from protocols.dense_sweep import drawn_rows, make_plan
@@ -127,7 +129,7 @@ def evaluate_depth(
     dense_sweep.check_recipe(recipe)
     images = open_depth_maps(data_path, val_data_path, network.reading, limits, flag)
     plan = make_plan(network, images, geometry or Geometry(), recipe, baselines, val_share, BLOCKS_FLAG, whole=True)
-    depth_scores.judged(plan.test.load(0)[1], options.eval_crop)  # refuses a crop for images of other sizes
+    check_first((plan.train, plan.test), options.eval_crop, f"{flag} {data_path!r}")
     output_dir = flags.prepare_output(output_dir)
     for note in plan.notes:
         parallel.say(note)
@@ -160,6 +162,15 @@ def evaluate_depth(
     if parallel.is_main():
         (Path(output_dir) / UNFINISHED).unlink(missing_ok=True)
     return report
+
+
+def check_first(parts: Sequence[DepthMaps], eval_crop: str, where: str) -> None:
+    """Raises Refused if the first image of a part has no depth within the limits, or not the size of the crop."""
+    for images in parts:
+        try:
+            depth_scores.judged(images.load(0)[1], eval_crop)
+        except Undecodable as error:
+            raise Refused(f"{where}: {error}") from error
 
 
 def summaries(measured: np.ndarray) -> list[dict]:

@@ -50,7 +50,7 @@ def test_a_folder_whose_grey_is_its_depth(tmp_path):
     report = read(tmp_path / "out")
     pixels, mean, mean_map = report["results"]
     assert [row["features"] for row in report["results"]] == ["raw pixels", "mean depth", "mean map"]
-    assert pixels["rmse"]["value"] < 0.6 * min(mean["rmse"]["value"], mean_map["rmse"]["value"])
+    assert pixels["rmse"]["value"] < 0.75 * min(mean["rmse"]["value"], mean_map["rmse"]["value"])
     assert mean["rmse"]["value"] == pytest.approx(4 / 12**0.5, rel=0.1)  # of a uniform distribution over 4 m
     low, high = pixels["rmse"]["interval"]
     assert low < pixels["rmse"]["value"] < high and pixels["delta1"]["value"] > mean["delta1"]["value"]
