@@ -69,7 +69,9 @@ def get_args_parser() -> argparse.ArgumentParser:
              "time")
 
     add = parser.add_argument_group("output").add_argument
-    add("--output_dir", default="", help="for eval_depth.json and depth.png; empty: the weights' folder, or .")
+    add("--output_dir", default="",
+        help="for eval_depth.json, depth.pth and depth.png; a stopped run resumes here; empty: the weights' folder, "
+             "or .")
     add("--save_pictures", type=flags.count, default=8, metavar="N",
         help="draw N test images, their depth and the predictions into depth.png")
     flags.add_launch_flags(parser)
