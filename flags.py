@@ -6,6 +6,7 @@ import argparse
 import difflib
 import math
 import os
+import shlex
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -103,7 +104,8 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that also reads flags from `@FILE`: one or more flags per line, `#` starts a comment.
+    """An ArgumentParser that also reads flags from `@FILE`: one or more flags per line, `#` starts a comment,
+    values with spaces are quoted.
 
     It can be the parent of another parser, as the published scripts use theirs: `-h` is added when it parses.
 
@@ -148,7 +150,12 @@ class Parser(argparse.ArgumentParser):
             self.error(f"{arg}: not a file of flags ({getattr(error, 'strerror', 'not text')}); available: {presets}")
 
     def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
-        return [self.found_file(word) for word in arg_line.split("#")[0].split()]
+        words = shlex.shlex(arg_line.removeprefix("\ufeff"), posix=True)  # the mark is what some editors put first
+        words.whitespace_split, words.escape = True, ""  # a path of Windows keeps its backslashes
+        try:
+            return [self.found_file(word) for word in words]
+        except ValueError:  # an apostrophe without another one
+            return [self.found_file(word) for word in arg_line.split("#")[0].split()]
 
     def error(self, message: str) -> None:
         """Print one line and exit with code 2; argparse would print the usage of fifty flags above it."""

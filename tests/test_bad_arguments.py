@@ -416,6 +416,15 @@ def test_presets_work_from_any_folder(tmp_path, monkeypatch):
     assert (args.out_dim, args.epochs) == (256, 3)
 
 
+def test_a_preset_holds_what_a_command_line_holds(tmp_path):
+    (tmp_path / "mine.txt").write_text(
+        "\ufeff--epochs 3 # fewer\r\n--data_path \"my images\"  --output_dir 'C:\\out\\a'\n"
+        "--eval_data_path it's\n", encoding="utf-8")
+    args = main_dino.get_args_parser().parse_args([f"@{tmp_path / 'mine.txt'}"])
+    assert (args.epochs, args.data_path, args.output_dir) == (3, "my images", r"C:\out\a")
+    assert args.eval_data_path == "it's"
+
+
 def test_every_parser_can_be_the_parent_of_another():
     for script in (main_dino, eval_knn, visualize_attention):
         parser = argparse.ArgumentParser(parents=[script.get_args_parser()])
