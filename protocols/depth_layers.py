@@ -69,13 +69,14 @@ class DepthLayer(nn.Module):
         self.linear = nn.Conv2d(width, bins, 1)
         nn.init.normal_(self.linear.weight, std=0.01)
         nn.init.zeros_(self.linear.bias)
-        self.register_buffer("depths", torch.linspace(least, largest, bins)[:, None, None])
+        self.register_buffer("sums", torch.stack([torch.linspace(least, largest, bins), torch.ones(bins)]))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.linear(self.norm(x))
-        x = F.interpolate(x, scale_factor=UPSAMPLING, mode="bilinear", align_corners=False)
-        weights = x.relu() + LEAST_WEIGHT
-        return (weights * self.depths).sum(1, keepdim=True) / weights.sum(1, keepdim=True)
+        x = F.interpolate(x, scale_factor=UPSAMPLING, mode="bilinear", align_corners=False).relu()
+        # Both sums over the K maps in one product: these maps are large, and reading them takes the time.
+        sums = F.conv2d(x, self.sums[:, :, None, None], LEAST_WEIGHT * self.sums.sum(1))
+        return sums[:, :1] / sums[:, 1:]
 
 
 # ---- Losses ----
