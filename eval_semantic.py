@@ -15,9 +15,11 @@ import sys
 
 import flags
 import parallel
+from protocols import dense_flags
+from protocols.dense_prediction import Geometry
+from protocols.dense_training import Recipe
 from protocols.features import load_network
-from protocols.semantic import Geometry, evaluate_semantic, show_semantic
-from protocols.semantic_training import Recipe
+from protocols.semantic import evaluate_semantic, show_semantic
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -27,46 +29,27 @@ def get_args_parser() -> argparse.ArgumentParser:
     add = group.add_argument
     add("--data_path", default="shapes:1200x64",
         help="folder with train/ and val/, each with images/ and masks/; VOC2012, ADEChallengeData2016 or Cityscapes "
-             "as they come; or drawn images: shapes:COUNTxPIXELS")
+             "as they come; or drawn images: shapes:COUNTxPIXELS, scenes:COUNTxPIXELS")
     add("--val_data_path", default="",
         help="test images outside of --data_path, all of whose training images are then used for training")
     flags.add_reading_flags(group)
     add("--foreground", action="store_true",
         help="two classes, background (0) and object (all others), instead of those of the masks")
-    add("--image_size", type=flags.count, default=0, metavar="PIXELS",
-        help="shorter side of the resized images; 0: as --crop_size; raise it if objects are small")
-    add("--crop_size", type=flags.count, default=0, metavar="PIXELS",
-        help="side of the training crops; 0: 512, or the shorter side of the images where that is less")
     add("--scale", type=flags.positive, nargs=2, default=[0.5, 2.0], metavar=("LOW", "HIGH"),
         help="random scale of the training images, times --image_size")
-    add("--val_share", type=flags.number(float, 0, 0.9), default=0.1,
-        help="share of the training images held out to choose a setting by; raise it for small data")
-    add("--seed", type=flags.seed, default=0,
-        help="of crops, layers, what is held out, and untrained weights; change it to see how much the table varies")
+    dense_flags.add_part_flags(group)
 
-    add = parser.add_argument_group("linear layer").add_argument
+    group = parser.add_argument_group("linear layer")
+    add = group.add_argument
     add("--n_last_blocks", type=flags.positive_int, nargs="+", default=[1],
         help="number of last blocks whose tokens are concatenated, 1 or 4; several make a sweep")
-    add("--lr", type=flags.positive, nargs="+", default=[1e-2],
-        help="peak learning rate of AdamW; 0.001 for tens of thousands of steps; several make a sweep")
-    add("--steps", type=flags.positive_int, default=400,
-        help="training steps; raise it for large data: the published evaluations take 40,000")
-    add("--batch_size", type=flags.positive_int, default=16,
-        help="training images per step, of all processes together; lower it if memory runs out")
-    add("--warmup_steps", type=flags.count, default=0,
-        help="steps of linear learning-rate warm-up, before half a cosine to 0")
-    add("--weight_decay", type=flags.non_negative, default=1e-3, help="weight decay of AdamW")
+    dense_flags.add_training_flags(group, 1e-2, "0.001 for tens of thousands of steps", "40,000")
     add("--dropout", type=flags.number(float, 0, 0.99), default=0.0,
         help="share of the channels of the tokens that are zeroed in training")
 
-    add = parser.add_argument_group("test").add_argument
-    add("--window_size", type=flags.count, default=0, metavar="PIXELS",
-        help="side of the windows that a test image is seen through; 0: as --crop_size")
-    add("--stride", type=flags.count, default=0, metavar="PIXELS",
-        help="distance between windows; 0: two thirds of the window; lower it for smoother results, and more time")
-    add("--test_scales", type=flags.positive, nargs="+", default=[1.0],
-        help="scales of the test images; over several, probabilities are averaged")
-    add("--test_flip", action="store_true", help="also test each image mirrored, and average")
+    group = parser.add_argument_group("test")
+    add = group.add_argument
+    dense_flags.add_window_flags(group, "as --crop_size", "probabilities")
     add("--baselines", action="store_true",
         help="also evaluate the untrained network, raw pixels, and k-means of the patch tokens; doubles the time")
 

@@ -17,11 +17,13 @@ from typing import NamedTuple
 
 import flags
 import parallel
-from imagesets import class_masks, masks
+from imagesets import class_masks, depth_maps, masks
 from imagesets.decode import Reading
 from parallel import Refused
 from protocols import overview, scores
 from protocols.copies import evaluate_copies, show_copies
+from protocols.dense_training import Recipe
+from protocols.depth import evaluate_depth, show_depth
 from protocols.features import PIXELS, Network, load_network, pixel_network, untrained
 from protocols.knn_evaluation import KnnSettings, Views, compute_features, evaluate_knn, show_knn
 from protocols.landmarks import evaluate_retrieval, show_retrieval
@@ -29,13 +31,13 @@ from protocols.linear import Training
 from protocols.probes import evaluate_linear, show_linear
 from protocols.segmentation import evaluate_segmentation, show_segmentation
 from protocols.semantic import evaluate_semantic, show_semantic
-from protocols.semantic_training import Recipe
 from protocols.splits import Part, open_parts
 from protocols.video_segmentation import evaluate_video_segmentation, show_video_segmentation
 
 KS = (1, 5, 10, 20, 50, 100, 200)
 SWEEP = {"lrs": (0.001, 0.01, 0.1, 1.0), "n_last_blocks": (1, 4), "avgpool_patchtokens": (False, True)}
 SEMANTIC_LRS = (0.001, 0.01)
+DEPTH_LRS = (0.001, 0.01)
 NETWORK = "this network"
 
 
@@ -46,6 +48,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--segmentation_data", default="", help="images with masks, as in eval_segmentation.py; empty: left out")
     add("--semantic_data", default="",
         help="images whose pixels have classes, as in eval_semantic.py: shapes:1200x64; empty: left out")
+    add("--depth_data", default="",
+        help="images with depth maps, as in eval_depth.py: scenes:600x64; empty: left out")
     add("--video_data", default="", help="videos with masks, as in eval_video_segmentation.py; empty: left out")
     add("--copy_data", default="", help="images and edited copies, as in eval_copy_detection.py; empty: left out")
     add("--retrieval_data", default="",
@@ -60,6 +64,8 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="random crops per image to train classifiers on; 0: new ones in each epoch, as published, and slower")
     add("--semantic_steps", type=flags.positive_int, default=400,
         help="training steps of the linear layers for --semantic_data; raise it for large data")
+    add("--depth_steps", type=flags.positive_int, default=400,
+        help="training steps of the linear layers for --depth_data; raise it for large data")
     flags.add_arithmetic_flag(add, "that of every script's --arithmetic own, and bicubic crops for linear classifiers")
     add("--seed", type=flags.seed, default=0, help="of classifiers, of what is held out, of untrained weights")
     parser.add_argument_group("output").add_argument(
@@ -109,6 +115,10 @@ PROTOCOLS = (
         network, args.semantic_data, recipe=Recipe(SEMANTIC_LRS, steps=args.semantic_steps, seed=args.seed,
                                                     num_workers=args.num_workers),
         output_dir=folder, flag="--semantic_data"), show_semantic, overview.semantic_figures),
+    Protocol("depth", "depth_data", lambda network, args, folder: evaluate_depth(
+        network, args.depth_data, recipe=Recipe(DEPTH_LRS, steps=args.depth_steps, scale=(1.0, 1.0), seed=args.seed,
+                                                 num_workers=args.num_workers),
+        output_dir=folder, flag="--depth_data"), show_depth, overview.depth_figures),
     Protocol("video segmentation", "video_data", lambda network, args, folder: evaluate_video_segmentation(
         network, args.video_data, image_size=args.image_size or 480, patch_size=args.patch_size or 16,
         output_dir=folder / "video", arithmetic=args.arithmetic), show_video_segmentation,
@@ -140,11 +150,16 @@ def load_networks(args: argparse.Namespace) -> dict[str, Network]:
 
 def check_data(args: argparse.Namespace, reading: Reading) -> list:
     """The images to classify. Data that can't be there are refused before any work."""
-    drawn = {"segmentation_data": masks.open_masked, "semantic_data": class_masks.open_parts}
-    for name in ("segmentation_data", "semantic_data", "video_data", "copy_data", "retrieval_data"):
+    drawn = {  # kinds of drawn images, and what opens them
+        "segmentation_data": (("shapes",), masks.open_masked),
+        "semantic_data": (class_masks.DRAW, class_masks.open_parts),
+        "depth_data": (("scenes",), depth_maps.open_depth_maps),
+    }
+    for name in (*drawn, "video_data", "copy_data", "retrieval_data"):
         value = getattr(args, name)
-        if name in drawn and masks.is_drawn(value):
-            drawn[name](value, reading, f"--{name}")
+        kinds, open_drawn = drawn.get(name, ((), None))
+        if masks.is_drawn(value, kinds):
+            open_drawn(value, reading=reading, flag=f"--{name}")
         elif value and not os.path.isdir(value):
             raise Refused(f"--{name} {value}: no such folder; give one, or leave the flag out")
     return open_parts(args.data_path, args.val_data_path, reading)

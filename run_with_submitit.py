@@ -209,7 +209,7 @@ def check(args: argparse.Namespace) -> None:
         raise Refused(f"--use_volta32 with --constraint {args.constraint}: give only --constraint "
                       f"'volta32gb&{args.constraint}'")
     path = args.data_path
-    if re.fullmatch("(shapes(:.*)?)?", path):
+    if re.fullmatch("((shapes|scenes)(:.*)?)?", path):
         open_images(path, None, args.in_chans)  # drawn images do not depend on the host, so they can be checked here
     elif not path.startswith("torchvision:") and not os.path.exists(path):
         print(f"--data_path {path} does not exist on this host; make sure that it exists on the job's hosts",

@@ -5,16 +5,26 @@ Shapes: C channels; labels are uint8 (height, width): the number of a class, or 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar
 
 import numpy as np
 from torch import Tensor
 
-from imagesets import decode, masks, shapes, sources
+from imagesets import decode, masks, scenes, shapes, sources
+from imagesets.annotated import (
+    KEPT,
+    KEPT_SIDE,
+    Annotated,
+    drawn_size,
+    matched,
+    open_layout,
+    plain_parts,
+    size_of_pair,
+)
 from imagesets.masks import VOID
 from parallel import Refused
 
@@ -33,25 +43,13 @@ CITYSCAPES_CLASSES = {  # the 19 classes that are evaluated, by their number in 
     28: "bus", 31: "train", 32: "motorcycle", 33: "bicycle"}
 
 
-class ClassMasks(NamedTuple):
+@dataclass(frozen=True)
+class ClassMasks(Annotated):
     """Item i: `load(i)` -> (image uint8 (C, height, width), labels uint8 (height, width))."""
 
-    items: Sequence[Any]  # (image, mask) paths, or numbers of drawn images
     classes: list[str]
-    read: Callable[[Any], tuple[Tensor, np.ndarray]]
-    size: Callable[[Any], tuple[int, int]]  # height and width of an item, without decoding it
     zero: str = "background"  # what is not an object: the meaning of class 0, "" if it is a class like the others
-
-    def load(self, i: int) -> tuple[Tensor, np.ndarray]:
-        """Raises Undecodable, with the file's name, for a broken file or a mask with other values than classes."""
-        return self.read(self.items[i])
-
-    def name(self, i: int) -> str:
-        item = self.items[i]
-        return str(item[0]) if isinstance(item, tuple) else f"shapes[{item}]"
-
-    def subset(self, rows: Sequence[int]) -> ClassMasks:
-        return self._replace(items=[self.items[i] for i in rows])
+    void: ClassVar[int] = VOID
 
 
 def open_class_masks(
@@ -61,7 +59,7 @@ def open_class_masks(
     """Training images and, if the data have any, test images.
 
     shapes[:COUNT[xPIXELS]]      COUNT drawn images, and COUNT / 4 others: class 0 is background, the others are the
-                                 kinds of objects
+                                 kinds of objects; scenes[:COUNT[xPIXELS]]: the same with several objects per image
     folder with train/, val/     each with images/ and masks/; or a folder with these two and no test images. A mask has
                                  its image's name, and is a palette or grey image of class numbers, 255 where a pixel is
                                  ignored. classes.txt names the classes; without it there are as many as the largest
@@ -91,25 +89,20 @@ def open_class_masks(
         raise Refused(f"--foreground with {flag} {data_path!r}: its class 0 is not the background; leave the flag "
                       "out")
     if foreground:
-        parts = [part._replace(read=partial(read_foreground, part.read)) for part in parts]
+        parts = [replace(part, read=partial(read_foreground, part.read)) for part in parts]
         classes = ["background", "object"]
     if len(classes) < 2:
         raise Refused(f"{flag} {data_path!r}: its masks hold one class, {classes[0]!r} ({VOID} is ignored); give masks "
                       "with the number of a class in each pixel, 0 and 1 for two classes")
-    return [part._replace(classes=list(classes)) for part in parts]
+    return [replace(part, classes=list(classes)) for part in parts]
 
 
 def open_parts(data_path: str, reading: decode.Reading, flag: str = "--data_path") -> list[ClassMasks]:
     """Training and test images, or one part that is both, as `data_path` has them."""
     where = f"{flag} {data_path!r}"
-    if masks.is_drawn(data_path):
+    if masks.is_drawn(data_path, DRAW):
         return [drawn(data_path, split, reading, flag) for split in ("train", "val")]
-    folder = Path(os.path.expanduser(data_path))
-    for has, layout in LAYOUTS:
-        if all((folder / name).is_dir() for name in has):
-            return layout(where, folder, reading)
-    known = ", ".join(" and ".join(f"{name}/" for name in has) for has, _ in LAYOUTS)
-    raise Refused(f"{where}: not a folder that this script knows; it needs {known}, or give shapes[:COUNT[xPIXELS]]")
+    return open_layout(where, data_path, LAYOUTS, "shapes or scenes", reading)
 
 
 def read_foreground(read: Callable, item: Any) -> tuple[Tensor, np.ndarray]:
@@ -119,29 +112,39 @@ def read_foreground(read: Callable, item: Any) -> tuple[Tensor, np.ndarray]:
 
 # ---- Drawn images ----
 
-KEPT_SIDE = 128  # pixels; larger drawn images are drawn again at each use
-
 
 def drawn(data_path: str, split: str, reading: decode.Reading, flag: str) -> ClassMasks:
     images = sources.open_images(data_path, split, flag=flag, **reading.decoding())
     draw = draw_kept if images.size <= KEPT_SIDE else draw_classes
-    return ClassMasks(range(images.start, images.start + len(images)), ["background", *images.classes],
-                      partial(draw, images.size, reading.in_chans), partial(square, images.size))
+    return ClassMasks(range(images.start, images.start + len(images)),
+                      partial(draw, images.kind, images.size, reading.in_chans), partial(drawn_size, images.size),
+                      ["background", *shapes.KINDS])
 
 
-def draw_classes(size: int, in_chans: int, index: int) -> tuple[Tensor, np.ndarray]:
+def draw_classes(kind: str, size: int, in_chans: int, index: int) -> tuple[Tensor, np.ndarray]:
+    image, labels = DRAW[kind](index, size)
+    return decode.from_array(image, in_chans), labels.astype(np.uint8)
+
+
+@lru_cache(maxsize=KEPT)  # at most 128 MiB
+def draw_kept(kind: str, size: int, in_chans: int, index: int) -> tuple[Tensor, np.ndarray]:
+    return draw_classes(kind, size, in_chans, index)
+
+
+def shape_classes(index: int, size: int) -> tuple[np.ndarray, np.ndarray]:
     """The pixels of the object have the image's class + 1."""
     image, label, mask = shapes.draw(index, size)
-    return decode.from_array(image, in_chans), (mask * (label + 1)).astype(np.uint8)
+    return image, mask * (label + 1)
 
 
-@lru_cache(maxsize=4096)  # at most 256 MiB
-def draw_kept(size: int, in_chans: int, index: int) -> tuple[Tensor, np.ndarray]:
-    return draw_classes(size, in_chans, index)
+def scene_classes(index: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """The pixels of an object have its kind + 1."""
+    scene = scenes.draw(index, size)
+    kinds = np.array([*(thing.kind + 1 for thing in scene.objects), 0])  # the owner -1 is the background
+    return scene.image, kinds[scene.owner]
 
 
-def square(side: int, item: Any) -> tuple[int, int]:
-    return side, side
+DRAW = {"shapes": shape_classes, "scenes": scene_classes}
 
 
 # ---- Files ----
@@ -181,21 +184,7 @@ def pairs_of_files(
         raise Refused(f"{where}: no images with masks in it; give a folder as its publisher packed it")
     for image, mask in pairs:
         masks.check_size(image, mask, where)
-    return ClassMasks(pairs, list(classes), partial(read_pair, numbers, reading), size_of_pair, zero)
-
-
-def size_of_pair(item: tuple[Path, Path]) -> tuple[int, int]:
-    return masks.size(item[0], turned=True)
-
-
-def matched(where: str, images: Path, annotated: Path, reading: decode.Reading) -> list[tuple[Path, Path]]:
-    """Each image of a folder with the mask of its name."""
-    found = masks.by_stem(annotated, masks.SUFFIXES) if annotated.is_dir() else {}
-    listed = masks.by_stem(images, decode.suffixes(reading.in_chans))
-    for stem, path in listed.items():
-        if stem not in found:
-            raise Refused(f"{where}: {path} has no mask {annotated / stem}.*; add it or remove the image")
-    return [(path, found[stem]) for stem, path in listed.items()]
+    return ClassMasks(pairs, partial(read_pair, numbers, reading), size_of_pair, list(classes), zero)
 
 
 # ---- Layouts ----
@@ -203,12 +192,7 @@ def matched(where: str, images: Path, annotated: Path, reading: decode.Reading) 
 
 def open_plain(where: str, folder: Path, reading: decode.Reading) -> list[ClassMasks]:
     """images/ and masks/, or train/ and val/ with both."""
-    parts = [folder / name for name in ("train", "val") if (folder / name).is_dir()] or [folder]
-    pairs = []
-    for part in parts:
-        if missing := [name for name in PLAIN if not (part / name).is_dir()]:
-            raise Refused(f"{where}: no folder {part / missing[0]}; give images/ and masks/ in train/ and in val/")
-        pairs.append(matched(where, *(part / name for name in PLAIN), reading))
+    pairs = [matched(where, *part, reading) for part in plain_parts(where, folder, PLAIN)]
     named = (folder / NAMES).read_text().split("\n") if (folder / NAMES).is_file() else []
     names = [line.strip() for line in named if line.strip()]
     if len(names) > VOID:

@@ -6,7 +6,6 @@ Shapes: C channels; label maps are integers (height, width), masks bool (height,
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Container, Iterable
 from functools import partial
 from pathlib import Path
@@ -103,11 +102,12 @@ def size(path: str | os.PathLike, turned: bool = False) -> tuple[int, int]:
         raise Refused(f"{path}: {decode.reason(error)}; replace the file") from error
 
 
-def check_size(image: Path, mask: Path, where: str) -> None:
-    expected, actual = size(image, turned=True), size(mask)
+def check_size(image: Path, mask: Path, where: str, what: str = "masks", measure: Callable = size) -> None:
+    """Raises Refused if a mask, or another map that `measure` measures, has another size than its image."""
+    expected, actual = size(image, turned=True), measure(mask)
     if expected != actual:
         raise Refused(f"{where}: {mask} is {actual[1]} x {actual[0]} pixels and its image {expected[1]} x "
-                      f"{expected[0]}; give masks of the images' own size")
+                      f"{expected[0]}; give {what} of the images' own size")
 
 
 # ---- Images with masks of their foreground ----
@@ -123,9 +123,9 @@ class MaskedImages(NamedTuple):
     notes: list[str]
 
 
-def is_drawn(data_path: str) -> bool:
-    """Whether it names drawn images, correctly or not, rather than a folder."""
-    return re.fullmatch(r"shapes(:.*)?", data_path) is not None
+def is_drawn(data_path: str, kinds: Iterable[str] = ("shapes",)) -> bool:
+    """Whether it names drawn images of one of these kinds, correctly or not, rather than a folder."""
+    return data_path.partition(":")[0] in kinds
 
 
 def open_masked(data_path: str, reading: decode.Reading = decode.PLAIN, flag: str = "--data_path") -> MaskedImages:

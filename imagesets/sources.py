@@ -28,7 +28,7 @@ from PIL import Image
 from torch import Tensor
 
 import parallel
-from imagesets import shapes
+from imagesets import scenes, shapes
 from imagesets.decode import MAX_PIXELS, MODES, Reading, Reduction, decode, from_pil, printable, suffixes
 from imagesets.deep import Range
 from imagesets.listing import (
@@ -87,7 +87,7 @@ def open_images(
                         files, which are copied once (shards.py).
     hf:FOLDER           a data set written by Hugging Face's `save_to_disk`.
     shapes              drawn images: `shapes`, `shapes:COUNT` or `shapes:COUNTxPIXELS`, by default 10000x96. A folder
-                        of that name is `./shapes`.
+                        of that name is `./shapes`. `scenes`: the same with several objects per image and no labels.
 
     Args:
         split: None takes the path as it is. 'train' takes the folder's train/ if it has one. 'val' takes its val/ or
@@ -107,11 +107,13 @@ def open_images(
     where = f"{flag} {data_path!r}"
     if split not in (None, "train", "val"):
         raise ValueError(f"split is {split!r}: give None, 'train' or 'val'")
-    kind = re.fullmatch(r"(shapes|torchvision|hf)(?::(.*))?", data_path)
+    kind = re.fullmatch(r"(shapes|scenes|torchvision|hf)(?::(.*))?", data_path)
     if kind and in_chans not in MODES:
         raise Refused(f"--in_chans {in_chans} with {where}: its images have 1, 3 or 4 channels")
+    if kind and kind[1] in DRAWN:
+        return open_drawn(where, DRAWN[kind[1]], kind[2], split, reading)
     if kind:
-        openers = {"shapes": open_shapes, "torchvision": open_torchvision, "hf": open_hugging_face}
+        openers = {"torchvision": open_torchvision, "hf": open_hugging_face}
         return openers[kind[1]](where, kind[2], split, reading)
     path = os.path.expanduser(data_path)
     try:
@@ -129,7 +131,7 @@ def open_images(
         name = printable(os.fsencode(error.filename or path))
         raise Refused(f"{where}: {name!r}: {error.strerror or error}; make it readable or remove it") from error
     raise Refused(f"{where}: no folder or .txt list has this name, nor a .csv or .zip; give one, or .tar shards, "
-                  ".parquet files, torchvision:NAME, hf:FOLDER or shapes[:COUNT[xPIXELS]]")
+                  ".parquet files, torchvision:NAME, hf:FOLDER, or shapes or scenes[:COUNT[xPIXELS]]")
 
 
 class Files:
@@ -299,6 +301,8 @@ def csv_rows(where: str, content: bytes) -> list[list[bytes]]:
 class Shapes:
     """Images start, start + 1, ... of `shapes.draw`."""
 
+    kind, smallest = "shapes", 8  # pixels per side
+
     def __init__(self, start: int, count: int, size: int, in_chans: int) -> None:
         self.start, self.count, self.size, self.in_chans = start, count, size, in_chans
         self.classes = list(shapes.KINDS)
@@ -307,23 +311,46 @@ class Shapes:
         return self.count
 
     @cached_property
-    def labels(self) -> Tensor:
+    def labels(self) -> Tensor | None:
         return torch.arange(self.start, self.start + self.count) % len(self.classes)  # see `draw`
 
     def name(self, i: int) -> str:
-        return f"shapes[{self.start + i}]"
+        return f"{self.kind}[{self.start + i}]"
+
+    def pixels(self, i: int) -> np.ndarray:
+        return shapes.draw(self.start + i, self.size)[0]
 
     def load(self, i: int, reduction: Reduction | None = None) -> Tensor:
-        return from_pil(Image.fromarray(shapes.draw(self.start + i, self.size)[0]), self.in_chans)
+        return from_pil(Image.fromarray(self.pixels(i)), self.in_chans)
 
 
+class Scenes(Shapes):
+    """Images start, start + 1, ... of `scenes.draw`. With several objects, an image has no label."""
+
+    kind, smallest = "scenes", 16
+
+    def __init__(self, start: int, count: int, size: int, in_chans: int) -> None:
+        super().__init__(start, count, size, in_chans)
+        self.classes = []
+
+    @property
+    def labels(self) -> None:
+        return None
+
+    def pixels(self, i: int) -> np.ndarray:
+        return scenes.draw(self.start + i, self.size).image
+
+
+DRAWN = {"shapes": Shapes, "scenes": Scenes}
 VAL_START = 1_000_000_000  # images from here on are for validation
 
 
-def open_shapes(where: str, size: str | None, split: str | None, reading: Reading) -> Shapes:
+def open_drawn(where: str, images: type[Shapes], size: str | None, split: str | None, reading: Reading) -> Shapes:
     match = re.fullmatch(r"([0-9]+)(?:x([0-9]+))?", "10000x96" if size is None else size)
     count, pixels = (int(match[1]), int(match[2] or 96)) if match else (0, 0)
-    if not 1 <= count <= VAL_START or not 8 <= pixels <= 8192:
-        raise Refused(f"{where}: give shapes:COUNT or shapes:COUNTxPIXELS, as in shapes:2000x96, of 8 pixels or more")
+    if not 1 <= count <= VAL_START or not images.smallest <= pixels <= 8192:
+        name = images.kind
+        raise Refused(f"{where}: give {name}:COUNT or {name}:COUNTxPIXELS, as in {name}:2000x96, of {images.smallest} "
+                      "pixels or more")
     start, count = (VAL_START, max(1, count // 4)) if split == "val" else (0, count)
-    return Shapes(start, count, pixels, reading.in_chans)
+    return images(start, count, pixels, reading.in_chans)

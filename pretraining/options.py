@@ -70,7 +70,8 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     add = group.add_argument
     add("--data_path", default="",
         help="folder of images, with or without class folders; a .txt or .csv list; a .zip; shards-{000..099}.tar; "
-             ".parquet files; hf:FOLDER; torchvision:CIFAR10; shapes[:COUNT[xPIXELS]], drawn images (docs/data.md)")
+             ".parquet files; hf:FOLDER; torchvision:CIFAR10; shapes or scenes[:COUNT[xPIXELS]], drawn images "
+             "(docs/data.md)")
     flags.add_reading_flags(group)
     add("--max_bad_images", type=flags.fraction, default=0.01,
         help="share of undecodable files, rounded up to whole files, above which the run stops")

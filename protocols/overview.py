@@ -25,7 +25,8 @@ from protocols.splits import Part
 
 VOTERS, TEMPERATURE = 20, 0.07  # of the k-NN whose errors are shown
 MAPPED, SHOWN, QUERIES, NEIGHBOURS = 2000, 12, 10, 6  # images of the map, of the sheets, and of the neighbours
-OTHERS = ("semantic segmentation", "video segmentation", "copy detection", "retrieval")  # shown as tables alone
+# shown as tables alone
+OTHERS = ("semantic segmentation", "depth", "video segmentation", "copy detection", "retrieval")
 FACTS = ("arch", "patch_size", "weights", "checkpoint_key", "weights_sha256", "crop_size")
 
 
@@ -47,6 +48,10 @@ def segmentation_figures(segmentation: Mapping) -> dict:
 
 def semantic_figures(semantic: Mapping) -> dict:
     return {"mIoU": semantic["results"][0]["miou"], "pixel accuracy": semantic["results"][0]["pixel_accuracy"]}
+
+
+def depth_figures(depth: Mapping) -> dict:
+    return {f"depth, {name}": depth["results"][0][name] for name in ("rmse", "abs_rel", "delta1")}
 
 
 def confusions(parts: Sequence[Part], most: int = 10) -> list[dict]:
@@ -170,8 +175,9 @@ def page(
     return report.page("Evaluation of frozen features", [
         ("What was evaluated", [report.facts(facts)]),
         ("Figures, with 95 % bootstrap intervals", [report.table(table), report.note(
-            "Accuracies, Jaccard indices, J&F and average precisions in %. Segmentation: best head chooses with the "
-            "ground truth of each image; one head was chosen on other images.")]),
+            "Accuracies, Jaccard indices, J&F and average precisions in %; the RMSE of depth in metres, its other "
+            "errors as shares. Segmentation: best head chooses with the ground truth of each image; one head was "
+            "chosen on other images.")]),
         ("k-NN", drawn.get("sweep", []) + [report.table(lines)] + notes(knn)),
         ("Confused classes", [report.table(wrong)] if wrong else []),
         ("Linear classifiers", [report.table(reports["linear"]["results"]), report.note(

@@ -183,7 +183,8 @@ def alignment(view1: Tensor, view2: Tensor) -> dict:
 
 
 def table(rows: Sequence[Mapping]) -> str:
-    """Rows with the same columns as aligned text; {"value", "interval"} becomes `value [low, high]`."""
+    """Rows with the same columns as aligned text; {"value", "interval"} becomes `value [low, high]`, with two decimals
+    or with "digits" of them."""
     lines = [list(rows[0])] + [[cell_text(cell) for cell in row.values()] for row in rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(c.rjust(w) for c, w in zip(line, widths, strict=True)) for line in lines)
@@ -193,8 +194,9 @@ def cell_text(cell) -> str:
     if cell is None or cell == {"value": None, "interval": None}:
         return "-"
     if isinstance(cell, Mapping):
-        interval = " [{:.2f}, {:.2f}]".format(*cell["interval"]) if cell["interval"] else ""
-        return f"{cell['value']:.2f}{interval}"
+        digits = cell.get("digits", 2)
+        interval = " [{:.{n}f}, {:.{n}f}]".format(*cell["interval"], n=digits) if cell["interval"] else ""
+        return f"{cell['value']:.{digits}f}{interval}"
     return f"{cell:.4g}" if isinstance(cell, float) else str(cell)
 
 

@@ -21,7 +21,7 @@ from parallel import Refused
 
 
 def has_test_part(data_path: str) -> bool:
-    if re.fullmatch(r"(shapes|torchvision)(:.*)?", data_path):
+    if re.fullmatch(r"(shapes|scenes|torchvision)(:.*)?", data_path):
         return True
     names = ("validation", "val", "test") if data_path.startswith("hf:") else ("val", "test")
     folder = os.path.expanduser(data_path.removeprefix("hf:"))

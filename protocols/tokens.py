@@ -5,9 +5,12 @@ Shapes: B images, C channels, D width, h x w patches.
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from parallel import Refused
 from protocols import dense
@@ -37,7 +40,9 @@ def block_count(network: Network) -> int:
 
 
 @torch.no_grad()
-def check_tokens(network: Network, blocks: int, size: int, size_flag: str) -> None:
+def check_tokens(
+    network: Network, blocks: int, size: int, size_flag: str, blocks_flag: str = "--n_last_blocks"
+) -> None:
     """Fail before any work.
 
     Raises:
@@ -45,7 +50,7 @@ def check_tokens(network: Network, blocks: int, size: int, size_flag: str) -> No
     """
     patch = patch_size(network)
     if blocks > block_count(network):
-        raise Refused(f"--n_last_blocks {blocks}: the network has {block_count(network)} blocks; lower it")
+        raise Refused(f"{blocks_flag} {blocks}: the network has {block_count(network)} blocks; lower it")
     if size < patch:
         raise Refused(f"{size_flag} {size}: smaller than a patch of {patch}; raise it")
     image = torch.zeros(1, network.info["in_chans"], size, size, dtype=torch.uint8)
@@ -71,18 +76,46 @@ def patch_tokens(network: Network, images: Tensor, n: int = 1) -> list[Tensor]:
     Images (B, C, height, width) uint8 are normalized with the weights' mean and std, then padded by zeros to whole
     patches (`margins`). Class token and registers are left out. The "tokens" of raw pixels are the pixels of a patch.
     """
-    patch, model = patch_size(network), network.forward
-    x = dense.normalize(images, network.info, network.device)
-    x = F.pad(x, margins(*x.shape[-2:], patch))
     if network.about["arch"] == PIXELS:
-        return [F.pixel_unshuffle(x, patch)]
+        return [F.pixel_unshuffle(padded(network, images), patch_size(network))]
+    depth = block_count(network)
+    return [maps for maps, _ in block_tokens(network, images, range(depth - n, depth))]
+
+
+@torch.no_grad()
+def block_tokens(
+    network: Network, images: Tensor, blocks: Sequence[int], norm: bool = True
+) -> list[tuple[Tensor, Tensor | None]]:
+    """Patch tokens (B, D, h, w) and class token (B, D), or None, after each of the blocks, in ascending order.
+
+    Args:
+        images: as in `patch_tokens`.
+        norm: apply the network's last norm.
+    """
+    model, x = network.forward, padded(network, images)
     with network.autocast():
         if isinstance(model, VisionTransformer):
             grid, first = model.patch_embed.grid(*x.shape[-2:]), 1 + model.num_register_tokens
-            outputs = [tokens[:, first:].transpose(1, 2).unflatten(2, grid) for tokens in model.block_outputs(x, n)]
+            outputs = [(tokens[:, first:].transpose(1, 2).unflatten(2, grid), tokens[:, 0])
+                       for tokens in model.block_outputs(x, list(blocks), norm)]
         else:
-            outputs = model.forward_intermediates(x, indices=n, norm=True, output_fmt="NCHW", intermediates_only=True)
-    return [tokens.float() for tokens in outputs]
+            from_the_end = [block - block_count(network) for block in blocks]  # of all that timm counts, stages too
+            outputs = timms_tokens(model, x, from_the_end, norm)
+    return [(maps.float(), None if class_token is None else class_token.float()) for maps, class_token in outputs]
+
+
+def timms_tokens(model: nn.Module, x: Tensor, blocks: list[int], norm: bool) -> list[tuple[Tensor, Tensor | None]]:
+    options = {"indices": blocks, "norm": norm, "output_fmt": "NCHW", "intermediates_only": True}
+    has_class_token = getattr(model, "cls_token", None) is not None
+    if has_class_token and "return_prefix_tokens" in inspect.signature(model.forward_intermediates).parameters:
+        outputs = model.forward_intermediates(x, return_prefix_tokens=True, **options)
+        return [(maps, prefix[:, 0]) for maps, prefix in outputs]
+    return [(maps, None) for maps in model.forward_intermediates(x, **options)]
+
+
+def padded(network: Network, images: Tensor) -> Tensor:
+    x = dense.normalize(images, network.info, network.device)
+    return F.pad(x, margins(*x.shape[-2:], patch_size(network)))
 
 
 def upsample(maps: Tensor, height: int, width: int, patch: int) -> Tensor:

@@ -33,6 +33,8 @@ NOT_RUN = {
     "--format onnx": "needs optional packages; tests/test_export.py",
     "DAVIS": "needs the data set; tests/test_video_segmentation.py",
     "ADEChallengeData2016": "needs the data set; tests/imagesets/test_class_masks.py",
+    "nyu_depth_v2": "needs the data set; tests/imagesets/test_depth_maps.py",
+    "kitti_raw": "needs the data set; tests/imagesets/test_depth_maps.py",
     "roxford5k": "needs the data set; tests/test_image_retrieval.py",
     "copydays": "needs the data set; tests/test_copy_detection.py",
     "imagenette128": "needs the data set",
@@ -55,6 +57,7 @@ QUICK = {
     "eval_linear.py": f"{NETWORK} --epochs 2 --views 1",
     "eval_segmentation.py": "--device cpu --image_size 32",
     "eval_semantic.py": f"{NETWORK} --steps 3",
+    "eval_depth.py": f"{NETWORK} --steps 3",
     "visualize_attention.py": "--device cpu --image_size 32 --max_images 2",
     "evaluate.py": f"{NETWORK} --image_size 32 --linear_epochs 2 --linear_views 1",
     "extract_features.py": NETWORK,
@@ -161,7 +164,7 @@ def playground(tmp_path_factory):
 
 def quick(script: str, flags: list[str], folder: Path) -> list[str]:
     """The flags of a documented command, with small data and the flags of QUICK."""
-    smaller = [re.sub(r"^shapes:\d+x(\d+)$", "shapes:200x32", flag) for flag in flags]
+    smaller = [re.sub(r"^(shapes|scenes):\d+x(\d+)$", r"\1:200x32", flag) for flag in flags]
     smaller = [flag.replace("/path/to/images", str(folder / "images")) for flag in smaller]
     data = ["--data_path", "shapes:200x32"] if script == "main_dino.py" and "--data_path" not in smaller else []
     return [*with_presets(smaller), *data, *QUICK.get(script, "").split()]
@@ -194,7 +197,7 @@ def test_readme_runs_from_its_first_command_to_its_last(playground, monkeypatch,
 
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda p: p.stem)
 def test_presets_are_valid_and_state_their_accuracy_and_command(preset):
-    scripts = {"dinov2": "main_dinov2", "semantic": "eval_semantic"}
+    scripts = {"dinov2": "main_dinov2", "semantic": "eval_semantic", "depth": "eval_depth"}
     script = importlib.import_module(scripts.get(preset.stem.split("_")[0], "main_dino"))
     data = [] if "shapes" in preset.name else ["--data_path", "x"]
     args = script.get_args_parser().parse_args([f"@{preset}", *data])

@@ -76,7 +76,7 @@ def test_a_sweep_with_baselines(tmp_path, capsys):
         mine = [row for row in report["settings"] if row["features"] == name]
         best = max(mine, key=lambda row: row["held-out mIoU"]["value"])
         (tested,) = [row for row in report["results"] if row["features"] == name]
-        assert best["chosen"] == "*" and (best["lr"], best["n_last_blocks"]) == (tested["lr"], tested["n_last_blocks"])
+        assert best["chosen"] == "*" and (best["lr"], best["blocks"]) == (tested["lr"], tested["blocks"])
     assert report["images"] == [12, 4, 4] and len(report["per_class"]) == 11 and "held out" in printed
     assert report["geometry"]["crop"] == 32
 

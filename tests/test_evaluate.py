@@ -22,7 +22,7 @@ from protocols.splits import Part
 
 def run(*flags):
     small = ("--arch", "vit_nano", "--patch_size", 8, "--crop_size", 32, "--num_workers", 0, "--device", "cpu",
-             "--linear_epochs", 1, "--linear_views", 1, "--image_size", 64, "--semantic_steps", 2)
+             "--linear_epochs", 1, "--linear_views", 1, "--image_size", 64, "--semantic_steps", 2, "--depth_steps", 2)
     return evaluate.main(evaluate.get_args_parser().parse_args([str(f) for f in (*small, *flags)]))
 
 
@@ -30,7 +30,7 @@ def run(*flags):
 def page(tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
     code = run("--data_path", "shapes:80x32", "--segmentation_data", "shapes:6x32", "--semantic_data", "shapes:12x32",
-               "--baselines", "--output_dir", folder)
+               "--depth_data", "scenes:12x32", "--baselines", "--output_dir", folder)
     assert code == 0
     return folder
 
@@ -38,7 +38,7 @@ def page(tmp_path_factory):
 def test_the_report_holds_every_figure(page):
     found = json.loads((page / "report.json").read_text())
     assert {row["protocol"] for row in found["results"]} == {
-        "k-NN", "linear", "segmentation", "semantic segmentation"}
+        "k-NN", "linear", "segmentation", "semantic segmentation", "depth"}
     for row in found["results"]:
         low, high = row["this network"]["interval"]
         assert low <= row["this network"]["value"] <= high
@@ -148,6 +148,7 @@ def test_text_is_escaped():
     (("--video_data", "nowhere"), "--video_data nowhere"),
     (("--video_data", "shapes:8"), "--video_data shapes:8"),
     (("--segmentation_data", "shapes:x"), "--segmentation_data 'shapes:x': give shapes:COUNT"),
+    (("--depth_data", "scenes:x"), "--depth_data 'scenes:x': give scenes:COUNT"),
     (("--semantic_data", "shapes:x"), "--semantic_data 'shapes:x': give shapes:COUNT"),
     (("--pretrained_weights", "nothing.pth"), "nothing.pth"),
 ])

@@ -118,7 +118,7 @@ def test_drawn_images():
     picture, labels = val.load(1)
     assert (picture.permute(1, 2, 0).numpy() == drawn).all() and (labels == np.where(mask, label + 1, 0)).all()
     assert set(np.unique(open_class_masks("shapes:8x32", foreground=True)[0].load(3)[1])) == {0, 1}
-    assert pickle.loads(pickle.dumps(val)).name(0) == f"shapes[{sources.VAL_START}]"  # as workers that are spawned get
+    assert pickle.loads(pickle.dumps(val)).items[0] == sources.VAL_START  # as workers that are spawned get it
 
 
 @pytest.mark.parametrize("break_it, words", [

@@ -257,6 +257,7 @@ def test_distillation(finished, tmp_path):
     ("extract_features", "--data_path shapes:20x16 --num_workers 0"),
     ("visualize_attention", "--image_path IMAGE --image_size 16"),
     ("eval_segmentation", "--data_path shapes:10x16 --image_size 16"),
+    ("eval_depth", "--data_path scenes:8x16 --steps 2 --batch_size 4 --num_workers 0"),
     ("export", "--format safetensors"),
 ])
 def test_every_script_reads_its_checkpoints(finished, tmp_path, monkeypatch, script, extra):

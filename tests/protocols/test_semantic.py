@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,10 +13,11 @@ from torch import nn
 from imagesets.class_masks import open_class_masks
 from imagesets.masks import VOID
 from parallel import Refused
-from protocols import semantic, semantic_scores, semantic_training, tokens
+from protocols import dense_prediction, dense_sweep, dense_training, semantic, semantic_layers, semantic_scores, tokens
+from protocols.dense_prediction import Geometry, Predictor
+from protocols.dense_training import Recipe, Setting, TrainingCrops
 from protocols.features import Network, load_network
-from protocols.semantic import Geometry, Predictor
-from protocols.semantic_training import Recipe, Setting, TrainingCrops
+from protocols.semantic_layers import last_tokens
 from vision_transformer import build_backbone
 from weights import load_backbone
 
@@ -184,7 +186,8 @@ def test_a_crop_and_its_labels_show_the_same_pixels(image_size, crop, scale):
     flips = set()
     for seed in range(20):
         rng = np.random.default_rng(seed)
-        found, truth = semantic_training.random_crop(image, labels, image_size, crop, (scale, scale), (9, 9, 250), rng)
+        found, truth = dense_training.random_crop(image, labels, image_size, crop, (scale, scale), (9, 9, 250),
+                                                  VOID, rng)
         assert found.shape == (3, crop, crop) and truth.shape == (crop, crop)
         void = truth == VOID
         assert (found[2][void] == 250).all() and (found[2][~void] == 0).all()
@@ -209,8 +212,8 @@ def test_loss_is_the_mean_over_pixels_that_count():
     labels[0, :2] = VOID
     terms = [-logits[b].log_softmax(0)[labels[b, y, x], y, x] for b in range(2) for y in range(4) for x in range(5)
              if labels[b, y, x] != VOID]
-    assert semantic_training.pixel_loss(logits, labels) == pytest.approx(float(torch.stack(terms).mean()), rel=1e-5)
-    assert semantic_training.pixel_loss(logits, torch.full_like(labels, VOID)) == 0
+    assert semantic_layers.pixel_loss(logits, labels) == pytest.approx(float(torch.stack(terms).mean()), rel=1e-5)
+    assert semantic_layers.pixel_loss(logits, torch.full_like(labels, VOID)) == 0
 
 
 def train_alone(network, crops, setting, n_classes, recipe):
@@ -225,7 +228,7 @@ def train_alone(network, crops, setting, n_classes, recipe):
         if norm is None:
             norm, conv = nn.BatchNorm1d(x.shape[1]), nn.Linear(x.shape[1], n_classes)
             torch.manual_seed(recipe.seed)
-            layer = semantic_training.linear_layer(x.shape[1], n_classes)
+            layer = semantic_layers.linear_layer(x.shape[1], n_classes)
             conv.weight.data, conv.bias.data = layer[-1].weight.data.flatten(1).clone(), torch.zeros(n_classes)
             optimizer = torch.optim.AdamW([*norm.parameters(), *conv.parameters()], weight_decay=recipe.weight_decay)
         warm = recipe.warmup_steps
@@ -248,7 +251,10 @@ def test_a_sweep_trains_each_layer_as_if_alone():
     recipe = Recipe(steps=5, batch_size=4, warmup_steps=2, weight_decay=0.1, num_workers=0)
     crops = TrainingCrops(images, 16, 16, (0, 0, 0), recipe)
     settings = [Setting("network", 2, 0.05), Setting("network", 1, 0.01)]
-    layers, losses = semantic_training.train({"network": network}, settings, crops, 11, recipe)
+    layers, losses = dense_training.train(
+        {"network": network}, settings, crops, recipe, last_tokens,
+        lambda width: semantic_layers.linear_layer(width, 11),
+        lambda logits, labels, step: semantic_layers.pixel_loss(logits, labels))
     alone = train_alone(network, crops, settings[0], 11, recipe)  # the first: it draws the same start
     torch.testing.assert_close(layers[0][-1].weight.flatten(1), alone.weight.data, atol=1e-4, rtol=1e-3)
     assert layers[1][-1].weight.shape == (11, 192, 1, 1) and all(map(math.isfinite, losses))
@@ -258,10 +264,10 @@ def test_a_sweep_trains_each_layer_as_if_alone():
 
 
 def test_windows_cover_a_side():
-    assert semantic.window_starts(1000, 512, 341) == [0, 341, 488]
-    assert semantic.window_starts(512, 512, 341) == semantic.window_starts(100, 512, 341) == [0]
+    assert dense_prediction.window_starts(1000, 512, 341) == [0, 341, 488]
+    assert dense_prediction.window_starts(512, 512, 341) == dense_prediction.window_starts(100, 512, 341) == [0]
     for side, window, stride in itertools.product((5, 16, 33), (4, 8), (1, 3, 4)):
-        starts = semantic.window_starts(side, window, stride)
+        starts = dense_prediction.window_starts(side, window, stride)
         assert {i for s in starts for i in range(s, s + window)} >= set(range(side))
         assert starts[-1] == max(0, side - window)
 
@@ -281,7 +287,7 @@ def red_predictor(geometry):
     layer = nn.Conv2d(1, 2, 1).requires_grad_(False)  # class 1 where red is above a half
     layer.weight.copy_(torch.tensor([0.0, 1.0]).view(2, 1, 1, 1))
     layer.bias.copy_(torch.tensor([0.5, 0.0]))
-    return Predictor({"red": network}, [Setting("red", 1, 0.1)], [layer], geometry)
+    return Predictor({"red": network}, [Setting("red", 1, 0.1)], [layer], geometry, last_tokens)
 
 
 @pytest.mark.parametrize("geometry", [
@@ -292,7 +298,7 @@ def test_predictions_are_in_place(geometry):
     truth = np.zeros((48, 76), bool)
     truth[8:20, 12:60], truth[16:40, 12:24] = True, True
     image = torch.from_numpy(np.stack([truth * 255] + [truth * 0] * 2).astype(np.uint8))
-    (found,) = red_predictor(geometry).predict(image)
+    (found,) = semantic.predict(red_predictor(geometry), image)
     assert found.shape == truth.shape and set(np.unique(found)) == {0, 1}
     assert (found.astype(bool) != truth).mean() < 0.06
     inner = np.zeros_like(truth)
@@ -304,9 +310,9 @@ def test_overlapping_windows_are_averaged():
     """Scores of a pixel are the mean over the windows that see it, each computed by itself."""
     torch.manual_seed(0)
     network = network_of(build_backbone("vit_nano", 8, img_size=16)[0])
-    layer = semantic_training.linear_layer(192, 3).eval().requires_grad_(False)
+    layer = semantic_layers.linear_layer(192, 3).eval().requires_grad_(False)
     image = pixels(1, 24, 40)[0]
-    predictor = Predictor({"n": network}, [Setting("n", 1, 0.1)], [layer], Geometry(24, 16, 16, 8))
+    predictor = Predictor({"n": network}, [Setting("n", 1, 0.1)], [layer], Geometry(24, 16, 16, 8), last_tokens)
     (found,) = predictor.sliding(image)
     total, seen = torch.zeros(3, 24, 40), torch.zeros(24, 40)
     for top, left in itertools.product((0, 8), (0, 8, 16, 24)):
@@ -319,20 +325,21 @@ def test_overlapping_windows_are_averaged():
 def test_scales_and_flips_average_probabilities():
     torch.manual_seed(0)
     network = network_of(build_backbone("vit_nano", 8, img_size=16)[0])
-    layer = semantic_training.linear_layer(192, 5).eval().requires_grad_(False)
+    layer = semantic_layers.linear_layer(192, 5).eval().requires_grad_(False)
     layer[-1].weight.mul_(100)
     image = pixels(1, 16, 24)[0]
 
     def classes(*scales, flip=False):
         geometry = Geometry(16, 32, 64, 64, scales, flip)
-        return Predictor({"n": network}, [Setting("n", 1, 0.1)], [layer], geometry).predict(image)[0]
+        predictor = Predictor({"n": network}, [Setting("n", 1, 0.1)], [layer], geometry, last_tokens)
+        return semantic.predict(predictor, image)[0]
 
     def probabilities(view, mirrored):
         (x,) = tokens.patch_tokens(network, view[None])
         maps = F.interpolate(tokens.upsample(layer(x), *view.shape[1:], 8), size=(16, 24), mode="bilinear")[0]
         return (maps.flip(-1) if mirrored else maps).softmax(0)
 
-    double = semantic.transforms.resize(image, (32, 48))
+    double = dense_prediction.transforms.resize(image, (32, 48))
     expected = sum(probabilities(view.flip(-1) if mirrored else view, mirrored)
                    for view in (image, double) for mirrored in (False, True))
     assert (classes(1.0, 2.0, flip=True) == expected.argmax(0).numpy()).all()
@@ -347,7 +354,7 @@ def test_clusters_get_the_class_they_overlap():
     levels = np.array([200, 20, 110], np.uint8)
 
     class Images:
-        items = range(12)
+        items, void = range(12), VOID
 
         def load(self, i):
             labels = np.kron(np.random.default_rng(i).integers(0, 3, (4, 4)), np.ones((8, 8))).astype(np.uint8)
@@ -355,7 +362,7 @@ def test_clusters_get_the_class_they_overlap():
 
     network = red_predictor(Geometry()).networks["red"]
     crops = TrainingCrops(Images(), 32, 32, (0, 0, 0), Recipe(scale=(1.0, 1.0)))
-    layer = semantic_training.kmeans_layer(network, crops, 3, batch_size=4, num_workers=0)
+    layer = semantic_layers.kmeans_layer(network, crops, 3, batch_size=4, num_workers=0)
     assert layer(torch.tensor([200, 20, 110]).view(1, 1, 3, 1) / 255).argmax(1).flatten().tolist() == [0, 1, 2]
 
 
@@ -364,26 +371,26 @@ def test_clusters_get_the_class_they_overlap():
 
 def test_sizes_follow_the_data():
     drawn = open_class_masks("shapes:4x60")[0]
-    assert semantic.fitted_to(Geometry(), drawn, 8) == Geometry(56, 56, 56, 37)
-    assert semantic.fitted_to(Geometry(crop=512), drawn, 16) == Geometry(512, 512, 512, 341)
-    large = drawn._replace(size=lambda item: (700, 900))
-    assert semantic.fitted_to(Geometry(), large, 14) == Geometry(504, 504, 504, 336)
+    assert dense_prediction.fitted_to(Geometry(), drawn, 8) == Geometry(56, 56, 56, 37)
+    assert dense_prediction.fitted_to(Geometry(crop=512), drawn, 16) == Geometry(512, 512, 512, 341)
+    large = replace(drawn, size=lambda item: (700, 900))
+    assert dense_prediction.fitted_to(Geometry(), large, 14) == Geometry(504, 504, 504, 336)
     with pytest.raises(Refused, match="--stride 600: leaves pixels out between windows of 512; lower"):
-        semantic.fitted_to(Geometry(crop=512, stride=600), drawn, 16)
+        dense_prediction.fitted_to(Geometry(crop=512, stride=600), drawn, 16)
 
 
 def test_the_parts_are_disjoint():
     images = open_class_masks("shapes:50x16")[0]
-    train, held, test, notes = semantic.split([images], 0.25, 0)
+    train, held, test, notes = dense_sweep.split([images], 0.25, 0)
     assert [len(part.items) for part in (train, held, test)] == [30, 10, 10] and len(notes) == 2
     assert sorted([*train.items, *held.items, *test.items]) == list(images.items)
-    assert semantic.split([images, images], 0, 0)[:2] == (images, None)
+    assert dense_sweep.split([images, images], 0, 0)[:2] == (images, None)
     with pytest.raises(Refused, match="too few"):
-        semantic.split([images.subset([0])], 0, 0)
+        dense_sweep.split([images.subset([0])], 0, 0)
 
 
 def test_each_network_has_its_best_setting():
     settings = [Setting(name, 1, lr) for name in ("network", "raw pixels") for lr in (1, 2)]
-    assert semantic.choose(settings, [3, 4, 7, 7]) == [1, 2]
+    assert dense_sweep.choose(settings, [3, 4, 7, 7]) == [1, 2]
 
 

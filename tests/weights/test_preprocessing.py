@@ -20,7 +20,8 @@ from weights import backbones
 
 MEAN, STD = [0.5, 0.4, 0.3], [0.5, 0.25, 0.2]
 SCRIPTS = ("eval_knn", "eval_linear", "eval_segmentation", "eval_video_segmentation", "eval_copy_detection",
-           "eval_image_retrieval", "evaluate", "extract_features", "visualize_attention", "export", "main_dino")
+           "eval_image_retrieval", "evaluate", "extract_features", "visualize_attention", "export", "main_dino",
+           "eval_semantic", "eval_depth")
 
 
 def checkpoint(folder, in_chans=3, name="checkpoint.pth", **args):

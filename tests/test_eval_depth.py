@@ -1,0 +1,143 @@
+"""eval_depth.py from end to end: folders, drawn scenes, two processes, presets, and what it refuses."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+from processes import ENV, free_port
+
+import eval_depth as script
+from vision_transformer import vit_nano
+
+SMALL = ["--arch", "vit_nano", "--patch_size", "8", "--num_workers", "0", "--device", "cpu", "--batch_size", "4"]
+
+
+def run(data, out, *flags):
+    flags = ["--data_path", data, "--output_dir", out, *SMALL, *flags]
+    return script.main(script.get_args_parser().parse_args([str(flag) for flag in flags]))
+
+
+def read(out):
+    return json.loads((out / "eval_depth.json").read_text())
+
+
+def grey_folder(root, n=12):
+    """The darker a block, the farther it is: 1 to 5 m, in millimetres, with a border of no depth; two shapes."""
+    for part in ("train", "val"):
+        for i in range(n):
+            rng = np.random.default_rng((i, part == "val"))
+            height, width = (32, 48) if i % 2 else (56, 40)
+            metres = np.kron(rng.uniform(1, 5, (height // 8, width // 8)), np.ones((8, 8)))
+            grey = np.repeat((255 - 50 * (metres - 1)).astype(np.uint8)[..., None], 3, -1)
+            depth = (1000 * metres).astype(np.uint16)
+            depth[:2] = 0
+            for name, values in (("images", grey), ("depth", depth)):
+                (root / part / name).mkdir(parents=True, exist_ok=True)
+                Image.fromarray(values).save(root / part / name / f"{i}.png")
+    return root
+
+
+def test_a_folder_whose_grey_is_its_depth(tmp_path):
+    """Raw pixels suffice, at the maps' own sizes, and are far better than the constants."""
+    data = grey_folder(tmp_path / "data")
+    flags = ("--arch", "pixels", "--steps", "150", "--lr", "0.03", "--crop_size", "32", "--test_flip", "--baselines")
+    assert run(data, tmp_path / "out", *flags) == 0
+    report = read(tmp_path / "out")
+    pixels, mean, mean_map = report["results"]
+    assert [row["features"] for row in report["results"]] == ["raw pixels", "mean depth", "mean map"]
+    assert pixels["rmse"]["value"] < 0.75 * min(mean["rmse"]["value"], mean_map["rmse"]["value"])
+    assert mean["rmse"]["value"] == pytest.approx(4 / 12**0.5, rel=0.1)  # of a uniform distribution over 4 m
+    low, high = pixels["rmse"]["interval"]
+    assert low < pixels["rmse"]["value"] < high and pixels["delta1"]["value"] > mean["delta1"]["value"]
+    assert report["images"] == [12, 0, 12] and report["geometry"]["window"] == 0 and report["depth_scale"] == 1000
+    assert 4.9 < report["max_depth"] < 5.02 and Image.open(tmp_path / "out" / "depth.png").width > 600
+
+
+def test_a_sweep_with_baselines(tmp_path, capsys):
+    torch.manual_seed(1)
+    torch.save(vit_nano(8, img_size=32).state_dict(), tmp_path / "weights.pth")
+    flags = ("--pretrained_weights", tmp_path / "weights.pth", "--steps", "3", "--lr", "0.01", "0.1", "--n_blocks",
+             "1", "4", "--baselines", "--val_share", "0.25", "--gradient_weight", "0.5", "--bins", "16")
+    assert run("scenes:16x32", tmp_path / "out", *flags) == 0
+    report, printed = read(tmp_path / "out"), capsys.readouterr().out
+    assert [row["features"] for row in report["results"]] == ["network", "untrained", "raw pixels", "mean depth",
+                                                              "mean map"]
+    assert len(report["settings"]) == 4 + 4 + 2 and sum(row["chosen"] == "*" for row in report["settings"]) == 3
+    for name in ("network", "untrained", "raw pixels"):
+        mine = [row for row in report["settings"] if row["features"] == name]
+        best = min(mine, key=lambda row: row["held-out RMSE"]["value"])
+        (tested,) = [row for row in report["results"] if row["features"] == name]
+        assert best["chosen"] == "*" and (best["lr"], best["blocks"]) == (tested["lr"], tested["blocks"])
+    assert report["images"] == [12, 4, 4] and "held out" in printed and "0.001 and 10 m" in printed
+
+
+def test_two_processes_agree_with_one(tmp_path):
+    flags = ["--data_path", "scenes:8x16", *SMALL, "--steps", "3", "--baselines", "--lr", "0.01", "0.1"]
+    environment = ENV | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    command = [sys.executable, str(ROOT / "eval_depth.py"), *flags, "--output_dir", str(tmp_path / "two")]
+    started = [subprocess.Popen(command, env=environment | {"RANK": str(rank)}) for rank in (0, 1)]
+    assert [process.wait(180) for process in started] == [0, 0]
+    assert run("scenes:8x16", tmp_path / "one", *flags[2:]) == 0
+    one, two = read(tmp_path / "one"), read(tmp_path / "two")
+    for a, b in zip(one["settings"], two["settings"], strict=True):
+        assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-3)
+    for a, b in zip(one["results"], two["results"], strict=True):
+        assert a["features"] == b["features"] and a["rmse"]["value"] == pytest.approx(b["rmse"]["value"], rel=1e-2)
+
+
+@pytest.mark.parametrize("flags, words", [
+    (("--data_path", "nowhere"), ("--data_path 'nowhere'", "images/ and depth/")),
+    (("--data_path", "scenes:x"), ("--data_path 'scenes:x'", "scenes:COUNT")),
+    (("--data_path", "shapes:8x16"), ("--data_path 'shapes:8x16'", "scenes")),
+    (("--n_blocks", "9"), ("--n_blocks 9", "4 blocks", "lower")),
+    (("--crop_size", "4"), ("--crop_size 4", "patch of 8", "raise")),
+    (("--max_depth", "0.0005"), ("--max_depth 0.0005", "--min_depth 0.001", "raise")),
+    (("--min_depth", "20"), ("--min_depth 20", "10 m", "lower")),
+    (("--max_depth", "0.01"), ("scenes[", "--max_depth 0.01", "correct")),
+    (("--eval_crop", "eigen_nyu"), ("--eval_crop eigen_nyu", "640 x 480", "16 x 16", "choose")),
+    (("--lr", "0.1", "1", "--val_share", "0"), ("--val_share 0", "--n_blocks", "raise")),
+    (("--warmup_steps", "9"), ("--warmup_steps 9", "--steps 2", "lower")),
+    (("--output_dir", __file__), ("is a file",)),
+])
+def test_bad_input_is_refused_in_one_line(flags, words, tmp_path, capsys):
+    assert run("scenes:4x16", tmp_path / "out", "--steps", "2", *flags) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and error.startswith("eval_depth.py: error: "), error
+    assert all(word in error for word in words) and not (tmp_path / "out").exists()
+
+
+def test_a_broken_depth_map_is_named_even_by_a_worker(tmp_path, capsys):
+    """The folder of NYU Depth v2, whose maps are not read before."""
+    for part in ("sync", "official_splits/test"):
+        for i in range(4):
+            (tmp_path / "nyu" / part / "room").mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (16, 16)).save(tmp_path / "nyu" / part / "room" / f"rgb_{i:05}.jpg")
+            Image.fromarray(np.full((16, 16), 2000, np.uint16)).save(
+                tmp_path / "nyu" / part / "room" / f"sync_depth_{i:05}.png")
+    path = tmp_path / "nyu" / "sync" / "room" / "sync_depth_00002.png"
+    Image.fromarray(np.zeros((16, 16), np.uint16)).save(path)
+    for workers in (0, 1):
+        assert run(tmp_path / "nyu", tmp_path / "out", "--steps", "2", "--num_workers", workers) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and str(path) in error and "Traceback" not in error and "no depth" in error
+
+
+def test_a_rate_that_diverges_is_named(tmp_path, capsys):
+    assert run("scenes:4x16", tmp_path / "out", "--steps", "10", "--lr", "1e30", "--batch_norm", "false") == 2
+    assert "--lr 1e+30: the loss is no longer finite; lower it" in capsys.readouterr().err
+
+
+def test_presets():
+    def parse(name):
+        return script.get_args_parser().parse_args([f"@{ROOT}/presets/{name}.txt"])
+
+    args = parse("depth_nyu")
+    assert (args.steps, args.batch_size, args.lr, args.weight_decay, args.warmup_steps, args.n_blocks, args.batch_norm,
+            args.bins, args.eval_crop, args.test_flip) == (
+        38400, 16, [1e-4], 0.01, 12800, [4], False, 256, "eigen_nyu", True)
+    assert (parse("depth_kitti").eval_crop, parse("depth_kitti").steps) == ("garg", 38400)
