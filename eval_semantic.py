@@ -73,9 +73,7 @@ def evaluate(args: argparse.Namespace) -> None:
     check_args(args)
     output_dir = flags.check_folder(flags.output_dir(args.output_dir, args.pretrained_weights))
     device = parallel.start(args.device, args.dist_url, args.dist_timeout)
-    network = load_network(args.pretrained_weights, args.arch, args.patch_size, args.checkpoint_key, device,
-                           precision=args.precision, seed=args.seed, mean=args.mean, std=args.std,
-                           in_chans=args.in_chans, max_pixels=args.max_pixels, value_range=args.value_range)
+    network = load_network(device=device, **flags.network_values(args))
     geometry = Geometry(args.image_size, args.crop_size, args.window_size, args.stride, args.test_scales,
                         args.test_flip)
     recipe = Recipe(args.lr, args.n_last_blocks, args.steps, args.batch_size, args.warmup_steps, args.weight_decay,

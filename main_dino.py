@@ -235,7 +235,7 @@ def train(args: argparse.Namespace, run: Run, plan: Plan, ends: Ends, log: Log) 
             run.meters.update(**extra)
             window.update(**extra)
             means = window.means()
-            warning = collapse(means["entropy"], ln_k, means["prototypes_used"])
+            warning = collapse(means["entropy"], ln_k, means["prototypes_used"], feature_rank=means["feature_rank"])
             monitor.log_step(log, plan, step, means, f"ln K {ln_k:.2f}", warning, options.images_per_step(args),
                              *clock.read())
             window.reset()

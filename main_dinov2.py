@@ -433,7 +433,8 @@ def warning(means: Mapping[str, float], loss: DINOv2Loss) -> str | None:
     for prefix, center, what in (("", loss.dino_loss, "image"), ("patch_", loss.ibot_patch_loss, "patch")):
         if f"{prefix}entropy" in means:
             line = collapse(means[f"{prefix}entropy"], math.log(center.center.numel()),
-                            means[f"{prefix}prototypes_used"], UNIFORM, ONE, what)
+                            means[f"{prefix}prototypes_used"], UNIFORM, ONE, what,
+                            math.inf if prefix else means["feature_rank"])
             if line:
                 return line
     return None

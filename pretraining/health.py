@@ -106,17 +106,22 @@ def of_features(features: Tensor) -> dict[str, Tensor]:
 
 UNIFORM = "a lower --teacher_temp and --warmup_teacher_temp, or --norm_last_layer true"
 ONE = "a higher --teacher_temp, a lower --lr, or --freeze_last_layer 1 or more"
+FEW = "a lower --lr, a longer --warmup_epochs, another --seed"
 
 
 def collapse(
-    entropy: float, ln_k: float, prototypes_used: float, uniform: str = UNIFORM, one: str = ONE, what: str = "image"
+    entropy: float, ln_k: float, prototypes_used: float, uniform: str = UNIFORM, one: str = ONE, what: str = "image",
+    feature_rank: float = math.inf,
 ) -> str | None:
     """A warning with flags to try if these values of `health` show a collapse, else None.
 
     There are two kinds of collapse (section 5.3): centring alone leads to the uniform output, sharpening alone to a
-    single prototype. Low entropy is no collapse as long as images are assigned to different prototypes.
+    single prototype. Low entropy is no collapse as long as images are assigned to different prototypes. A third shows
+    in the features: they vary in one or two directions and share a few prototypes, at an entropy between the two
+    (presets/shapes.txt without its warm-up: rank 1.8 and 2 prototypes; healthy runs there have 6 and 5 at the least).
 
     Args:
+        feature_rank: of the same images; left out for patches.
         uniform, one: remedies against each kind.
         what: what is assigned to prototypes.
     """
@@ -125,4 +130,7 @@ def collapse(
                 f"{uniform}")
     if entropy < 0.01 * ln_k and prototypes_used < 1.5:
         return f"collapse to one prototype (entropy = 0): the teacher assigns every {what} to it; try {one}"
+    if feature_rank < 2.5 and prototypes_used < 4:
+        return (f"collapse to few directions (effective rank of the features {feature_rank:.1f}): the teacher tells only "
+                f"two or three groups of {what}s apart; try {FEW}")
     return None

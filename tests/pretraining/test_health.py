@@ -44,11 +44,17 @@ def test_the_three_ways_of_a_teacher():
     healthy = health(different * 10, torch.randn(n, 4), torch.tensor(4.0), loss_of(K), 0)
 
     def verdict(h):
-        return collapse(h["entropy"].item(), math.log(K), h["prototypes_used"].item())
+        return collapse(h["entropy"].item(), math.log(K), h["prototypes_used"].item(),
+                        feature_rank=h["feature_rank"].item())
 
     assert "uniform" in verdict(uniform) and "--teacher_temp" in verdict(uniform)
     assert "one prototype" in verdict(one_hot) and "--teacher_temp" in verdict(one_hot)
     assert verdict(healthy) is None
+    groups = torch.arange(n) % 2  # features on a line, two prototypes, and an entropy as in a healthy run
+    soft = torch.nn.functional.one_hot(groups, K).float() * 0.1
+    line = health(soft, groups[:, None] * torch.ones(4) + 1e-3 * torch.randn(n, 4), torch.tensor(4.0), loss_of(K), 0)
+    assert 0.1 < line["entropy"].item() / math.log(K) < 0.99
+    assert "directions" in verdict(line) and "--lr" in verdict(line)
 
 
 def test_meters_average_and_go_round():
