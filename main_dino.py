@@ -28,7 +28,7 @@ from pretraining.faults import TO_BE_CONTINUED, Requests  # noqa: F401 - the lau
 from pretraining.health import collapse, health
 from pretraining.logs import Log
 from pretraining.meters import Clock, Meters
-from pretraining.plan import Plan, check_warmups, steps_per_epoch
+from pretraining.plan import Plan, check_warmups, drop_by_epoch, early_epochs, steps_per_epoch
 from pretraining.published import train_one_epoch  # noqa: F401 - published under this module's name, as the two below
 from pretraining.replay import Method, replay, view_losses
 from pretraining.session import Ends, add_gradients
@@ -121,6 +121,8 @@ def make_plan(args: argparse.Namespace, n_images: int) -> Plan:
         lr=utils.cosine_scheduler(peak, args.min_lr, epochs, per_epoch, warmup_epochs=args.warmup_epochs),
         wd=utils.cosine_scheduler(args.weight_decay, args.weight_decay_end, epochs, per_epoch),
         momentum=utils.cosine_scheduler(args.momentum_teacher, 1.0, epochs, per_epoch),
+        early_epochs=early_epochs(args.low_resolution_epochs, math.ceil(epochs)),
+        token_drop=drop_by_epoch(args.token_drop, math.ceil(epochs)),
     )
 
 
@@ -147,8 +149,13 @@ def make_run(args: argparse.Namespace, plan: Plan, n_images: int, device: torch.
     seed_everything(args.seed)  # the networks start the same on every process
     student, teacher = make_networks(args)
     networks.check_crop_sizes(student.backbone, args.arch, args.in_chans, **options.crop_sizes(args))
-    networks.check_batch_norm(student.backbone, args.arch, args.in_chans, args.batch_size_per_gpu,
-                              args.global_crops_size, args.local_crops_size, args.local_crops_number, device)
+    sizes, early = (args.global_crops_size, args.local_crops_size), options.early_sizes(args)
+    if plan.early_epochs:
+        networks.check_crop_sizes(student.backbone, args.arch, args.in_chans,
+                                  low_resolution_sizes=min(early[: 2 if args.local_crops_number else 1]))
+    for both in (sizes, early) if plan.early_epochs else (sizes,):
+        networks.check_batch_norm(student.backbone, args.arch, args.in_chans, args.batch_size_per_gpu, *both,
+                                  args.local_crops_number, device)
     student, teacher = networks.on_device(student, device), networks.on_device(teacher, device)
     if args.grad_checkpointing:
         networks.checkpoint_gradients(student.backbone, args.grad_checkpointing, args.arch)
@@ -208,7 +215,7 @@ def train(args: argparse.Namespace, run: Run, plan: Plan, ends: Ends, log: Log) 
         session.draw(run, ends, log, "start")
 
     def losses(student: nn.Module, crops: list[Tensor], batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
-        return utils.losses(student, run.teacher, crops, run.dino_loss, run.epoch)
+        return utils.losses(student, run.teacher, crops, run.dino_loss, run.epoch, batch.get("kept"))
 
     while run.step < plan.steps:
         step, epoch = run.step, run.epoch
@@ -256,8 +263,10 @@ def make_loader(
     args: argparse.Namespace, images: Images, plan: Plan, device: torch.device
 ) -> Callable[[int, int], Iterator[dict]]:
     """(first, last) -> the micro-batches of steps first ... last - 1, from one loader whose workers never restart."""
-    return loaders.steps(images, options.augmentation(args), args.batch_size_per_gpu, args.num_workers, args.seed,
-                         args.grad_accum_steps, plan.steps_per_epoch, device)
+    augmentation = options.augmentation(args)
+    return loaders.steps(images, augmentation, args.batch_size_per_gpu, args.num_workers, args.seed,
+                         args.grad_accum_steps, plan.steps_per_epoch, device,
+                         **options.by_epoch(args, plan, augmentation))
 
 
 # ---- The script ----
@@ -265,11 +274,12 @@ def make_loader(
 
 def replay_step(args: argparse.Namespace) -> None:
     def build(settings: Mapping, plan: Mapping) -> Method:
-        stored = argparse.Namespace(**settings | {"init_from": "", "init_in_chans": "", "compile": None})
+        stored = argparse.Namespace(**vars(get_args_parser().parse_args([])) | settings | {
+            "init_from": "", "init_in_chans": "", "compile": None})
         (student, teacher), dino_loss = make_networks(stored), make_loss(stored, plan["epochs"])
 
         def losses(crops: list[Tensor], batch: Mapping, step: int) -> tuple[Tensor, dict]:
-            return utils.losses(student, teacher, crops, dino_loss, step // plan["steps_per_epoch"])
+            return utils.losses(student, teacher, crops, dino_loss, step // plan["steps_per_epoch"], batch.get("kept"))
 
         def by_view(output: Tensor, parts: Mapping, step: int) -> str:
             views = view_losses(dino_loss, output, parts["teacher_output"], step // plan["steps_per_epoch"])

@@ -36,7 +36,7 @@ from pretraining.faults import TO_BE_CONTINUED, Requests  # noqa: F401 - the lau
 from pretraining.health import collapse, health_dinov2
 from pretraining.logs import Log
 from pretraining.meters import Clock, Meters
-from pretraining.plan import Plan, check_warmups, steps_per_epoch
+from pretraining.plan import Plan, check_warmups, drop_by_epoch, early_epochs, steps_per_epoch
 from pretraining.replay import Method, replay
 from pretraining.session import Ends, add_gradients
 from pretraining.state import Run, plain_settings, seed_everything
@@ -175,6 +175,12 @@ def check_args(args: argparse.Namespace) -> None:
     if args.compile not in (None, "default"):
         raise Refused(f"--compile {args.compile}: the number of masked patches differs from step to step, which CUDA "
                       "graphs do not allow; give --compile default")
+    if args.token_drop and all_patches(args):
+        raise Refused(f"--token_drop {options.text(args.token_drop)}: --ibot_tokens all needs the tokens of all "
+                      "patches; give --ibot_tokens masked, or leave it out")
+    if args.token_drop and args.mask_probability and args.token_drop[0] + args.mask_ratio[1] >= 1:
+        raise Refused(f"--token_drop {options.text(args.token_drop)}: masked patches are kept, and with --mask_ratio "
+                      f"{options.text(args.mask_ratio)} no visible one may be left; lower either, to a sum below 1")
     if args.init_heads and not args.init_from:
         raise Refused("--init_heads: give the checkpoint that has the heads as --init_from")
     if not args.ibot_separate_head and args.ibot_out_dim not in (0, args.out_dim):
@@ -208,7 +214,9 @@ def make_plan(args: argparse.Namespace, n_images: int) -> Plan:
         momentum=utils.cosine_scheduler(args.momentum_teacher, 1.0, epochs, unit),
         teacher_temp=utils.cosine_scheduler(args.teacher_temp, args.teacher_temp, epochs, unit,
                                             args.warmup_teacher_temp_epochs, args.warmup_teacher_temp),
-        last_layer_lr=frozen(args.freeze_last_layer), backbone_lr=frozen(args.freeze_backbone_epochs))
+        last_layer_lr=frozen(args.freeze_last_layer), backbone_lr=frozen(args.freeze_backbone_epochs),
+        early_epochs=early_epochs(args.low_resolution_epochs, math.ceil(steps / per_epoch)),
+        token_drop=drop_by_epoch(args.token_drop, math.ceil(steps / per_epoch)))
 
 
 def make_network(args: argparse.Namespace, drop_path_rate: float = 0.0) -> BackboneAndHeads:
@@ -323,7 +331,7 @@ def describe(args: argparse.Namespace, run: Run, plan: Plan, n_images: int) -> s
     lines.append(memory.estimate(
         run.student, args.batch_size_per_gpu, args.global_crops_size, args.local_crops_size, args.local_crops_number,
         1.0 if all_patches(args) else args.mask_probability * sum(args.mask_ratio) / 2, run.dtype,
-        args.grad_checkpointing, bool(run.make_backbone)))
+        args.grad_checkpointing, bool(run.make_backbone), dropped=plan.token_drop[-1] if plan.token_drop else 0.0))
     lines.append(f"loss of an untrained student: {losses_at_start(args)['dino']:.2f} on class tokens, "
                  f"{losses_at_start(args)['ibot']:.2f} on patches; progress lines show how much of each is left")
     lines += long_warmups(args, plan)
@@ -384,7 +392,8 @@ def train(args: argparse.Namespace, run: Run, teacher: nn.Module, plan: Plan, en
         session.draw(run, ends, log, "start")
 
     def losses(student: nn.Module, crops: list[Tensor], batch: dict) -> tuple[Tensor, dict]:
-        return dinov2.losses(student, teacher, crops, batch["masks"], run.dino_loss, float(plan.teacher_temp[run.step]))
+        return dinov2.losses(student, teacher, crops, batch["masks"], run.dino_loss, float(plan.teacher_temp[run.step]),
+                             batch.get("kept"))
 
     while run.step < plan.steps:
         step, epoch = run.step, run.epoch
@@ -444,12 +453,14 @@ def make_loader(
     args: argparse.Namespace, images: Images, plan: Plan, device: torch.device
 ) -> Callable[[int, int], Iterator[dict]]:
     """(first, last) -> the micro-batches of steps first ... last - 1, from one loader whose workers never restart."""
-    side = args.global_crops_size // args.patch_size
+    augmentation = make_augmentation(args)
+    side, early = (size // args.patch_size for size in (args.global_crops_size, options.early_sizes(args)[0]))
     masks = partial(masking.image_masks, seed=args.seed, images=options.images_per_step(args),
                     micro_batches=args.grad_accum_steps, grid=(side, side), ratio=tuple(args.mask_ratio),
-                    probability=args.mask_probability)
-    return loaders.steps(images, make_augmentation(args), args.batch_size_per_gpu, args.num_workers, args.seed,
-                         args.grad_accum_steps, plan.steps_per_epoch, device, masks)
+                    probability=args.mask_probability, early=(plan.early_epochs, (early, early)))
+    return loaders.steps(images, augmentation, args.batch_size_per_gpu, args.num_workers, args.seed,
+                         args.grad_accum_steps, plan.steps_per_epoch, device, masks,
+                         **options.by_epoch(args, plan, augmentation))
 
 
 # ---- The script ----
@@ -457,14 +468,15 @@ def make_loader(
 
 def replay_step(args: argparse.Namespace) -> None:
     def build(settings: Mapping, about: Mapping) -> Method:
-        stored = argparse.Namespace(**settings | {"init_from": "", "init_in_chans": "", "init_heads": False,
-                                               "compile": None})
+        stored = argparse.Namespace(**vars(get_args_parser().parse_args([])) | settings | {
+            "init_from": "", "init_in_chans": "", "init_heads": False, "compile": None})
         student, average = make_networks(stored)
         objective, device = make_loss(stored), parallel.pick_device(args.device)
         teacher = read_teacher(stored.distill_from)[0].to(device) if stored.distill_from else average
 
         def losses(crops: list[Tensor], batch: Mapping, step: int) -> tuple[Tensor, dict]:
-            return dinov2.losses(student, teacher, crops, batch["masks"], objective, float(about["teacher_temp"][step]))
+            return dinov2.losses(student, teacher, crops, batch["masks"], objective, float(about["teacher_temp"][step]),
+                                 batch.get("kept"))
 
         def details(output: dinov2.Outputs, parts: Mapping, step: int) -> str:
             terms = ("dino_global", "dino_local", "ibot", "koleo")

@@ -5,6 +5,7 @@ Shapes: B images, G = 2 global and L local crops, V = G + L views, K prototypes,
 
 from __future__ import annotations
 
+import copy
 import importlib
 import inspect
 import math
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.init import trunc_normal_  # noqa: F401 - part of the published utils.py, as LARS and the two below
 
 from method import fused, photometric
+from method.noise import with_noise
 from method.optimizers import LARS, SGD  # noqa: F401
 from method.pairs import class_loss
 from method.photometric import IMAGENET_MEAN, IMAGENET_STD
@@ -45,10 +47,13 @@ class DataAugmentationDINO:
         mean, std: one value per channel, for intensities in [0, 1].
         compiled: run `finish` through torch.compile, with fewer passes over memory (three channels only).
         blur: probability for the first and second global crop, and for a local crop.
+        blur_sigma: range of its standard deviation in pixels.
+        noise: probability of a square of Gaussian noise in a crop (`method.noise`).
     """
 
     BLUR = (1.0, 0.1)  # probability for the first and second global crop
     LOCAL_BLUR = 0.5
+    SIGMA = (0.1, 2.0)  # pixels
     SOLARIZE = (0.0, 0.2)
     JITTER = {photometric.BRIGHTNESS: (0.6, 1.4), photometric.CONTRAST: (0.6, 1.4),
               photometric.SATURATION: (0.8, 1.2), photometric.HUE: (-0.1, 0.1)}
@@ -64,10 +69,13 @@ class DataAugmentationDINO:
         std: Sequence[float] = IMAGENET_STD,
         compiled: bool = False,
         blur: Sequence[float] = (*BLUR, LOCAL_BLUR),
+        blur_sigma: tuple[float, float] = SIGMA,
+        noise: float = 0.0,
     ) -> None:
         self.scales = [tuple(global_crops_scale)] * 2 + [tuple(local_crops_scale)] * local_crops_number
         self.sizes = [global_crops_size] * 2 + [local_crops_size] * local_crops_number
         self.blur = [*blur[:2], *blur[2:] * local_crops_number]
+        self.blur_sigma, self.noise = tuple(blur_sigma), noise
         self.solarize = list(self.SOLARIZE) + [0.0] * local_crops_number
         self.mean, self.std, self.compiled = tuple(mean), tuple(std), compiled
 
@@ -94,7 +102,17 @@ class DataAugmentationDINO:
             crop = F.interpolate(crop, size=(size, size), mode="bicubic", antialias=True)[0]
             crops.append(crop.flip(-1) if rng.random() < 0.5 else crop)
             params[v] = self.draw_photometric(v, rng)
+            if self.noise and rng.random() < self.noise:
+                crops[v] = with_noise(crops[v], rng)
         return crops, torch.from_numpy(params)
+
+    def resized(self, global_crops_size: int, local_crops_size: int) -> DataAugmentationDINO:
+        """The same views at another resolution: blur in proportion, and no noise."""
+        other = copy.copy(self)
+        other.sizes = [global_crops_size] * 2 + [local_crops_size] * (len(self.sizes) - 2)
+        other.blur_sigma = tuple(sigma * global_crops_size / self.sizes[0] for sigma in self.blur_sigma)
+        other.noise = 0.0
+        return other
 
     def draw_photometric(self, view: int, rng: np.random.Generator) -> np.ndarray:
         """Random photometric parameters (8,) of one view, in the columns of `photometric`."""
@@ -106,7 +124,7 @@ class DataAugmentationDINO:
                 row[column] = uniform(rng, low, high)
             row[photometric.ORDER] = rng.integers(24)
         row[photometric.GREY] = rng.random() < 0.2
-        row[photometric.SIGMA] = uniform(rng, 0.1, 2.0) if rng.random() < self.blur[view] else 0.0
+        row[photometric.SIGMA] = uniform(rng, *self.blur_sigma) if rng.random() < self.blur[view] else 0.0
         row[photometric.SOLARIZE] = rng.random() < self.solarize[view]
         return row
 
@@ -173,47 +191,53 @@ class MultiCropWrapper(nn.Module):
         self.backbone = backbone
         self.head = head
 
-    def features(self, crops: Tensor | Sequence[Tensor]) -> Tensor:
+    def features(self, crops: Tensor | Sequence[Tensor], kept: Tensor | None = None) -> Tensor:
         """list of (n_i, C, h_i, w_i) -> backbone features (sum n_i, D), rows in input order."""
-        features = self.outputs(crops) if self.channels_last else self.outputs(crops, class_token_only=True)
+        features = self.outputs(crops) if self.channels_last else self.outputs(crops, kept, class_token_only=True)
         return torch.cat(features) if len(features) > 1 else features[0]
 
     def tokens(self, crops: Tensor | Sequence[Tensor]) -> list[Tensor]:
         """list of (n_i, C, h_i, w_i) -> a Vision Transformer's normalized tokens, list of (n_i, N_i, D)."""
         return self.outputs(crops, all_tokens=True)
 
-    def outputs(self, crops: Tensor | Sequence[Tensor], **options: bool) -> list[Tensor]:
-        """[backbone(crop, **options) for crop in crops], computed in one pass per resolution."""
+    def outputs(self, crops: Tensor | Sequence[Tensor], kept: Tensor | None = None, **options: bool) -> list[Tensor]:
+        """[backbone(crop, **options) for crop in crops], computed in one pass per resolution.
+
+        Args:
+            kept: (n_0, n) indices of the patches of the first item that a Vision Transformer keeps; None: all.
+        """
         crops = [crops] if isinstance(crops, Tensor) else list(crops)
-        groups: dict[torch.Size, list[int]] = {}
+        groups: dict[tuple, list[int]] = {}
         for i, crop in enumerate(crops):
-            groups.setdefault(crop.shape[-2:], []).append(i)
+            groups.setdefault((*crop.shape[-2:], kept is not None and i == 0), []).append(i)
         outputs: list[Tensor] = [crops[0]] * len(crops)
-        for members in groups.values():
+        for (*_, dropping), members in groups.items():
             batch = torch.cat([crops[i] for i in members]) if len(members) > 1 else crops[members[0]]
             if self.channels_last:
                 batch = batch.contiguous(memory_format=torch.channels_last)
-            out = self.backbone(batch, **options)
+            out = self.backbone(batch, **options, **{"kept": kept} if dropping else {})
             out = out[0] if isinstance(out, tuple) else out  # published XCiT returns several outputs
             for i, rows in zip(members, out.split([len(crops[i]) for i in members]), strict=True):
                 outputs[i] = rows
         return outputs
 
-    def forward(self, crops: Tensor | Sequence[Tensor]) -> Tensor:
-        return self.head(self.features(crops))
+    def forward(self, crops: Tensor | Sequence[Tensor], kept: Tensor | None = None) -> Tensor:
+        return self.head(self.features(crops, kept))
 
 
 # ---- Loss and centre (section 3.1, equations 1 to 4; algorithm 1) ----
 
 
 def losses(
-    student: nn.Module, teacher: MultiCropWrapper, crops: Sequence[Tensor], dino_loss: DINOLoss, epoch: int
+    student: nn.Module, teacher: MultiCropWrapper, crops: Sequence[Tensor], dino_loss: DINOLoss, epoch: int,
+    kept: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The DINO loss of a micro-batch (algorithm 1). Changes neither the networks nor the centre.
 
     Args:
         student: a MultiCropWrapper, or its DistributedDataParallel.
         crops: [(2B, C, g, g), (LB, C, l, l)], normalized and crop-major.
+        kept: (2B, n) indices of the patches of the global crops that the student sees; None: all.
 
     Returns:
         The loss to differentiate, and a dict of detached parts: scalars to log, the teacher's backbone features
@@ -223,7 +247,9 @@ def losses(
         # Cloned: a CUDA graph (--compile reduce-overhead) overwrites its outputs when the next graph starts.
         teacher_features = teacher.features(crops[:1]).clone()  # (2B, D), global views only
         teacher_output = teacher.head(teacher_features).clone()  # (2B, K)
-    loss = cross_entropy(student(crops), dino_loss.targets(teacher_output, epoch), dino_loss.student_temp)
+    dropping = () if kept is None else (kept.to(crops[0].device, non_blocking=True),)
+    student_output = student(crops, *dropping)
+    loss = cross_entropy(student_output, dino_loss.targets(teacher_output, epoch), dino_loss.student_temp)
     return loss, {"loss": loss.detach(), "teacher_features": teacher_features, "teacher_output": teacher_output,
                   "teacher_mean": at_least_float32(teacher_output).mean(0, keepdim=True)}
 

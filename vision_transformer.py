@@ -543,6 +543,12 @@ class VisionTransformer(nn.Module):
 
     prepare_tokens_with_masks = prepare_tokens  # DINOv2's name
 
+    def without_dropped(self, tokens: Tensor, kept: Tensor) -> Tensor:
+        """(B, N, D) -> class token, registers and the patches with the indices `kept` (B, n), in their order."""
+        first = 1 + self.num_register_tokens
+        patches = tokens[:, first:].gather(1, kept.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+        return torch.cat([tokens[:, :first], patches], dim=1)
+
     def set_grad_checkpointing(self, enable: bool = True, layers: bool = False) -> None:
         """Save only each block's input for backward and recompute the rest (the method has timm's name).
 
@@ -554,17 +560,19 @@ class VisionTransformer(nn.Module):
 
     def forward_blocks(
         self, x: Tensor | list[Tensor], masks: Tensor | list[Tensor | None] | None = None,
-        class_token_only: bool = False,
+        class_token_only: bool = False, kept: Tensor | None = None,
     ) -> Tensor | list[Tensor]:
         """Images (B, C, height, width) -> tokens (B, N, D) before the last norm, or the class token alone (B, 1, D).
 
         A list of batches, with a list of masks (None: no masks), gives a list. All batches pass a block before the
-        next block, so that it is gathered once under FSDP; see Block.
+        next block, so that it is gathered once under FSDP; see Block. `kept`: see forward.
         """
         if isinstance(x, list):
             x = [self.prepare_tokens(x, m) for x, m in zip(x, masks or [None] * len(x), strict=True)]
         else:
             x = self.prepare_tokens(x, masks)
+        if kept is not None:
+            x = [self.without_dropped(x[0], kept), *x[1:]] if isinstance(x, list) else self.without_dropped(x, kept)
         for block in self.blocks:
             # Passed only where it is needed: a block of another class may not accept it.
             options = {"class_token_only": True} if class_token_only and block is self.blocks[-1] else {}
@@ -576,7 +584,7 @@ class VisionTransformer(nn.Module):
 
     def forward(
         self, x: Tensor | list[Tensor], masks: Tensor | list[Tensor | None] | None = None, is_training: bool = False,
-        class_token_only: bool = False, all_tokens: bool = False,
+        class_token_only: bool = False, all_tokens: bool = False, kept: Tensor | None = None,
     ) -> Tensor | list[Tensor] | Features | list[Features]:
         """Images (B, C, height, width) -> normalized class token (B, D), or logits (B, num_classes).
 
@@ -586,10 +594,12 @@ class VisionTransformer(nn.Module):
             class_token_only: compute only the class token in the last block, which is faster in training; hooks on
                 that block then see one token.
             all_tokens: return the normalized tokens (B, N, D) instead: class token, registers, patches.
+            kept: (B, n) indices of the patches whose tokens pass the blocks, of a list's first batch; the other
+                patches are dropped once the positions are added. None: all.
         """
         if is_training:
             return self.forward_features(x, masks)
-        x = self.forward_blocks(x, masks, class_token_only)
+        x = self.forward_blocks(x, masks, class_token_only, kept)
         outputs = [self.norm(tokens) for tokens in (x if isinstance(x, list) else [x])]
         if not all_tokens:
             outputs = [self.head(tokens[:, 0]) for tokens in outputs]

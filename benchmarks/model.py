@@ -77,11 +77,15 @@ class Shape:
         teacher = 2 * self.tokens(self.sizes[0])
         return teacher, teacher + self.local * self.tokens(self.sizes[1])
 
-    def backbone_flop(self, size: int, all_tokens: bool = True) -> int:
-        """FLOPs of a forward pass of one crop; all_tokens=False: the last block computes only the class token."""
-        n, d = self.tokens(size), self.width
+    def backbone_flop(self, size: int, all_tokens: bool = True, dropped: float = 0.0) -> int:
+        """FLOPs of a forward pass of one crop; all_tokens=False: the last block computes only the class token.
+
+        dropped: share of the patches that are embedded and then dropped.
+        """
+        patches, d = self.tokens(size) - 1, self.width
+        n = 1 + patches - int(patches * dropped)
         block, last = 24 * n * d**2 + 4 * n**2 * d, 6 * n * d**2 + 18 * d**2 + 4 * n * d
-        return 2 * (n - 1) * 3 * self.patch**2 * d + (self.blocks - 1) * block + (block if all_tokens else last)
+        return 2 * patches * 3 * self.patch**2 * d + (self.blocks - 1) * block + (block if all_tokens else last)
 
     def head_weights(self) -> int:
         return self.width * HIDDEN + HIDDEN**2 + HIDDEN * BOTTLENECK + BOTTLENECK * self.k

@@ -34,18 +34,20 @@ class Trainer:
                                            fused=True)
         self.device, self.dtype = device, dtype
 
-    def losses(self, crops: list[torch.Tensor], forward=None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def losses(self, crops: list[torch.Tensor], forward=None, kept=None
+               ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """crops: [(2B, 3, g, g), (LB, 3, l, l)] -> what utils.losses returns.
 
         Args:
             forward: the wrapped student of a distributed run; default: the student.
+            kept: patches of the global crops that the student sees; None: all.
         """
         with torch.autocast(self.device.split(":")[0], self.dtype, enabled=self.dtype is not None):
-            return utils.losses(forward or self.student, self.teacher, crops, self.dino_loss, 0)
+            return utils.losses(forward or self.student, self.teacher, crops, self.dino_loss, 0, kept)
 
-    def step(self, crops: list[torch.Tensor], momentum: float = 0.996, forward=None) -> torch.Tensor:
+    def step(self, crops: list[torch.Tensor], momentum: float = 0.996, forward=None, kept=None) -> torch.Tensor:
         """One optimizer step. Returns the loss, on the device."""
-        loss, parts = self.losses(crops, forward)
+        loss, parts = self.losses(crops, forward, kept)
         loss.backward()
         utils.clip_gradients(self.student, 3.0)
         self.optimizer.step()

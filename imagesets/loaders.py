@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,6 +30,15 @@ from imagesets.sources import Images
 from parallel import Refused
 
 Masks = Callable[[int, int, int], Tensor]  # (epoch, micro-batch, row) -> masks of an image's global crops
+# (epoch, index, masks) -> the patches of the image's global crops that the student sees; None: all of them
+Kept = Callable[[int, int, Tensor | None], Tensor | None]
+
+
+class Early(NamedTuple):
+    """Another augmentation in the first epochs of a run."""
+
+    epochs: int
+    augmentation: Any
 
 # ---- Batches ----
 
@@ -110,7 +119,8 @@ class MultiCrop(Dataset):
     from the same random stream. bad lists the (name, reason) of images that could not be decoded; index remains the
     one that was asked for.
 
-    With `masks`, (epoch, index, m, row) -> the same and masks(epoch, m, row), those of the image's global crops (2, N).
+    With `masks` or `kept`, (epoch, index, m, row) -> the same and a dict: `masks` (2, N) of the image's global crops,
+    and `kept` (2, n), unless the epoch keeps all patches.
 
     Raises:
         Unreadable: TRIES images in a row can't be decoded.
@@ -118,8 +128,12 @@ class MultiCrop(Dataset):
 
     TRIES = 100
 
-    def __init__(self, images: Images, augmentation: Any, seed: int, masks: Masks | None = None) -> None:
-        self.images, self.augmentation, self.seed, self.masks = images, augmentation, seed, masks
+    def __init__(
+        self, images: Images, augmentation: Any, seed: int, masks: Masks | None = None, kept: Kept | None = None,
+        early: Early | None = None,
+    ) -> None:
+        self.images, self.augmentation, self.seed = images, augmentation, seed
+        self.masks, self.kept, self.early = masks, kept, early
 
     def __len__(self) -> int:
         return len(self.images)
@@ -127,20 +141,28 @@ class MultiCrop(Dataset):
     def __getitem__(self, key: tuple[int, ...]) -> tuple:
         epoch, index, *place = key
         rng = np.random.default_rng([self.seed, epoch, index])
+        augmentation = self.early.augmentation if self.early and epoch < self.early.epochs else self.augmentation
         bad, chosen = [], index
         while len(bad) < self.TRIES:
             try:
-                image = self.images.load(chosen, self.augmentation.reduction)
+                image = self.images.load(chosen, augmentation.reduction)
             except Undecodable as error:
                 name = self.images.name(chosen)
                 bad.append((name, str(error).removeprefix(f"{name}: ")))
                 chosen = int(rng.integers(len(self.images)))
             else:
-                crops, params = self.augmentation.cut(image, rng)
-                return crops, params, index, bad, *([self.masks(epoch, *place)] if self.masks else [])
+                crops, params = augmentation.cut(image, rng)
+                tokens = [self.tokens(epoch, index, *place)] if self.masks or self.kept else []
+                return crops, params, index, bad, *tokens
         name, reason = bad[-1]
         raise Unreadable(f"--data_path: {self.TRIES} images in a row can't be decoded; remove such images. The last: "
                          f"{name}: {reason}")
+
+    def tokens(self, epoch: int, index: int, *place: int) -> dict[str, Tensor]:
+        """What becomes of the patches of the image's global crops."""
+        masks = self.masks(epoch, *place) if self.masks else None
+        kept = self.kept(epoch, index, masks) if self.kept else None
+        return {name: value for name, value in (("masks", masks), ("kept", kept)) if value is not None}
 
 
 def collate(items: Sequence[tuple]) -> dict[str, Any]:
@@ -152,9 +174,9 @@ def collate(items: Sequence[tuple]) -> dict[str, Any]:
         params: float32 ((2 + L)B, 8), in the same order.
         index: int64 (B,).
         bad: list of (name, reason).
-        masks: bool (2B, N), in the order of the global crops; only where the items have masks.
+        masks: bool (2B, N), kept: int64 (2B, n), in the order of the global crops; only where the items have them.
     """
-    crops, params, indices, bad, *masks = zip(*items, strict=True)
+    crops, params, indices, bad, *tokens = zip(*items, strict=True)
     views = list(zip(*crops, strict=True))  # [view][image]
     groups = [[crop.permute(1, 2, 0) for view in group for crop in view] for group in (views[:2], views[2:])]
     return {
@@ -163,7 +185,8 @@ def collate(items: Sequence[tuple]) -> dict[str, Any]:
         "params": torch.stack(params, 1).flatten(0, 1),
         "index": torch.tensor(indices),
         "bad": list(itertools.chain.from_iterable(bad)),
-    } | ({"masks": torch.stack(masks[0], 1).flatten(0, 1)} if masks else {})
+    } | {name: torch.stack([of_image[name] for of_image in tokens[0]], 1).flatten(0, 1)
+         for name in (tokens[0][0] if tokens else ())}
 
 
 def batches(
@@ -179,13 +202,15 @@ def batches(
     last_batch: int | None = None,
     pin_memory: bool = False,
     masks: Masks | None = None,
+    kept: Kept | None = None,
+    early: Early | None = None,
 ) -> DataLoader:
     """One process's micro-batches of a whole run, made by `collate`; see GlobalBatches and MultiCrop for the arguments.
 
     When a worker dies, the iteration ends with DataLoader's RuntimeError (see parallel.worker_death).
     """
     return DataLoader(
-        MultiCrop(images, augmentation, seed, masks),
+        MultiCrop(images, augmentation, seed, masks, kept, early),
         batch_sampler=GlobalBatches(
             len(images), batch_size, seed, rank, world_size, batches_per_epoch, first_batch, last_batch,
             masks is not None
@@ -200,7 +225,8 @@ def batches(
 
 def steps(
     images: Images, augmentation: Any, batch_size: int, num_workers: int, seed: int, micro_batches: int,
-    steps_per_epoch: int, device: torch.device, masks: Masks | None = None,
+    steps_per_epoch: int, device: torch.device, masks: Masks | None = None, kept: Kept | None = None,
+    early: Early | None = None,
 ) -> Callable[[int, int], Iterator[dict[str, Any]]]:
     """(first, last) -> this process's micro-batches of steps first ... last - 1, on the device; see `batches`.
 
@@ -211,6 +237,7 @@ def steps(
         return on_device(batches(
             images, augmentation, batch_size, num_workers, seed, parallel.rank(), parallel.world_size(),
             steps_per_epoch * micro_batches, first * micro_batches, last * micro_batches, device.type == "cuda", masks,
+            kept, early,
         ), device)
 
     return load

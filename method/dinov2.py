@@ -38,14 +38,18 @@ class BackboneAndHeads(nn.Module):
         super().__init__()
         self.backbone, self.dino_head, self.ibot_head = backbone, dino_head, ibot_head
 
-    def forward(self, crops: Sequence[Tensor], masks: Tensor | None, positions: Tensor) -> Outputs:
+    def forward(
+        self, crops: Sequence[Tensor], masks: Tensor | None, positions: Tensor, kept: Tensor | None = None
+    ) -> Outputs:
         """[(2B, C, g, g), (LB, C, l, l)], crop-major -> the outputs of the two heads.
 
         Args:
             masks: (2B, N) bool, patches of the global crops that are replaced by the mask token; None: none.
-            positions: (n,) indices into the 2 B N patches, whose tokens go to the patch head.
+            positions: (n,) indices into the 2 B N patches, or those that are kept, whose tokens go to the patch head.
+            kept: (2B, m) indices of the patches of the global crops that are kept; None: all.
         """
-        tokens = self.backbone(list(crops), [masks, *[None] * (len(crops) - 1)], all_tokens=True)
+        dropping = {} if kept is None else {"kept": kept}
+        tokens = self.backbone(list(crops), [masks, *[None] * (len(crops) - 1)], all_tokens=True, **dropping)
         first_patch = 1 + self.backbone.num_register_tokens
         patches = tokens[0][:, first_patch:].flatten(0, 1)[positions]  # (n, D)
         patch_head = self.dino_head if self.ibot_head is None else self.ibot_head
@@ -107,7 +111,7 @@ class DINOv2Loss(nn.Module):
 
 def losses(
     student: nn.Module, teacher: BackboneAndHeads, crops: Sequence[Tensor], masks: Tensor, objective: DINOv2Loss,
-    teacher_temp: float,
+    teacher_temp: float, kept: Tensor | None = None,
 ) -> tuple[Tensor, dict]:
     """The loss of a micro-batch. Changes neither the networks nor the centres.
 
@@ -117,6 +121,8 @@ def losses(
         student: a BackboneAndHeads, or its DistributedDataParallel.
         crops: [(2B, C, g, g), (LB, C, l, l)], normalized and crop-major.
         masks: (2B, N) bool. It stays on the CPU: finding its indices there does not wait for the device.
+        kept: (2B, m) ascending indices of the patches of the global crops that the student sees, the masked ones among
+            them, on the CPU too; None: all.
 
     Returns:
         The loss to differentiate, and a dict of detached parts: the terms `dino_global`, `dino_local`, `ibot` and
@@ -125,12 +131,16 @@ def losses(
     """
     dtype, device = at_least_float32(crops[0][:0]).dtype, crops[0].device
     chosen = torch.ones_like(masks) if objective.all_patches else masks
-    positions = chosen.flatten().nonzero().squeeze(1).to(device, non_blocking=True)
+    positions = positions_of(chosen).to(device, non_blocking=True)
     weights = masks_weight(chosen, dtype).to(device, non_blocking=True)
     with torch.no_grad():
         teacher_out = teacher(crops[:1], None, positions)
     class_targets, patch_targets = objective.targets(teacher_out, teacher_temp)
-    out = student(crops, masks.to(device, non_blocking=True) if objective.mask_student else None, positions)
+    dropping = ()
+    if kept is not None:
+        positions = positions_of(chosen.gather(1, kept)).to(device, non_blocking=True)
+        dropping = (kept.to(device, non_blocking=True),)
+    out = student(crops, masks.to(device, non_blocking=True) if objective.mask_student else None, positions, *dropping)
 
     dino, pairs = class_loss(out.class_scores, class_targets, objective.student_temp)
     ibot = patch_loss(out.patch_scores, patch_targets, weights, len(crops[0]), objective.student_temp)
@@ -145,6 +155,11 @@ def losses(
         "class_targets": class_targets, "patch_targets": patch_targets, "teacher_features": teacher_out.class_tokens,
         "class_mean": mean_of_rows(teacher_out.class_scores), "patch_mean": mean_of_rows(teacher_out.patch_scores),
     }
+
+
+def positions_of(chosen: Tensor) -> Tensor:
+    """(2B, N) bool -> indices of the chosen ones among the 2 B N."""
+    return chosen.flatten().nonzero().squeeze(1)
 
 
 def has_neighbours(crops: Sequence[Tensor], objective: DINOv2Loss) -> bool:

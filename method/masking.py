@@ -6,6 +6,7 @@ Shapes: n global crops of a step, N = rows x columns patches of a crop.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -49,17 +50,39 @@ def batch_masks(
 
 def image_masks(
     epoch: int, micro: int, row: int, *, seed: int, images: int, micro_batches: int, grid: tuple[int, int],
-    ratio: tuple[float, float] = (0.1, 0.5), probability: float = 0.5,
+    ratio: tuple[float, float] = (0.1, 0.5), probability: float = 0.5, early: tuple[int, tuple[int, int]] = (0, (0, 0)),
 ) -> Tensor:
     """Masks (2, N) of the global crops of one image: rows 2 i and 2 i + 1 of `batch_masks`, for image i of its step.
 
     Args:
         micro, row: number of the micro-batch in the run, and the image's row in it, over all processes.
         images: images of a step, over all processes and its `micro_batches`.
+        early: (epochs, grid): the grid of the first epochs, where it is another one.
     """
     step, part = divmod(micro, micro_batches)
     first = 2 * (part * images // micro_batches + row)
+    grid = early[1] if epoch < early[0] else grid
     return batch_masks(seed, epoch, step, 2 * images, grid, ratio, probability, slice(first, first + 2))
+
+
+def kept_patches(epoch: int, index: int, masks: Tensor | None, *, seed: int, counts: Sequence[tuple[int, int]]
+                 ) -> Tensor | None:
+    """Indices (2, n), ascending, of the patches of an image's global crops that the student sees; None: all of them.
+
+    Masked patches are kept, because the loss on patches needs their tokens, then others, drawn from (seed, epoch,
+    index).
+
+    Args:
+        masks: (2, N) bool, at most n patches of a crop; None: no masks.
+        counts: (N, n) by epoch: the patches of a global crop, and how many of them are kept.
+    """
+    patches, n = counts[epoch]
+    if n == patches:
+        return None
+    order = np.random.default_rng([seed, epoch, index, 4]).random((2, patches))
+    if masks is not None:
+        order -= masks.numpy()  # first, as other numbers are at least 0
+    return torch.from_numpy(np.sort(np.argsort(order, 1)[:, :n], 1))
 
 
 def block_mask(rng: np.random.Generator, rows: int, columns: int, count: int) -> np.ndarray:

@@ -22,7 +22,7 @@ from pretraining import sharding
 from weights import checkpoints
 
 NAME = "failure.pt"
-KEPT = ("crops", "params", "index", "masks")  # what is stored of a micro-batch
+KEPT = ("crops", "params", "index", "masks", "kept")  # what is stored of a micro-batch
 
 
 class NonFinite(parallel.Stopped):

@@ -14,7 +14,7 @@ SAVED_PER_BLOCK = {None: 16, "layers": 10, "blocks": 1}
 
 def estimate(
     student: nn.Module, images: int, global_size: int, local_size: int, local_crops: int, masked: float,
-    dtype: torch.dtype | None, checkpointing: str | None, sharded: bool,
+    dtype: torch.dtype | None, checkpointing: str | None, sharded: bool, dropped: float = 0.0,
 ) -> str:
     """A line for the console.
 
@@ -24,9 +24,10 @@ def estimate(
         masked: patches in the iBOT loss, as a share of all patches of the global crops.
         dtype: of autocast; None: float32.
         sharded: whether the networks are split over the processes.
+        dropped: share of the patches of the student's global crops that it doesn't see.
     """
     state, saved, scores = bytes_needed(student, images, global_size, local_size, local_crops, masked, dtype,
-                                        checkpointing)
+                                        checkpointing, dropped)
     if sharded:
         state /= parallel.world_size()
     total = state + saved + scores
@@ -36,7 +37,7 @@ def estimate(
 
 def bytes_needed(
     student: nn.Module, images: int, global_size: int, local_size: int, local_crops: int, masked: float,
-    dtype: torch.dtype | None, checkpointing: str | None,
+    dtype: torch.dtype | None, checkpointing: str | None, dropped: float = 0.0,
 ) -> tuple[float, float, float]:
     """(networks and optimizer, activations kept for the backward pass, scores of the prototypes and their gradients).
 
@@ -48,10 +49,11 @@ def bytes_needed(
     # Student: weights, gradients and two moments; teacher: weights; under autocast, both once more in half precision.
     state = parameters * (4 * 5 + (2 * size if dtype else 0))
 
-    def tokens(side: int) -> int:
-        return 1 + backbone.num_register_tokens + (side // backbone.patch_size) ** 2
+    def tokens(side: int, dropped: float = 0.0) -> int:
+        patches = (side // backbone.patch_size) ** 2
+        return 1 + backbone.num_register_tokens + patches - int(patches * dropped)
 
-    n_tokens = images * (2 * tokens(global_size) + local_crops * tokens(local_size))
+    n_tokens = images * (2 * tokens(global_size, dropped) + local_crops * tokens(local_size))
     saved = backbone.n_blocks * block_bytes(backbone, n_tokens, size, checkpointing)
     if checkpointing == "blocks":  # one block at a time is recomputed
         saved += block_bytes(backbone, n_tokens, size)

@@ -5,14 +5,18 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 
 import flags
 import parallel
 import utils
+from imagesets import loaders
 from imagesets.decode import Reading
 from imagesets.sources import open_images
+from method import masking
 from parallel import Refused
 from pretraining import networks, session
 from pretraining.evaluation import open_evaluation
@@ -56,6 +60,17 @@ def add_crop_flags(
         help="local crops per image; more cost time and memory, 0 trains on the two global crops")
     add("--global_crops_size", type=flags.positive_int, default=224, help="side of the global crops in pixels")
     add("--local_crops_size", type=flags.positive_int, default=96, help="side of the local crops in pixels")
+    add("--low_resolution_epochs", type=flags.fraction, default=0.0,
+        help="share of the epochs, the first ones, on crops of --low_resolution_sizes, for less time per image; 0.75 "
+             "in FastDINOv2 (arXiv 2507.03779). Evaluation uses the full size")
+    add("--low_resolution_sizes", type=flags.positive_int, nargs=2, metavar=("GLOBAL", "LOCAL"),
+        help="sides of the crops in these epochs, multiples of a ViT's --patch_size; without it, half of the full ones")
+    add("--noise_patches", type=flags.fraction, default=0.0,
+        help="share of the crops of full size with Gaussian noise in a square; for robustness after "
+             "--low_resolution_epochs")
+    add("--token_drop", type=flags.number(float, 0, 0.9), nargs=2, metavar=("START", "END"),
+        help="share of the patches that are dropped, at random, from the student's global crops, at the start and at "
+             "the end of the run, in four steps: less time and memory per image (arXiv 2410.22364), for ViTs")
     add("--mean", type=flags.fraction, nargs="+", default=utils.IMAGENET_MEAN,
         help="mean of each channel, of intensities in [0, 1]; ImageNet's by default")
     add("--std", type=flags.number(float, 0, 1, above=True), nargs="+", default=utils.IMAGENET_STD,
@@ -133,13 +148,27 @@ def augmentation(args: argparse.Namespace, *blur: Sequence[float]) -> utils.Data
     """`blur`: DataAugmentationDINO's, if another one than DINO's."""
     return utils.DataAugmentationDINO(
         args.global_crops_scale, args.local_crops_scale, args.local_crops_number, args.global_crops_size,
-        args.local_crops_size, args.mean, args.std, bool(args.compile), *blur)
+        args.local_crops_size, args.mean, args.std, bool(args.compile), *blur,
+        noise=args.noise_patches)
 
 
 def crop_sizes(args: argparse.Namespace) -> dict[str, int]:
     """{flag: side in pixels} of the crops that there are."""
     local = {"local_crops_size": args.local_crops_size} if args.local_crops_number else {}
     return {"global_crops_size": args.global_crops_size} | local
+
+
+def early_sizes(args: argparse.Namespace) -> tuple[int, int]:
+    """Sides of global and local crops in the epochs of low resolution."""
+    return tuple(args.low_resolution_sizes or (args.global_crops_size // 2, args.local_crops_size // 2))
+
+
+def by_epoch(args: argparse.Namespace, plan: Plan, full: utils.DataAugmentationDINO) -> dict[str, Any]:
+    """What changes between epochs, for `loaders.steps`: small crops in the first ones, and patches that are kept."""
+    early = early_sizes(args)
+    counts = plan.patch_counts(*((side // args.patch_size) ** 2 for side in (args.global_crops_size, early[0])))
+    return {"early": loaders.Early(plan.early_epochs, full.resized(*early)),
+            "kept": partial(masking.kept_patches, seed=args.seed, counts=counts) if counts else None}
 
 
 def open_data(args: argparse.Namespace, device: torch.device) -> Ends:
@@ -162,8 +191,10 @@ def open_data(args: argparse.Namespace, device: torch.device) -> Ends:
 def description(args: argparse.Namespace, run: Run, plan: Plan, prototypes: str, n_images: int) -> list[str]:
     """What is about to run, in a few lines."""
     crops = f"2 x {args.global_crops_size} + {args.local_crops_number} x {args.local_crops_size} pixels"
-    return session.description(run, plan, args.arch, prototypes, args.data_path, n_images, images_per_step(args), crops,
-                               args.num_workers) + networks.cut_pixels(args.arch, args.patch_size, **crop_sizes(args))
+    lines = session.description(run, plan, args.arch, prototypes, args.data_path, n_images, images_per_step(args),
+                                crops, args.num_workers)
+    lines += networks.cut_pixels(args.arch, args.patch_size, **crop_sizes(args))
+    return lines + plan.less_work((args.global_crops_size, args.local_crops_size), early_sizes(args))
 
 
 # ---- Checks ----
@@ -184,6 +215,9 @@ def check(args: argparse.Namespace, first_trial: str, *scales: str) -> None:
         {name: getattr(args, name) for name in ("global_crops_scale", "local_crops_scale", *scales)},
         args.local_crops_number, args.global_crops_size, args.local_crops_size, args.in_chans,
         {"mean": args.mean, "std": args.std})
+    check_less_work(
+        args.arch, args.patch_size, args.local_crops_number, (args.global_crops_size, args.local_crops_size),
+        args.low_resolution_epochs, args.low_resolution_sizes, early_sizes(args), args.token_drop)
     check_length(args.lr, args.min_lr, args.epochs, args.steps, warmup_epochs=args.warmup_epochs,
                  warmup_teacher_temp_epochs=args.warmup_teacher_temp_epochs)
     check_hardware(args.parallel, args.precision, args.use_fp16, args.compile, args.grad_accum_steps)
@@ -213,6 +247,33 @@ def check_crops(
     if arch in VITS and patch_size > smallest:
         flag = "local" if local_crops_number else "global"
         raise Refused(f"--patch_size {patch_size} is larger than --{flag}_crops_size {smallest}; lower it")
+
+
+def check_less_work(
+    arch: str, patch_size: int, local_crops_number: int, sizes: tuple[int, int], low_resolution_epochs: float,
+    low_resolution_sizes: Sequence[int] | None, low: tuple[int, int], token_drop: Sequence[float] | None,
+) -> None:
+    """Args: sizes, low: sides of global and local crops, in the first epochs low."""
+    if low_resolution_sizes and not low_resolution_epochs:
+        raise Refused(f"--low_resolution_sizes {text(low_resolution_sizes)}: give --low_resolution_epochs too, such as "
+                      "0.75, or leave it out")
+    pairs = list(zip(low, sizes, strict=True))[: 2 if local_crops_number else 1]
+    if low_resolution_epochs and arch in VITS and any(n % patch_size or not n for n, _ in pairs):
+        given = f"--low_resolution_sizes {text(low)}" + ("" if low_resolution_sizes else " (half of the full sizes)")
+        near = [max(round(n / patch_size), 1) * patch_size for n in low]
+        raise Refused(f"{given}: not multiples of --patch_size {patch_size}; give --low_resolution_sizes {text(near)}")
+    if low_resolution_epochs and (any(n > full for n, full in pairs) or local_crops_number and low[1] > low[0]):
+        raise Refused(f"--low_resolution_sizes {text(low)}: give at most the full sizes {text(sizes)}, global before "
+                      "local")
+    if token_drop and arch not in VITS:
+        raise Refused(f"--token_drop {text(token_drop)}: --arch {arch} has no patches to drop; choose one of "
+                      f"{', '.join(VITS)}, or leave it out")
+    if token_drop and token_drop[0] < token_drop[1]:
+        raise Refused(f"--token_drop {text(token_drop)}: give START >= END, as the end is what evaluation is like")
+
+
+def text(values: Sequence[float]) -> str:
+    return " ".join(f"{v:g}" for v in values)
 
 
 def check_length(lr: float, min_lr: float, epochs: int, steps: int, **warmups: float) -> None:

@@ -1,13 +1,17 @@
-"""Length and schedules of a run; every duration becomes a number of optimizer steps here."""
+"""Length and schedules of a run; every duration becomes a number of optimizer steps, or of whole epochs, here."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from itertools import groupby
 from typing import NamedTuple
 
 import numpy as np
 
 from parallel import Refused
+
+DROP_LEVELS = 4  # of the share of dropped patches: each makes torch.compile build another graph
 
 
 class Plan(NamedTuple):
@@ -22,11 +26,58 @@ class Plan(NamedTuple):
     teacher_temp: np.ndarray | None = None
     last_layer_lr: np.ndarray | None = None
     backbone_lr: np.ndarray | None = None
+    early_epochs: int = 0  # the first ones, on crops of low resolution
+    token_drop: Sequence[float] = ()  # by epoch, share of the patches dropped from the student's global crops; (): none
 
     @property
     def epochs(self) -> int:
         """Number of epochs; the last one may be partial."""
         return math.ceil(self.steps / self.steps_per_epoch)
+
+    def patch_counts(self, patches: int, early_patches: int) -> list[tuple[int, int]]:
+        """By epoch: patches of a global crop, and how many of them the student keeps."""
+        if not self.token_drop:
+            return []
+        totals = [early_patches] * self.early_epochs + [patches] * (self.epochs - self.early_epochs)
+        return [(n, n - int(n * share)) for n, share in zip(totals, self.token_drop, strict=True)]
+
+    def less_work(self, sizes: tuple[int, int], early_sizes: tuple[int, int]) -> list[str]:
+        """What the first epochs save, in words. Args: sides of global and local crops in pixels."""
+        lines = []
+        if self.early_epochs:
+            lines.append(f"crops of {early_sizes[0]} and {early_sizes[1]} pixels in {named(range(self.early_epochs))}, "
+                         f"of {sizes[0]} and {sizes[1]} in {named(range(self.early_epochs, self.epochs))}")
+        if self.token_drop:
+            levels = [(share, [e for e, _ in group])
+                      for share, group in groupby(enumerate(self.token_drop), key=lambda item: item[1])]
+            lines.append("patches dropped from the student's global crops: "
+                         + ", ".join(f"{share:.0%} in {named(epochs)}" for share, epochs in levels))
+        return lines
+
+
+def named(epochs: Sequence[int]) -> str:
+    return f"epoch {epochs[0]}" if len(epochs) == 1 else f"epochs {epochs[0]} to {epochs[-1]}"
+
+
+def early_epochs(share: float, epochs: int) -> int:
+    """Epochs on crops of low resolution: `share` of them, rounded.
+
+    Raises:
+        Refused: these are none, or all.
+    """
+    early = round(share * epochs)
+    if share and early in (0, epochs):
+        raise Refused(f"--low_resolution_epochs {share:g} is {'none' if not early else 'all'} of the run's {epochs} "
+                      "epoch(s); give another share, or a longer run")
+    return early
+
+
+def drop_by_epoch(start_end: Sequence[float] | None, epochs: int) -> tuple[float, ...]:
+    """Share of dropped patches by epoch: from `start` to `end` in up to DROP_LEVELS equal parts of the run."""
+    if start_end is None or not any(start_end):
+        return ()
+    levels = min(DROP_LEVELS, epochs)
+    return tuple(float(share) for share in np.linspace(*start_end, levels)[np.arange(epochs) * levels // epochs])
 
 
 def steps_per_epoch(n_images: int, batch_size_per_gpu: int, grad_accum_steps: int, world_size: int) -> int:

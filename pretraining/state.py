@@ -159,8 +159,9 @@ class Run:
 
     def changed(self, state: Mapping) -> dict[str, tuple]:
         """{flag: (the checkpoint's value, this run's)} of the flags that determine what a run computes."""
-        return {k: (state["args"].get(k), v) for k, v in self.settings.items()
-                if k not in FREE_FLAGS and state["args"].get(k) != v}
+        before = state["args"]  # a flag that is newer than the checkpoint was off
+        return {k: (before.get(k), v) for k, v in self.settings.items()
+                if k not in FREE_FLAGS and before.get(k) != v and (v or k in before)}
 
     def check_extension(self, state: Mapping, changed: Mapping[str, tuple]) -> None:
         """Raise Refused if the run that `changed` describes is not longer, or has fewer images for each epoch."""
@@ -213,8 +214,8 @@ class Run:
             self.meters = Meters()  # of an epoch of other images
         parallel.say(
             f"--extend: {shown}{counted}. Weights, optimizer and centre continue; learning rate, weight decay, teacher "
-            "momentum and teacher temperature are from here on those of the longer run. It is not the run that the "
-            "same flags give from the start, which would have followed them all along"
+            "momentum and temperature, crop sizes and dropped patches are from here on those of the longer run. It is "
+            "not the run that the same flags give from the start, which would have followed them all along"
             + (", on all images" if "images" in changed else ""))
 
 

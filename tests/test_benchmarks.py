@@ -22,7 +22,7 @@ from pretraining.state import Run
 
 TINY = {"arch": "vit_nano", "size": 32, "k": 64, "drop_path": 0.1}
 SCRIPTS = ["train_step", "loss", "memory", "prototypes", "data_pipeline", "end_to_end", "startup", "model",
-           "attention", "knn", "linear", "listing", "convolutions", "neighbours", "duplicates"]
+           "attention", "knn", "linear", "listing", "convolutions", "neighbours", "duplicates", "less_work"]
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

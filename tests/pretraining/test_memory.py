@@ -8,7 +8,7 @@ from method import dinov2, masking
 from pretraining import memory
 
 
-def measured(args, network: torch.nn.Module) -> tuple[float, float]:
+def measured(args, network: torch.nn.Module, kept_patches: int = 64) -> tuple[float, float]:
     """Bytes that a step keeps for the backward pass, and those of them that are scores of the prototypes."""
     kept: dict[int, tuple[int, bool]] = {}
 
@@ -20,23 +20,24 @@ def measured(args, network: torch.nn.Module) -> tuple[float, float]:
 
     crops = [torch.randn(2 * args.batch_size_per_gpu, 3, 64, 64), torch.randn(3 * args.batch_size_per_gpu, 3, 32, 32)]
     masks = masking.batch_masks(0, 0, 0, 2 * args.batch_size_per_gpu, (8, 8))
+    dropping = None if kept_patches == 64 else masks.int().argsort(1, descending=True)[:, :kept_patches].sort(1).values
     teacher = main_dinov2.make_network(args)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        loss, parts = dinov2.losses(network, teacher, crops, masks, main_dinov2.make_loss(args), 0.05)
+        loss, parts = dinov2.losses(network, teacher, crops, masks, main_dinov2.make_loss(args), 0.05, dropping)
     sizes = kept.values()
     return sum(n for n, scores in sizes if not scores), sum(n for n, scores in sizes if scores)
 
 
-@pytest.mark.parametrize("checkpointing", [None, "layers", "blocks"])
-def test_estimate(checkpointing):
+@pytest.mark.parametrize("checkpointing, dropped", [(None, 0.0), ("layers", 0.0), ("blocks", 0.0), (None, 0.4)])
+def test_estimate(checkpointing, dropped):
     args = main_dinov2.get_args_parser().parse_args(
         "--arch vit_tiny --patch_size 8 --global_crops_size 64 --local_crops_size 32 --local_crops_number 3 --out_dim "
         "4096 --batch_size_per_gpu 8 --drop_path_rate 0".split())
     network = main_dinov2.make_network(args)
     network.backbone.set_grad_checkpointing(checkpointing is not None, layers=checkpointing == "layers")
-    state, saved, scores = memory.bytes_needed(network, 8, 64, 32, 3, 0.15, None, checkpointing)
+    state, saved, scores = memory.bytes_needed(network, 8, 64, 32, 3, 0.15, None, checkpointing, dropped)
     assert state == 20 * sum(p.numel() for p in network.parameters())  # weights, gradients, moments, teacher's weights
-    activations, kept_scores = measured(args, network)
+    activations, kept_scores = measured(args, network, 64 - int(64 * dropped))
     if checkpointing == "blocks":  # while a block is recomputed, its own activations are there too
         activations += memory.block_bytes(network.backbone, 8 * (2 * 65 + 3 * 17), 4)
     assert saved == pytest.approx(activations, rel=0.25)
