@@ -223,7 +223,7 @@ def train_alone(network, crops, setting, n_classes, recipe):
     for step, batch in enumerate(items):
         images, labels = (torch.stack(part) for part in zip(*batch, strict=True))
         with torch.no_grad():
-            outputs = tokens.patch_tokens(network, images, setting.n_last_blocks)
+            outputs = tokens.patch_tokens(network, images, setting.blocks)
         x = torch.cat(outputs, 1)
         if norm is None:
             norm, conv = nn.BatchNorm1d(x.shape[1]), nn.Linear(x.shape[1], n_classes)
