@@ -1,6 +1,6 @@
 """Linear depth estimation on frozen tokens (DINOv2, arXiv 2304.07193, section 7.4).
 
-    python eval_depth.py --pretrained_weights output/run/checkpoint.pth --data_path scenes:600x64 --baselines
+    python eval_depth.py --pretrained_weights output/run/checkpoint.pth --data_path scenes:400x64 --baselines
     torchrun --nproc_per_node=8 eval_depth.py @presets/depth_nyu.txt \\
         --pretrained_weights dinov2_vits14.pth --data_path nyu
 
@@ -30,7 +30,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     flags.add_weights_flags(parser)
     group = parser.add_argument_group("data")
     add = group.add_argument
-    add("--data_path", default="scenes:600x64",
+    add("--data_path", default="scenes:400x64",
         help="folder with train/ and val/, each with images/ and depth/; NYU Depth v2 or KITTI (docs/depth.md); or "
              "drawn scenes: scenes:COUNTxPIXELS")
     add("--val_data_path", default="",

@@ -49,7 +49,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--semantic_data", default="",
         help="images whose pixels have classes, as in eval_semantic.py: shapes:1200x64; empty: left out")
     add("--depth_data", default="",
-        help="images with depth maps, as in eval_depth.py: scenes:600x64; empty: left out")
+        help="images with depth maps, as in eval_depth.py: scenes:400x64; empty: left out")
     add("--video_data", default="", help="videos with masks, as in eval_video_segmentation.py; empty: left out")
     add("--copy_data", default="", help="images and edited copies, as in eval_copy_detection.py; empty: left out")
     add("--retrieval_data", default="",

@@ -81,7 +81,7 @@ def test_two_processes_agree_with_one(tmp_path):
     environment = ENV | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
     command = [sys.executable, str(ROOT / "eval_depth.py"), *flags, "--output_dir", str(tmp_path / "two")]
     started = [subprocess.Popen(command, env=environment | {"RANK": str(rank)}) for rank in (0, 1)]
-    assert [process.wait(180) for process in started] == [0, 0]
+    assert [process.wait(300) for process in started] == [0, 0]
     assert run("scenes:8x16", tmp_path / "one", *flags[2:]) == 0
     one, two = read(tmp_path / "one"), read(tmp_path / "two")
     for a, b in zip(one["settings"], two["settings"], strict=True):
