@@ -131,6 +131,6 @@ def collapse(
     if entropy < 0.01 * ln_k and prototypes_used < 1.5:
         return f"collapse to one prototype (entropy = 0): the teacher assigns every {what} to it; try {one}"
     if feature_rank < 2.5 and prototypes_used < 4:
-        return (f"collapse to few directions (effective rank of the features {feature_rank:.1f}): the teacher tells only "
-                f"two or three groups of {what}s apart; try {FEW}")
+        return (f"collapse to few directions (effective rank of the features {feature_rank:.1f}): the teacher tells "
+                f"only two or three groups of {what}s apart; try {FEW}")
     return None
