@@ -193,6 +193,27 @@ def find_checkpoint(folder: Path, settings: Mapping) -> tuple[dict, Path] | None
     return latest
 
 
+def add_gradients(detector: Detector, batch: Mapping, clip_grad: float, step: int) -> dict[str, Tensor]:
+    """The gradients of a step, clipped. Returns the terms of the loss.
+
+    Raises:
+        Stopped: loss or gradients are not finite; the weights are those before the step.
+    """
+    try:
+        loss, terms = losses(detector, batch)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(detector.network.parameters(), clip_grad or math.inf)
+        finite = bool(norm.isfinite() and terms["loss"].isfinite())
+    except ValueError as error:
+        if "nan" not in str(error):
+            raise
+        finite = False  # the library's loss does not accept such boxes
+    if not finite:
+        raise Stopped(f"the loss or its gradients are not finite at step {step}; start again with a lower --lr in "
+                      "another --output_dir")
+    return terms
+
+
 def train(
     detector: Detector, objects: Objects, recipe: Recipe, folder: Path, settings: Mapping,
     latest: tuple[dict, Path] | None, save_minutes: float, log_every: int,
@@ -227,14 +248,9 @@ def train(
             torch.manual_seed(recipe.seed * 1_000_003 + step)  # dropout; here, so that a resumed run is the same
             for group in optimizer.param_groups:
                 group["lr"] = group["share"] * float(schedule[step])
-            loss, terms = losses(detector, batch)
-            if not math.isfinite(loss):
-                raise Stopped(f"the loss is {loss:g} at step {step}; start again with a lower --lr in another "
-                              "--output_dir")
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(detector.network.parameters(), recipe.clip_grad or math.inf)
+            terms = add_gradients(detector, batch, recipe.clip_grad, step)
             optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
             window.append(terms)
             if (step + 1) % log_every == 0 or step + 1 == recipe.steps:
                 means = {name: round(float(sum(t[name] for t in window)) / len(window), 4) for name in terms}

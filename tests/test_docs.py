@@ -35,6 +35,7 @@ NOT_RUN = {
     "ADEChallengeData2016": "needs the data set; tests/imagesets/test_class_masks.py",
     "roxford5k": "needs the data set; tests/test_image_retrieval.py",
     "copydays": "needs the data set; tests/test_copy_detection.py",
+    "IDEA-Research": "needs the network; tests/test_detect.py",
     "imagenette128": "needs the data set",
     "cifar10/train": "needs the data set",
     "torchvision:": "needs the data set",
@@ -58,6 +59,7 @@ QUICK = {
     "visualize_attention.py": "--device cpu --image_size 32 --max_images 2",
     "evaluate.py": f"{NETWORK} --image_size 32 --linear_epochs 2 --linear_views 1",
     "extract_features.py": NETWORK,
+    "detect.py": f"{NETWORK} --steps 2 --warmup_steps 0 --batch_size 2 --train scenes:8x64 --eval scenes:8x64",
 }
 
 
@@ -193,9 +195,9 @@ def test_readme_runs_from_its_first_command_to_its_last(playground, monkeypatch,
 
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda p: p.stem)
 def test_presets_are_valid_and_state_their_accuracy_and_command(preset):
-    scripts = {"dinov2": "main_dinov2", "semantic": "eval_semantic"}
+    scripts = {"dinov2": "main_dinov2", "semantic": "eval_semantic", "detect": "detect"}
     script = importlib.import_module(scripts.get(preset.stem.split("_")[0], "main_dino"))
-    data = [] if "shapes" in preset.name else ["--data_path", "x"]
+    data = [] if "shapes" in preset.name or "scenes" in preset.name else ["--data_path", "x"]
     args = script.get_args_parser().parse_args([f"@{preset}", *data])
     script.check_args(args)
     header = "".join(line for line in preset.read_text().splitlines(True) if line.startswith("#"))
