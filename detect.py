@@ -152,13 +152,14 @@ def train_and_evaluate(args: argparse.Namespace, device: torch.device) -> int:
     settings = {k: v for k, v in vars(args).items() if isinstance(v, (str, int, float))}
     latest = training.find_checkpoint(folder, settings) if train else None
     detector = make_detector(args, device, train, test)
-    if test:
-        inference.chunks(detector, test.phrases, "--eval")
+    held_back = prompts.parse(args.held_back, "--held_back") if args.held_back else []
+    for phrases, flag in ((test.phrases if test else [], "--eval"), (held_back, "--held_back")):
+        if phrases:
+            inference.chunks(detector, phrases, flag)
     flags.prepare_output(folder)
     report = {"model": args.model, "train": args.train, "eval": args.eval}
     with owned(folder):
         if train:
-            held_back = prompts.parse(args.held_back, "--held_back") if args.held_back else []
             before = held_back and evaluation.answers(detector, test, held_back, args.batch_size, args.threshold)
             if not run_training(args, detector, train, folder, settings, latest):
                 print(f"stopped by a signal and saved; start again to continue (exit code {faults.TO_BE_CONTINUED})")
