@@ -37,7 +37,8 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="shorter side of the resized images of --model tiny; others have their own")
 
     add = parser.add_argument_group("detection").add_argument
-    add("--images", nargs="+", default=[], help="images, folders of images, and videos")
+    add("--images", nargs="+", default=[],
+        help="images, folders of images, videos, and drawn scenes: scenes:COUNTxPIXELS")
     add("--text", default="", help='what to look for, each phrase ended by a period: "red fish . blue cup ."')
     add("--threshold", type=flags.fraction, default=0.3,
         help="least probability of a box, that of its most probable token; lower it to see more boxes")

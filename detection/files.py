@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 
 import atomic
-from detection import drawing, inference, scores
+from detection import coco, drawing, inference, scores
 from imagesets import decode, sources
 from parallel import Refused
 from protocols import attention_video, sheets
@@ -30,7 +30,7 @@ class Item(NamedTuple):
 
 
 def open_items(paths: Sequence[str], flag: str = "--images") -> Iterator[Item]:
-    """Images of files and folders and frames of videos, decoded when they are asked for.
+    """Images of files and folders, frames of videos, and drawn scenes, decoded when they are asked for.
 
     Raises:
         Refused: a path that doesn't exist or holds no images (at once), or an image that can't be decoded.
@@ -39,11 +39,26 @@ def open_items(paths: Sequence[str], flag: str = "--images") -> Iterator[Item]:
     for path in paths:
         if Path(path).suffix.lower() in VIDEOS:
             opened.append((path, *attention_video.open_video(path, None, decode.PLAIN, flag)))
+        elif path.split(":")[0] == "scenes":
+            opened.append(("", Drawn(coco.open_scenes(path, flag)), 0.0))
         elif Path(path).is_file() and Path(path).suffix.lower() not in (".txt", ".csv", ".zip", ".tar", ".parquet"):
             opened.append(("", sources.open_files(Path(path).parent, [Path(path).name], decode.PLAIN), 0.0))
         else:
             opened.append(("", sources.open_images(path, flag=flag), 0.0))
     return items(opened, flag)
+
+
+class Drawn:
+    """The scenes of an evaluation as images without boxes."""
+
+    def __init__(self, objects: coco.Scenes) -> None:
+        self.load, self.count = objects.load, len(objects)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def name(self, i: int) -> str:
+        return f"scene{i:04}"
 
 
 def items(opened: Sequence[tuple], flag: str) -> Iterator[Item]:

@@ -126,8 +126,8 @@ def losses(detector: Detector, batch: Mapping) -> tuple[Tensor, dict[str, Tensor
 
     The library's own encoder term is replaced: it is computed from queries that don't depend on the image and from
     boxes without gradient, so the selection of queries and their first boxes would not be trained. And all images of a
-    step have the same prompt, because the library's targets are right for that case only (its offset of the third
-    image's phrases is the length of one prompt).
+    step have the same prompt, because the library's targets are right for that case only: it takes the phrases of every
+    image but the first from the second image's prompt.
 
     Returns:
         The sum, and its terms for the last layer of the decoder and for the encoder.

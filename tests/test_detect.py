@@ -119,14 +119,14 @@ def test_frames_of_a_video(trained, images, tmp_path):
     for i in range(3):
         writer.send(np.full((48, 64, 3), 60 * i, np.uint8))
     writer.close()
-    assert run("--model", trained / "network", "--images", tmp_path / "film.mp4", images / "0.png", "--text", TEXT,
-               "--threshold", 0, "--output_dir", tmp_path / "out") == 0
+    assert run("--model", trained / "network", "--images", tmp_path / "film.mp4", images / "0.png", "scenes:1x48",
+               "--text", TEXT, "--threshold", 0, "--output_dir", tmp_path / "out") == 0
     about = json.loads((tmp_path / "out" / "detections_images.json").read_text())
-    assert [row["file_name"].partition("#")[2] for row in about["images"]] == ["frame-0000", "frame-0001",
-                                                                              "frame-0002", ""]
+    names = [row["file_name"].rpartition("/")[2] for row in about["images"]]
+    assert names == ["film.mp4#frame-0000", "film.mp4#frame-0001", "film.mp4#frame-0002", "0.png", "scene0000"]
     frames = list(files.open_items([str(tmp_path / "out" / "film.mp4")]))
     assert len(frames) == 3 and max(frames[0].image.shape) >= 480
-    assert (tmp_path / "out" / "0.png").exists()
+    assert (tmp_path / "out" / "0.png").exists() and (tmp_path / "out" / "scene0000.png").exists()
 
 
 def test_boxes_and_labels_are_drawn():
