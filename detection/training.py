@@ -32,7 +32,8 @@ from weights import checkpoints
 
 WEIGHTS = {"ce": 2.0, "bbox": 5.0, "giou": 2.0}  # of the terms of the loss, appendix A of the paper
 PROPOSALS = 900  # of the encoder, that its loss is computed on
-FREE = {"output_dir", "device", "num_workers", "save_minutes", "log_every"}  # flags that may change when a run resumes
+FREE = {"output_dir", "device", "num_workers", "save_minutes", "log_every", "eval", "eval_images", "held_back", "text",
+        "threshold", "text_threshold", "no_pictures"}  # flags that may change when a run resumes
 
 
 class Recipe(NamedTuple):

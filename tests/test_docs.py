@@ -129,7 +129,8 @@ def test_commands_are_found():
 def test_every_documented_command_is_accepted_by_its_script(where, words, capsys):
     command = script_and_flags(words)
     if command is None:
-        assert words[0] in ("python", "python3", "pip", ".", "git", "cd", "export", "ruff", "pytest", "sbatch"), words
+        assert words[0] in ("python", "python3", "pip", ".", "git", "cd", "export", "ruff", "pytest", "sbatch",
+                            "hf"), words
         for file in re.findall(r"requirements\S*", " ".join(words)):
             assert (ROOT / file).is_file(), file
         return
