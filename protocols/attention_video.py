@@ -168,7 +168,7 @@ def writing(path: Path, first: np.ndarray, fps: float) -> Iterator[Callable[[np.
 
 
 def open_video(
-    path: str, fps: float | None, reading: decode.Reading
+    path: str, fps: float | None, reading: decode.Reading, flag: str = "--video"
 ) -> tuple[Iterator[tuple[str, Tensor]], int, float]:
     """Names and frames uint8 (C, height, width), decoded when they are asked for, their number, and frames per second.
 
@@ -179,20 +179,20 @@ def open_video(
     Raises:
         Refused: no such file or folder, nothing that ffmpeg can read, or imageio-ffmpeg isn't installed.
     """
-    imageio_ffmpeg = import_ffmpeg()
+    imageio_ffmpeg = import_ffmpeg(flag)
     if Path(path).is_dir():
-        images = sources.open_images(path, flag="--video", **reading.decoding())
+        images = sources.open_images(path, flag=flag, **reading.decoding())
         return folder_frames(images, range(len(images)), path), len(images), fps or DEFAULT_FPS
     if not Path(path).is_file():
-        raise Refused(f"--video {path}: no such file or folder; give a video, or a folder of frames")
+        raise Refused(f"{flag} {path}: no such file or folder; give a video, or a folder of frames")
     if reading.in_chans != 3:
-        raise Refused(f"--video {path}: a video has 3 channels, the network {reading.in_chans}; give a folder of "
+        raise Refused(f"{flag} {path}: a video has 3 channels, the network {reading.in_chans}; give a folder of "
                       "frames")
     reader = imageio_ffmpeg.read_frames(path)
     try:
         about = next(reader)
     except (OSError, RuntimeError, StopIteration) as error:
-        raise Refused(f"--video {path}: not a video that ffmpeg can read; give another file") from error
+        raise Refused(f"{flag} {path}: not a video that ffmpeg can read; give another file") from error
     width, height = about["size"]
     frames = ((f"frame-{i:04}", torch.frombuffer(bytearray(frame), dtype=torch.uint8).view(height, width, 3)
                .permute(2, 0, 1)) for i, frame in enumerate(reader))
@@ -217,5 +217,5 @@ def natural_order(name: str) -> list:
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
 
 
-def import_ffmpeg():
-    return import_optional("imageio_ffmpeg", "--video", "imageio-ffmpeg")
+def import_ffmpeg(flag: str = "--video"):
+    return import_optional("imageio_ffmpeg", flag, "imageio-ffmpeg")

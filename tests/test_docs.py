@@ -37,6 +37,7 @@ NOT_RUN = {
     "kitti_raw": "needs the data set; tests/imagesets/test_depth_maps.py",
     "roxford5k": "needs the data set; tests/test_image_retrieval.py",
     "copydays": "needs the data set; tests/test_copy_detection.py",
+    "IDEA-Research": "needs the network; tests/test_detect.py",
     "imagenette128": "needs the data set",
     "cifar10/train": "needs the data set",
     "torchvision:": "needs the data set",
@@ -62,6 +63,7 @@ QUICK = {
     "evaluate.py": f"{NETWORK} --image_size 32 --linear_epochs 2 --linear_views 1",
     "extract_features.py": NETWORK,
     "curate.py": NETWORK,
+    "detect.py": f"{NETWORK} --steps 2 --warmup_steps 0 --batch_size 2 --train scenes:8x64 --eval scenes:8x64",
 }
 
 
@@ -131,7 +133,8 @@ def test_commands_are_found():
 def test_every_documented_command_is_accepted_by_its_script(where, words, capsys):
     command = script_and_flags(words)
     if command is None:
-        assert words[0] in ("python", "python3", "pip", ".", "git", "cd", "export", "ruff", "pytest", "sbatch"), words
+        assert words[0] in ("python", "python3", "pip", ".", "git", "cd", "export", "ruff", "pytest", "sbatch",
+                            "hf"), words
         for file in re.findall(r"requirements\S*", " ".join(words)):
             assert (ROOT / file).is_file(), file
         return
@@ -197,13 +200,13 @@ def test_readme_runs_from_its_first_command_to_its_last(playground, monkeypatch,
 
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda p: p.stem)
 def test_presets_are_valid_and_state_their_accuracy_and_command(preset):
-    scripts = {"dinov2": "main_dinov2", "semantic": "eval_semantic", "depth": "eval_depth"}
+    scripts = {"dinov2": "main_dinov2", "semantic": "eval_semantic", "depth": "eval_depth", "detect": "detect"}
     script = importlib.import_module(scripts.get(preset.stem.split("_")[0], "main_dino"))
-    data = [] if "shapes" in preset.name else ["--data_path", "x"]
+    data = [] if "shapes" in preset.name or "scenes" in preset.name else ["--data_path", "x"]
     args = script.get_args_parser().parse_args([f"@{preset}", *data])
     script.check_args(args)
     header = "".join(line for line in preset.read_text().splitlines(True) if line.startswith("#"))
-    assert "%" in header or "shapes" in preset.name
+    assert "%" in header or "shapes" in preset.name or "scenes" in preset.name
     assert re.search(rf"{script.__name__}\.py @presets/{preset.name}" if "dinov2" in preset.name
                      else f"@presets/{preset.name}", header)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from conftest import ROOT
 
-ROOMS = {"method", "imagesets", "weights", "protocols", "pretraining"}
+ROOMS = {"method", "imagesets", "weights", "protocols", "pretraining", "detection"}
 SHARED = {"vision_transformer", "utils", "flags", "parallel", "atomic"}
 GROUND = {"parallel", "atomic"}
 MAY_IMPORT = {
@@ -18,7 +18,8 @@ MAY_IMPORT = {
     "weights": GROUND | {"vision_transformer", "method"},
     "protocols": SHARED | {"method", "imagesets", "weights"},
     "pretraining": SHARED | {"method", "imagesets", "weights", "protocols"},
-    "run_with_submitit": SHARED | ROOMS | {"main_dino", "main_dinov2"},
+    "detection": SHARED | {"imagesets", "weights", "protocols", "pretraining"},
+    "run_with_submitit": SHARED | ROOMS - {"detection"} | {"main_dino", "main_dinov2"},
 }
 # Scripts for which the twenty files of the first layout made no room.
 ADDED = {"main_dinov2", "check_images", "eval_semantic", "eval_depth", "curate", "detect"}

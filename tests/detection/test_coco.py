@@ -1,0 +1,107 @@
+"""Images with boxes: drawn scenes, files in COCO format, and what is refused of them."""
+
+import copy
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from detection import coco
+from parallel import Refused
+
+CONTENT = {
+    "images": [{"id": 7, "file_name": "a.png", "width": 40, "height": 30},
+               {"id": 9, "file_name": "b.png", "width": 20, "height": 20}],
+    "annotations": [{"id": 1, "image_id": 7, "category_id": 3, "bbox": [10, 5, 20, 10], "iscrowd": 0},
+                    {"id": 2, "image_id": 7, "category_id": 5, "bbox": [-0.5, 0, 5, 5], "iscrowd": 1}],
+    "categories": [{"id": 3, "name": "Fish"}, {"id": 5, "name": "cup"}],
+}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "images").mkdir()
+    Image.fromarray(np.full((30, 40, 3), 9, np.uint8)).save(tmp_path / "images" / "a.png")
+    Image.fromarray(np.zeros((20, 20, 3), np.uint8)).save(tmp_path / "images" / "b.png")
+    return tmp_path
+
+
+def write(folder, content) -> str:
+    (folder / "data.json").write_text(json.dumps(content))
+    return str(folder / "data.json")
+
+
+def test_a_file(folder):
+    objects = coco.open_objects(write(folder, CONTENT), "", "--train")
+    assert (objects.phrases, objects.category_ids, objects.image_ids) == (["fish", "cup"], [3, 5], [7, 9])
+    truth = objects.truth(0)
+    assert truth.boxes.tolist() == [[10, 5, 30, 15], [0, 0, 4.5, 5]]  # rounded outside by half a pixel: clipped
+    assert truth.classes.tolist() == [0, 1] and truth.crowd.tolist() == [False, True]
+    assert objects.load(0).shape == (3, 30, 40) and len(objects.truth(1).boxes) == 0
+
+
+def change(path: str, value):
+    """A change of CONTENT: "annotations.0.bbox" -> value."""
+    def apply(content):
+        *keys, last = [int(k) if k.isdecimal() else k for k in path.split(".")]
+        place = content
+        for key in keys:
+            place = place[key]
+        place[last] = value
+    return apply
+
+
+@pytest.mark.parametrize("edit, words", [
+    (change("annotations.0.image_id", 8), ("annotation 1", "image 8", "remove")),
+    (change("annotations.0.category_id", 4), ("annotation 1", "category 4", "add")),
+    (change("annotations.0.bbox", [10, 5, 0, 10]), ("annotation 1", "[10, 5, 0, 10]", "no area", "--skip_bad_boxes")),
+    (change("annotations.0.bbox", [30, 5, 20, 10]), ("annotation 1", "outside", "40 x 30", "--skip_bad_boxes")),
+    (change("annotations.0.bbox", [60, 5, 2, 2]), ("annotation 1", "outside")),
+    (change("annotations.0.bbox", [1, 2, 3]), ("annotation 1", "four numbers")),
+    (change("annotations.0.bbox", [float("nan"), 0, 1, 1]), ("annotation 1",)),
+    (change("categories.1.name", "fish "), ("'fish'", "twice", "rename")),
+    (change("categories.1.id", 3), ("id 3", "twice")),
+    (change("categories.1.name", " . "), ("no words", "rename")),
+    (change("images.1.id", 7), ("id 7", "twice")),
+    (change("images.1.file_name", "c.png"), ("c.png", "--train_images")),
+    (change("images", []), ("no images",)),
+    (change("categories", {}), ("categories", "COCO")),
+])
+def test_bad_files_are_refused_in_one_line(folder, edit, words):
+    content = copy.deepcopy(CONTENT)
+    edit(content)
+    with pytest.raises(Refused) as error:
+        coco.open_objects(write(folder, content), "", "--train")
+    assert all(word in str(error.value) for word in ("--train", "data.json", *words)), error.value
+
+
+def test_bad_boxes_can_be_left_out(folder):
+    content = copy.deepcopy(CONTENT)
+    content["annotations"][0]["bbox"] = [10, 5, 0, 10]
+    assert len(coco.open_objects(write(folder, content), "", "--train", skip_bad=True).truth(0).boxes) == 1
+
+
+def test_an_image_of_another_size_is_refused(folder):
+    content = copy.deepcopy(CONTENT)
+    content["images"][1]["width"] = 25
+    with pytest.raises(Refused, match="b.png has 20 x 20 pixels, the file says 25 x 20"):
+        coco.open_objects(write(folder, content), "", "--train").load(1)
+
+
+@pytest.mark.parametrize("path", ["scenes", "scenes:0", "scenes:5x8", "scenes:x", "nowhere.json"])
+def test_names_of_nothing_are_refused(path):
+    with pytest.raises(Refused, match=f"--eval {path}.*give"):
+        coco.open_objects(path, "", "--eval")
+
+
+def test_training_scenes_lack_every_fifth_pair_and_no_kind_or_colour():
+    train, test = (coco.open_objects("scenes:40x48", "", flag) for flag in ("--train", "--eval"))
+    absent = set(test.phrases) - set(train.phrases)
+    assert len(test.phrases) == 100 and len(absent) == 20
+    for place in (0, 1):
+        words = [{phrase.split()[place] for phrase in phrases} for phrases in (train.phrases, test.phrases)]
+        assert words[0] == words[1] and len(words[0]) == 10
+    shown = {test.phrases[k] for i in range(40) for k in test.truth(i).classes.tolist()}
+    assert shown & absent and not torch.equal(train.load(0), test.load(0))
