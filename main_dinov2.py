@@ -26,13 +26,14 @@ import parallel
 import utils
 from imagesets import loaders
 from imagesets.bad_images import BadImages
+from imagesets.cached import cached
 from imagesets.decode import Reading
 from imagesets.sources import Images, open_images
 from method import dinov2, masking
 from method.dinov2 import BackboneAndHeads, DINOv2Loss
 from method.groups import parameter_groups, set_lr_and_wd
 from parallel import Refused
-from pretraining import faults, memory, monitor, networks, options, session, sharding
+from pretraining import compiling, faults, memory, monitor, networks, options, session, sharding
 from pretraining.evaluation import KnnEvaluation, open_evaluation
 from pretraining.faults import TO_BE_CONTINUED, Requests  # noqa: F401 - the launcher reads the code
 from pretraining.health import collapse, health_dinov2
@@ -163,7 +164,7 @@ def get_args_parser() -> argparse.ArgumentParser:
              "the published weights were trained; written: 1, 0.1 and 0.5, as in DINO and as the published code means")
     options.add_data_flags(parser)
     options.add_output_flags(parser)
-    options.add_hardware_flags(parser)
+    options.add_hardware_flags(parser, compile="off")  # not measured on a GPU
     return parser
 
 
@@ -181,7 +182,7 @@ def check_args(args: argparse.Namespace) -> None:
     options.check_length(args.lr, args.min_lr, args.epochs, args.steps, warmup_epochs=args.warmup_epochs,
                          warmup_teacher_temp_epochs=args.warmup_teacher_temp_epochs)
     options.check_hardware(args.parallel, args.precision, args.use_fp16, args.compile, args.grad_accum_steps)
-    if args.compile not in (None, "default"):
+    if args.compile not in ("auto", "off", "default"):
         raise Refused(f"--compile {args.compile}: the number of masked patches differs from step to step, which CUDA "
                       "graphs do not allow; give --compile default")
     options.check_packages(tensorboard=args.tensorboard, wandb=args.wandb)
@@ -273,7 +274,7 @@ def all_patches(args: argparse.Namespace) -> bool:
 def make_augmentation(args: argparse.Namespace) -> utils.DataAugmentationDINO:
     return utils.DataAugmentationDINO(
         args.global_crops_scale, args.local_crops_scale, args.local_crops_number, args.global_crops_size,
-        args.local_crops_size, args.mean, args.std, bool(args.compile), BLUR[args.blur])
+        args.local_crops_size, args.mean, args.std, args.compile == "default", BLUR[args.blur])
 
 
 def reading_of(args: argparse.Namespace) -> Reading:
@@ -294,7 +295,8 @@ def make_run(args: argparse.Namespace, plan: Plan, n_images: int, device: torch.
     student, teacher = (network.to(device) for network in make_networks(args))
     if args.grad_checkpointing:
         networks.checkpoint_gradients(student.backbone, args.grad_checkpointing, args.arch)
-    if args.compile:  # the heads get another number of patches in each step
+    if args.compile == "default":  # the heads get another number of patches in each step
+        compiling.keep_on_disk()
         networks.compile_networks(args.compile, student.backbone, teacher.backbone)
     seed_everything(args.seed + parallel.rank())  # stochastic depth differs between the processes
     dtype = networks.half_precision(args.precision, args.use_fp16, device)
@@ -391,6 +393,8 @@ def pretrain(args: argparse.Namespace) -> int:
         plan = make_plan(args, len(images))
         run = make_run(args, plan, len(images), device)
         teacher = make_teacher(args, run)
+        if args.cache_images:
+            ends = ends._replace(source=cached(images, make_augmentation(args).reduction, args.num_workers))
     return session.carry_out(run, plan, ends, describe(args, run, plan, len(images)),
                              lambda log: train(args, run, teacher, plan, ends, log), args.extend,
                              args.tensorboard, vars(args) if args.wandb else None)
@@ -405,7 +409,8 @@ def train(args: argparse.Namespace, run: Run, teacher: nn.Module, plan: Plan, en
     Raises:
         failures.NonFinite: at the first look (logged steps, checkpoints) after a step that was not finite.
     """
-    student, load = networks.distributed(run.student, run.device), make_loader(args, ends.images, plan, run.device)
+    student = networks.distributed(run.student, run.device)
+    load = make_loader(args, ends.source or ends.images, plan, run.device)
     run.watch_steps(plan, load, "main_dinov2.py")
     batches, augmentation = load(run.step, plan.steps), make_augmentation(args)
     bad_images = BadImages(len(ends.images), args.max_bad_images)
@@ -488,7 +493,7 @@ def make_loader(
 def replay_step(args: argparse.Namespace) -> None:
     def build(settings: Mapping, about: Mapping) -> Method:
         stored = argparse.Namespace(**settings | {"init_from": "", "init_in_chans": "", "init_heads": False,
-                                               "compile": None})
+                                               "compile": "off"})
         student, average = make_networks(stored)
         objective, device = make_loss(stored), parallel.pick_device(args.device)
         teacher = read_teacher(stored.distill_from)[0].to(device) if stored.distill_from else average
