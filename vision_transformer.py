@@ -383,7 +383,8 @@ class PatchEmbed(nn.Module):
         rows, columns = self.grid(*x.shape[-2:])
         (B, C), (p, q) = x.shape[:2], self.proj.kernel_size
         patches = x[..., : rows * p, : columns * q].unflatten(-1, (columns, q)).unflatten(-3, (rows, p))
-        unfolded = x.new_zeros(B, before + rows * columns, C * p * q, dtype=dtype)
+        unfolded = x.new_empty(B, before + rows * columns, C * p * q, dtype=dtype)
+        unfolded[:, :before] = 0
         unfolded[:, before:].view(B, rows, columns, C, p, q).copy_(patches.permute(0, 2, 4, 1, 3, 5))
         return unfolded
 

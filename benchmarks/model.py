@@ -68,6 +68,7 @@ KEPT = {
     "fp32": 4 * (2 * 2 + 3 + 1 + 4 + 4),
 }
 LAST_KEPT = {"bf16": 4 + 2 + 6, "fp32": 4 * (2 + 3)}
+KEPT_BY_LAYERS = {"bf16": 2 * 4 + 6 + 2 + 8, "fp32": 4 * (2 + 3 + 1 + 4)}  # without the results of norms and GELU
 UPDATE_TRAFFIC = 4 * (4 + 3 + 2 + 1 + 3 + 2)  # bytes per parameter: AdamW r4 w3, clipping r2 w1, EMA r3 w2
 # Accesses per parameter: one read by the teacher's pass and two by the student's (one per resolution); backward reads
 # it and writes its gradient once per resolution, then adds the two gradients.
@@ -124,9 +125,20 @@ class Shape:
         backbone = 3 * self.patch**2 * d + d + d + n * d + self.blocks * block + 2 * d
         return backbone + self.head_weights() + 2 * HIDDEN + BOTTLENECK
 
-    def kept_bytes(self, precision: str = "bf16") -> int:
-        """Bytes of activations per image that the student's backbone saves for backward."""
-        return self.tokens_per_image()[1] * self.width * ((self.blocks - 1) * KEPT[precision] + LAST_KEPT[precision])
+    def kept_bytes(self, precision: str = "bf16", checkpointing: str = "") -> int:
+        """Bytes of activations per image that the student's backbone saves for backward, by --grad_checkpointing."""
+        tokens = self.tokens_per_image()[1] * self.width
+        if checkpointing == "blocks":
+            return tokens * self.blocks * 4  # their inputs, in float32
+        kept = KEPT_BY_LAYERS if checkpointing == "layers" else KEPT
+        return tokens * ((self.blocks - 1) * kept[precision] + LAST_KEPT[precision])
+
+    def step_bytes(self, batch: int, checkpointing: str = "", precision: str = "bf16") -> float:
+        """Bytes of a training step: weights, optimizer, activations by --grad_checkpointing, logits."""
+        kept = self.kept_bytes(precision, checkpointing)
+        if checkpointing == "blocks":  # one block at a time is recomputed
+            kept += self.tokens_per_image()[1] * self.width * KEPT[precision]
+        return self.fixed_bytes() + batch * (kept + self.logit_bytes(precision))
 
     def logit_bytes(self, precision: str = "bf16") -> int:
         """Bytes per image of the student's logits and their gradient, and the teacher's logits and probabilities."""
@@ -251,6 +263,9 @@ def tables(args: argparse.Namespace) -> list[dict]:
                      args.batch / max(part["arithmetic"], part["memory"] + colours)])
     bench.table(["step", "ms of arithmetic", "of memory traffic", "of colours", "images/s, one after the other",
                  "overlapped"], rows)
+    print(f"\nViT-S/16, {args.batch} images: GB of a step by --grad_checkpointing, without the temporaries of kernels")
+    modes = {"off": "", "layers": "layers", "blocks": "blocks"}
+    bench.table(list(modes), [[small.step_bytes(args.batch, mode) / 1e9 for mode in modes.values()]])
     predictions = []
     for name, shape in shapes.items():
         batch = min(args.batch, largest_batch(shape, 141e9))

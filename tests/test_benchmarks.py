@@ -236,8 +236,11 @@ def test_parameters_and_kept_bytes_of_the_model_are_those_of_the_network():
     parameters = sum(p.numel() for p in trainer.student.parameters() if p.requires_grad)
     assert shape.parameters() == parameters
     crops = [torch.randn(16, 3, 64, 64), torch.randn(16, 3, 32, 32)]
-    kept = bench.kept_bytes(lambda: trainer.student.features(crops))
-    assert 8 * shape.kept_bytes("fp32") == pytest.approx(kept, rel=0.1)
+    for checkpointing in ("", "layers", "blocks"):
+        if checkpointing:
+            trainer.student.backbone.set_grad_checkpointing(layers=checkpointing == "layers")
+        kept = bench.kept_bytes(lambda: trainer.student.features(crops))
+        assert 8 * shape.kept_bytes("fp32", checkpointing) == pytest.approx(kept, rel=0.1)
 
 
 def test_traffic_of_the_model_is_near_what_operations_read_and_write():
