@@ -205,6 +205,18 @@ def test_presets_are_valid_and_state_their_accuracy_and_command(preset):
                      else f"@presets/{preset.name}", header)
 
 
+def test_the_slurm_script_is_one_and_its_command_is_accepted():
+    import main_dino
+    from pretraining.faults import TO_BE_CONTINUED
+
+    (script,) = re.findall(r"```sh\n(#!/bin/bash\n.*?)```", (ROOT / "docs/recipes.md").read_text(), re.DOTALL)
+    assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
+    (command,) = re.findall(r"^srun python main_dino.py (.*)", script, re.MULTILINE)
+    args = main_dino.get_args_parser().parse_args(with_presets(shlex.split(command)))
+    main_dino.check_args(args)
+    assert f"-eq {TO_BE_CONTINUED} ]" in script and "#SBATCH --signal=USR1@" in script and "#SBATCH --requeue" in script
+
+
 @pytest.mark.parametrize("name, width", [("own_images_1gpu", 384), ("imagenette_resnet18", 512),
                                          ("imagenette_vits", 384), ("cifar10_resnet18", 512)])
 def test_networks_of_presets_for_one_gpu_take_their_crops(name, width):

@@ -22,7 +22,7 @@ def test_twenty_steps_of_the_script_equal_one_process(tmp_path, accum):
     """The real loader and augmentation; two processes of 4, or micro-batches of 4, against one batch of 8."""
     args = [*SMALL, "--steps", 20, "--drop_path_rate", 0]
     alone = launch("main_dino.py", *args, "--batch_size_per_gpu", 8, "--output_dir", tmp_path / "one")
-    split = ["--batch_size_per_gpu", 4, "--output_dir", tmp_path / "two", "--grad_accum_steps", accum]
+    split = ["--batch_size_per_gpu", 4, "--output_dir", tmp_path / "two", "--grad_accum_steps", accum, "--cache_images"]
     both = launch("main_dino.py", *args, *split, processes=2 // accum)
     assert alone.returncode == 0 and both.returncode == 0, alone.stderr + both.stderr
     one, two = (json_lines(tmp_path / name / "log_steps.txt") for name in ("one", "two"))
