@@ -35,6 +35,7 @@ SECTIONS = (
     Section("end_to_end", "--precision bf16 --arch vit_small --batch 128 --workers 16 --steps 20 --images 512 "
                           "--compile --rounds 1 --without_naive", 60),
     Section("train_step", "--precision bf16 --batch 128 --profile", 45),
+    Section("patches", "--precision bf16 --batch 128", 30),
     Section("variants", "--precision bf16 --batch 128 --rounds 6 --compile", 180),
     Section("convolutions", "--precision bf16 --batch 256 --arch resnet18 --sizes 160 80", 45),
     Section("train_step", "--precision bf16 --batch 128 --rounds 20 --compile reduce-overhead", 120),

@@ -23,7 +23,7 @@ from pretraining.state import Run
 
 TINY = {"arch": "vit_nano", "size": 32, "k": 64, "drop_path": 0.1}
 SCRIPTS = ["train_step", "loss", "memory", "prototypes", "data_pipeline", "end_to_end", "startup", "model",
-           "attention", "knn", "linear", "listing", "convolutions", "variants"]
+           "attention", "knn", "linear", "listing", "convolutions", "variants", "patches"]
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
