@@ -1,7 +1,8 @@
 """Time of a profiled step by kind of work: matrix products, attention, norms and so on (train_step.py --profile).
 
 An operation's kind follows from what surrounds it (the update of the weights, the loss), from the shapes of its
-arguments (K prototypes), and otherwise from its name, or on a GPU the kernel's name, by the table PATTERNS.
+arguments (K prototypes), and otherwise from its name, or on a GPU the kernel's name, by the table PATTERNS. The
+backward pass of the patch embedding, and under torch.compile its forward pass, are products like others.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ RESIDUAL, PATCHES, LOSS = "residual and other elementwise", "patch embedding, co
 OPTIMIZER, COPIES, REST = "optimizer, EMA, clipping", "copies and casts", "no operation running"
 KINDS = (MATMUL, ATTENTION, NORMS, ACTIVATION, RESIDUAL, PATCHES, LOSS, OPTIMIZER, COPIES)
 
-SURROUNDED = ((OPTIMIZER, re.compile(UPDATE + "$")), (LOSS, re.compile("PairsOfViews|WeightNorm|_weight_norm")))
+SURROUNDED = ((OPTIMIZER, re.compile(UPDATE + "$")), (PATCHES, re.compile(PATCHES)),
+              (LOSS, re.compile("PairsOfViews|WeightNorm|_weight_norm")))
 
 # The first pattern that occurs in the name decides. A compiled kernel is called after all operations that it fuses.
 PATTERNS = tuple((kind, re.compile(pattern, re.IGNORECASE)) for kind, pattern in (
@@ -30,7 +32,7 @@ PATTERNS = tuple((kind, re.compile(pattern, re.IGNORECASE)) for kind, pattern in
     (PATCHES, "conv(?!ert)|unfold|im2col"),
     (MATMUL, r"nvjet|gemm|matmul|cutlass|splitK|addmm|\bmm\b|bmm|linear"),
     (ACTIVATION, "gelu|silu"),
-    (COPIES, "copy|cast|clone|contiguous|CatArray|::cat|_cat_|^cat|memcpy|memset|fill|zero"),
+    (COPIES, "copy|(?<!no)cast|clone|contiguous|CatArray|::cat|_cat_|^cat|memcpy|memset|fill|zero"),
     (RESIDUAL, ""),
 ))
 

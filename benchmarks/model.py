@@ -129,7 +129,8 @@ class Shape:
         """Bytes of activations per image that the student's backbone saves for backward, by --grad_checkpointing."""
         tokens = self.tokens_per_image()[1] * self.width
         if checkpointing == "blocks":
-            return tokens * self.blocks * 4  # their inputs, in float32
+            half = 4 if precision == "fp32" else 2  # the blocks' inputs, in float32, and the unfolded patches
+            return tokens * self.blocks * 4 + self.tokens_per_image()[1] * 3 * self.patch**2 * half
         kept = KEPT_BY_LAYERS if checkpointing == "layers" else KEPT
         return tokens * ((self.blocks - 1) * kept[precision] + LAST_KEPT[precision])
 

@@ -97,6 +97,8 @@ def profile(args, rate: float, bandwidth: float) -> dict:
 
     cuda, steps = args.device.startswith("cuda"), 1 if args.quick else 3
     trainer, crops = trainers(args)["ours, compiled" if args.compile else "ours"], crops_of(args.batch[0], args)[1]
+    for network in (trainer.student, trainer.teacher) if not args.compile else ():
+        network.backbone.embed = record_function(kinds.PATCHES)(network.backbone.embed)
     for _ in range(2):  # after the first step the optimizer has its state
         trainer.step(crops)
     bench.wait(args.device)
