@@ -46,10 +46,8 @@ def evaluate(args: argparse.Namespace) -> None:
     """Evaluate what the flags name and print the table. Raises Refused for bad input."""
     output_dir = flags.output_dir(args.output_dir, args.pretrained_weights)
     device = parallel.start(args.device if args.use_cuda else "cpu", args.dist_url, args.dist_timeout)
-    network = features.load_network(
-        args.pretrained_weights, args.arch, args.patch_size, args.checkpoint_key, device, args.imsize,
-        precision=args.precision, seed=args.seed, size_flag="--imsize", mean=args.mean, std=args.std,
-        in_chans=args.in_chans, max_pixels=args.max_pixels, value_range=args.value_range)
+    network = features.load_network(device=device, crop_size=args.imsize, size_flag="--imsize",
+                                    **flags.network_values(args))
     report = evaluate_retrieval(
         network, args.data_path, args.dataset, args.imsize, args.multiscale, args.num_workers, output_dir,
         args.arithmetic)

@@ -79,10 +79,8 @@ def evaluate(args: argparse.Namespace) -> dict:
     if args.load_features:
         (parts, about), views = knn_files.load(args.load_features), None
     else:
-        network = load_network(
-            args.pretrained_weights, args.arch, args.patch_size, args.checkpoint_key, device, args.crop_size,
-            args.resize_size, args.precision, args.seed, mean=args.mean, std=args.std,
-            in_chans=args.in_chans, max_pixels=args.max_pixels, value_range=args.value_range, skip_bad=args.skip_bad)
+        network = load_network(device=device, crop_size=args.crop_size, resize_size=args.resize_size,
+                               **flags.network_values(args))
         about = network.about
         parts, views = compute_features(network, args.data_path, args.val_data_path, folder, args.label_free,
                                         args.batch_size_per_gpu, args.num_workers)

@@ -138,10 +138,8 @@ def evaluate(args: argparse.Namespace) -> dict:
     if args.evaluate:
         linear.read_classifier(linear_weights)  # fail before any work
     device = parallel.start(args.device, args.dist_url, args.dist_timeout)
-    network = load_network(
-        args.pretrained_weights, args.arch, args.patch_size, args.checkpoint_key, device, args.crop_size,
-        args.resize_size, args.precision, args.seed, mean=args.mean, std=args.std,
-        in_chans=args.in_chans, max_pixels=args.max_pixels, value_range=args.value_range, skip_bad=args.skip_bad)
+    network = load_network(device=device, crop_size=args.crop_size, resize_size=args.resize_size,
+                           **flags.network_values(args))
     recipe = recipe_of(args)
     if args.finetune:
         recipe = recipe._replace(drop_path_rate=supported_drop_path_rate(

@@ -48,10 +48,8 @@ def evaluate(args: argparse.Namespace) -> None:
     """Evaluate what the flags name and print the table. Raises Refused for bad input."""
     output_dir = flags.check_folder(flags.output_dir(args.output_dir, args.pretrained_weights))
     device = parallel.start(args.device, args.dist_url, args.dist_timeout)
-    network = features.load_network(
-        args.pretrained_weights, args.arch, args.patch_size, args.checkpoint_key, device, args.image_size,
-        seed=args.seed, size_flag="--image_size", mean=args.mean, std=args.std,
-        in_chans=args.in_chans, max_pixels=args.max_pixels, value_range=args.value_range)
+    network = features.load_network(device=device, crop_size=args.image_size, size_flag="--image_size",
+                                    **flags.network_values(args))
     report = evaluate_segmentation(
         network, args.data_path, args.image_size, args.layer, args.threshold, args.val_share, args.seed,
         args.save_masks, output_dir)

@@ -71,7 +71,9 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="also evaluate the untrained network, raw pixels, and k-means of the patch tokens; doubles the time")
 
     add = parser.add_argument_group("output").add_argument
-    add("--output_dir", default="", help="for eval_semantic.json and semantic.png; empty: the weights' folder, or .")
+    add("--output_dir", default="",
+        help="for eval_semantic.json, semantic.pth and semantic.png; a stopped run resumes here; empty: the weights' "
+             "folder, or .")
     add("--save_pictures", type=flags.count, default=8, metavar="N",
         help="draw N test images, their truth and the predictions into semantic.png")
     flags.add_launch_flags(parser)

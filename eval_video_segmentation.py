@@ -53,10 +53,8 @@ def evaluate(args: argparse.Namespace) -> None:
     """Evaluate what the flags name and print the tables. Raises Refused for bad input."""
     flags.check_folder(args.output_dir)
     device = parallel.start(args.device, args.dist_url, args.dist_timeout)
-    network = features.load_network(
-        args.pretrained_weights, args.arch, args.patch_size, args.checkpoint_key, device, args.image_size,
-        seed=args.seed, size_flag="--image_size", mean=args.mean, std=args.std,
-        in_chans=args.in_chans, max_pixels=args.max_pixels, value_range=args.value_range)
+    network = features.load_network(device=device, crop_size=args.image_size, size_flag="--image_size",
+                                    **flags.network_values(args))
     report = evaluate_video_segmentation(
         network, args.data_path, args.resolution, args.image_set, args.sequences, args.merge_objects, args.image_size,
         args.patch_size or 16, args.n_last_frames, args.size_mask_neighborhood, args.topk, args.bs, args.output_dir,

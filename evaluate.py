@@ -127,10 +127,8 @@ PROTOCOLS = (
 def load_networks(args: argparse.Namespace) -> dict[str, Network]:
     """What is evaluated, by its name in the table."""
     device = parallel.start(args.device, args.dist_url, args.dist_timeout)
-    network = load_network(args.pretrained_weights, args.arch, args.patch_size, args.checkpoint_key, device,
-                           args.crop_size, args.resize_size, args.precision, args.seed, mean=args.mean, std=args.std,
-                           in_chans=args.in_chans, max_pixels=args.max_pixels, value_range=args.value_range,
-                           skip_bad=args.skip_bad)
+    network = load_network(device=device, crop_size=args.crop_size, resize_size=args.resize_size,
+                           **flags.network_values(args))
     networks = {NETWORK: network}
     if args.baselines and args.arch != PIXELS:
         if args.pretrained_weights:

@@ -55,10 +55,8 @@ def extract(args: argparse.Namespace) -> None:
     embeddings.check_package("--output", output)
     embeddings.check_output(output)
     device = parallel.start(args.device, args.dist_url, args.dist_timeout)
-    network = load_network(
-        args.pretrained_weights, args.arch, args.patch_size, args.checkpoint_key, device, args.crop_size,
-        args.resize_size, args.precision, args.seed, mean=args.mean, std=args.std,
-        in_chans=args.in_chans, max_pixels=args.max_pixels, value_range=args.value_range, skip_bad=args.skip_bad)
+    network = load_network(device=device, crop_size=args.crop_size, resize_size=args.resize_size,
+                           **flags.network_values(args))
     images = open_checked(args.data_path, None, network.reading)
     about = extraction.describe(network, args.data_path, args.tokens, args.seed, args.precision)
     extraction.extract(network, images, output, about, args.half, args.images_per_part, args.batch_size_per_gpu,

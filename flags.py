@@ -6,6 +6,7 @@ import argparse
 import difflib
 import math
 import os
+import shlex
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -38,6 +39,7 @@ def exit_code(
     try:
         try:
             result = work(args)
+            sys.stdout.flush()  # here, not at Python's exit, which would print a traceback if the reader has gone
             return result if isinstance(result, int) else 0
         except Refused as error:
             print(f"{script}: error: {error}", file=sys.stderr, flush=True)
@@ -46,7 +48,8 @@ def exit_code(
             print(f"{script}: interrupted", file=sys.stderr, flush=True)
             return 130
         except Exception as error:
-            stopped = error if isinstance(error, Stopped) else output_closed(error) or explain(error)
+            stopped = error if isinstance(error, Stopped) else (
+                output_closed(error) or parallel.full_disk(error) or explain(error))
             if stopped is None:
                 raise
         finally:
@@ -83,12 +86,10 @@ def prepare_output(folder: str | os.PathLike, flag: str = "--output_dir") -> Pat
         Refused: it can't be created, or it isn't writable.
     """
     folder = Path(folder)
-    try:
+    with parallel.refusing(f"{flag} {folder}", "choose a folder you can write to"):
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
             raise PermissionError("not writable")
-    except OSError as error:
-        raise Refused(f"{flag} {folder}: {error.strerror or error}; choose a folder you can write to") from error
     return folder
 
 
@@ -101,7 +102,8 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that also reads flags from `@FILE`: one or more flags per line, `#` starts a comment.
+    """An ArgumentParser that also reads flags from `@FILE`: one or more flags per line, `#` starts a comment,
+    values with spaces are quoted.
 
     It can be the parent of another parser, as the published scripts use theirs: `-h` is added when it parses.
 
@@ -146,7 +148,12 @@ class Parser(argparse.ArgumentParser):
             self.error(f"{arg}: not a file of flags ({getattr(error, 'strerror', 'not text')}); available: {presets}")
 
     def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
-        return [self.found_file(word) for word in arg_line.split("#")[0].split()]
+        words = shlex.shlex(arg_line.removeprefix("\ufeff"), posix=True)  # the mark is what some editors put first
+        words.whitespace_split, words.escape = True, ""  # a path of Windows keeps its backslashes
+        try:
+            return [self.found_file(word) for word in words]
+        except ValueError:  # an apostrophe without another one
+            return [self.found_file(word) for word in arg_line.split("#")[0].split()]
 
     def error(self, message: str) -> None:
         """Print one line and exit with code 2; argparse would print the usage of fifty flags above it."""
@@ -296,6 +303,13 @@ def add_image_flags(parser: argparse._ActionsContainer) -> None:
         help="standard deviation of each channel; without it as --mean")
     add("--in_chans", type=positive_int,
         help="channels of the images, if the weights do not say; without it 3")
+
+
+def network_values(args: argparse.Namespace) -> dict:
+    """The flags of `add_weights_flags` and `add_reading_flags`, and --seed, as arguments of `features.load_network`."""
+    names = ("arch", "patch_size", "checkpoint_key", "precision", "seed", "mean", "std", "in_chans", "max_pixels",
+             "value_range", "skip_bad")
+    return {"weights": args.pretrained_weights} | {name: value for name, value in vars(args).items() if name in names}
 
 
 def add_dense_flags(parser: argparse._ActionsContainer) -> None:

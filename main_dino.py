@@ -22,11 +22,8 @@ import parallel
 import utils
 from imagesets import loaders
 from imagesets.bad_images import BadImages
-from imagesets.cached import cached
-from imagesets.decode import Reading
-from imagesets.sources import Images, open_images
+from imagesets.sources import Images
 from pretraining import compiling, faults, monitor, networks, options, session
-from pretraining.evaluation import KnnEvaluation, open_evaluation
 from pretraining.faults import TO_BE_CONTINUED, Requests  # noqa: F401 - the launcher reads the code
 from pretraining.health import collapse, health
 from pretraining.logs import Log
@@ -99,17 +96,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def check_args(args: argparse.Namespace) -> None:
     """Refuses combinations that no single flag's type can see."""
-    options.check_data_path(args.data_path, "main_dino.py @presets/shapes.txt --output_dir output/shapes")
-    options.check_crops(
-        args.arch, args.patch_size, {name: getattr(args, name) for name in ("global_crops_scale", "local_crops_scale")},
-        args.local_crops_number, args.global_crops_size, args.local_crops_size, args.in_chans,
-        {"mean": args.mean, "std": args.std})
-    options.check_length(args.lr, args.min_lr, args.epochs, args.steps, warmup_epochs=args.warmup_epochs,
-                         warmup_teacher_temp_epochs=args.warmup_teacher_temp_epochs)
-    options.check_hardware(args.parallel, args.precision, args.use_fp16, args.compile, args.grad_accum_steps)
-    options.check_packages(tensorboard=args.tensorboard, wandb=args.wandb)
-    options.check_files(init_from=args.init_from)
-    options.check_init(args.init_from, args.init_in_chans)
+    options.check(args, "main_dino.py @presets/shapes.txt --output_dir output/shapes")
 
 
 # ---- Setting up ----
@@ -163,30 +150,11 @@ def make_loss(args: argparse.Namespace, epochs: int) -> utils.DINOLoss:
                           args.warmup_teacher_temp_epochs, epochs)
 
 
-def make_augmentation(args: argparse.Namespace) -> utils.DataAugmentationDINO:
-    return utils.DataAugmentationDINO(
-        args.global_crops_scale, args.local_crops_scale, args.local_crops_number, args.global_crops_size,
-        args.local_crops_size, args.mean, args.std, bool(compiling.mode(args.compile)))
-
-
-def reading_of(args: argparse.Namespace) -> Reading:
-    return Reading(args.in_chans, args.max_pixels, args.value_range)
-
-
-def make_evaluation(args: argparse.Namespace, device: torch.device) -> KnnEvaluation | None:
-    if not args.eval_knn_every:
-        return None
-    path, flag = (args.eval_data_path, "--eval_data_path") if args.eval_data_path else (args.data_path, "--data_path")
-    return open_evaluation(path, flag, reading_of(args), args.global_crops_size, args.mean, args.std,
-                           4 * args.batch_size_per_gpu, args.num_workers, device)
-
-
 def make_run(args: argparse.Namespace, plan: Plan, n_images: int, device: torch.device) -> Run:
     """Networks, loss and optimizer at the start of a run."""
     seed_everything(args.seed)  # the networks start the same on every process
     student, teacher = make_networks(args)
-    networks.check_crop_sizes(student.backbone, args.arch, args.in_chans, **options.crop_sizes(
-        args.global_crops_size, args.local_crops_size, args.local_crops_number))
+    networks.check_crop_sizes(student.backbone, args.arch, args.in_chans, **options.crop_sizes(args))
     networks.check_batch_norm(student.backbone, args.arch, args.in_chans, args.batch_size_per_gpu,
                               args.global_crops_size, args.local_crops_size, args.local_crops_number, device)
     student, teacher = networks.on_device(student, device), networks.on_device(teacher, device)
@@ -206,20 +174,12 @@ def make_run(args: argparse.Namespace, plan: Plan, n_images: int, device: torch.
 
 def describe(args: argparse.Namespace, run: Run, plan: Plan, n_images: int) -> str:
     """What is about to run, in a few lines."""
-    lines = session.description(
-        run, plan, args.arch, f"K {args.out_dim}", args.data_path, n_images, images_per_step(args),
-        f"2 x {args.global_crops_size} + {args.local_crops_number} x {args.local_crops_size} pixels", args.num_workers)
-    lines += networks.cut_pixels(args.arch, args.patch_size, **options.crop_sizes(
-        args.global_crops_size, args.local_crops_size, args.local_crops_number))
+    lines = options.description(args, run, plan, f"K {args.out_dim}", n_images)
     if args.freeze_last_layer >= plan.steps / plan.steps_per_epoch:
         lines.append(
             f"WARNING: the prototypes stay frozen for the whole run, as --freeze_last_layer {args.freeze_last_layer} "
             f"epoch(s) is not shorter than the run of {plan.steps / plan.steps_per_epoch:.3g}; lower it")
     return "\n".join(lines)
-
-
-def images_per_step(args: argparse.Namespace) -> int:
-    return args.batch_size_per_gpu * args.grad_accum_steps * parallel.world_size()
 
 
 def pretrain(args: argparse.Namespace) -> int:
@@ -229,15 +189,12 @@ def pretrain(args: argparse.Namespace) -> int:
     args = with_supported_rate(args)
     torch.backends.cudnn.benchmark = True  # crops have fixed sizes: convolutions are chosen by trial, once
     with session.memory_refused():
-        images = open_images(args.data_path, None, **reading_of(args).decoding())
-        ends = Ends(images, make_evaluation(args, device), args.eval_knn_every, args.saveckp_freq, args.pictures_every,
-                    args.global_crops_size, args.mean, args.std)
-        plan = make_plan(args, len(images))
+        ends = options.open_data(args, device)
+        plan = make_plan(args, len(ends.images))
         args = with_compile(args, device, plan)
-        run = make_run(args, plan, len(images), device)
-        if args.cache_images:
-            ends = ends._replace(source=cached(images, make_augmentation(args).reduction, args.num_workers))
-    return session.carry_out(run, plan, ends, describe(args, run, plan, len(images)),
+        run = make_run(args, plan, len(ends.images), device)
+        ends = options.in_memory(args, ends)
+    return session.carry_out(run, plan, ends, describe(args, run, plan, len(ends.images)),
                              lambda log: train(args, run, plan, ends, log), args.extend, args.tensorboard,
                              vars(args) if args.wandb else None)
 
@@ -254,7 +211,7 @@ def train(args: argparse.Namespace, run: Run, plan: Plan, ends: Ends, log: Log) 
     student = networks.distributed(run.student, run.device)
     load = make_loader(args, ends.source or ends.images, plan, run.device)
     run.watch_steps(plan, load)
-    batches, augmentation = load(run.step, plan.steps), make_augmentation(args)
+    batches, augmentation = load(run.step, plan.steps), options.augmentation(args)
     bad_images = BadImages(len(ends.images), args.max_bad_images)
     window, clock, requests = Meters(), Clock(), Requests(run.device, args.saveckp_every_minutes)
     ln_k = math.log(args.out_dim)
@@ -290,7 +247,8 @@ def train(args: argparse.Namespace, run: Run, plan: Plan, ends: Ends, log: Log) 
             window.update(**extra)
             means = window.means()
             warning = collapse(means["entropy"], ln_k, means["prototypes_used"])
-            monitor.log_step(log, plan, step, means, f"ln K {ln_k:.2f}", warning, images_per_step(args), *clock.read())
+            monitor.log_step(log, plan, step, means, f"ln K {ln_k:.2f}", warning, options.images_per_step(args),
+                             *clock.read())
             window.reset()
         run.dino_loss.update_center(parts["teacher_mean"])
         run.step += 1
@@ -309,7 +267,7 @@ def make_loader(
     args: argparse.Namespace, images: Images, plan: Plan, device: torch.device
 ) -> Callable[[int, int], Iterator[dict]]:
     """(first, last) -> the micro-batches of steps first ... last - 1, from one loader whose workers never restart."""
-    return loaders.steps(images, make_augmentation(args), args.batch_size_per_gpu, args.num_workers, args.seed,
+    return loaders.steps(images, options.augmentation(args), args.batch_size_per_gpu, args.num_workers, args.seed,
                          args.grad_accum_steps, plan.steps_per_epoch, device)
 
 
@@ -328,7 +286,7 @@ def replay_step(args: argparse.Namespace) -> None:
             views = view_losses(dino_loss, output, parts["teacher_output"], step // plan["steps_per_epoch"])
             return "by the student's view: " + " ".join(f"{x:g}" for x in views.tolist())
 
-        return Method(student, teacher, dino_loss, make_augmentation(stored).finish, losses, by_view)
+        return Method(student, teacher, dino_loss, options.augmentation(stored).finish, losses, by_view)
 
     replay(args.replay, parallel.pick_device(args.device), build)
 

@@ -26,15 +26,12 @@ import parallel
 import utils
 from imagesets import loaders
 from imagesets.bad_images import BadImages
-from imagesets.cached import cached
-from imagesets.decode import Reading
-from imagesets.sources import Images, open_images
+from imagesets.sources import Images
 from method import dinov2, masking
 from method.dinov2 import BackboneAndHeads, DINOv2Loss
 from method.groups import parameter_groups, set_lr_and_wd
 from parallel import Refused
 from pretraining import compiling, faults, memory, monitor, networks, options, session, sharding
-from pretraining.evaluation import KnnEvaluation, open_evaluation
 from pretraining.faults import TO_BE_CONTINUED, Requests  # noqa: F401 - the launcher reads the code
 from pretraining.health import collapse, health_dinov2
 from pretraining.logs import Log
@@ -173,21 +170,11 @@ def check_args(args: argparse.Namespace) -> None:
     if args.arch not in VITS:
         raise Refused(f"--arch {args.arch}: masks replace the tokens of a Vision Transformer's patches; choose one of "
                       f"{', '.join(VITS)}, or main_dino.py for other networks")
-    options.check_data_path(args.data_path, "main_dinov2.py @presets/dinov2_shapes.txt --output_dir output/shapes2")
-    options.check_crops(
-        args.arch, args.patch_size,
-        {name: getattr(args, name) for name in ("global_crops_scale", "local_crops_scale", "mask_ratio")},
-        args.local_crops_number, args.global_crops_size, args.local_crops_size, args.in_chans,
-        {"mean": args.mean, "std": args.std})
-    options.check_length(args.lr, args.min_lr, args.epochs, args.steps, warmup_epochs=args.warmup_epochs,
-                         warmup_teacher_temp_epochs=args.warmup_teacher_temp_epochs)
-    options.check_hardware(args.parallel, args.precision, args.use_fp16, args.compile, args.grad_accum_steps)
+    options.check(args, "main_dinov2.py @presets/dinov2_shapes.txt --output_dir output/shapes2", "mask_ratio")
+    options.check_files(distill_from=args.distill_from)
     if args.compile not in ("auto", "off", "default"):
         raise Refused(f"--compile {args.compile}: the number of masked patches differs from step to step, which CUDA "
                       "graphs do not allow; give --compile default")
-    options.check_packages(tensorboard=args.tensorboard, wandb=args.wandb)
-    options.check_files(init_from=args.init_from, distill_from=args.distill_from)
-    options.check_init(args.init_from, args.init_in_chans)
     if args.init_heads and not args.init_from:
         raise Refused("--init_heads: give the checkpoint that has the heads as --init_from")
     if not args.ibot_separate_head and args.ibot_out_dim not in (0, args.out_dim):
@@ -209,7 +196,7 @@ def make_plan(args: argparse.Namespace, n_images: int) -> Plan:
     epochs = steps / unit
     check_warmups(epochs, args.steps, warmup_epochs=args.warmup_epochs,
                   warmup_teacher_temp_epochs=args.warmup_teacher_temp_epochs)
-    peak = args.lr * math.sqrt(images_per_step(args) / 1024)
+    peak = args.lr * math.sqrt(options.images_per_step(args) / 1024)
     lr = utils.cosine_scheduler(peak, args.min_lr, epochs, unit, warmup_epochs=args.warmup_epochs)
 
     def frozen(n_epochs: float) -> np.ndarray:
@@ -272,21 +259,7 @@ def all_patches(args: argparse.Namespace) -> bool:
 
 
 def make_augmentation(args: argparse.Namespace) -> utils.DataAugmentationDINO:
-    return utils.DataAugmentationDINO(
-        args.global_crops_scale, args.local_crops_scale, args.local_crops_number, args.global_crops_size,
-        args.local_crops_size, args.mean, args.std, args.compile == "default", BLUR[args.blur])
-
-
-def reading_of(args: argparse.Namespace) -> Reading:
-    return Reading(args.in_chans, args.max_pixels, args.value_range)
-
-
-def make_evaluation(args: argparse.Namespace, device: torch.device) -> KnnEvaluation | None:
-    if not args.eval_knn_every:
-        return None
-    path, flag = (args.eval_data_path, "--eval_data_path") if args.eval_data_path else (args.data_path, "--data_path")
-    return open_evaluation(path, flag, reading_of(args), args.global_crops_size, args.mean, args.std,
-                           4 * args.batch_size_per_gpu, args.num_workers, device)
+    return options.augmentation(args, BLUR[args.blur])
 
 
 def make_run(args: argparse.Namespace, plan: Plan, n_images: int, device: torch.device) -> Run:
@@ -313,6 +286,14 @@ def make_teacher(args: argparse.Namespace, run: Run) -> nn.Module:
     """The network whose targets the student learns: its own moving average, or a frozen one (distillation)."""
     if not args.distill_from:
         return run.teacher
+    teacher = matching_teacher(args).to(run.device)
+    if run.make_backbone:
+        sharding.shard(teacher, run.device)
+    return teacher
+
+
+def matching_teacher(args: argparse.Namespace) -> BackboneAndHeads:
+    """The frozen network of --distill_from. Raises Refused if the student can't learn its targets."""
     teacher, stored = read_teacher(args.distill_from)
     for name in ("patch_size", "in_chans", "out_dim", "ibot_separate_head"):
         theirs, ours = getattr(stored, name), getattr(args, name)
@@ -322,9 +303,6 @@ def make_teacher(args: argparse.Namespace, run: Run) -> nn.Module:
     if patch_prototypes(stored) != patch_prototypes(args):
         raise Refused(f"--distill_from {args.distill_from}: it has {patch_prototypes(stored)} prototypes for patches, "
                       f"and the student {patch_prototypes(args)}; give --ibot_out_dim {patch_prototypes(stored)}")
-    teacher = teacher.to(run.device)
-    if run.make_backbone:
-        sharding.shard(teacher, run.device)
     return teacher
 
 
@@ -342,11 +320,7 @@ def describe(args: argparse.Namespace, run: Run, plan: Plan, n_images: int) -> s
     loss = run.dino_loss
     heads = f"K {loss.dino_loss.center.numel()} and {loss.ibot_patch_loss.center.numel()} for patches"
     heads += "" if args.ibot_separate_head else " (one head)"
-    lines = session.description(
-        run, plan, args.arch, heads, args.data_path, n_images, images_per_step(args),
-        f"2 x {args.global_crops_size} + {args.local_crops_number} x {args.local_crops_size} pixels", args.num_workers)
-    lines += networks.cut_pixels(args.arch, args.patch_size, **options.crop_sizes(
-        args.global_crops_size, args.local_crops_size, args.local_crops_number))
+    lines = options.description(args, run, plan, heads, n_images)
     lines.append(memory.estimate(
         run.student, args.batch_size_per_gpu, args.global_crops_size, args.local_crops_size, args.local_crops_number,
         1.0 if all_patches(args) else args.mask_probability * sum(args.mask_ratio) / 2, run.dtype,
@@ -371,10 +345,6 @@ def long_warmups(args: argparse.Namespace, plan: Plan) -> list[str]:
     return lines
 
 
-def images_per_step(args: argparse.Namespace) -> int:
-    return args.batch_size_per_gpu * args.grad_accum_steps * parallel.world_size()
-
-
 def losses_at_start(args: argparse.Namespace) -> dict[str, float]:
     """Terms of the loss for a student whose output is uniform: weight x ln K, for ibot x share of crops in it."""
     crops = 1.0 if all_patches(args) else args.mask_probability
@@ -387,15 +357,12 @@ def pretrain(args: argparse.Namespace) -> int:
     check_args(args)
     device = parallel.start(args.device, args.dist_url, args.dist_timeout)
     with session.memory_refused():
-        images = open_images(args.data_path, None, **reading_of(args).decoding())
-        ends = Ends(images, make_evaluation(args, device), args.eval_knn_every, args.saveckp_freq, args.pictures_every,
-                    args.global_crops_size, args.mean, args.std)
-        plan = make_plan(args, len(images))
-        run = make_run(args, plan, len(images), device)
+        ends = options.open_data(args, device)
+        plan = make_plan(args, len(ends.images))
+        run = make_run(args, plan, len(ends.images), device)
         teacher = make_teacher(args, run)
-        if args.cache_images:
-            ends = ends._replace(source=cached(images, make_augmentation(args).reduction, args.num_workers))
-    return session.carry_out(run, plan, ends, describe(args, run, plan, len(images)),
+        ends = options.in_memory(args, ends)
+    return session.carry_out(run, plan, ends, describe(args, run, plan, len(ends.images)),
                              lambda log: train(args, run, teacher, plan, ends, log), args.extend,
                              args.tensorboard, vars(args) if args.wandb else None)
 
@@ -447,7 +414,7 @@ def train(args: argparse.Namespace, run: Run, teacher: nn.Module, plan: Plan, en
             run.meters.update(**extra)
             window.update(**extra)
             means = window.means()
-            monitor.log_step(log, plan, step, means, "", warning(means, run.dino_loss), images_per_step(args),
+            monitor.log_step(log, plan, step, means, "", warning(means, run.dino_loss), options.images_per_step(args),
                              *clock.read())
             window.reset()
         run.dino_loss.update_centers(parts)
@@ -480,7 +447,7 @@ def make_loader(
 ) -> Callable[[int, int], Iterator[dict]]:
     """(first, last) -> the micro-batches of steps first ... last - 1, from one loader whose workers never restart."""
     side = args.global_crops_size // args.patch_size
-    masks = partial(masking.image_masks, seed=args.seed, images=images_per_step(args),
+    masks = partial(masking.image_masks, seed=args.seed, images=options.images_per_step(args),
                     micro_batches=args.grad_accum_steps, grid=(side, side), ratio=tuple(args.mask_ratio),
                     probability=args.mask_probability)
     return loaders.steps(images, make_augmentation(args), args.batch_size_per_gpu, args.num_workers, args.seed,

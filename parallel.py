@@ -5,6 +5,7 @@ Without a process group, every function behaves as in a run of one process.
 
 from __future__ import annotations
 
+import errno
 import gc
 import importlib
 import os
@@ -12,8 +13,9 @@ import re
 import signal
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from datetime import timedelta
 from types import ModuleType
 from typing import NoReturn, TypeVar
@@ -53,6 +55,15 @@ def import_optional(module: str, needed_by: str, package: str) -> ModuleType:
         raise Refused(f"{needed_by} needs {package}: pip install {package}") from error
 
 
+@contextmanager
+def refusing(where: str, remedy: str) -> Iterator[None]:
+    """Turns an OSError in the block, of a file or folder of the user's, into Refused."""
+    try:
+        yield
+    except OSError as error:
+        raise Refused(f"{where}: {error.strerror or error}; {remedy}") from error
+
+
 def rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
@@ -76,12 +87,12 @@ def barrier() -> None:
         dist.barrier()
 
 
-def sum_over_processes(x: Tensor) -> Tensor:
-    """Elementwise sum of a tensor over all processes (all-reduce)."""
+def sum_over_processes(x: Tensor, operation: str = "SUM") -> Tensor:
+    """Elementwise sum of a tensor over all processes (all-reduce), or another operation of `dist.ReduceOp`."""
     if world_size() == 1:
         return x
     x = x.clone()
-    dist.all_reduce(x)
+    dist.all_reduce(x, getattr(dist.ReduceOp, operation))
     return x
 
 
@@ -92,11 +103,7 @@ def mean_over_processes(x: Tensor) -> Tensor:
 
 def max_over_processes(x: Tensor) -> Tensor:
     """Elementwise maximum of a tensor over all processes (all-reduce)."""
-    if world_size() == 1:
-        return x
-    x = x.clone()
-    dist.all_reduce(x, op=dist.ReduceOp.MAX)
-    return x
+    return sum_over_processes(x, "MAX")
 
 
 def group_device(device: torch.device | str) -> torch.device:
@@ -365,3 +372,17 @@ def leave(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+DISK = {getattr(errno, name, None) for name in ("ENOSPC", "EDQUOT", "EROFS", "EIO", "ESTALE", "EFBIG")} - {None}
+
+
+def full_disk(error: Exception) -> str | None:
+    """A one-line reason if the error says that a disk is full, read-only or not available, else None."""
+    what = ""
+    signs = ("inline_container", "iostream error")  # how torch.save reports a failed write
+    if isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs):
+        error, what = error.__context__, "a file could not be written: the disk is full, or a limit is reached"
+    if getattr(error, "errno", None) in DISK:
+        what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return what and f"{what}; free space or repair the disk and start again" or None

@@ -185,6 +185,8 @@ def check(args: argparse.Namespace) -> None:
         script.make_networks(argparse.Namespace(**vars(args) | {"drop_path_rate": rate}))
     else:  # the backbone alone: the host that submits may have little memory
         script.make_backbone(args, rate)
+    if getattr(args, "distill_from", ""):  # of main_dinov2.py
+        script.matching_teacher(args)
     if args.device != "auto" and parallel.named_device(args.device).index is not None and args.ngpus > 1:
         raise Refused(f"--device {args.device}: --ngpus {args.ngpus} processes would share that GPU; use cuda")
     if args.replay:

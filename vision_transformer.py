@@ -513,10 +513,14 @@ class VisionTransformer(nn.Module):
         )
         self.norm = norm_layer(embed_dim)
         self.head = nn.Linear(embed_dim, num_classes) if num_classes > 0 else nn.Identity()
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Random tokens and linear layers, as published for the network's `method`."""
         for tokens in (self.cls_token, self.pos_embed, self.register_tokens):
             if tokens is not None:
                 trunc_normal_(tokens, std=0.02)
-        if method == "dinov2":
+        if self.method == "dinov2":
             for tokens in (self.cls_token, self.register_tokens):
                 if tokens is not None:
                     nn.init.normal_(tokens, std=1e-6)

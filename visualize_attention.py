@@ -80,9 +80,8 @@ def visualize(args: argparse.Namespace) -> None:
     # Without weights, which tell theirs: smaller patches give finer maps.
     patch_size = args.patch_size or (None if args.pretrained_weights else 8)
     network = features.load_network(
-        args.pretrained_weights, args.arch, patch_size, args.checkpoint_key, parallel.pick_device(args.device),
-        min(args.image_size, default=0), size_flag="--image_size", mean=args.mean, std=args.std,
-        in_chans=args.in_chans, max_pixels=args.max_pixels, value_range=args.value_range, skip_bad=args.skip_bad)
+        device=parallel.pick_device(args.device), crop_size=min(args.image_size, default=0), size_flag="--image_size",
+        **flags.network_values(args) | {"patch_size": patch_size})
     dense.check_attention(network, args.image_size, args.layer)
     settings = {"image_size": args.image_size, "output_dir": args.output_dir, "layer": args.layer,
                 "threshold": args.threshold, "pca": args.pca}

@@ -11,6 +11,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,7 +30,7 @@ from imagesets.sources import Images, open_images
 from parallel import Refused
 
 MOST_WORKERS = 16
-SECONDS = 10  # between lines of progress
+FIRST, SECONDS = 3, 10  # to the first line of progress, and between lines
 
 
 class Checked(NamedTuple):
@@ -67,12 +68,13 @@ def check(images: Images, numbers: Sequence[int] | None = None) -> list[Checked]
     numbers = range(len(images)) if numbers is None else numbers
     workers = 0 if len(numbers) < 100 else min(available_cores(), MOST_WORKERS)
     loader = DataLoader(Checks(images), batch_size=None, sampler=numbers, **worker_options(workers))
-    checked, said = [], time.monotonic()
+    checked, began, due = [], time.monotonic(), FIRST
     for image in loader:
         checked.append(image)
-        if time.monotonic() - said > SECONDS:
-            said = time.monotonic()
-            print(f"{len(checked)} of {len(numbers)} images decoded", file=sys.stderr, flush=True)
+        if (passed := time.monotonic() - began) > due:
+            due = passed + SECONDS
+            left = timedelta(seconds=round(passed / len(checked) * (len(numbers) - len(checked))))
+            print(f"{len(checked)} of {len(numbers)} images decoded, eta {left}", file=sys.stderr, flush=True)
     return checked
 
 
@@ -120,11 +122,16 @@ def summarize(checked: Sequence[Checked]) -> Summary:
 
 
 class Chosen:
-    """The images of a set numbered by `index`, as a set of images (`sources.Images`)."""
+    """The images of a set numbered by `index`, as a set of images (`sources.Images`).
 
-    def __init__(self, images: Images, index: Sequence[int]) -> None:
+    Args:
+        labels: of all of `images`, in place of their own.
+    """
+
+    def __init__(self, images: Images, index: Sequence[int] | Tensor, labels: Tensor | None = None) -> None:
         self.images, self.index, self.classes = images, torch.as_tensor(index), images.classes
-        self.labels = None if images.labels is None else images.labels[self.index]
+        labels = images.labels if labels is None else labels
+        self.labels = None if labels is None else labels[self.index]
 
     def __len__(self) -> int:
         return len(self.index)
@@ -177,9 +184,7 @@ def open_checked(
 
 
 def write_list(path: str, lines: Sequence[bytes], flag: str) -> None:
-    try:
+    with parallel.refusing(f"{flag} {path}", "give a file that can be written"):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         with atomic.replacing(path) as temporary:
             temporary.write_bytes(b"".join(line + b"\n" for line in lines))
-    except OSError as error:
-        raise Refused(f"{flag} {path}: {error.strerror or error}; give a file that can be written") from error

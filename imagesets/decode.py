@@ -9,7 +9,7 @@ What `decode` returns for `in_chans` 1 (luma), 3 (RGB) or 4 (RGBA):
                               channels the alpha channel is kept and nothing is composited
     more than 8 bits          scaled to 8 by what the file declares, or by a given range of values (deep.py)
     several frames            the first one
-    DICOM                     where pydicom is installed (dicom.py)
+    DICOM, HEIF               where pydicom or pillow-heif is installed (dicom.py, heif.py)
     .npy                      (H, W) or (H, W, C): the format for any other number of channels. uint8, uint16, or with a
                               given range any type of numbers
 """
@@ -27,7 +27,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from imagesets import deep, dicom, remarks
+from imagesets import deep, dicom, heif, remarks
 from imagesets.deep import WHITE_16, Range, Undecodable
 
 MAX_PIXELS = 178_956_970  # above it Pillow's own guard against decompression bombs raises
@@ -105,7 +105,7 @@ def decode(
             raise Undecodable(f"{error} ({remark[0]})") from error
         raise
     if remark:
-        remarks.say(name, remark[0])
+        remarks.say(name, remark[0].removeprefix(f"{name}: "))  # which this project's own have
     return pixels
 
 
@@ -125,6 +125,8 @@ def decode_quietly(
                 return from_array(np.load(file, allow_pickle=False), in_chans, max_pixels, value_range)
             if dicom.is_dicom(file):
                 return from_pil(dicom.read(file, max_pixels, value_range), in_chans)
+            if heif.is_heif(file) and not heif.installed():
+                raise Undecodable(f"a HEIF file; {heif.REMEDY}, or convert it")
             image = Image.open(file, formats=formats())
         # Outside of `decoding`: a bug in `reduction` is not a broken file.
         scale = reduction(*image.size) if reduction is not None and image.format == "JPEG" else 1
@@ -200,6 +202,7 @@ def suffixes(in_chans: int = 3) -> frozenset[str]:
     """Lower-case suffixes, with the dot, of files that may hold an image with this number of channels."""
     if in_chans not in MODES:
         return frozenset([".npy"])
+    heif.register()
     known = Image.registered_extensions()
     others = {".npy", *(dicom.SUFFIXES if dicom.installed() else ())}
     return frozenset(suffix for suffix, name in known.items() if name not in NOT_IMAGES) | others
@@ -239,6 +242,7 @@ def jpeg_decoder() -> Callable[[Tensor], Tensor] | None:
 @cache
 def formats() -> tuple[str, ...]:
     """The formats that Pillow tries, by content, on every file."""
+    heif.register()
     Image.preinit()  # the common ones first
     Image.init()
     return tuple(name for name in Image.ID if name not in NOT_IMAGES)
@@ -280,4 +284,6 @@ def with_mode(image: Image.Image, mode: str) -> Image.Image:
 def reason(error: Exception) -> str:
     if isinstance(error, Image.UnidentifiedImageError):
         return "not an image that Pillow can read"  # Pillow's message names a file object
+    if isinstance(error, Image.DecompressionBombError):
+        return f"{str(error).partition(', could')[0]}; raise --max_pixels to read it"
     return getattr(error, "strerror", None) or str(error) or type(error).__name__

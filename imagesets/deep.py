@@ -8,25 +8,27 @@
     colour key                tRNS of a PNG file: transparent, compared at the file's own depth
 
 Images of 8 bits pass unchanged. Of 16-bit colour, Pillow reads the high byte; where that loses what is needed, PNG
-files are read by torchvision and other formats are refused.
+files are read by torchvision, TIFF files by tifffile where it is installed, and other formats are refused.
 
 Shapes: H x W pixels, C channels.
 """
 
+import io
 import struct
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from imagesets import remarks
 
 Range = tuple[float, float]  # values of black and of white
 
 WHITE_16 = 65535
-BITS, PHOTOMETRIC, NO_DATA = 258, 262, 42113  # tags of TIFF; WhiteIsZero is photometric interpretation 0
+# Tags of TIFF. PhotometricInterpretation 0 is WhiteIsZero, PlanarConfiguration 2 is a plane per colour.
+BITS, PHOTOMETRIC, ORIENTATION, PLANES, NO_DATA = 258, 262, 274, 284, 42113
 
 
 class Undecodable(ValueError):
@@ -39,7 +41,8 @@ class Declared(NamedTuple):
     white: value of white in a grey image that is not stretched.
     bits: significant bits of each channel of a 16-bit PNG file, () where it doesn't say.
     key: the transparent colour of a 16-bit PNG file, or None.
-    content: of a 16-bit colour PNG file that has to be read whole, else b"".
+    content: of a 16-bit colour PNG or TIFF file that has to be read whole, else b"".
+    orientation: of TIFF, as in EXIF; Pillow applies it when it loads the image.
     """
 
     white: int = WHITE_16
@@ -49,6 +52,7 @@ class Declared(NamedTuple):
     key: int | tuple[int, ...] | None = None
     deep_colour: bool = False
     content: bytes = b""
+    orientation: int = 1
 
 
 def declared(image: Image.Image, value_range: Range | None = None) -> Declared:
@@ -57,8 +61,11 @@ def declared(image: Image.Image, value_range: Range | None = None) -> Declared:
     if image.format == "TIFF":
         tags = image.tag_v2
         bits = max(tags.get(BITS, (8,)))
+        deep_colour = colour and bits > 8
+        whole = deep_colour and (value_range is not None or tags.get(PLANES) == 2)  # Pillow misreads planes
         return Declared(2**bits - 1 if 8 < bits < 16 else WHITE_16, inverted=tags.get(PHOTOMETRIC) == 0,
-                        no_data=number(tags.get(NO_DATA)), deep_colour=colour and bits > 8)
+                        no_data=number(tags.get(NO_DATA)), deep_colour=deep_colour,
+                        content=contents(image.fp) if whole else b"", orientation=tags.get(ORIENTATION, 1))
     if not getattr(image, "tile", None):  # not from a file, or of a format that Pillow decodes as it opens it
         return Declared()
     arguments = str(image.tile[0][3])
@@ -96,6 +103,8 @@ def eight_bit(image: Image.Image, file: Declared, value_range: Range | None = No
         Undecodable: pixels that are not finite, or 16-bit colour that can't be read with `value_range`.
     """
     if file.content:
+        if image.format == "TIFF":
+            return from_tiff(file.content, file, value_range)
         return from_png(file.content, file, value_range)
     if not is_grey(image):
         if value_range is not None and file.deep_colour:
@@ -232,6 +241,41 @@ def from_png(content: bytes, file: Declared, value_range: Range | None) -> Image
         return Image.fromarray(eight)
     opaque = (colours != np.array(file.key)).any(-1)
     return Image.fromarray(np.dstack([eight, np.where(opaque, 255, 0).astype(np.uint8)]))
+
+
+# ---- Other formats ----
+
+
+def from_tiff(content: bytes, file: Declared, value_range: Range | None) -> Image.Image:
+    """The first page of a TIFF file of 16-bit colour -> RGB, or RGBA where it has a fourth channel.
+
+    Raises:
+        Undecodable: tifffile or the package of the file's compression isn't installed, or it is no RGB.
+    """
+    try:
+        from tifffile import PHOTOMETRIC as KINDS
+        from tifffile import TiffFile
+    except ImportError as error:
+        raise Undecodable("TIFF of 16-bit colour with --value_range or in separate planes: pip install tifffile "
+                          "imagecodecs, or convert it to PNG or .npy") from error
+    with TiffFile(io.BytesIO(content)) as tiff:
+        page = tiff.pages[0]
+        if page.photometric != KINDS.RGB or page.axes not in ("YXS", "SYX"):
+            raise Undecodable(f"TIFF of 16-bit {page.photometric.name} ({page.axes}) with --value_range or in separate "
+                              "planes: convert it to PNG or .npy")
+        try:
+            values = page.asarray()
+        except ValueError as error:  # names the codec
+            raise Undecodable(f"{error}; pip install imagecodecs") from error
+    values = values if page.axes == "YXS" else values.transpose(1, 2, 0)  # (H, W, C)
+    colours = values[..., :3]
+    left_out = missing(colours, file.no_data)
+    eight = scaled(colours, value_range, left_out) if value_range else colours >> 8  # as Pillow reads it
+    eight[left_out] = 0
+    alpha = [values[..., 3] >> 8] if values.shape[2] > 3 else []
+    image = Image.fromarray(np.dstack([eight, *alpha]).astype(np.uint8))
+    image.getexif()[ORIENTATION] = file.orientation
+    return ImageOps.exif_transpose(image)
 
 
 def wide_ppm(image: Image.Image) -> bool:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from parallel import Refused
+from parallel import Refused, refusing
 
 LISTS = ("easy", "hard", "junk")
 
@@ -43,10 +43,8 @@ def read_ground_truth(path: str | os.PathLike) -> GroundTruth:
     Raises:
         Refused: a file that can't be read or would run code, or lists that don't fit together.
     """
-    try:
+    with refusing(str(path), "make it readable"):
         content = Path(path).read_bytes()
-    except OSError as error:
-        raise Refused(f"{path}: {error.strerror}; make it readable") from error
     try:
         loaded = json.loads(content) if str(path).endswith(".json") else unpickle(content)
         return checked(plain(loaded))

@@ -20,7 +20,7 @@ import torch
 
 import atomic
 import parallel
-from imagesets import dicom
+from imagesets import dicom, heif
 from imagesets.decode import printable
 
 VERSION = 1  # of the content of an index
@@ -126,8 +126,9 @@ def passed_over(others: Counter[bytes], what: str) -> str:
         return ""
     counts = [f"{count} {printable(suffix) or 'without suffix'}" for suffix, count in others.most_common(5)]
     more = ", ..." if len(others) > 5 else ""
-    remedy = f"; {dicom.REMEDY}" if any(os.fsencode(suffix) in others for suffix in dicom.SUFFIXES) else ""
-    return f"{others.total()} {what} are passed over ({', '.join(counts)}{more}){remedy}"
+    remedies = [f"; {way.REMEDY}" for way in (dicom, heif)
+                if any(os.fsencode(suffix) in others for suffix in way.SUFFIXES)]
+    return f"{others.total()} {what} are passed over ({', '.join(counts)}{more}){''.join(remedies)}"
 
 
 def own_outputs(own: Sequence[bytes]) -> str:

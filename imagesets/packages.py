@@ -7,7 +7,7 @@ import difflib
 import hashlib
 import inspect
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property, partial
 from types import MappingProxyType
 from typing import Any
@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 
 from imagesets.decode import Reading, Reduction, Undecodable, decode, from_pil
 from imagesets.listing import files_hash, numbered
-from parallel import Refused
+from parallel import Refused, import_optional
 
 # ---- torchvision ----
 
@@ -223,10 +223,7 @@ def text_labels(dataset: Any) -> tuple[Tensor | None, list[str]]:
 
 def open_parquet(where: str, files: list[str], split: str | None, reading: Reading) -> HuggingFace:
     """The rows of parquet files, which Hugging Face's datasets copies once to its cache."""
-    try:
-        import datasets
-    except ImportError as error:
-        raise Refused(f"{where}: parquet files need Hugging Face's datasets: pip install datasets") from error
+    datasets = import_optional("datasets", f"{where}: a parquet file", "datasets")
     if split == "val":
         raise Refused(f"{where}: parquet files have no validation part; give the validation images files of their own")
     missing = [file for file in files if not os.path.isfile(file)]
@@ -237,8 +234,7 @@ def open_parquet(where: str, files: list[str], split: str | None, reading: Readi
         dataset = datasets.Dataset.from_parquet(files)
     except Exception as error:  # of Arrow, of datasets itself, of the file system
         raise Refused(f"{where}: {str(error)[:200]}; give parquet files that can be read") from error
-    column = next((name for name, kind in dataset.features.items() if isinstance(kind, datasets.Image)), None)
-    column = column or next((name for name, kind in dataset.features.items() if holds_files(kind)), None)
+    column = first_column(dataset, lambda kind: isinstance(kind, datasets.Image)) or first_column(dataset, holds_files)
     if column is None:
         raise Refused(f"{where}: no column of images among {', '.join(dataset.features)}; it has to hold the bytes of "
                       "image files, or {'bytes', 'path'}")
@@ -247,17 +243,19 @@ def open_parquet(where: str, files: list[str], split: str | None, reading: Readi
     return images
 
 
+def first_column(dataset: Any, fits: Callable[[Any], bool]) -> str | None:
+    """The name of the first column whose type fits."""
+    return next((name for name, kind in dataset.features.items() if fits(kind)), None)
+
+
 def holds_files(kind: Any) -> bool:
     """Whether a column holds the bytes of files, or dicts of bytes and path."""
     return "binary" in str(getattr(kind, "dtype", "")) or isinstance(kind, dict) and "bytes" in kind
 
 
-def open_hugging_face(where: str, folder: str, split: str | None, reading: Reading) -> HuggingFace:
-    try:
-        import datasets
-    except ImportError as error:
-        raise Refused(f"{where}: needs Hugging Face's datasets: pip install datasets") from error
-    folder = os.path.expanduser(folder)
+def open_hugging_face(where: str, folder: str | None, split: str | None, reading: Reading) -> HuggingFace:
+    datasets = import_optional("datasets", where, "datasets")
+    folder = os.path.expanduser(folder or "")
     if not os.path.isdir(folder):
         raise Refused(f"{where}: no folder {folder!r}; give hf:FOLDER, a folder that save_to_disk wrote")
     try:
@@ -272,7 +270,7 @@ def open_hugging_face(where: str, folder: str, split: str | None, reading: Readi
         dataset = dataset[name]
     elif split == "val":
         raise Refused(f"{where}: it has no splits, so none for validation; give a DatasetDict")
-    column = next((name for name, kind in dataset.features.items() if isinstance(kind, datasets.Image)), None)
+    column = first_column(dataset, lambda kind: isinstance(kind, datasets.Image))
     if column is None:
         raise Refused(f"{where}: no column of datasets.Image among {', '.join(dataset.features)}; cast one to it")
     return HuggingFace(folder, dataset, column, reading)

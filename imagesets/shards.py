@@ -31,7 +31,7 @@ import atomic
 import parallel
 from imagesets import listing
 from imagesets.decode import Reading, Reduction, Undecodable, decode, printable, suffixes
-from parallel import Refused
+from parallel import Refused, import_optional
 
 BLOCK = 512  # bytes; tar files consist of such blocks
 
@@ -121,10 +121,7 @@ def expand(pattern: str) -> list[str]:
 
 def copied(where: str, url: str) -> str:
     """Path of a local copy of a pipe's or URL's content. One process of each host makes it, the others wait."""
-    try:
-        from webdataset import gopen
-    except ImportError as error:
-        raise Refused(f"{where}: pipes and URLs need webdataset: pip install webdataset") from error
+    gopen = import_optional("webdataset", f"{where}: a pipe or URL", "webdataset").gopen
     folder = listing.cache_dir()
     if folder is None:
         raise Refused(f"{where}: DINO_CACHE is empty; set it to a folder with room for a copy of the shards")

@@ -102,18 +102,17 @@ def open_images(
     Raises:
         Refused: nothing is there, or it can't be read or used.
     """
-    data_path, reading = os.fspath(data_path), Reading(
-        in_chans, max_pixels, tuple(value_range) if value_range else None)
+    data_path = os.fspath(data_path)
+    reading = Reading(in_chans, max_pixels, tuple(value_range) if value_range else None)
     where = f"{flag} {data_path!r}"
     if split not in (None, "train", "val"):
         raise ValueError(f"split is {split!r}: give None, 'train' or 'val'")
     kind = re.fullmatch(r"(shapes|torchvision|hf)(?::(.*))?", data_path)
     if kind and in_chans not in MODES:
         raise Refused(f"--in_chans {in_chans} with {where}: its images have 1, 3 or 4 channels")
-    if kind and kind[1] == "hf":
-        return open_hugging_face(where, kind[2] or "", split, reading)
     if kind:
-        return (open_shapes if kind[1] == "shapes" else open_torchvision)(where, kind[2], split, reading)
+        openers = {"shapes": open_shapes, "torchvision": open_torchvision, "hf": open_hugging_face}
+        return openers[kind[1]](where, kind[2], split, reading)
     path = os.path.expanduser(data_path)
     try:
         if os.path.isdir(path):
@@ -251,11 +250,15 @@ def open_list(where: str, path: str, split: str | None, reading: Reading) -> Fil
 def text_rows(where: str, folder: bytes, content: bytes) -> list[list[bytes]]:
     """[path] or [path, label] of each line: "path", "path<TAB>label", or "path label" where the first line as a whole
     is no file and its part before the last space is one."""
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")):  # as PowerShell writes
+        raise Refused(f"{where}: the list is in UTF-16; save it as UTF-8")
     rows = [line.split(b"\t") for line in (line.rstrip(b"\r") for line in content.split(b"\n")) if line]
     if not rows:
         raise Refused(f"{where}: the list is empty; write one path per line")
     if len({len(row) for row in rows}) > 1 or len(rows[0]) > 2:
         raise Refused(f"{where}: some lines have a label and some don't; write 'path' or 'path<TAB>label' in all")
+    if bad := [row[0] for row in rows if not all(row)]:
+        raise Refused(f"{where}: the path or the label of {printable(bad[0])!r} is empty; write both")
     first, space, _ = rows[0][0].rstrip().rpartition(b" ")
     if len(rows[0]) == 2 or not space or os.path.isfile(os.path.join(folder, rows[0][0])):
         return rows

@@ -43,7 +43,7 @@ def batch_masks(
     for mask, number in zip(masks, numbers, strict=True):
         if (i := intervals[number]) < masked:
             rng = np.random.default_rng([seed, epoch, step, 3, number])
-            mask[:] = block_mask(rng, *grid, int(mask.size * uniform(rng, limits[i], limits[i + 1])))
+            mask[:] = block_mask(rng, *grid, int(mask.size * rng.uniform(limits[i], limits[i + 1])))
     return torch.from_numpy(masks).flatten(1)
 
 
@@ -94,10 +94,6 @@ def add_block(rng: np.random.Generator, mask: np.ndarray, limit: int) -> int:
             block[:] = True
             return added
     return 0
-
-
-def uniform(rng: np.random.Generator, low: float, high: float) -> float:
-    return low + (high - low) * rng.random()
 
 
 def masks_weight(masks: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import signal
 import time
@@ -66,7 +65,7 @@ class Requests:
 
 def explain(error: Exception, output_dir: str) -> parallel.Stopped | str | None:
     """Why a run stopped, if the cause lies outside its code; None for a bug."""
-    if reason := parallel.worker_death(error) or out_of_memory(error) or full_disk(error):
+    if reason := parallel.worker_death(error) or out_of_memory(error) or parallel.full_disk(error):
         return reason
     if reason := lost_process(error):
         # Two processes print the line, because one of them may be the lost one.
@@ -95,11 +94,3 @@ def out_of_memory(error: Exception) -> str | None:
         return None
     return (f"memory ran out ({what[:200]}): lower --batch_size_per_gpu, the size or number of crops, --out_dim, "
             "--epochs or --steps, choose a smaller --arch, or give --grad_checkpointing")
-
-
-DISK = {getattr(errno, name, None) for name in ("ENOSPC", "EDQUOT", "EROFS", "EIO", "ESTALE", "EFBIG")} - {None}
-
-
-def full_disk(error: Exception) -> str | None:
-    """A line if a disk is full, read-only or not available, else None."""
-    return f"{error}; free space or repair the disk and start again" if getattr(error, "errno", None) in DISK else None

@@ -1,4 +1,4 @@
-"""Flags that the pretraining scripts share, and checks of what no single flag's type can see."""
+"""Flags that the pretraining scripts share, what they describe, and checks of what no single flag's type can see."""
 
 from __future__ import annotations
 
@@ -6,11 +6,21 @@ import argparse
 import os
 from collections.abc import Callable, Sequence
 
+import torch
+
 import flags
+import parallel
 import utils
+from imagesets.cached import cached
+from imagesets.decode import Reading
+from imagesets.sources import open_images
 from parallel import Refused
-from pretraining import compiling
+from pretraining import compiling, networks, session
+from pretraining.evaluation import open_evaluation
 from pretraining.logs import installed
+from pretraining.plan import Plan
+from pretraining.session import Ends
+from pretraining.state import Run
 from vision_transformer import VITS
 
 
@@ -117,14 +127,84 @@ def add_hardware_flags(parser: argparse.ArgumentParser, compile: str = "auto") -
     flags.add_launch_flags(group)
 
 
+# ---- What the flags describe ----
+
+
+def images_per_step(args: argparse.Namespace) -> int:
+    """Images of an optimizer step, over all processes."""
+    return args.batch_size_per_gpu * args.grad_accum_steps * parallel.world_size()
+
+
+def augmentation(args: argparse.Namespace, *blur: Sequence[float]) -> utils.DataAugmentationDINO:
+    """`blur`: DataAugmentationDINO's, if another one than DINO's."""
+    return utils.DataAugmentationDINO(
+        args.global_crops_scale, args.local_crops_scale, args.local_crops_number, args.global_crops_size,
+        args.local_crops_size, args.mean, args.std, bool(compiling.mode(args.compile)), *blur)
+
+
+def crop_sizes(args: argparse.Namespace) -> dict[str, int]:
+    """{flag: side in pixels} of the crops that there are."""
+    local = {"local_crops_size": args.local_crops_size} if args.local_crops_number else {}
+    return {"global_crops_size": args.global_crops_size} | local
+
+
+def open_data(args: argparse.Namespace, device: torch.device) -> Ends:
+    """The images to train on and those of the k-NN evaluation, with what is done with them at the ends of epochs.
+
+    Raises:
+        Refused: there are no such images.
+    """
+    reading, evaluation = Reading(args.in_chans, args.max_pixels, args.value_range), None
+    images = open_images(args.data_path, None, **reading.decoding())
+    if args.eval_knn_every:
+        flag = "eval_data_path" if args.eval_data_path else "data_path"
+        evaluation = open_evaluation(
+            getattr(args, flag), f"--{flag}", reading, args.global_crops_size, args.mean, args.std,
+            4 * args.batch_size_per_gpu, args.num_workers, device)
+    return Ends(images, evaluation, args.eval_knn_every, args.saveckp_freq, args.pictures_every,
+                args.global_crops_size, args.mean, args.std)
+
+
+def in_memory(args: argparse.Namespace, ends: Ends) -> Ends:
+    """With --cache_images, the same with decoded images for the loader to read."""
+    if not args.cache_images:
+        return ends
+    return ends._replace(source=cached(ends.images, augmentation(args).reduction, args.num_workers))
+
+
+def description(args: argparse.Namespace, run: Run, plan: Plan, prototypes: str, n_images: int) -> list[str]:
+    """What is about to run, in a few lines."""
+    crops = f"2 x {args.global_crops_size} + {args.local_crops_number} x {args.local_crops_size} pixels"
+    return session.description(run, plan, args.arch, prototypes, args.data_path, n_images, images_per_step(args), crops,
+                               args.num_workers) + networks.cut_pixels(args.arch, args.patch_size, **crop_sizes(args))
+
+
 # ---- Checks ----
 
 
-def check_data_path(data_path: str, first_trial: str) -> None:
-    """Args: first_trial: a command that works without images of one's own."""
-    if not data_path:
+def check(args: argparse.Namespace, first_trial: str, *scales: str) -> None:
+    """Refuses combinations of the flags above.
+
+    Args:
+        first_trial: a command that works without images of one's own.
+        scales: further flags with LOW and HIGH.
+    """
+    if not args.data_path:
         raise Refused("--data_path '': give a folder of images, and --output_dir; for a first trial: python "
                       f"{first_trial}; --help lists all flags")
+    check_crops(
+        args.arch, args.patch_size,
+        {name: getattr(args, name) for name in ("global_crops_scale", "local_crops_scale", *scales)},
+        args.local_crops_number, args.global_crops_size, args.local_crops_size, args.in_chans,
+        {"mean": args.mean, "std": args.std})
+    check_length(args.lr, args.min_lr, args.epochs, args.steps, warmup_epochs=args.warmup_epochs,
+                 warmup_teacher_temp_epochs=args.warmup_teacher_temp_epochs)
+    check_hardware(args.parallel, args.precision, args.use_fp16, args.compile, args.grad_accum_steps)
+    check_packages(tensorboard=args.tensorboard, wandb=args.wandb)
+    check_files(init_from=args.init_from)
+    if args.init_in_chans and not args.init_from:
+        raise Refused(f"--init_in_chans {args.init_in_chans}: converts the weights of --init_from; give that too, or "
+                      "leave it out")
 
 
 def check_crops(
@@ -148,12 +228,6 @@ def check_crops(
         raise Refused(f"--patch_size {patch_size} is larger than --{flag}_crops_size {smallest}; lower it")
 
 
-def crop_sizes(global_crops_size: int, local_crops_size: int, local_crops_number: int) -> dict[str, int]:
-    """{flag: side in pixels} of the crops that there are."""
-    local = {"local_crops_size": local_crops_size} if local_crops_number else {}
-    return {"global_crops_size": global_crops_size} | local
-
-
 def check_length(lr: float, min_lr: float, epochs: int, steps: int, **warmups: float) -> None:
     """Args: warmups: {flag: epochs}; with --steps, they are checked once the length of an epoch is known."""
     if min_lr > lr:
@@ -173,12 +247,6 @@ def check_hardware(parallel: str, precision: str, use_fp16: bool, compile: str, 
     if compile in ("reduce-overhead", "max-autotune") and grad_accum_steps > 1:  # their outputs do not last
         raise Refused(f"--compile {compile} with --grad_accum_steps {grad_accum_steps} is not supported: "
                       "CUDA graphs take a micro-batch's gradients back; give --compile default")
-
-
-def check_init(init_from: str, init_in_chans: str) -> None:
-    if init_in_chans and not init_from:
-        raise Refused(f"--init_in_chans {init_in_chans}: converts the weights of --init_from; give that too, or leave "
-                      "it out")
 
 
 def check_packages(**wanted: bool) -> None:

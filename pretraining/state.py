@@ -169,10 +169,11 @@ class Run:
         if steps_per_epoch_of(state) > self.steps_per_epoch:
             raise Refused(f"--extend: {self.settings['images']} images are fewer than the {state['args']['images']} so "
                           "far; give all of them, or start another run with --init_from")
-        steps = self.settings["steps"] or self.settings["epochs"] * self.steps_per_epoch
+        unit = self.settings.get("epoch_steps") or self.steps_per_epoch  # steps of an epoch of the flags
+        steps = self.settings["steps"] or self.settings["epochs"] * unit
         if steps <= self.step_after(state):
             flag = "steps" if self.settings["steps"] else "epochs"
-            done = self.step_after(state) / (1 if flag == "steps" else self.steps_per_epoch)
+            done = self.step_after(state) / (1 if flag == "steps" else unit)
             raise Refused(f"--extend: --{flag} {self.settings[flag]} is not more than the {done:g} done; raise it")
 
     def step_after(self, state: Mapping) -> int:

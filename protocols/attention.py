@@ -19,6 +19,7 @@ from imagesets.sources import Images
 from parallel import Refused
 from protocols import dense, sheets
 from protocols.features import Network
+from protocols.progress import progress
 from protocols.transforms import TooManyPatches
 
 PUBLISHED_SIZE = (480, 480)  # of the published script's figures
@@ -143,7 +144,7 @@ def draw_sheets(
     size = image_size or [dense.default_size(
         network.info["global_crops_size"], network.info["patch_size"],
         [min(image.shape[1:]) for _, image in drawn] or [0])]
-    for name, image in drawn:
+    for name, image in progress(drawn, len(drawn), "images"):
         try:
             outputs.append((Path(name).name, *dense.look(network, image, size, layer, bilinear=True)))
         except TooManyPatches as error:

@@ -23,6 +23,7 @@ from imagesets import decode, sources
 from parallel import Refused, import_optional
 from protocols import attention, dense, sheets
 from protocols.features import Network
+from protocols.progress import progress
 
 DEFAULT_FPS = 30.0  # of a folder of frames, as published
 COLORMAP = "inferno"  # of plain maps, the published script's
@@ -55,14 +56,18 @@ def draw_video(
         image_size, layer, threshold, pca, point: as in `attention.draw_image`; see `video_rows`.
 
     Raises:
-        Refused: no such video, no frames, a point outside them, or nothing can be written to `output_dir`.
+        Refused: no such video, no frames, a point outside them, nothing can be written to `output_dir`, or frames that
+            somebody else put there would be replaced.
     """
-    frames, fps = open_video(path, fps, network.reading)
-    all_drawn = video_rows(network, frames, image_size, layer, threshold, pca, point)
+    frames, total, fps = open_video(path, fps, network.reading)
+    all_drawn = progress(video_rows(network, frames, image_size, layer, threshold, pca, point), total, "frames")
     first = next(all_drawn, None)  # before anything is written: bad flags show here
     if first is None:
         raise Refused(f"--video {path}: it has no frames; give another file or folder")
-    folder, count, extracted = flags.prepare_output(output_dir), 0, Path(path).is_file()
+    count, extracted = 0, Path(path).is_file()
+    if extracted:
+        check_frames(Path(output_dir) / "frames")
+    folder = flags.prepare_output(output_dir)
     plain, beside = (folder / f"{name}.{video_format}" for name in ("video", "attention"))
     with writing(plain, first.plain, fps) as write_plain, writing(beside, first.row, fps) as write_row:
         for drawn in itertools.chain([first], all_drawn):
@@ -74,6 +79,14 @@ def draw_video(
             count += 1
     print(f"{count} frames, {fps:g} per second: {plain.name}, {beside.name}, attention/{' and frames/' * extracted} "
           f"written to {folder}")
+
+
+def check_frames(folder: Path) -> None:
+    """Refuse to replace frames in the folder that another program wrote."""
+    own = atomic.outputs_in(folder)
+    if theirs := sorted(file.name for file in folder.glob("frame-*.jpg") if os.fsencode(file.name) not in own):
+        raise Refused(f"--output_dir {folder.parent}: {folder.name}/{theirs[0]} is not from this script, which would "
+                      "replace it; choose another folder")
 
 
 def video_rows(
@@ -126,6 +139,7 @@ def make_video(path: str, output_dir: str | os.PathLike, fps: float | None = Non
     # Not by `open_images`, which leaves out what the project wrote.
     images = sources.open_files(path, [n for n in names if n.startswith("attn-")] or names, decode.PLAIN)
     frames = (sheets.as_picture(frame) for _, frame in folder_frames(images, range(len(images)), path))
+    frames = progress(frames, len(images), "frames")
     count, fps = 0, fps or DEFAULT_FPS
     first = next(frames)  # before anything is written
     target = flags.prepare_output(output_dir) / f"video.{video_format}"
@@ -153,8 +167,12 @@ def writing(path: Path, first: np.ndarray, fps: float) -> Iterator[Callable[[np.
             np.pad(figure, ((0, height - len(figure)), (0, width - figure.shape[1]), (0, 0)), mode="edge"))
 
 
-def open_video(path: str, fps: float | None, reading: decode.Reading) -> tuple[Iterator[tuple[str, Tensor]], float]:
-    """Names and frames uint8 (C, height, width), decoded when they are asked for, and frames per second.
+def open_video(
+    path: str, fps: float | None, reading: decode.Reading
+) -> tuple[Iterator[tuple[str, Tensor]], int, float]:
+    """Names and frames uint8 (C, height, width), decoded when they are asked for, their number, and frames per second.
+
+    The number of a file's frames is estimated from its duration, 0 where it doesn't state one.
 
     Frames of a folder come in the order of the numbers in their names; those of a file are named frame-0000 and so on.
 
@@ -164,7 +182,7 @@ def open_video(path: str, fps: float | None, reading: decode.Reading) -> tuple[I
     imageio_ffmpeg = import_ffmpeg()
     if Path(path).is_dir():
         images = sources.open_images(path, flag="--video", **reading.decoding())
-        return folder_frames(images, range(len(images)), path), fps or DEFAULT_FPS
+        return folder_frames(images, range(len(images)), path), len(images), fps or DEFAULT_FPS
     if not Path(path).is_file():
         raise Refused(f"--video {path}: no such file or folder; give a video, or a folder of frames")
     if reading.in_chans != 3:
@@ -178,7 +196,7 @@ def open_video(path: str, fps: float | None, reading: decode.Reading) -> tuple[I
     width, height = about["size"]
     frames = ((f"frame-{i:04}", torch.frombuffer(bytearray(frame), dtype=torch.uint8).view(height, width, 3)
                .permute(2, 0, 1)) for i, frame in enumerate(reader))
-    return frames, fps or about["fps"] or DEFAULT_FPS
+    return frames, round(about["duration"] * about["fps"]), fps or about["fps"] or DEFAULT_FPS
 
 
 def folder_frames(images: sources.Images, numbers: Iterable[int], path: str) -> Iterator[tuple[str, Tensor]]:

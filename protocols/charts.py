@@ -16,7 +16,7 @@ import numpy as np
 from torch import Tensor
 
 import atomic
-from parallel import Refused
+from parallel import Refused, refusing
 from protocols import sheets
 
 if TYPE_CHECKING:  # imported where it is used: it takes a tenth of a second
@@ -150,12 +150,10 @@ def check_format(flag: str, path: str | Path) -> None:
 
 
 def save(figure: Figure, path: str | Path, flag: str) -> None:
-    try:
+    with refusing(f"{flag} {path}", "give a file that can be written"):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         atomic.mark_output(path)
         figure.savefig(path)
-    except OSError as error:
-        raise Refused(f"{flag} {path}: {error.strerror or error}; give a file that can be written") from error
 
 
 def _draw_panel(axes: Axes, panel: tuple, runs: list[dict], font: int) -> None:

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 import flags
 import parallel
 from imagesets.checking import open_checked
-from imagesets.copies import read_copies
+from imagesets.copies import Copies, read_copies
+from imagesets.decode import Reading
 from imagesets.sources import Images, open_files
 from parallel import Refused
 from protocols import retrieval, scores
@@ -141,14 +142,8 @@ def evaluate_copies(
     """
     info, pixels = network.info, network.about["arch"] == PIXELS
     side = PIXELS_SIDE if pixels else image_size or default_side(info["global_crops_size"])
-    copies, reading = read_copies(data_path), network.reading
-    folder = os.path.expanduser(data_path)
-    sets = {name: open_files(folder, names, reading)
-            for name, names in (("queries", copies.queries), ("database", copies.database))}
-    sets |= {name: open_checked(path, None, reading, f"--{name}_path")
-             for name, path in (("distractors", distractors_path), ("whitening", whitening_path)) if path}
-    if "whitening" in sets and len(sets["whitening"]) < 2:
-        raise Refused(f"--whitening_path {whitening_path}: one image gives no whitening; give more, or leave it out")
+    copies = read_copies(data_path)
+    sets = open_sets(data_path, copies, distractors_path, whitening_path, network.reading)
     output_dir = flags.prepare_output(output_dir)
     for note in copies.notes:
         parallel.say(note)
@@ -175,6 +170,20 @@ def evaluate_copies(
     if parallel.is_main():
         results = measure(retrieval.similarities(queries, database), copies.matches, copies.attacks, arithmetic)
     return scores.write_results(output_dir / "eval_copy_detection.json", results, **about)
+
+
+def open_sets(
+    data_path: str, copies: Copies, distractors_path: str, whitening_path: str, reading: Reading
+) -> dict[str, Images]:
+    """The sets of images: queries, database and, where they are given, distractors and whitening."""
+    sets: dict[str, Images] = {name: open_files(os.path.expanduser(data_path), getattr(copies, name), reading)
+                               for name in ("queries", "database")}
+    for name, path in (("distractors", distractors_path), ("whitening", whitening_path)):
+        if path:
+            sets[name] = open_checked(path, None, reading, f"--{name}_path")
+    if whitening_path and len(sets["whitening"]) < 2:
+        raise Refused(f"--whitening_path {whitening_path}: one image gives no whitening; give more, or leave it out")
+    return sets
 
 
 def default_side(global_crops_size: int) -> int:

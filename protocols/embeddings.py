@@ -19,7 +19,7 @@ import numpy as np
 
 import atomic
 import flags
-from parallel import Refused
+from parallel import Refused, import_optional, refusing
 
 FORMATS = {".npy": "numpy", ".safetensors": "safetensors", ".parquet": "pyarrow"}  # suffix: package
 
@@ -34,14 +34,12 @@ def write(path: Path, parts: list[np.ndarray], names: list[str], about: Mapping)
         Refused: the file can't be written.
     """
     about = dict(about, shape=[sum(map(len, parts)), *parts[0].shape[1:]])
-    try:
+    with refusing(f"--output {path}", "give a file that can be written"):
         atomic.mark_output(path)
         with atomic.replacing(path) as temporary:
             WRITERS[path.suffix](temporary, parts, names, about)
             if path.suffix != ".parquet":  # first the file beside it: without that, the array could not be read
                 atomic.write_text(sidecar(path), json.dumps({"names": names, "about": about}, indent=1))
-    except OSError as error:
-        raise Refused(f"--output {path}: {error.strerror or error}; give a file that can be written") from error
 
 
 def write_npy(path: Path, parts: list[np.ndarray], names: list[str], about: Mapping) -> None:
@@ -144,8 +142,4 @@ def check_output(path: Path) -> None:
 def check_package(flag: str, path: Path) -> None:
     if path.suffix not in FORMATS:
         raise Refused(f"{flag} {path}: the file's name has to end in {', '.join(FORMATS)}")
-    package = FORMATS[path.suffix]
-    try:
-        __import__(package)
-    except ImportError as error:
-        raise Refused(f"{flag} {path}: {path.suffix} files need {package}: pip install {package}") from error
+    import_optional(FORMATS[path.suffix], f"{flag} {path}", FORMATS[path.suffix])

@@ -141,12 +141,9 @@ def compute_part(
 
 
 def save_part(job: Job, number: int, array: np.ndarray) -> None:
-    try:
+    with parallel.refusing(f"--output {job.output}", f"the parts in {job.parts} are kept: make room and start again"):
         with atomic.replacing(job.part(number)) as temporary, open(temporary, "wb") as file:
             np.save(file, array)
-    except OSError as error:
-        raise Refused(f"--output {job.output}: {error.strerror or error}; the parts in {job.parts} are kept: make room "
-                      "and start again") from error
 
 
 def finish(job: Job, names: list[str], about: Mapping) -> None:

@@ -265,7 +265,7 @@ class Network(NamedTuple):
 
 def load_network(
     weights: str, arch: str | None = None, patch_size: int | None = None, checkpoint_key: str = "teacher",
-    device: torch.device | str = "cpu", crop_size: int = 0, resize_size: int = 0, precision: str = "fp32",
+    device: torch.device | str = "cpu", crop_size: int = 0, resize_size: int | None = None, precision: str = "fp32",
     seed: int = 0, size_flag: str = "--crop_size", mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None, in_chans: int | None = None, max_pixels: int = MAX_PIXELS,
     value_range: Range | None = None, skip_bad: str = "",
@@ -276,7 +276,8 @@ def load_network(
         weights: path; "" builds an untrained network from `seed`.
         arch, patch_size: see `load_backbone`. `pixels` is the baseline of raw 32 x 32 pixels.
         crop_size: pixels; 0 means the image size stored with the weights, or 224.
-        resize_size: pixels of the shorter side before the crop; 0 means crop_size x 256 / 224.
+        resize_size: pixels of the shorter side before the crop; 0 means crop_size x 256 / 224, None that images are not
+            resized and cropped so.
         precision: fp32, fp16 or bf16.
         size_flag: the flag that errors about `crop_size` name.
         mean, std, in_chans: instead of the stored ones, see `load_backbone`.
@@ -311,7 +312,16 @@ def load_network(
         "resize_size": resize_size or round(crop * 256 / 224), "crop_size": crop, "precision": precision,
         "mean": list(info["mean"]), "std": list(info["std"]), "normalization": info["sources"],
     }
+    if resize_size == 0:
+        say_stored_resize(info.get("resize_ratio"), crop, about["resize_size"])
     return Network(model.to(device), info, about, device)
+
+
+def say_stored_resize(ratio: Found | None, crop: int, size: int) -> None:
+    """Tell that the weights' configuration resizes images to another size than the protocol's `size`."""
+    if ratio and abs((stored := int(crop * ratio.value + 1e-6)) - size) > 1:  # programs round differently
+        parallel.say(f"images are resized to {size} pixels and cropped to {crop}, as in the published evaluations; "
+                     f"{ratio.source} says {stored}, which --resize_size {stored} follows")
 
 
 def pixel_network(

@@ -11,7 +11,6 @@ Shapes: B images, C channels, N tokens, D width; sizes are height x width in pix
 from __future__ import annotations
 
 import copy
-import importlib
 import json
 import math
 import re
@@ -24,7 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from parallel import Refused, Stopped
+from parallel import Refused, Stopped, import_optional
 from protocols import scores
 from vision_transformer import XCITS, SwiGLU, VisionTransformer
 from weights import backbones
@@ -44,11 +43,7 @@ class Differs(Stopped):
 
 def need(kind: str, *packages: str) -> list[types.ModuleType]:
     """Import the optional packages of a format. Raises Refused with the pip command."""
-    try:
-        return [importlib.import_module(name) for name in packages]
-    except ImportError as error:
-        raise Refused(f"--format {kind} needs {' and '.join(packages)} ({error}): pip install "
-                      f"{' '.join(packages)}") from error
+    return [import_optional(name, f"--format {kind}", " ".join(packages)) for name in packages]
 
 
 @contextmanager

@@ -63,18 +63,12 @@ class WholeImages(Transformed):
         return resize(image, [whole_patches(factor * side, self.patch) for side in image.shape[1:]])
 
 
-class Thumbnails(Transformed):
+class Thumbnails(WholeImages):
     """The image shrunk to at most `imsize` x `imsize` pixels by Pillow's `thumbnail`, as in the published script.
 
     The sides are whatever keeps the proportions best. A side below `patch`, for which the published script stops with
     an error, is enlarged to it.
     """
-
-    def __init__(
-        self, images: Images, imsize: int, patch: int, mean: Sequence[float], std: Sequence[float]
-    ) -> None:
-        super().__init__(images, mean, std)
-        self.imsize, self.patch = imsize, patch
 
     def transform(self, image: Tensor, index: int) -> Tensor:
         channels = [Image.fromarray(channel.numpy()) for channel in image]

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import parallel
-from parallel import Refused
+from parallel import Refused, import_optional
 from protocols.progress import duration, progress
 from protocols.splits import Task
 from vision_transformer import VisionTransformer
@@ -268,8 +268,12 @@ def run_of(about: Mapping, task: Task, training: Training) -> dict:
                       "classes": list(task.classes), "batch": training.batch_size * parallel.world_size()}
 
 
-def unfinished(path: Path, run: Mapping) -> dict:
-    """The state that a stopped run left in `path`, {} if there is no file; see `train`."""
+def unfinished(path: Path, run: Mapping, unit: str = "epoch") -> dict:
+    """The state that a stopped run left in `path`, {} if there is no file; see `train`.
+
+    Args:
+        unit: what the run counts, a key of the state.
+    """
     if not path.is_file():
         return {}
     try:
@@ -282,7 +286,7 @@ def unfinished(path: Path, run: Mapping) -> dict:
         changed = ", ".join(k for k in keys if before.get(k) != run.get(k))
         raise Refused(f"--output_dir {path.parent}: {path.name} belongs to another run"
                       + (f" (different {changed})" if changed else "") + "; remove it, or choose another folder")
-    parallel.say(f"resuming after epoch {state['epoch']} of {path}")
+    parallel.say(f"resuming after {unit} {state[unit]} of {path}")
     return state
 
 
@@ -343,12 +347,10 @@ def logistic_regression(
     Raises:
         Refused: scikit-learn is not installed.
     """
-    try:
-        from sklearn.linear_model import LogisticRegression
-        from sklearn.pipeline import make_pipeline
-        from sklearn.preprocessing import StandardScaler
-    except ImportError as error:
-        raise Refused("--logreg needs scikit-learn: pip install scikit-learn") from error
+    import_optional("sklearn", "--logreg", "scikit-learn")
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
 
     def fit(c: float, x: Tensor, y: Tensor):
         return make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=1000)).fit(x.numpy(), y.numpy())

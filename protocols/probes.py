@@ -17,13 +17,14 @@ from torch import Tensor
 
 import flags
 import parallel
+from imagesets.checking import Chosen
 from method.photometric import to_device
 from parallel import Refused
 from protocols import finetune, linear, scores
 from protocols.features import TRAINING_SCALE, Network, feature_batches, input_dataset, network_features
 from protocols.linear import Training
 from protocols.progress import FIRST, MOST, progress
-from protocols.splits import ImageSubset, Task, open_task
+from protocols.splits import Task, open_task
 from vision_transformer import VisionTransformer
 from weights import checkpoints
 
@@ -117,13 +118,13 @@ def with_blocks(network: Network, n_last_blocks: Sequence[int]) -> tuple[Network
     return network._replace(forward=linear.probe_features(model, most), about=about), most
 
 
-def eval_features(network: Network, part: ImageSubset, training: Training, folder: Path) -> Tensor:
+def eval_features(network: Network, part: Chosen, training: Training, folder: Path) -> Tensor:
     """Features of centre crops."""
     return network_features(network, part, training.batch_size, training.num_workers, folder / "features")
 
 
 def training_batches(
-    network: Network, part: ImageSubset, training: Training, folder: Path, epoch: int, kept: dict[int, Tensor]
+    network: Network, part: Chosen, training: Training, folder: Path, epoch: int, kept: dict[int, Tensor]
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """(features, labels) of an epoch's global batches, in an order that depends on (seed, epoch) only.
 

@@ -19,16 +19,17 @@ def progress(items: Iterable[Item], total: int, what: str, size: int = 1, first:
     Only the first process prints; nothing is printed if `what` is empty.
 
     Args:
-        total: of what is counted (images, frames, epochs).
+        total: of what is counted (images, frames, epochs); 0: unknown, then lines have no eta.
         size: how many of them an item holds.
     """
     started, due = time.monotonic(), first
     for done, item in enumerate(items, 1):
         yield item
         passed = time.monotonic() - started
-        if what and passed >= due and done * size < total:
+        if what and passed >= due and (done * size < total or not total):
             due = min(2 * passed, passed + MOST)
-            parallel.say(f"{what}: {done * size} of {total}, eta {duration(passed / (done * size) * total - passed)}")
+            left = f" of {total}, eta {duration(passed / (done * size) * total - passed)}" if total else ""
+            parallel.say(f"{what}: {done * size}{left}")
 
 
 def duration(seconds: float) -> str:

@@ -19,7 +19,6 @@ from torch import Tensor
 import atomic
 import parallel
 from method.rank import effective_rank
-from parallel import Refused
 
 MOST_PAIRED = 10_000  # images for RankMe and uniformity, which compares all pairs
 MOST_COUNTS = 1 << 22  # counts of values in resamples at a time, 32 MiB
@@ -219,13 +218,10 @@ def write_results(path: str | Path, results: Sequence[Mapping], **about) -> dict
     earlier = [one for one in read_results(path) if settings_of(one) != settings_of(json.loads(json.dumps(report)))]
     content = {"command": shlex.join(sys.argv)} | report | ({"earlier": earlier} if earlier else {})
     text = json.dumps(content, indent=2) + "\n"
-    try:
+    with parallel.refusing(f"--output_dir {path.parent}", "choose a folder you can write to"):
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic.mark_output(path)
         atomic.write_text(path, text)
-    except OSError as error:
-        reason = error.strerror or error
-        raise Refused(f"--output_dir {path.parent}: {reason}; choose a folder you can write to") from error
     return report
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
+from itertools import repeat
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,11 +32,14 @@ from imagesets.decode import Undecodable
 from parallel import Refused
 from protocols import scores, semantic_scores, sheets, tokens, transforms
 from protocols.features import PIXELS, Network, refused_image, untrained
+from protocols.progress import progress
 from protocols.segmentation import import_kmeans
 from protocols.semantic_training import Recipe, Setting, TrainingCrops, kmeans_layer, last_blocks, train
+from weights import checkpoints
 
 LARGEST_CROP = 512  # pixels, unless a flag says otherwise
 MEASURED = 100  # training images whose sizes decide the crop
+UNFINISHED, CLASSIFIER = "checkpoint_semantic.pth", "semantic.pth"
 WINDOWS = 8  # windows of an image per forward pass
 TEST_SHARE = 0.2  # of the images, where there is no test set
 KMEANS = "k-means"  # of the network's patch tokens
@@ -131,7 +135,10 @@ class Predictor(NamedTuple):
 
     def count(self, images: ClassMasks) -> np.ndarray:
         """`semantic_scores.pixel_counts` of every image and layer, (N, S, 3, K); the processes share the images."""
+        steps = progress(repeat(None), len(images.items), "images segmented", size=parallel.world_size())
+
         def work(i: int) -> np.ndarray:
+            next(steps)
             image, truth = images.load(i)
             return np.stack([semantic_scores.pixel_counts(classes, truth, len(images.classes))
                              for classes in self.predict(image)])
@@ -197,7 +204,8 @@ def evaluate_semantic(
     recipe: Recipe | None = None, foreground: bool = False, baselines: bool = False, val_share: float = 0.1,
     save_pictures: int = 0, output_dir: str | os.PathLike = ".", flag: str = "--data_path",
 ) -> dict:
-    """Train and test. Writes eval_semantic.json and, with `save_pictures`, semantic.png. All processes call this.
+    """Train and test. Writes eval_semantic.json, semantic.pth (the network's chosen layer, batch norm and 1 x 1
+    convolution) and, with `save_pictures`, semantic.png. A stopped run is resumed. All processes call this.
 
     Args:
         network: with patch tokens (`tokens.check_tokens`), or raw pixels.
@@ -239,7 +247,14 @@ def evaluate_semantic(
 
     fill = [round(255 * value) for value in network.info["mean"]]
     crops = TrainingCrops(train_images, geometry.image_size, geometry.crop, fill, recipe)
-    layers, losses = train(networks, settings, crops, len(test.classes), recipe)
+    run = {
+        "weights": {name: other.about["weights_sha256"] for name, other in networks.items()},
+        "data_path": str(data_path), "images": len(train_images.items), "classes": list(test.classes),
+        "settings": [list(s) for s in settings], "crops": [geometry.image_size, geometry.crop],
+        "precision": network.about["precision"],
+        "recipe": {k: v if isinstance(v, (int, float)) else list(v) for k, v in recipe._asdict().items()
+                   if k != "num_workers"}}
+    layers, losses = train(networks, settings, crops, len(test.classes), recipe, Path(output_dir) / UNFINISHED, run)
     rows = [s._asdict() | {"train_loss": loss if math.isfinite(loss) else None}
             for s, loss in zip(settings, losses, strict=True)]
     chosen = list(range(len(settings)))
@@ -251,6 +266,10 @@ def evaluate_semantic(
                 for i, (row, figure) in enumerate(zip(rows, figures, strict=True))]
     settings, layers = [settings[i] for i in chosen], [layers[i] for i in chosen]
     names = [s.features for s in settings]
+    if parallel.is_main():
+        checkpoints.save({
+            "state_dict": layers[0].state_dict(), "classes": list(test.classes), "setting": settings[0]._asdict(),
+            "weights_sha256": network.about["weights_sha256"]}, Path(output_dir) / CLASSIFIER)
     if baselines and names[0] != "raw pixels":
         whole = TrainingCrops(train_images, geometry.image_size, geometry.crop, fill, recipe._replace(scale=(1.0, 1.0)))
         layers.insert(1, kmeans_layer(network, whole, len(test.classes), recipe.batch_size, recipe.num_workers,
@@ -268,13 +287,16 @@ def evaluate_semantic(
     if save_pictures and parallel.is_main():
         sheets.save_picture(draw(predictor, names, test, save_pictures), Path(output_dir) / "semantic.png")
     about = {key: value for key, value in network.about.items() if key not in ("crop_size", "resize_size")}
-    return scores.write_results(
+    report = scores.write_results(
         Path(output_dir) / "eval_semantic.json", results, **about, data_path=str(data_path),
         val_data_path=val_data_path or None, foreground=foreground,
         images=[len(train_images.items), len(held.items) if held else 0, len(test.items)],
         geometry=geometry._asdict() | {"scales": list(geometry.scales)}, steps=recipe.steps,
         batch_size=recipe.batch_size, weight_decay=recipe.weight_decay, seed=recipe.seed, notes=notes, settings=rows,
         per_class=per_class)
+    if parallel.is_main():
+        (Path(output_dir) / UNFINISHED).unlink(missing_ok=True)
+    return report
 
 
 def show_semantic(report: Mapping) -> None:

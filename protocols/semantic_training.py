@@ -5,7 +5,9 @@ Shapes: B images, C channels, D width, n blocks, K classes, h x w patches.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -22,9 +24,13 @@ from imagesets.masks import VOID
 from parallel import Refused
 from protocols import tokens, transforms
 from protocols.features import Network, refused_image
+from protocols.linear import unfinished
+from protocols.progress import progress
 from protocols.segmentation import import_kmeans
 from utils import cosine_scheduler
+from weights import checkpoints
 
+SAVE_SECONDS = 300  # between two writes of an unfinished run
 PROGRESS = 10  # lines on the console, and the share of the steps that a training loss is averaged over
 
 
@@ -93,10 +99,14 @@ class TrainingCrops(Dataset):
         return random_crop(image, labels, self.image_size, self.crop, self.recipe.scale, self.fill, rng)
 
 
-def batches(crops: TrainingCrops, steps: int, batch_size: int, num_workers: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """This process's share of `steps` batches: images uint8 (B / W, C, side, side) and labels (B / W, side, side)."""
+def batches(
+    crops: TrainingCrops, steps: int, batch_size: int, num_workers: int, first: int = 0
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """This process's share of the batches `first` to `steps`: images uint8 (B / W, C, side, side) and labels
+    (B / W, side, side)."""
     rank, world_size = parallel.rank(), parallel.world_size()
-    mine = [i for step in range(steps) for i in range(step * batch_size + rank, (step + 1) * batch_size, world_size)]
+    mine = [i for step in range(first, steps)
+            for i in range(step * batch_size + rank, (step + 1) * batch_size, world_size)]
     workers = min(num_workers, steps)
     loader = DataLoader(Subset(crops, mine), batch_size // world_size, **worker_options(workers))
     try:
@@ -140,37 +150,47 @@ def gathered(x: Tensor) -> Tensor:
 
 
 def train(
-    networks: Mapping[str, Network], settings: Sequence[Setting], crops: TrainingCrops, n_classes: int, recipe: Recipe
+    networks: Mapping[str, Network], settings: Sequence[Setting], crops: TrainingCrops, n_classes: int, recipe: Recipe,
+    path: Path | None = None, run: Mapping | None = None,
 ) -> tuple[list[nn.Module], list[float]]:
     """One linear layer per setting, all trained on the same batches, whose features are computed once.
 
     The processes share the images of a batch; each of them trains all layers on the features of all its images, so
     that the result doesn't depend on their number.
 
+    Args:
+        path: file for the state of the unfinished run, from which it is resumed.
+        run: plain values that the stopped run and the one that resumes it must have in common.
+
     Returns:
         The layers, in eval mode, and their training losses, averaged over the last tenth of the steps.
 
     Raises:
-        Refused: no loss is finite, or an image can't be decoded.
+        Refused: no loss is finite, an image can't be decoded, or `path` is unreadable or belongs to another run.
     """
+    state = unfinished(path, run, "step") if path else {}
     device = next(iter(networks.values())).device
     most = {name: max(s.n_last_blocks for s in settings if s.features == name) for name in networks}
-    layers: list[nn.Module] = []
-    groups = []
     schedule = cosine_scheduler(1, 0, recipe.steps, 1, recipe.warmup_steps)
     every, losses = max(1, recipe.steps // PROGRESS), torch.zeros(len(settings), device=device)
-    optimizer = None
-    for step, (images, labels) in enumerate(batches(crops, recipe.steps, recipe.batch_size, recipe.num_workers)):
+    layers, optimizer, last, first, saved = [], None, state.get("last"), state.get("step", 0), time.monotonic()
+    if state:
+        layers, optimizer = new_layers(state["widths"], settings, n_classes, recipe, device)
+        for layer, weights in zip(layers, state["layers"], strict=True):
+            layer.load_state_dict(weights)
+        optimizer.load_state_dict(state["optimizer"])
+        losses.copy_(state["losses"])
+    loader = batches(crops, recipe.steps, recipe.batch_size, recipe.num_workers, first)
+    for step, (images, labels) in enumerate(progress(loader, recipe.steps - first, "training steps"), first):
         images, labels = images.to(device, non_blocking=True), gathered(labels.to(device, non_blocking=True))
         outputs = {name: [gathered(x) for x in tokens.patch_tokens(network, images, most[name])]
                    for name, network in networks.items()}
         if optimizer is None:  # the first features tell the widths
             torch.manual_seed(recipe.seed)  # here: the loader has drawn numbers
-            for s in settings:
-                width = sum(x.shape[1] for x in outputs[s.features][-s.n_last_blocks :])
-                layers.append(linear_layer(width, n_classes, recipe.dropout).to(device))
-                groups.append({"params": layers[-1].parameters(), "peak": s.lr})
-            optimizer = torch.optim.AdamW(groups, lr=0, weight_decay=recipe.weight_decay)
+            widths = [sum(x.shape[1] for x in outputs[s.features][-s.n_last_blocks :]) for s in settings]
+            layers, optimizer = new_layers(widths, settings, n_classes, recipe, device)
+        elif step == first:
+            checkpoints.set_rng_state(state["rng"], device)  # of dropout; here for the same reason
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * float(schedule[step])
         optimizer.zero_grad(set_to_none=True)
@@ -190,7 +210,23 @@ def train(
             parallel.say(f"step {step + 1}/{recipe.steps}: training loss {mean.min():.4f}"
                          + (f" to {mean.max():.4f}" if len(mean) > 1 else ""))
             last = mean.tolist()
+        if path and parallel.is_main() and ((step + 1) % every == 0 or time.monotonic() - saved > SAVE_SECONDS):
+            saved = time.monotonic()
+            checkpoints.save({
+                "run": run, "step": step + 1, "losses": losses, "last": last, "rng": checkpoints.rng_state(device),
+                "widths": [layer[0].num_features for layer in layers], "optimizer": optimizer.state_dict(),
+                "layers": [layer.state_dict() for layer in layers]}, path)
+    parallel.barrier()
     return [layer.eval().requires_grad_(False) for layer in layers], last
+
+
+def new_layers(
+    widths: Sequence[int], settings: Sequence[Setting], n_classes: int, recipe: Recipe, device: torch.device
+) -> tuple[list[nn.Module], torch.optim.Optimizer]:
+    """An untrained layer per setting, and the optimizer of them all."""
+    layers = [linear_layer(width, n_classes, recipe.dropout).to(device) for width in widths]
+    groups = [{"params": layer.parameters(), "peak": s.lr} for layer, s in zip(layers, settings, strict=True)]
+    return layers, torch.optim.AdamW(groups, lr=0, weight_decay=recipe.weight_decay)
 
 
 # ---- k-means ----

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from imagesets.checking import open_checked
+from imagesets.checking import Chosen, open_checked
 from imagesets.decode import PLAIN, Reading
 from imagesets.sources import Images
 from parallel import Refused
@@ -46,27 +46,6 @@ def open_parts(data_path: str, val_data_path: str = "", reading: Reading = PLAIN
 def check_labels(where: str, labels: Sequence[Tensor | None]) -> None:
     if len({part is None for part in labels}) > 1:
         raise Refused(f"{where}: one of its parts has labels and the other has none; give labels for both, or neither")
-
-
-class ImageSubset:
-    """The labelled images numbered by `index`, as a set of images (`imagesets.sources.Images`).
-
-    Args:
-        labels: of all of `images`, in place of their own.
-    """
-
-    def __init__(self, images: Images, index: Tensor, labels: Tensor | None = None) -> None:
-        self.images, self.index, self.classes = images, index, images.classes
-        self.labels = (images.labels if labels is None else labels)[index]
-
-    def __len__(self) -> int:
-        return len(self.index)
-
-    def load(self, i: int) -> Tensor:
-        return self.images.load(int(self.index[i]))
-
-    def name(self, i: int) -> str:
-        return self.images.name(int(self.index[i]))
 
 
 class Part(NamedTuple):
@@ -152,9 +131,9 @@ def draw_share(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]
 
 
 class Task(NamedTuple):
-    train: ImageSubset
-    held: ImageSubset | None  # part of the training set, to choose a setting by
-    test: ImageSubset
+    train: Chosen
+    held: Chosen | None  # part of the training set, to choose a setting by
+    test: Chosen
     classes: list[str]  # which the labels of all three number
     notes: list[str]
 
@@ -184,7 +163,7 @@ def open_task(
         notes.append(f"no test set: {len(drawn)} of the images, a fifth of each class, are used for testing")
         if not len(drawn):
             raise Refused(f"--data_path {data_path}: too few images to keep a fifth for testing; give a val/ part")
-        images = [ImageSubset(images[0], rest), ImageSubset(images[0], drawn)]
+        images = [Chosen(images[0], rest), Chosen(images[0], drawn)]
     train, test = match_classes(*(Part(torch.empty(len(i), 0), i.labels, i.classes) for i in images))
     rows = torch.arange(len(train.labels))
     if low_shot:
@@ -197,7 +176,7 @@ def open_task(
             raise Refused(f"--val_share {val_share:g}: leaves no image to choose by; raise it, or give one setting to "
                           "train")
         notes.append(f"{len(drawn)} of {len(rows)} training images are held out to choose by")
-        held, rows = ImageSubset(images[0], rows[drawn]), rows[rest]
+        held, rows = Chosen(images[0], rows[drawn]), rows[rest]
     notes += notes_on_classes(train._replace(labels=train.labels[rows]), test)
-    tested = ImageSubset(images[1], torch.arange(len(test.labels)), test.labels)
-    return Task(ImageSubset(images[0], rows), held, tested, train.classes, notes)
+    tested = Chosen(images[1], torch.arange(len(test.labels)), test.labels)
+    return Task(Chosen(images[0], rows), held, tested, train.classes, notes)

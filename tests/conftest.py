@@ -1,8 +1,10 @@
 """Every test finds the scripts at the project's root, and leaves one core to its neighbour."""
 
 import sys
+from functools import partial
 from pathlib import Path
 
+import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -11,3 +13,13 @@ for folder in (ROOT / "tests", *(path for path in (ROOT / "tests").iterdir() if 
     sys.path.append(str(folder))  # tests share oracles
 sys.path.append(str(ROOT / "benchmarks"))  # behind the root: some names there are also names of modules
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def small_heads():
+    """Projection heads of a few thousand weights, instead of five million, for runs in this process."""
+    import main_dino
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(main_dino, "DINOHead", partial(main_dino.DINOHead, hidden_dim=32, bottleneck_dim=16))
+        yield

@@ -1,4 +1,4 @@
-"""The pretraining scripts in real processes that start in a moment: forked from a server that has imported it already.
+"""The pretraining scripts in real processes that start in a moment: forked from a server that has imported this file.
 
 Everything is as it would be under `python main_dino.py`, but for networks of a few thousand weights, and for the
 pictures at the end, which are left out. Each process is the leader of a session, so that killing its group kills its
@@ -6,7 +6,6 @@ loaders' workers too, as a batch system does.
 """
 
 import contextlib
-import multiprocessing
 import os
 import signal
 import sys
@@ -15,16 +14,17 @@ import time
 from functools import partial
 from pathlib import Path
 
+import matplotlib.figure  # noqa: F401 - imported by runs when they need it, and here once for all, as the next two
 import torch
-from conftest import ROOT
-from processes import free_port
+import torch._dynamo  # noqa: F401 - by every optimizer, for more than a second
+import torchvision  # noqa: F401
+from processes import meeting, start
 
 import main_dino
 import main_dinov2
 import vision_transformer
 from pretraining import monitor
 
-PATHS = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
 SMALLEST = (
     "--arch vit_nano --patch_size 8 --data_path shapes:64x16 --global_crops_size 16 --local_crops_size 8 "
     "--local_crops_number 2 --out_dim 32 --epochs 3 --warmup_epochs 1 --batch_size_per_gpu 8 --num_workers 1 "
@@ -36,10 +36,6 @@ SMALLEST_DINOV2 = [*SMALLEST, *(
     "--centering sinkhorn_knopp --num_register_tokens 2 --layerscale 0.1 --drop_path_rate 0.3"
 ).split()]
 SCRIPTS = {"main_dino.py": main_dino, "main_dinov2.py": main_dinov2}
-
-os.environ["PYTHONPATH"] = PATHS  # of the server, which is started with the first process
-server = multiprocessing.get_context("forkserver")
-server.set_forkserver_preload(["forks"])
 
 
 def make_small() -> None:
@@ -74,14 +70,8 @@ class Started:
 
     def __init__(self, *argv, processes: int = 1, before=None, script: str = "main_dino.py") -> None:
         self.folder = tempfile.TemporaryDirectory()
-        port, self.all = str(free_port()), []
-        for rank in range(processes):
-            env = {} if processes == 1 else {
-                "RANK": str(rank), "WORLD_SIZE": str(processes), "LOCAL_RANK": str(rank), "MASTER_PORT": port,
-                "MASTER_ADDR": "127.0.0.1"}  # fmt: skip
-            self.all.append(server.Process(target=child, args=(
-                script, [str(a) for a in argv], env, f"{self.folder.name}/{rank}", before)))
-            self.all[-1].start()
+        self.all = [start(child, script, [str(a) for a in argv], env, f"{self.folder.name}/{rank}", before)
+                    for rank, env in enumerate(meeting(processes))]
 
     def output(self, rank: int | None = None) -> str:
         ranks = range(len(self.all)) if rank is None else [rank]

@@ -1,6 +1,7 @@
 """Wrong flags and combinations: exit code 2, one line with flag, value and remedy, nothing written, at once."""
 
 import argparse
+import os
 import re
 import shlex
 import subprocess
@@ -17,6 +18,7 @@ from PIL import Image
 from processes import ENV, SMALL, launch
 
 import eval_knn
+import flags
 import main_dino
 import visualize_attention
 from imagesets import loaders
@@ -25,6 +27,7 @@ from protocols import features
 from vision_transformer import build_backbone
 
 SECONDS = 5  # torch is imported already
+pytestmark = pytest.mark.usefixtures("small_heads")
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +185,7 @@ TRAINING = [
     ("--compile reduce-overhead --grad_accum_steps 2",
      ("--compile reduce-overhead", "--grad_accum_steps 2", "--compile default")),
     ("--compile fast", ("--compile", "'fast'", "reduce-overhead")),
-    ("--arch vit_b_32 --global_crops_size 32", ("--global_crops_size 32", "--arch vit_b_32 ", "another")),
+    ("--arch gmlp_ti16_224 --global_crops_size 32", ("--global_crops_size 32", "--arch gmlp_ti16_224 ", "another")),
     ("--local_crops_number 1000000000", ("--local_crops_number", "at most 1000")),
     ("--arch resnet18 --grad_checkpointing", ("--grad_checkpointing blocks", "resnet18", "leave it out")),
     ("--arch resnet18 --grad_checkpointing layers", ("--grad_checkpointing layers", "resnet18", "leave it out")),
@@ -334,7 +337,7 @@ def test_a_place_to_meet_that_is_none(url, word, here, tmp_path, capfd, monkeypa
     ("visualize_attention.py", ["--layer", "99", "--device", "cpu"], ("--layer 99", "0 to 11")),
 ])  # fmt: skip
 def test_in_a_process_of_its_own(script, argv, words, tmp_path):
-    done = launch(script, *argv, "--output_dir", tmp_path / "out")
+    done = launch(script, *argv, "--output_dir", tmp_path / "out", real=argv[0].startswith("@"))
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr
     assert done.stderr.startswith(f"{script}: error: ") and all(re.search(word, done.stderr) for word in words)
     assert not list(tmp_path.iterdir())
@@ -353,13 +356,35 @@ def test_memory_that_ran_out_is_one_line_whoever_says_so(error):
 
 def test_a_reader_that_has_enough_is_named_as_such(tmp_path):
     """Not as a dead worker, which breaks a pipe too."""
-    command = [sys.executable, ROOT / "main_dino.py", *SMALL, "--output_dir", tmp_path]
+    command = [sys.executable, ROOT / "main_dino.py", *SMALL, "--arch", "vit_nano", "--output_dir", tmp_path]
     run = subprocess.Popen(command, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     run.stdout.readline()
     run.stdout.close()
     said = run.stderr.read()
     assert run.wait(timeout=120) == 1
     assert "reads the output has closed it" in said and "worker" not in said and said.count("\n") == 1
+
+
+def test_output_still_buffered_when_its_reader_has_gone_is_one_line(monkeypatch, capsys):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        assert flags.exit_code("check_images.py", lambda args: print("few words"), argparse.Namespace()) == 1
+    said = capsys.readouterr().err
+    assert "check_images.py: stopped: " in said and "closed" in said and said.count("\n") == 1
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.parametrize("write", [
+    lambda: Path("/dev/full").write_text("x"), lambda: torch.save({"x": torch.ones(9)}, "/dev/full"),
+    lambda: Image.new("RGB", (99, 99)).save("/dev/full", "PNG"),
+])  # fmt: skip
+def test_a_full_disk_is_one_line_in_every_script(write, capsys):
+    assert flags.exit_code("export.py", lambda args: write(), argparse.Namespace()) == 1
+    said = capsys.readouterr().err
+    assert "export.py: stopped: " in said and said.count("\n") == 1
+    assert "No space left on device" in said or "disk is full" in said
 
 
 def test_ctrl_c_is_one_line(monkeypatch, capsys):
@@ -378,8 +403,7 @@ def test_ctrl_c_is_one_line(monkeypatch, capsys):
     (("--resume", "x"), ("--resume x", "resumes by itself", "--output_dir")),
 ])
 def test_a_first_users_start(tmp_path, flags, words):
-    done = subprocess.run([sys.executable, ROOT / "main_dino.py", *flags], env=ENV, cwd=tmp_path, capture_output=True,
-                          text=True)
+    done = launch("main_dino.py", *flags, cwd=tmp_path)
     assert done.returncode == 2 and all(word in done.stderr for word in words) and done.stderr.count("\n") == 1
     assert not list(tmp_path.iterdir())
 
@@ -390,6 +414,15 @@ def test_presets_work_from_any_folder(tmp_path, monkeypatch):
     assert main_dino.get_args_parser().parse_args(["@presets/shapes.txt"]).out_dim == 256
     args = main_dino.get_args_parser().parse_args(["@mine.txt"])
     assert (args.out_dim, args.epochs) == (256, 3)
+
+
+def test_a_preset_holds_what_a_command_line_holds(tmp_path):
+    (tmp_path / "mine.txt").write_text(
+        "\ufeff--epochs 3 # fewer\r\n--data_path \"my images\"  --output_dir 'C:\\out\\a'\n"
+        "--eval_data_path it's\n", encoding="utf-8")
+    args = main_dino.get_args_parser().parse_args([f"@{tmp_path / 'mine.txt'}"])
+    assert (args.epochs, args.data_path, args.output_dir) == (3, "my images", r"C:\out\a")
+    assert args.eval_data_path == "it's"
 
 
 def test_every_parser_can_be_the_parent_of_another():

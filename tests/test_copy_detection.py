@@ -1,15 +1,12 @@
 """Copy detection: both layouts of the ground truth, the figures against loops, the script end to end."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from PIL import Image, ImageOps
-from processes import ENV, free_port
+from processes import launch
 from test_retrieval import oracle_ap, oracle_micro, oracle_trapezoid
 
 import eval_copy_detection
@@ -275,12 +272,10 @@ def test_without_tokens(copies, tmp_path, arch, features):
 
 
 def test_two_processes_report_what_one_reports(copies, tmp_path):
-    environment = ENV | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
     flags = ["--data_path", str(copies), *map(str, NETWORK), "--whitening_path", str(copies / "database"),
              "--output_dir"]
-    command = [sys.executable, str(ROOT / "eval_copy_detection.py"), *flags, str(tmp_path / "two")]
-    started = [subprocess.Popen(command, env=environment | {"RANK": str(r)}) for r in (0, 1)]
-    assert [p.wait(120) for p in started] == [0, 0]
+    done = launch("eval_copy_detection.py", *flags, tmp_path / "two", processes=2)
+    assert done.returncode == 0, done.stderr
     assert run(*flags, tmp_path / "one") == 0
     one, two = (report(tmp_path / name) for name in ("one", "two"))
     for first, second in zip(one["results"], two["results"], strict=True):

@@ -240,12 +240,13 @@ RECIPES = {
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipes_of_dinov2_are_the_published_ones(name, monkeypatch):
     import main_dinov2
+    from pretraining import options
 
     processes, peak, images, k, k_patches, steps, warmup = RECIPES[name]
     monkeypatch.setattr("parallel.world_size", lambda: processes)
     args = main_dinov2.get_args_parser().parse_args([f"@{ROOT}/presets/{name}.txt"])
     plan = main_dinov2.make_plan(args, 1_281_167)  # images of ImageNet-1k: the length does not depend on their number
-    assert main_dinov2.images_per_step(args) == images and plan.steps == steps == len(plan.lr)
+    assert options.images_per_step(args) == images and plan.steps == steps == len(plan.lr)
     assert plan.lr.max() == pytest.approx(peak) and plan.lr.argmax() in (1250 * warmup - 1, 1250 * warmup)
     assert plan.lr[0] == 0 and plan.lr[-1] == pytest.approx(1e-6, rel=0.01)
     assert (args.out_dim, main_dinov2.patch_prototypes(args)) == (k, k_patches)

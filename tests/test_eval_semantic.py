@@ -1,17 +1,16 @@
 """eval_semantic.py from end to end: folders, drawn images, two processes, presets, and what it refuses."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT
 from PIL import Image
-from processes import ENV, free_port
+from processes import launch
 
 import eval_semantic as script
+import parallel
 from imagesets import masks
 from protocols import tokens
 from vision_transformer import vit_nano
@@ -84,10 +83,8 @@ def test_a_sweep_with_baselines(tmp_path, capsys):
 
 def test_two_processes_agree_with_one(tmp_path):
     flags = ["--data_path", "shapes:8x16", *SMALL, "--steps", "3", "--baselines", "--lr", "0.01", "0.1"]
-    environment = ENV | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
-    command = [sys.executable, str(ROOT / "eval_semantic.py"), *flags, "--output_dir", str(tmp_path / "two")]
-    started = [subprocess.Popen(command, env=environment | {"RANK": str(rank)}) for rank in (0, 1)]
-    assert [process.wait(120) for process in started] == [0, 0]
+    done = launch("eval_semantic.py", *flags, "--output_dir", tmp_path / "two", processes=2)
+    assert done.returncode == 0, done.stderr
     assert run("shapes:8x16", tmp_path / "one", *flags[2:]) == 0
     one, two = read(tmp_path / "one"), read(tmp_path / "two")
     for a, b in zip(one["settings"], two["settings"], strict=True):
@@ -150,3 +147,30 @@ def test_presets():
     args = parse("semantic_dinov2_ms")
     assert (args.n_last_blocks, args.crop_size, args.test_scales, args.test_flip) == (
         [4], 640, [1, 1.32, 1.73, 2.28, 3], True)
+
+
+def test_a_stopped_run_resumes_where_it_was(tmp_path, monkeypatch, capsys):
+    """Dropout included; the trained layer is kept, the unfinished state is not."""
+    flags = ("shapes:20x64", "--steps", "6", "--dropout", "0.5", "--lr", "0.01", "0.1", "--save_pictures", "0")
+    assert run(flags[0], tmp_path / "whole", *flags[1:]) == 0
+    say = parallel.say
+
+    def stopping(line):
+        if line.startswith("step 4/"):
+            raise KeyboardInterrupt
+        say(line)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(parallel, "say", stopping)
+        assert run(flags[0], tmp_path / "parts", *flags[1:]) == 130
+    kept = [path.name for path in (tmp_path / "parts").iterdir()]
+    assert kept == ["checkpoint_semantic.pth"] and not (tmp_path / "whole" / kept[0]).exists()
+    assert run(flags[0], tmp_path / "parts", *flags[1:-3], "0.2", "--save_pictures", "0") == 2
+    assert "--output_dir" in (said := capsys.readouterr().err) and "settings" in said
+    assert run(flags[0], tmp_path / "parts", *flags[1:]) == 0
+    assert "resuming after step 3" in capsys.readouterr().out
+    one, two = (torch.load(tmp_path / name / "semantic.pth", weights_only=True) for name in ("whole", "parts"))
+    assert one["classes"] == two["classes"] and one["setting"] == two["setting"]
+    assert all(torch.equal(value, two["state_dict"][key]) for key, value in one["state_dict"].items())
+    assert read(tmp_path / "whole")["results"] == read(tmp_path / "parts")["results"]
+    assert not (tmp_path / "parts" / "checkpoint_semantic.pth").exists()

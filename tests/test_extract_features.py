@@ -4,14 +4,13 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from processes import ENV
+from processes import launch
 
 import extract_features
 from imagesets import shapes
@@ -101,10 +100,12 @@ extract_features.main(extract_features.get_args_parser().parse_args(sys.argv[1:]
 """
 
 
-def test_a_killed_run_goes_on(photos, tmp_path, capsys, monkeypatch):
+def test_a_killed_run_goes_on(photos, tmp_path, tmp_path_factory, capsys, monkeypatch):
     output = tmp_path / "photos.npy"
     command = ["--data_path", str(photos), "--output", str(output), *map(str, NETWORK)]
-    killed = subprocess.run([sys.executable, "-c", KILLED, *command], env=ENV, capture_output=True, text=True)
+    script = tmp_path_factory.mktemp("script") / "killed.py"
+    script.write_text(KILLED)
+    killed = launch(script, *command)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     parts = tmp_path / "photos.npy.parts"
     left = sorted(p.name for p in parts.iterdir())
@@ -265,11 +266,8 @@ for meeting, more, code in (("a", [], 0), ("b", ["--half"], 2)):
 
 def test_two_processes_write_what_one_writes_and_refuse_together(photos, tmp_path):
     flags = ["--data_path", str(photos), *map(str, NETWORK), "--tokens", "both", "--output"]
-    environment = ENV | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "WORLD_SIZE": "2"}
-    command = [sys.executable, "-c", TWICE, str(tmp_path), *flags, str(tmp_path / "two.npy")]
-    started = [subprocess.Popen(command, env=environment | {"RANK": str(r)}, stderr=subprocess.PIPE, text=True)
-               for r in (0, 1)]
-    errors = [p.communicate(timeout=120)[1] for p in started]
-    assert [p.returncode for p in started] == [0, 0] and all("different half" in error for error in errors), errors
+    (tmp_path / "twice.py").write_text(TWICE)
+    done = launch(tmp_path / "twice.py", tmp_path, *flags, tmp_path / "two.npy", processes=2)
+    assert done.returncode == 0 and done.stderr.count("different half") == 2, done.stderr
     assert run(*flags, tmp_path / "one.npy") == 0
     np.testing.assert_allclose(np.load(tmp_path / "two.npy"), np.load(tmp_path / "one.npy"), rtol=1e-4, atol=1e-5)

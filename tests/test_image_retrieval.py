@@ -4,14 +4,12 @@ import json
 import os
 import pickle
 import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from PIL import Image
-from processes import ENV, free_port
+from processes import launch
 from test_retrieval import oracle_precision_at, oracle_trapezoid
 
 import eval_image_retrieval
@@ -374,11 +372,9 @@ def test_published_command_line():
 
 def test_two_processes_report_what_one_reports(dataset, tmp_path):
     folder, _ = dataset
-    environment = ENV | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
     flags = ["--data_path", str(folder), "--dataset", "toy", *map(str, NETWORK), "--output_dir"]
-    command = [sys.executable, str(ROOT / "eval_image_retrieval.py"), *flags, str(tmp_path / "two")]
-    started = [subprocess.Popen(command, env=environment | {"RANK": str(r)}) for r in (0, 1)]
-    assert [p.wait(120) for p in started] == [0, 0]
+    done = launch("eval_image_retrieval.py", *flags, tmp_path / "two", processes=2)
+    assert done.returncode == 0, done.stderr
     assert run(*flags, tmp_path / "one") == 0
     one, two = (json.loads((tmp_path / n / "eval_image_retrieval.json").read_text()) for n in ("one", "two"))
     assert one["results"] == two["results"] and one["weights_sha256"] == two["weights_sha256"]

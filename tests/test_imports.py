@@ -26,69 +26,60 @@ for module, names in (
         if hasattr(module, name):
             delattr(module, name)
 """
+IMPORTS = """
+import importlib
+failed = []
+for name in sys.argv[2:]:
+    try:
+        importlib.import_module(name)
+    except Exception as error:
+        failed.append(f"{name}: {error!r}")
+assert not failed, failed
+"""
+SIGNALS = """
+import torch
+import parallel
+from imagesets import loaders
+from pretraining.faults import Requests
+loaders.init_worker(0)
+requests = Requests(torch.device("cpu"))
+signal.raise_signal(signal.SIGTERM)
+assert requests.agreed(1) == (True, False)
+assert "memory" in parallel.worker_death(RuntimeError("DataLoader worker (pid 1) exited unexpectedly."))
+"""
+DATA = """
+import io, tarfile
+from pathlib import Path
+from PIL import Image
+import torch
+from imagesets.loaders import batches
+from imagesets.sources import open_images
+
+folder = Path(sys.argv[1])
+content = io.BytesIO()
+Image.new("RGB", (8, 8), (1, 2, 3)).save(content, "PNG")
+with tarfile.open(folder / "a.tar", "w") as tar:
+    for i in range(4):
+        member = tarfile.TarInfo(f"{i}.png")
+        member.size = len(content.getvalue())
+        tar.addfile(member, io.BytesIO(content.getvalue()))
+class Crops:
+    reduction = None
+    def cut(self, image, rng):
+        return [image, image], torch.zeros(2, 8)
+(batch,) = batches(open_images(folder / "a.tar"), Crops(), 4, 0, seed=0, last_batch=1)
+assert batch["crops"][0].amax((0, 2, 3)).tolist() == [1, 2, 3]
+"""
 FILES = [*ROOT.glob("*.py"), *(path for room in ROOT.glob("*/__init__.py") for path in room.parent.rglob("*.py"))]
 MODULES = sorted(".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in FILES)
 
 
-def run(script: str, *argv: str) -> str:
-    script = WITHOUT_POSIX + textwrap.dedent(script)
-    done = subprocess.run([sys.executable, "-c", script, *argv], env=ENV, cwd=ROOT, capture_output=True, text=True,
-                          timeout=300)  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def test_every_module_imports():
+def test_every_module_imports_and_works(tmp_path):
+    """One process for the three: it imports all that there is, handles signals that exist, and loads data."""
     assert {"main_dino", "imagesets.loaders", "pretraining.faults", "weights"} <= set(MODULES)
-    failures = run("""
-        import importlib
-        for name in sys.argv[1:]:
-            try:
-                importlib.import_module(name)
-            except Exception as error:
-                print(f"{name}: {error!r}")
-    """, *MODULES)
-    assert failures == ""
-
-
-def test_signals_that_do_not_exist_are_skipped():
-    run("""
-        import torch
-        import parallel
-        from imagesets import loaders
-        from pretraining.faults import Requests
-        loaders.init_worker(0)
-        requests = Requests(torch.device("cpu"))
-        signal.raise_signal(signal.SIGTERM)
-        assert requests.agreed(1) == (True, False)
-        assert "memory" in parallel.worker_death(RuntimeError("DataLoader worker (pid 1) exited unexpectedly."))
-    """)
-
-
-def test_data_loading(tmp_path):
-    run("""
-        import io, tarfile
-        from pathlib import Path
-        from PIL import Image
-        import torch
-        from imagesets.loaders import batches
-        from imagesets.sources import open_images
-
-        folder = Path(sys.argv[1])
-        content = io.BytesIO()
-        Image.new("RGB", (8, 8), (1, 2, 3)).save(content, "PNG")
-        with tarfile.open(folder / "a.tar", "w") as tar:
-            for i in range(4):
-                member = tarfile.TarInfo(f"{i}.png")
-                member.size = len(content.getvalue())
-                tar.addfile(member, io.BytesIO(content.getvalue()))
-        class Crops:
-            reduction = None
-            def cut(self, image, rng):
-                return [image, image], torch.zeros(2, 8)
-        (batch,) = batches(open_images(folder / "a.tar"), Crops(), 4, 0, seed=0, last_batch=1)
-        assert batch["crops"][0].amax((0, 2, 3)).tolist() == [1, 2, 3]
-    """, str(tmp_path))
+    command = [sys.executable, "-c", WITHOUT_POSIX + IMPORTS + SIGNALS + DATA, str(tmp_path), *MODULES]
+    done = subprocess.run(command, env=ENV, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a lock of another process, by fcntl")

@@ -4,6 +4,7 @@ import math
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,9 +16,13 @@ import main_dino
 import utils
 from imagesets import loaders
 from parallel import Refused
-from pretraining import networks
+from pretraining import networks, options
+from pretraining.state import Run
 from vision_transformer import build_backbone
 from weights import backbones, checkpoints
+
+pytestmark = pytest.mark.usefixtures("small_heads")  # of runs in this process
+NANO = [*SMALL, "--arch", "vit_nano"]
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +122,7 @@ def test_start_from_weights_of_other_channels(tmp_path):
                          ids=" ".join)  # fmt: skip
 def test_variants_run(tmp_path, extra):
     """In this process, for speed: two steps each."""
-    args = main_dino.get_args_parser().parse_args([*SMALL, *extra, "--steps", "2", "--output_dir", str(tmp_path)])
+    args = main_dino.get_args_parser().parse_args([*NANO, *extra, "--steps", "2", "--output_dir", str(tmp_path)])
     assert main_dino.main(args) == 0
     losses = [line["loss"] for line in json_lines(tmp_path / "log_steps.txt")]
     assert len(losses) == 2 and all(0 < loss < 20 for loss in losses)
@@ -129,7 +134,7 @@ def run_of(args):
 
 def test_auto_precision_is_kept_over_a_resume(tmp_path, monkeypatch):
     """Another machine might choose another one, and the run would change."""
-    argv = [*SMALL, "--precision", "auto", "--output_dir", str(tmp_path)]
+    argv = [*NANO, "--precision", "auto", "--output_dir", str(tmp_path)]
     args = main_dino.get_args_parser().parse_args(argv)
     monkeypatch.setattr(networks, "bf16_is_faster", lambda: True)
     run_of(args).save(checkpoints.NAME)
@@ -142,7 +147,7 @@ def test_auto_precision_is_kept_over_a_resume(tmp_path, monkeypatch):
 
 def start_again(folder, *flags):
     """Exit code of a run in this process."""
-    return main_dino.main(main_dino.get_args_parser().parse_args([*SMALL, *flags, "--output_dir", str(folder)]))
+    return main_dino.main(main_dino.get_args_parser().parse_args([*NANO, *flags, "--output_dir", str(folder)]))
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +191,7 @@ def test_a_longer_run_continues_on_its_own_schedules(one_epoch, capsys):
 @pytest.mark.parametrize("flags, step, steps_per_epoch", [(["--epochs", "3"], 8, 8), (["--steps", "9"], 8, 8),
                          (["--epochs", "2", "--data_path", "shapes:160x32"], 20, 20)])  # fmt: skip
 def test_an_extension_keeps_weights_optimizer_and_centre(one_epoch, flags, step, steps_per_epoch, capsys):
-    argv = [*SMALL, *flags, "--extend", "--output_dir", str(one_epoch)]
+    argv = [*NANO, *flags, "--extend", "--output_dir", str(one_epoch)]
     args = main_dino.get_args_parser().parse_args(argv)
     images = 160 if "shapes:160x32" in flags else 64
     plan = main_dino.make_plan(args, images)
@@ -216,6 +221,17 @@ def test_extensions_that_are_refused(one_epoch, flags, words, capsys):
     assert (one_epoch / "log_steps.txt").read_text() == before
 
 
+def test_an_extension_counts_epochs_as_the_flags_do():
+    """Epochs of 4 steps (--epoch_steps), of which 3 make no more than the 16 steps done, where a pass has 8."""
+    state = {"args": {"images": 64, "global_batch": 8}, "step": 16}
+    run = SimpleNamespace(settings={"steps": 0, "epochs": 5, "epoch_steps": 4, "images": 64}, steps_per_epoch=8,
+                          step_after=lambda state: state["step"])
+    Run.check_extension(run, state, {"epochs": (4, 5)})
+    run.settings["epochs"] = 3
+    with pytest.raises(Refused, match="--epochs 3 .*4 done"):
+        Run.check_extension(run, state, {"epochs": (4, 3)})
+
+
 def test_an_extension_of_nothing_is_refused(tmp_path, capsys):
     assert start_again(tmp_path / "none", "--extend") == 2
     said = capsys.readouterr().err
@@ -232,7 +248,7 @@ def test_a_run_of_some_steps_keeps_its_last_line(tmp_path):
 
 
 def test_a_part_of_a_checkpoint_is_no_resume(tmp_path):
-    args = main_dino.get_args_parser().parse_args([*SMALL, "--output_dir", str(tmp_path)])
+    args = main_dino.get_args_parser().parse_args([*NANO, "--output_dir", str(tmp_path)])
     with pytest.raises(Refused, match="--output_dir .*checkpoint.pth .*resume.*--init_from"):
         run_of(args).check_resumable({"rng": [], "student": {}}, tmp_path / "checkpoint.pth")
 
@@ -243,13 +259,13 @@ def test_a_bug_keeps_its_traceback(tmp_path, monkeypatch, module, name):
         raise ValueError("operands could not be broadcast together")
 
     monkeypatch.setattr(module, name, bug)
-    args = main_dino.get_args_parser().parse_args([*SMALL, "--num_workers", "0", "--output_dir", str(tmp_path)])
+    args = main_dino.get_args_parser().parse_args([*NANO, "--num_workers", "0", "--output_dir", str(tmp_path)])
     with pytest.raises(ValueError, match="operands could not be broadcast"):
         main_dino.main(args)
 
 
 def test_images_left_out_are_told(tmp_path, capsys):
-    argv = [*SMALL, "--data_path", "shapes:20x32", "--steps", "1", "--output_dir", str(tmp_path)]
+    argv = [*NANO, "--data_path", "shapes:20x32", "--steps", "1", "--output_dir", str(tmp_path)]
     assert main_dino.main(main_dino.get_args_parser().parse_args(argv)) == 0
     said = capsys.readouterr().out
     assert "4 of 20 images are left out of each epoch" in said and "--batch_size_per_gpu that divides 20" in said
@@ -257,7 +273,7 @@ def test_images_left_out_are_told(tmp_path, capsys):
 
 @pytest.mark.parametrize("accum, remedy", [(1, "lower it to 7 or less"), (8, "lower --grad_accum_steps")])
 def test_an_epoch_without_a_step_is_refused(tmp_path, capsys, accum, remedy):
-    argv = [*SMALL, "--data_path", "shapes:7x32", "--grad_accum_steps", str(accum), "--output_dir", str(tmp_path / "o")]
+    argv = [*NANO, "--data_path", "shapes:7x32", "--grad_accum_steps", str(accum), "--output_dir", str(tmp_path / "o")]
     assert main_dino.main(main_dino.get_args_parser().parse_args(argv)) == 2
     said = capsys.readouterr().err
     assert "--batch_size_per_gpu 8: 7 images" in said and remedy in said and not (tmp_path / "o").exists()
@@ -279,7 +295,7 @@ def test_a_crop_too_small_for_batch_norm_is_refused_before_training(batch, code,
 
 
 def test_the_default_rate_of_stochastic_depth_gives_way(tmp_path, capsys):
-    flags = (*CONVOLUTIONAL, "--arch", "selecsls42", "--batch_size_per_gpu", 2, "--output_dir", tmp_path / "out")
+    flags = (*CONVOLUTIONAL, "--arch", "dla46x_c", "--batch_size_per_gpu", 2, "--output_dir", tmp_path / "out")
     parse = main_dino.get_args_parser().parse_args
     assert main_dino.main(parse([*map(str, flags), "--drop_path_rate", "0.1"])) == 2
     error = capsys.readouterr().err
@@ -304,8 +320,9 @@ def test_classes_of_evaluation_are_matched_by_name(tmp_path):
         for name in names:
             (tmp_path / part / name).mkdir(parents=True)
             Image.new("RGB", (8, 8)).save(tmp_path / part / name / "x.png")
-    args = main_dino.get_args_parser().parse_args(["--eval_knn_every", "1", "--eval_data_path", str(tmp_path)])
-    train, val = main_dino.make_evaluation(args, torch.device("cpu")).labels
+    args = main_dino.get_args_parser().parse_args(
+        ["--eval_knn_every", "1", "--data_path", str(tmp_path), "--eval_data_path", str(tmp_path)])
+    train, val = options.open_data(args, torch.device("cpu")).evaluation.labels
     assert train.tolist() == [0, 1, 2] and val.tolist() == [0, 2]
 
 

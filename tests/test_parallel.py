@@ -2,13 +2,10 @@
 
 import os
 import socket
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import ROOT
-from processes import ENV, SMALL, free_port
+from processes import ENV, SMALL, free_port, launch
 from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
 import parallel
@@ -149,7 +146,7 @@ def test_what_is_gathered_lies_where_the_group_can_have_it(monkeypatch):
 
 
 def test_a_start_that_cannot_work_ends_at_once_in_one_line(tmp_path):
-    """Real processes, all at the same time. Nothing listens for them: a wait would last ten minutes."""
+    """Real processes. Nothing listens for them: a wait would last ten minutes."""
     bad = {name: (variables, "cpu", named) for name, variables, named in BAD}
     starts = [bad[name] for name in ("RANK alone", "no address", "rank of letters", "rank out of range",
                                      "no task number")]  # fmt: skip
@@ -161,22 +158,16 @@ def test_a_start_that_cannot_work_ends_at_once_in_one_line(tmp_path):
             ({}, "cuda:77", "--device cuda:77"),
         ]
         clean = {k: v for k, v in ENV.items() if not k.startswith(KINDS)}
-        command = [sys.executable, ROOT / "main_dino.py", *SMALL, "--output_dir", tmp_path / "out", "--device"]
-        running = [
-            subprocess.Popen([*command, device], env=clean | variables, text=True, stderr=subprocess.PIPE)
-            for variables, device, _ in starts
-        ]
-        for process, (_, _, named) in zip(running, starts, strict=True):
-            _, stderr = process.communicate(timeout=120)
-            assert process.returncode == 2 and named in stderr and len(stderr.splitlines()) == 1, stderr
+        for variables, device, named in starts:
+            done = launch("main_dino.py", *SMALL, "--output_dir", tmp_path / "out", "--device", device, timeout=120,
+                          env=clean | variables)
+            assert done.returncode == 2 and named in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
     assert not (tmp_path / "out").exists()
 
 
 def test_a_process_that_never_comes_ends_the_wait(tmp_path):
     variables = TORCHRUN | {"MASTER_PORT": str(free_port())}
-    command = [sys.executable, ROOT / "main_dino.py", *SMALL, "--output_dir", tmp_path / "out"]
-    command += ["--dist_timeout", "0.02"]
-    done = subprocess.run(command, env=ENV | variables, text=True, capture_output=True, timeout=120)
+    done = launch("main_dino.py", *SMALL, "--output_dir", tmp_path / "out", "--dist_timeout", 0.02, env=ENV | variables)
     assert done.returncode == 2 and "no process group of 2 at 127.0.0.1" in done.stderr, done.stderr
     assert len(done.stderr.splitlines()) == 1
 

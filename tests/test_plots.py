@@ -1,14 +1,12 @@
 """Figures with axes: the curves from logs with holes, charts of an evaluation."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from PIL import Image
+from processes import launch
 
 import plots
 from protocols import charts
@@ -119,9 +117,8 @@ def test_script(tmp_path, capsys):
     write_log(tmp_path / "run1" / "log.txt", **FULL)
     write_log(tmp_path / "run2" / "log.txt")
     out = tmp_path / "curves.png"
-    command = [sys.executable, str(ROOT / "plots.py"), str(tmp_path / "run1" / "log.txt"), str(tmp_path / "run2"),
-               "--out", str(out)]
-    subprocess.run(command, check=True, capture_output=True)
+    done = launch("plots.py", tmp_path / "run1" / "log.txt", tmp_path / "run2", "--out", out)
+    assert done.returncode == 0, done.stderr
     assert out.stat().st_size > 10_000
 
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from conftest import ROOT
 from golden_weights import rs
 from PIL import Image, ImageFilter
-from processes import ENV
+from processes import ENV, launch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision import transforms
@@ -170,7 +170,7 @@ def test_metric_logger(capsys):
     assert "eta: 0:00:00" in lines[1]
 
 
-def test_a_process_group_for_a_single_process():
+def test_a_process_group_for_a_single_process(tmp_path):
     """In a process of its own: dist.get_rank() and DistributedDataParallel work after it."""
     script = """
 import argparse, torch, utils
@@ -185,8 +185,8 @@ del model
 dist.destroy_process_group()
 print("done")
 """
-    env = ENV | {"CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, "-c", script], env=env, cwd=ROOT, capture_output=True, text=True)
+    (tmp_path / "script.py").write_text(script)
+    done = launch(tmp_path / "script.py", env=ENV | {"CUDA_VISIBLE_DEVICES": ""})
     assert done.stdout.strip().endswith("done"), done.stderr
 
 

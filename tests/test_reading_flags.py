@@ -122,6 +122,7 @@ def test_a_set_of_bad_images_alone_is_refused(damaged, tmp_path):
         open_checked(damaged, "train", Reading(skip_bad=str(tmp_path / "bad.txt")))
 
 
+@pytest.mark.usefixtures("small_heads")
 def test_multispectral_images_from_file_to_evaluation(tmp_path, capsys):
     """The way that docs/channels.md describes, with the flags that check_images.py prints."""
     rng = np.random.default_rng(0)

@@ -3,17 +3,14 @@
 import itertools
 import json
 import math
-import subprocess
-import sys
 from fractions import Fraction
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from PIL import Image
-from processes import ENV, free_port
+from processes import launch
 
 import eval_segmentation as script
 import parallel
@@ -353,10 +350,8 @@ def test_weights_stand_beside_random_ones_and_two_processes_agree(tmp_path):
     torch.manual_seed(1)
     torch.save(vit_nano(8, img_size=32).state_dict(), tmp_path / "weights.pth")
     flags = ["--data_path", "shapes:7x32", *SMALL, "--pretrained_weights", str(tmp_path / "weights.pth")]
-    environment = ENV | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
-    command = [sys.executable, str(ROOT / "eval_segmentation.py"), *flags, "--output_dir", str(tmp_path / "two")]
-    started = [subprocess.Popen(command, env=environment | {"RANK": str(rank)}) for rank in (0, 1)]
-    assert [process.wait(120) for process in started] == [0, 0]
+    done = launch("eval_segmentation.py", *flags, "--output_dir", tmp_path / "two", processes=2)
+    assert done.returncode == 0, done.stderr
     assert run("shapes:7x32", tmp_path / "one", *flags[2:]) == 0
     one, two = read(tmp_path / "one"), read(tmp_path / "two")
     assert one["results"] == two["results"] and one["weights_sha256"] == two["weights_sha256"]

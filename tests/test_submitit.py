@@ -121,8 +121,18 @@ def test_bad_input_gets_one_line_before_the_queue(sbatch, tmp_path, capsys, flag
     assert not out.exists() and not sbatch.kept.exists()
 
 
+def test_the_network_to_distill_is_read_before_the_queue(sbatch, tmp_path, capsys):
+    (tmp_path / "net.pth").write_bytes(b"not weights")
+    assert run_with_submitit.main(run_with_submitit.parse([
+        "main_dinov2.py", "--data_path", "shapes", "--distill_from", str(tmp_path / "net.pth"), "--output_dir",
+        str(tmp_path / "out")])) == 2
+    stderr = capsys.readouterr().err
+    assert "--distill_from" in stderr and str(tmp_path / "net.pth") in stderr and stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists() and not sbatch.kept.exists()
+
+
 def test_the_default_rate_of_stochastic_depth_gives_way_before_the_queue(sbatch, tmp_path, capsys):
-    flags = ("--arch", "selecsls42", "--out_dim", 64, "--ngpus", 1, "--output_dir", tmp_path / "out")
+    flags = ("--arch", "dla46x_c", "--out_dim", 64, "--ngpus", 1, "--output_dir", tmp_path / "out")
     assert run(*flags, "--drop_path_rate", 0.1) == 2 and "--drop_path_rate 0.1" in capsys.readouterr().err
     assert run(*flags) == 0 and sbatch.kept.exists()
 

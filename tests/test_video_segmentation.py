@@ -3,15 +3,12 @@
 import itertools
 import json
 import math
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from PIL import Image
-from processes import ENV, free_port
+from processes import launch
 
 import eval_video_segmentation as script
 from imagesets import davis, masks
@@ -293,11 +290,9 @@ def test_a_network_and_two_processes(tmp_path):
     for i, name in enumerate(("ant", "bee", "cow")):
         draw_video(tmp_path, name, frames=4, seed=i)
     network = ["--arch", "vit_nano", "--patch_size", "8"]
-    environment = ENV | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
-    command = [sys.executable, str(ROOT / "eval_video_segmentation.py"), "--data_path", str(tmp_path), *SMALL, *network,
-               "--output_dir", str(tmp_path / "two")]
-    started = [subprocess.Popen(command, env=environment | {"RANK": str(rank)}) for rank in (0, 1)]
-    assert [process.wait(120) for process in started] == [0, 0]
+    done = launch("eval_video_segmentation.py", "--data_path", tmp_path, *SMALL, *network, "--output_dir",
+                  tmp_path / "two", processes=2)
+    assert done.returncode == 0, done.stderr
     assert run(tmp_path, tmp_path / "one", *network) == 0
     one, two = (json.loads((tmp_path / name / "eval_video_segmentation.json").read_text()) for name in ("one", "two"))
     for key in ("results", "per_sequence", "weights_sha256", "notes"):

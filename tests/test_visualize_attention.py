@@ -1,15 +1,14 @@
 """The script end to end on a tiny random network: each source, each figure, each wrong flag."""
 
 import argparse
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from matplotlib import colormaps
 from PIL import Image
+from processes import launch
 from torchvision.transforms import v2
 from torchvision.utils import make_grid, save_image
 
@@ -290,6 +289,20 @@ def test_published_flags_of_video_generation_on_a_file(tiny, tmp_path, ffmpeg):
     assert np.abs(kept.astype(int) - source).mean() < 3
 
 
+def test_frames_of_somebody_else_are_not_replaced(tiny, tmp_path, ffmpeg, capsys):
+    video = write_video(ffmpeg, tmp_path / "in.mp4", frames=2)
+    mine = write_image(tmp_path / "out" / "frames" / "frame-0001.jpg", 9, 9)
+    before = mine.read_bytes()
+    assert run("--video", video, "--output_dir", tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert f"--output_dir {tmp_path / 'out'}: frames/frame-0001.jpg" in error and error.count("\n") == 1
+    assert mine.read_bytes() == before and [p.name for p in (tmp_path / "out").iterdir()] == ["frames"]
+    mine.rename(mine.with_name("other.jpg"))
+    for _ in range(2):  # its own frames it replaces
+        assert run("--video", video, "--output_dir", tmp_path / "out") == 0
+    assert set(atomic.outputs_in(mine.parent)) == {b"frame-0000.jpg", b"frame-0001.jpg"}  # not other.jpg
+
+
 def test_video_only_makes_a_video_of_maps_without_a_network(tmp_path, ffmpeg, monkeypatch):
     monkeypatch.setattr("protocols.features.load_network", None)
     for i, name in enumerate(["attn-2.png", "attn-10.png", "other.png"]):  # the last one is no map
@@ -441,9 +454,9 @@ def test_a_bug_keeps_its_traceback(tiny, tmp_path, monkeypatch):
 
 
 def test_command_without_weights_says_so(tmp_path):
-    command = [sys.executable, ROOT / "visualize_attention.py", "--arch", "vit_tiny", "--patch_size", "16",
-               "--image_size", "64", "--device", "cpu", "--output_dir", tmp_path]
-    done = subprocess.run([str(word) for word in command], check=True, capture_output=True, text=True)
+    done = launch("visualize_attention.py", "--arch", "vit_tiny", "--patch_size", 16, "--image_size", 64, "--device",
+                  "cpu", "--output_dir", tmp_path)
+    assert done.returncode == 0, done.stderr
     assert done.stdout.count("random weights") == 1 and len(sizes(tmp_path)) == 6
 
 

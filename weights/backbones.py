@@ -190,6 +190,17 @@ def normalizes_single_values(model: nn.Module, in_chans: int, size: int) -> bool
 # ---- From a file to a frozen network ----
 
 
+def read_backbone(path: str, checkpoint_key: str, flag: str) -> tuple[dict, Weights]:
+    """The training flags stored in a file of weights, and what it says of its backbone. Raises Refused."""
+    with refusing(flag):
+        loaded = read(path)
+    args = stored_args(loaded)
+    with refusing(f"--checkpoint_key {checkpoint_key}:"):
+        state = backbone_state(loaded, checkpoint_key, path)
+    with refusing(f"{flag} {path}:"):
+        return args, describe(args, state, (*VITS, *XCITS))
+
+
 def check_asked(asked: str | int | None, stored: str | int | None, flag: str, path: str) -> None:
     """Refuses an architecture or patch size that is asked for and is not the file's, where the file tells it.
 
@@ -223,22 +234,14 @@ def load_backbone(
 
     Returns:
         The network, and {arch, patch_size, embed_dim, in_chans, mean, std, global_crops_size, options: the arguments
-        of `build_backbone`, sources: where mean and std come from}, and value_range of the training images if one was
-        given.
+        of `build_backbone`, sources: where mean and std come from}, and, if stored, value_range of the training
+        images and resize_ratio (see `preprocessing.stored`).
 
     Raises:
         Refused (a ValueError): no such file, not a checkpoint, no such part in it, unknown architecture, another than
             the one asked for, or mean and std that are unknown or do not fit the channels.
     """
-    args, described, file = {}, Weights("", None, {}, {}), f"{flag} {weights}" if weights else f"--in_chans {in_chans}"
-    if weights:
-        with refusing(flag):
-            loaded = read(weights)
-        args = stored_args(loaded)
-        with refusing(f"--checkpoint_key {checkpoint_key}:"):
-            state = backbone_state(loaded, checkpoint_key, weights)
-        with refusing(f"{file}:"):
-            described = describe(args, state, (*VITS, *XCITS))
+    args, described = read_backbone(weights, checkpoint_key, flag) if weights else ({}, Weights("", None, {}, {}))
     with refusing(flag):
         found = preprocessing.stored(weights, args)
     channels = described.options.get("in_chans") or (found["in_chans"].value if "in_chans" in found else None)
@@ -255,6 +258,9 @@ def load_backbone(
         check_asked(patch_size, described.options.get("patch_size"), "--patch_size", weights)
     if args.get("value_range"):
         info["value_range"] = tuple(args["value_range"])
+    file = f"{flag} {weights}" if weights else f"--in_chans {in_chans}"
+    if "resize_ratio" in found:
+        info["resize_ratio"] = found["resize_ratio"]
     normalization = preprocessing.normalization(found, info["in_chans"], file, mean, std)
     info |= {key: value for key, (value, _) in normalization.items()}
     info["sources"] = {key: source for key, (_, source) in normalization.items()}

@@ -258,9 +258,9 @@ def part(loaded: Mapping, checkpoint_key: str, path: str = "") -> Mapping:
 def misfit(own: Mapping[str, Tensor], state: Mapping[str, Tensor], optional: tuple[str, ...] = ()) -> str:
     """Why a file does not hold exactly the tensors of a network; "" if it does.
 
-    Every tensor of the network must be in the file with its shape, and every tensor of the file must be the
-    network's. Exceptions: heads, and other tensors without effect on features (`HEAD`, `UNUSED`), such as batch norm's
-    counters, which are missing in older files, and DINOv2's mask token.
+    Every tensor of the network must be in the file with its shape, in floating point (not quantized), and every tensor
+    of the file must be the network's. Exceptions: heads, and other tensors without effect on features (`HEAD`,
+    `UNUSED`), such as batch norm's counters, which are missing in older files, and DINOv2's mask token.
 
     Args:
         own: the network's state dict.
@@ -270,10 +270,13 @@ def misfit(own: Mapping[str, Tensor], state: Mapping[str, Tensor], optional: tup
     missing = [k for k in own if k not in state and k not in optional and not UNUSED.fullmatch(k)]
     wrong = [f"{k} {tuple(v.shape)} instead of {tuple(own[k].shape)}"
              for k, v in state.items() if k in own and v.shape != own[k].shape]  # fmt: skip
+    whole = [f"{k} {v.dtype}" for k, v in state.items()
+             if k in own and own[k].is_floating_point() and not v.is_floating_point()]
     unused = [k for k in state if k not in own and not HEAD.match(k) and not UNUSED.fullmatch(k)]
     problems = [
         f"{what}: {', '.join(names[:5])}" + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-        for what, names in (("missing", missing), ("wrong shape", wrong), ("unused", unused)) if names
+        for what, names in (("missing", missing), ("wrong shape", wrong), ("not floating point", whole),
+                            ("unused", unused)) if names
     ]  # fmt: skip
     kind = next((kind for pattern, kind in KINDS if any(map(pattern.match, unused))), None)
     return "; ".join(problems + ([f"it looks like {kind}"] if kind else []))

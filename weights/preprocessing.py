@@ -1,4 +1,5 @@
-"""How the input images of a network are made: mean, std, channels and image size, from wherever they are stored.
+"""How the input images of a network are made: mean, std, channels, image size and the size before the crop, from
+wherever they are stored.
 
 In this order: flags, what the file of weights itself says (`args` of a checkpoint, metadata of safetensors),
 `preprocessor_config.json` and `config.json` beside it (Hugging Face, timm), ImageNet's mean and std for 3 channels.
@@ -46,8 +47,11 @@ def from_processor(config: Mapping) -> dict:
         mean, std = (scaled(config.get(key), white) for key in ("image_mean", "image_std"))
     else:
         mean, std = 0.0, 1 / white
-    size = config.get("crop_size") if config.get("do_center_crop", True) else None
-    return {"mean": mean, "std": std, "image_size": side(size or config.get("size"))}
+    crop = side(config.get("crop_size")) if config.get("do_center_crop", True) else None
+    size = side(config.get("size"))
+    return {"mean": mean, "std": std, "image_size": crop or size,
+            "resize_ratio": size / (crop or size) if size and config.get("do_resize", True) and size >= (crop or 0)
+            else None}
 
 
 def scaled(values: Any, white: float) -> Any:
@@ -61,7 +65,12 @@ def side(size: Any) -> int | None:
     """Pixels per side of Hugging Face's forms of a size; None: not a square, or not stated."""
     if isinstance(size, Mapping):
         size = size.get("shortest_edge") or (size.get("height") if size.get("height") == size.get("width") else None)
-    return size if isinstance(size, int) else None
+    return int(size) if is_number(size) and size == int(size) else None
+
+
+def is_number(value: Any) -> bool:
+    """A finite number; JSON's true is none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def from_config(config: Mapping) -> dict:
@@ -71,7 +80,9 @@ def from_config(config: Mapping) -> dict:
     shape = timm.get("input_size")
     if not (isinstance(shape, list) and len(shape) == 3):
         shape = (config.get("num_channels"), *[config.get("image_size")] * 2)
+    share = timm.get("crop_pct")
     return {"mean": timm.get("mean"), "std": timm.get("std"), "in_chans": shape[0],
+            "resize_ratio": 1 / share if is_number(share) and 0 < share <= 1 else None,
             "image_size": shape[1] if shape[1] == shape[2] and isinstance(shape[1], int) else None}
 
 
@@ -81,7 +92,8 @@ BESIDE: dict[str, Callable[[Mapping], dict]] = {  # in this order
 
 
 def stored(path: str, args: Mapping) -> dict[str, Found]:
-    """mean, std, in_chans and image_size of a file of weights, those that are stored, each from its first source.
+    """mean, std, in_chans, image_size and resize_ratio (the shorter side before the crop, per side of the crop) of a
+    file of weights, those that are stored, each from its first source.
 
     Args:
         path: the file; "" is none.
@@ -104,6 +116,9 @@ def stored(path: str, args: Mapping) -> dict[str, Found]:
         for key, value in values.items():
             if value is not None:
                 found.setdefault(key, Found(value, source))
+    if "image_size" in found and not (is_number(found["image_size"].value) and found["image_size"].value >= 1):
+        value, source = found["image_size"]
+        raise BadFile(f"{path}: made for images of {value!r} pixels ({source}); correct it there")
     return found
 
 

@@ -2,6 +2,7 @@
 
 import io
 import struct
+import sys
 
 import numpy as np
 import pytest
@@ -137,6 +138,39 @@ def test_a_given_range_holds_for_every_depth_above_8(tmp_path):
         assert pixels(path, 1, value_range=(0, 2000))[..., 0].tolist() == [[7, 200]]
 
 
+def colour_tiff(array: np.ndarray, planes: bool = False, orientation: int = 1) -> bytes:
+    """A little-endian TIFF file of 16-bit RGB (H, W, 3), written from the specification."""
+    height, width = array.shape[:2]
+    strips = [array[..., c].tobytes() for c in range(3)] if planes else [array.tobytes()]
+    n, size, body = len(strips), len(strips[0]), b"".join(strips)
+    arrays = struct.pack(f"<3H{2 * n}I", 16, 16, 16, *(14 + 8 * n + i * size for i in range(n)), *[size] * n)
+    at = [(273, 4, n, 14), (279, 4, n, 14 + 4 * n)] if planes else [(273, 4, 1, 14 + 8 * n), (279, 4, 1, size)]
+    entries = sorted([(256, 3, 1, width), (257, 3, 1, height), (258, 3, 3, 8), (259, 3, 1, 1), (262, 3, 1, 2),
+                      (274, 3, 1, orientation), (277, 3, 1, 3), (278, 3, 1, height), (284, 3, 1, 1 + planes), *at])
+    head = struct.pack("<2sHI", b"II", 42, 8 + len(arrays) + len(body)) + arrays + body
+    return head + struct.pack("<H", len(entries)) + b"".join(struct.pack("<HHII", *e) for e in entries) + bytes(4)
+
+
+@pytest.mark.parametrize("planes", [False, True])
+def test_colour_tiff_of_16_bits(planes):
+    pytest.importorskip("tifffile", reason="needs tifffile: pip install tifffile")
+    colour = np.dstack([TWELVE, TWELVE[::-1], TWELVE[:, ::-1]])
+    expected = np.rint(colour * (255 / 4095))
+    assert (pixels(colour_tiff(colour, planes), value_range=(0, 4095)) == expected).all()
+    assert (pixels(colour_tiff(colour, planes)) == colour >> 8).all()
+    turned = pixels(colour_tiff(colour, planes, orientation=6), value_range=(0, 4095))  # a quarter turn clockwise
+    assert (turned == np.rot90(expected, -1)).all()
+
+
+def test_without_tifffile_the_way_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tifffile", None)
+    colour = np.dstack([TWELVE] * 3)
+    assert (pixels(colour_tiff(colour)) == colour >> 8).all()
+    for file, value_range in ((colour_tiff(colour), (0, 4095)), (colour_tiff(colour, planes=True), None)):
+        with pytest.raises(Undecodable, match=r"pip install tifffile.*\.npy"):
+            pixels(file, value_range=value_range)
+
+
 def test_what_a_range_cannot_be_applied_to_is_named(tmp_path):
     file = io.BytesIO()
     tags = TiffImagePlugin.ImageFileDirectory_v2()
@@ -212,7 +246,7 @@ def test_stretching_is_said_of_the_first_image_and_remarks_are_few(tmp_path, sai
     for name in ("a.tif", "b.tif"):
         decode(saved(tmp_path / name, np.linspace(-3, 7, 35, dtype=np.float32).reshape(5, 7)))
     (line,) = said().splitlines()
-    assert f"{tmp_path / 'a.tif'}: " in line and "-3 to 7" in line and "--value_range LOW HIGH" in line
+    assert line.count(f"{tmp_path / 'a.tif'}: ") == 1 and "-3 to 7" in line and "--value_range LOW HIGH" in line
     for i in range(2 * remarks.MOST):
         remarks.say(f"{i}.jpg", "odd")
     lines = said().splitlines()

@@ -2,16 +2,13 @@
 
 import os
 import pickle
-import subprocess
-import sys
 import textwrap
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT
-from processes import ENV, free_port
+from processes import ENV, launch
 
 from benchmarks.listing import growth_in_a_fork
 from imagesets import listing
@@ -249,7 +246,7 @@ def test_texts():
 
 
 def test_one_process_searches_and_all_get_its_listing(tree, tmp_path):
-    """Two processes under torchrun, without an index: the second reads no folder, and raises the first's errors."""
+    """Two processes, without an index: the second reads no folder, and raises the first's errors."""
     script = tmp_path / "script.py"
     script.write_text(
         textwrap.dedent("""
@@ -274,9 +271,7 @@ def test_one_process_searches_and_all_get_its_listing(tree, tmp_path):
         """)
     )
     (tmp_path / "empty").mkdir()
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_addr=127.0.0.1",
-               f"--master_port={free_port()}", str(script), str(tree), str(tmp_path / "empty")]  # fmt: skip
-    done = subprocess.run(command, env=ENV | {"DINO_CACHE": ""}, capture_output=True, text=True, timeout=120, cwd=ROOT)
+    done = launch(script, tree, tmp_path / "empty", env=ENV | {"DINO_CACHE": ""}, timeout=120, processes=2)
     assert sorted(done.stdout.split("\n")) == ["", "refused 0", "refused 1"], done.stderr
     assert done.returncode == 1 and "TypeError: 'NoneType' object is not callable" in done.stderr, done.stderr
 

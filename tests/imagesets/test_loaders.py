@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import ROOT
 from PIL import Image
+from processes import launch
 
 from imagesets import packages, shapes, sources
 from imagesets.bad_images import BadImages, TooManyBadImages, Unreadable
@@ -384,6 +384,7 @@ def test_torchvision_without_root_or_labels(monkeypatch):
         ("empty.txt", None, 3, "the list is empty"),
         ("blank.txt", None, 3, "the list is empty"),
         ("mixed.txt", None, 3, "some lines have a label"),
+        ("utf16.txt", None, 3, "UTF-8"), ("no_label.txt", None, 3, "'b.png' is empty"),
         ("tabs.txt", None, 3, "some lines have a label"),
         ("elsewhere.txt", None, 3, "'none.png' isn't there; paths are relative"),
         ("good.txt", "val", 3, "a list of their own"),
@@ -414,9 +415,11 @@ def test_errors_are_one_line_with_flag_value_and_remedy(tmp_path, monkeypatch, d
     (tmp_path / "empty").mkdir()
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.txt").write_text("a")
-    lists = {"empty": "", "blank": "\n\r\n", "mixed": "image.png\t1\nimage.png\n", "tabs": "image.png\t1\t2\n"}
+    lists = {"empty": "", "blank": "\n\r\n", "mixed": "image.png\t1\nimage.png\n", "tabs": "image.png\t1\t2\n",
+             "no_label": "image.png\tcat\nb.png\t\n"}
     for name, text in (lists | {"elsewhere": "none.png\n", "good": "image.png\n"}).items():
         (tmp_path / f"{name}.txt").write_text(text)
+    (tmp_path / "utf16.txt").write_text("image.png\n", encoding="utf-16")
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(Refused) as error:
         open_images(data_path, split, in_chans, flag="--eval_data_path")
@@ -694,8 +697,7 @@ next(loader)
 def run_script(tmp_path, text):
     """In a process of its own: torch raises the death of a worker wherever the main thread stands."""
     (tmp_path / "script.py").write_text(CROPS + textwrap.dedent(text))
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.run([sys.executable, tmp_path / "script.py"], env=environment, timeout=60).returncode
+    return launch(tmp_path / "script.py").returncode
 
 
 def test_a_worker_that_dies_is_an_error(tmp_path):
@@ -716,7 +718,7 @@ def test_a_worker_that_dies_is_an_error(tmp_path):
     """) == 7
 
 
-def test_a_parent_that_left_is_no_news_to_a_worker():
+def test_a_parent_that_left_is_no_news_to_a_worker(tmp_path):
     """The worker's thread that hands tensors over would print a page about it, beside the parent's line."""
     script = """if True:
         import os
@@ -727,8 +729,8 @@ def test_a_parent_that_left_is_no_news_to_a_worker():
                 raise error
             os.wait()
     """
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    said = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=60)
+    (tmp_path / "script.py").write_text(script)
+    said = launch(tmp_path / "script.py", real=True)  # its hooks are those of a plain interpreter
     assert said.stderr.count("Traceback") == 1 and said.stderr.endswith("ValueError: another\n")
 
 
@@ -736,11 +738,11 @@ def test_a_parent_that_left_is_no_news_to_a_worker():
 @pytest.mark.parametrize("method", ["forkserver", "spawn"])
 def test_workers_are_children_of_the_process_that_trains_whatever_the_default_is(tmp_path, method):
     """A server between them would be hit by Slurm's signals, and what it starts could not read this script."""
-    text = f"import multiprocessing\nmultiprocessing.set_start_method({method!r})\n{CROPS}"
+    text = f"import multiprocessing\nmultiprocessing.set_start_method({method!r}, force=True)\n{CROPS}"
     text += "assert len(active_children()) == 2 and all(type(c).__name__ == 'ForkProcess' for c in active_children())\n"
     (tmp_path / "script.py").write_text(text)
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    subprocess.run([sys.executable, tmp_path / "script.py"], env=environment, timeout=60, check=True)
+    done = launch(tmp_path / "script.py")
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_script_with_workers_ends(tmp_path):

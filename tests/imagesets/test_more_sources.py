@@ -1,14 +1,18 @@
-"""Lists with spaces, CSV files, zip archives, parquet files, labels as text, DICOM files."""
+"""Lists with spaces, CSV files, zip archives, parquet files, labels as text, DICOM and HEIF files."""
 
 import io
+import os
+import subprocess
+import sys
 import zipfile
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from PIL import Image
 from test_decode import pixels
 
-from imagesets import dicom
+from imagesets import dicom, heif
 from imagesets.decode import Undecodable, decode
 from imagesets.sources import open_images
 from parallel import Refused
@@ -185,3 +189,49 @@ def test_dicom_files(tmp_path, photometric):
     assert (pixels(tmp_path / "a.dcm", 1, value_range=(-1000, 1000))[..., 0] == turned(np.rint(units))).all()
     with pytest.raises(Undecodable, match="2 x 3"):
         decode(tmp_path / "a.dcm", max_pixels=5)
+
+
+# ---- HEIF ----
+
+HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"
+
+
+def test_without_pillow_heif_the_way_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(heif, "installed", lambda: False)
+    (tmp_path / "photo.HEIC").write_bytes(HEIC)
+    with pytest.raises(Refused, match=r"no images.*1 \.heic.*pip install pillow-heif"):
+        open_images(tmp_path)
+    (tmp_path / "photo.jpg").write_bytes(HEIC)  # as some phones name them
+    with pytest.raises(Undecodable, match=r"photo\.jpg: .*pip install pillow-heif.*convert"):
+        decode(tmp_path / "photo.jpg")
+    assert len(open_images(tmp_path)) == 1 and "pip install pillow-heif" in capsys.readouterr().out
+
+
+PILLOW_HEIF = """
+from PIL import Image, ImageFile
+
+class Stub(ImageFile.ImageFile):  # 5 x 4 red pixels, whatever the file holds
+    format = "HEIF"
+    def _open(self):
+        self._size, self._mode = (5, 4), "RGB"
+    def load(self):
+        self.im = Image.new("RGB", (5, 4), "red").im
+        return super().load()
+
+def register_heif_opener():
+    Image.register_open("HEIF", Stub, lambda start: start[4:12] == b"ftypheic")
+    Image.register_extensions("HEIF", [".heic", ".heif"])
+"""
+
+
+def test_where_pillow_heif_is_installed_heif_files_are_images(tmp_path):
+    """In a process of its own, as the package registers itself with Pillow."""
+    (tmp_path / "pillow_heif.py").write_text(PILLOW_HEIF)
+    for name in ("a.heic", "b.HEIF", "c.jpg"):
+        (tmp_path / "in").mkdir(exist_ok=True)
+        (tmp_path / "in" / name).write_bytes(HEIC)
+    code = ("from imagesets.sources import open_images\nimages = open_images('in')\n"
+            "print([tuple(images.load(i).shape) + (int(images.load(i)[0].min()),) for i in range(len(images))])")
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])})
+    assert done.stdout.strip() == str([(3, 4, 5, 255)] * 3), done.stderr

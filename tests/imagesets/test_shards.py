@@ -193,6 +193,7 @@ def test_the_position_is_resumed_to_the_bit_and_views_are_those_of_the_folder(cl
             assert torch.equal(a["crops"][0], b["crops"][0])
 
 
+@pytest.mark.usefixtures("small_heads")
 def test_a_run_on_shards_is_the_run_on_the_folder(class_folder, tmp_path):
     logs = []
     for path in (class_folder, by_tarfile(open_images(class_folder), tmp_path / "a")):

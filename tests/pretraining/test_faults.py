@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
-from forks import PATHS, SMALLEST, Started, lines, server
+from forks import SMALLEST, Started, lines
+from processes import ENV, start
 
 import main_dino
 import utils
@@ -71,8 +72,7 @@ def kill_while_saving(folder: Path, times: int, seed: int) -> None:
     checkpoints.save({"step": 0, "tensors": [torch.zeros(1)]}, path)
     for _ in range(times):
         before = path.stat().st_mtime_ns
-        process = server.Process(target=save_for_ever, args=(str(path),))
-        process.start()
+        process = start(save_for_ever, str(path))
         while path.stat().st_mtime_ns == before:
             time.sleep(0.001)
         time.sleep(rng.uniform(0, 0.1))
@@ -214,8 +214,7 @@ def torchrun(*argv, out: Path, options=()) -> subprocess.Popen:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *options,
                str(ROOT / "tests" / "forks.py"), *SMALLEST,
                "--batch_size_per_gpu", "4", "--saveckp_every_steps", "1", *argv, "--output_dir", str(out)]  # fmt: skip
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": PATHS}
-    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(command, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def worker(agent: subprocess.Popen, rank: int) -> int:

@@ -19,9 +19,12 @@ import main_dino
 from imagesets.decode import Undecodable
 from pretraining import monitor, progress
 
+pytestmark = pytest.mark.usefixtures("small_heads")
+
 
 def run(out, *extra) -> int:
-    args = main_dino.get_args_parser().parse_args([*SMALL, *map(str, extra), "--output_dir", str(out)])
+    argv = [*SMALL, "--arch", "vit_nano", *map(str, extra), "--output_dir", str(out)]
+    args = main_dino.get_args_parser().parse_args(argv)
     return main_dino.main(args)
 
 
@@ -122,7 +125,7 @@ def test_wandb_gets_the_figures_and_a_resume_goes_on_with_its_run(tmp_path, monk
     assert [x["step"] for x in logged if "log/train_loss" in x] == [8, 16]
     assert [x["step"] for x in logged if "pictures/pca" in x] == [0, 16]
     assert len([x for x in logged if "log_steps/loss" in x]) == 16
-    assert started[0].finished and started[0].options["config"]["arch"] == "vit_tiny"
+    assert started[0].finished and started[0].options["config"]["arch"] == "vit_nano"
     (tmp_path / "checkpoint.pth").unlink()  # back to step 15
     assert run(tmp_path, *flags) == 0
     assert started[1].id == started[0].id and started[1].options["resume"] == "allow"

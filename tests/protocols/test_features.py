@@ -7,6 +7,7 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
+from processes import together
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -129,7 +130,7 @@ def extract_in_a_group(rank, world_size, folder):
 
 
 def test_two_processes_share_the_work_and_both_have_all(tmp_path):
-    torch.multiprocessing.spawn(extract_in_a_group, (2, str(tmp_path)), nprocs=2)
+    together(extract_in_a_group, 2, 2, str(tmp_path))
     (first, calls0), (second, calls1) = (torch.load(tmp_path / f"{rank}.pth") for rank in (0, 1))
     assert calls0 == calls1 == 2
     for n in (1, 2, 7, 12):
@@ -268,7 +269,7 @@ def test_images_hash_of_a_subset_covers_its_set(tmp_path):
     for gray in (50, 60):
         write_classes(tmp_path / str(gray), gray)
         images = open_images(f"torchvision:ImageFolder:{tmp_path / str(gray)}")
-        hashes.append(images_hash(splits.ImageSubset(images, torch.tensor([0, 2]))))
+        hashes.append(images_hash(splits.Chosen(images, torch.tensor([0, 2]))))
     assert hashes[0] != hashes[1]
 
 

@@ -2,8 +2,6 @@
 
 import json
 import math
-import subprocess
-import sys
 from collections import defaultdict
 
 import numpy as np
@@ -11,7 +9,7 @@ import pytest
 import torch
 from conftest import ROOT
 from PIL import Image
-from processes import ENV, free_port
+from processes import launch, together
 
 import eval_knn
 from parallel import Refused
@@ -302,7 +300,7 @@ def search_in_a_group(rank, world_size, folder):
 
 
 def test_two_processes_find_the_neighbours_that_one_finds(tmp_path):
-    torch.multiprocessing.spawn(search_in_a_group, (2, str(tmp_path)), nprocs=2)
+    together(search_in_a_group, 2, 2, str(tmp_path))
     expected = search_all_ways()
     for rank in (0, 1):
         for found, one in zip(torch.load(tmp_path / f"{rank}.pth"), expected, strict=True):
@@ -554,12 +552,10 @@ def test_published_command_line():
 
 
 def test_two_processes_report_what_one_reports(pictures, tmp_path):
-    environment = ENV | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
-    command = [sys.executable, str(ROOT / "eval_knn.py"), "--data_path", str(pictures), *map(str, NETWORK),
-               "--label_free", "--output_dir"]
-    started = [subprocess.Popen([*command, str(tmp_path / "two")], env=environment | {"RANK": str(r)}) for r in (0, 1)]
-    assert [p.wait(120) for p in started] == [0, 0]
-    assert run(*command[2:-1], "--output_dir", tmp_path / "one") == 0
+    flags = ["--data_path", pictures, *NETWORK, "--label_free", "--output_dir"]
+    done = launch("eval_knn.py", *flags, tmp_path / "two", processes=2)
+    assert done.returncode == 0, done.stderr
+    assert run(*flags, tmp_path / "one") == 0
     one, two = (json.loads((tmp_path / name / "eval_knn.json").read_text()) for name in ("one", "two"))
     assert one["results"] == two["results"] and one["weights_sha256"] == two["weights_sha256"]
     for measure, found in one["label_free"].items():

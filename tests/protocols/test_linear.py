@@ -2,15 +2,12 @@
 
 import json
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from PIL import Image
-from processes import ENV, free_port
+from processes import launch
 
 import eval_linear
 from parallel import Refused
@@ -599,11 +596,8 @@ def test_the_evaluation_takes_values(pictures, swept, tmp_path):
 
 def test_two_processes_report_what_one_reports(pictures, tmp_path):
     flags = ["--data_path", pictures, *NETWORK, "--lr", 0.3, 0.01, "--epochs", 2]
-    environment = ENV | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
-    command = [sys.executable, str(ROOT / "eval_linear.py"), *map(str, flags), "--batch_size_per_gpu", "4",
-               "--output_dir", str(tmp_path / "two")]
-    started = [subprocess.Popen(command, env=environment | {"RANK": str(r)}) for r in (0, 1)]
-    assert [p.wait(120) for p in started] == [0, 0]
+    done = launch("eval_linear.py", *flags, "--batch_size_per_gpu", 4, "--output_dir", tmp_path / "two", processes=2)
+    assert done.returncode == 0, done.stderr
     one, two = run(pictures, tmp_path / "one", *flags[2:]), json.loads((tmp_path / "two/eval_linear.json").read_text())
     assert one["test"] == two["test"]
     for a, b in zip(one["results"], two["results"], strict=True):
@@ -657,7 +651,7 @@ def test_mixing():
 
 
 @pytest.mark.parametrize("flags, message", [
-    (("--arch", "selecsls42", "--drop_path_rate", 0.1), "--drop_path_rate 0.1: --arch selecsls42"),
+    (("--arch", "dla46x_c", "--drop_path_rate", 0.1), "--drop_path_rate 0.1: --arch dla46x_c"),
     (("--arch", "resnet18", "--batch_size_per_gpu", 1), "--batch_size_per_gpu 1: batch norm in --arch resnet18"),
 ])
 def test_fine_tuning_what_a_network_does_not_support(flags, message, pictures, tmp_path, capsys):
@@ -667,7 +661,7 @@ def test_fine_tuning_what_a_network_does_not_support(flags, message, pictures, t
 
 
 def test_fine_tuning_without_stochastic_depth(pictures, tmp_path, capsys):
-    report = run(pictures, tmp_path, "--finetune", "--epochs", 1, "--warmup_epochs", 0, "--arch", "selecsls42")
+    report = run(pictures, tmp_path, "--finetune", "--epochs", 1, "--warmup_epochs", 0, "--arch", "dla46x_c")
     assert report["protocol"] == "finetune" and "--drop_path_rate 0 instead" in capsys.readouterr().out
 
 

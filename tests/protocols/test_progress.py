@@ -11,6 +11,9 @@ from PIL import Image
 import eval_knn
 import eval_linear
 import extract_features
+import visualize_attention
+from imagesets import checking
+from imagesets.sources import open_images
 from protocols import knn, progress
 
 
@@ -46,6 +49,11 @@ def test_short_work_and_work_without_a_name_are_silent(clock, capsys):
     assert next(iter(progress.progress(itertools.count(), 10, "images"))) == 0
 
 
+def test_work_whose_length_is_unknown_shows_how_far_it_is(clock, capsys):
+    list(progress.progress(range(7), 0, "frames"))
+    assert capsys.readouterr().out == "frames: 3\nframes: 6\n"
+
+
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pictures")
@@ -78,3 +86,25 @@ def test_scripts_show_signs_of_life(script, flags, lines, clock, pictures, tmp_p
 def test_a_search_of_neighbours_shows_one(clock, capsys):
     knn.nearest(torch.eye(8), torch.eye(8), 1, rows=1)
     assert "neighbours: 3 of 8, eta 0:00:05" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags, lines", [
+    (["--images"], ["images: 3 of 6, eta 0:00:03"]),
+    (["--video"], ["frames: 3 of 6, eta 0:00:03"]),
+    (["--video_only", "--video"], ["frames: 3 of 6, eta 0:00:03"]),
+])  # fmt: skip
+def test_drawing_many_images_shows_one(flags, lines, clock, pictures, tmp_path, capsys):
+    if "--video" in flags:
+        pytest.importorskip("imageio_ffmpeg", reason="needs imageio-ffmpeg: pip install imageio-ffmpeg")
+    argv = ["--arch", "vit_nano", "--device", "cpu", "--output_dir", str(tmp_path), *flags,
+            str(pictures / "train" / "a")]
+    assert visualize_attention.main(visualize_attention.get_args_parser().parse_args(argv)) == 0
+    said = capsys.readouterr().out
+    assert all(line in said for line in lines), said
+
+
+def test_checking_images_shows_one(pictures, monkeypatch, capsys):
+    seconds = itertools.count()
+    monkeypatch.setattr(checking, "time", SimpleNamespace(monotonic=lambda: next(seconds)))
+    checking.check(open_images(pictures))
+    assert "4 of 24 images decoded, eta 0:00:20" in capsys.readouterr().err

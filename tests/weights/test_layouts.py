@@ -309,6 +309,14 @@ def test_every_tensor_must_come_from_the_file(tmp_path, name):
     assert f"missing: {name}" in refused(saved(state, tmp_path), arch="vit_nano", patch_size=8)
 
 
+def test_whole_numbers_are_no_weights(tmp_path):
+    """A quantized file, whose numbers mean something only with their scales."""
+    state = build_backbone("vit_nano", 8, img_size=16)[0].state_dict()
+    state["blocks.1.mlp.fc1.weight"] = (127 * state["blocks.1.mlp.fc1.weight"]).to(torch.int8)
+    message = refused(saved(state, tmp_path), arch="vit_nano", patch_size=8)
+    assert "not floating point: blocks.1.mlp.fc1.weight torch.int8" in message
+
+
 def test_every_tensor_of_the_file_must_be_used(tmp_path):
     state = build_backbone("vit_nano", 8, img_size=16)[0].state_dict()
     for name in ("norm_pre.weight", "blocks.0.attn.q_norm.weight", "blocks.4.norm1.weight", "ls.gamma"):

@@ -152,6 +152,35 @@ def test_metadata_of_a_safetensors_file(tmp_path):
 # ---- Which is used, and what is said ----
 
 
+@pytest.mark.parametrize("size, used", [(64.0, 64), (True, None), (0, None), ({"shortest_edge": -8}, None)])
+def test_a_stored_image_size_that_is_none_is_refused(tmp_path, size, used):
+    path = plain(tmp_path / "w", preprocessor_config={"size": size})
+    if used or size is True:  # whole numbers in floating point count; what is no number is not stated
+        assert backbones.load_backbone(path)[1]["global_crops_size"] == (used or 224)
+        return
+    with pytest.raises(Refused, match=r"^--pretrained_weights.*w\.pth: .*preprocessor_config.json"):
+        backbones.load_backbone(path)
+
+
+@pytest.mark.parametrize("beside, stored", [
+    ({"config": {"crop_pct": 0.9, "input_size": [3, 32, 32]}}, 35),
+    ({"config": {"pretrained_cfg": {"crop_pct": 1.0, "input_size": [3, 32, 32]}}}, 32),
+    ({"preprocessor_config": {"size": {"shortest_edge": 40}, "crop_size": {"height": 32, "width": 32}}}, 40),
+    ({"preprocessor_config": {"size": {"height": 32, "width": 32}}}, 32),  # squashed, nothing is cropped
+    ({"config": {"crop_pct": 0.875, "input_size": [3, 32, 32]}}, None),  # the published evaluations' own
+    ({"config": {"crop_pct": 1.4, "input_size": [3, 32, 32]}}, None),  # --resize_size would be below the crop
+    ({"preprocessor_config": {"do_resize": False, "crop_size": 32, "size": 99}}, None), ({}, None),
+])  # fmt: skip
+def test_another_size_before_the_crop_is_said_with_its_flag(tmp_path, beside, stored, capsys):
+    path = plain(tmp_path / "w", **beside)
+    assert features.load_network(path, crop_size=32, resize_size=0).about["resize_size"] == 37
+    said = capsys.readouterr().out
+    assert f"--resize_size {stored}" in said if stored else "--resize_size" not in said
+    features.load_network(path, crop_size=32, resize_size=stored or 40)  # given
+    features.load_network(path, crop_size=32)  # of a script that doesn't crop
+    assert "--resize_size" not in capsys.readouterr().out
+
+
 def test_flags_beat_the_file_which_beats_its_neighbours_which_beat_the_default(tmp_path, capsys):
     other = {"image_mean": [0.9] * 3, "image_std": [0.9] * 3}
     path = checkpoint(tmp_path, mean=MEAN, std=STD)
@@ -178,7 +207,7 @@ def test_every_script_that_takes_weights_has_the_flags(script):
         [*required, "--mean", "0.5", "0.25", "--std", "0.1", "0.2", "--in_chans", "2"])
     assert (args.mean, args.std, args.in_chans) == ([0.5, 0.25], [0.1, 0.2], 2)
     source = (ROOT / f"{script}.py").read_text()
-    assert script == "main_dino" or "mean=args.mean" in source
+    assert script == "main_dino" or "mean=args.mean" in source or "network_values(args)" in source
 
 
 def test_numbers_that_do_not_fit_the_channels_are_refused_in_one_line(tmp_path):
