@@ -23,7 +23,7 @@ import utils
 from imagesets import loaders
 from imagesets.bad_images import BadImages
 from imagesets.sources import Images
-from pretraining import faults, monitor, networks, options, session
+from pretraining import compiling, faults, monitor, networks, options, session
 from pretraining.faults import TO_BE_CONTINUED, Requests  # noqa: F401 - the launcher reads the code
 from pretraining.health import collapse, health
 from pretraining.logs import Log
@@ -44,7 +44,9 @@ def get_args_parser() -> argparse.ArgumentParser:
         "--resume": "a run resumes by itself: start it again with the same --output_dir;"})
 
     add = parser.add_argument_group("network").add_argument
-    add("--arch", default="vit_small", help="vit_nano, vit_tiny, vit_small, vit_base, or a name of torchvision or timm")
+    add("--arch", default="vit_small",
+        help="vit_nano, vit_tiny, vit_small, vit_base, or a name of torchvision or timm; resnet18_cifar has the stem "
+             "for small images")
     add("--patch_size", type=flags.positive_int, default=16,
         help="pixels of a ViT's patch; smaller patches give better features, 8 at five times the cost")
     add("--out_dim", type=flags.number(int, 2), default=65536,
@@ -107,6 +109,12 @@ def with_supported_rate(args: argparse.Namespace) -> argparse.Namespace:
     return argparse.Namespace(**vars(args) | {"drop_path_rate": rate})
 
 
+def with_compile(args: argparse.Namespace, device: torch.device, plan: Plan) -> argparse.Namespace:
+    """A copy of the flags, in which --compile is what the run does: off, or a mode."""
+    setting = compiling.decide(args.compile, args.output_dir, device, args.arch, args.parallel == "fsdp", plan.steps)
+    return argparse.Namespace(**vars(args) | {"compile": setting})
+
+
 def make_plan(args: argparse.Namespace, n_images: int) -> Plan:
     """Schedules by optimizer step (section "Implementation details")."""
     world = parallel.world_size()
@@ -159,9 +167,9 @@ def make_run(args: argparse.Namespace, plan: Plan, n_images: int, device: torch.
     student, teacher = networks.on_device(student, device), networks.on_device(teacher, device)
     if args.grad_checkpointing:
         networks.checkpoint_gradients(student.backbone, args.grad_checkpointing, args.arch)
-    if args.compile:
+    if mode := compiling.mode(args.compile):
         # The student is one graph; `utils.losses` calls the teacher's backbone and head separately.
-        networks.compile_networks(args.compile, student, *teacher.children())
+        networks.compile_networks(mode, student, *teacher.children())
     seed_everything(args.seed + parallel.rank())  # stochastic depth differs between the processes
     dtype = networks.half_precision(args.precision, args.use_fp16, device)
     sharded = networks.shard(student, teacher, device, dtype, args.precision) if args.parallel == "fsdp" else False
@@ -190,7 +198,9 @@ def pretrain(args: argparse.Namespace) -> int:
     with session.memory_refused():
         ends = options.open_data(args, device)
         plan = make_plan(args, len(ends.images))
+        args = with_compile(args, device, plan)
         run = make_run(args, plan, len(ends.images), device)
+        ends = options.in_memory(args, ends)
     return session.carry_out(run, plan, ends, describe(args, run, plan, len(ends.images)),
                              lambda log: train(args, run, plan, ends, log), args.extend, args.tensorboard,
                              vars(args) if args.wandb else None)
@@ -205,7 +215,8 @@ def train(args: argparse.Namespace, run: Run, plan: Plan, ends: Ends, log: Log) 
     Raises:
         failures.NonFinite: at the first look (logged steps, checkpoints) after a step that was not finite.
     """
-    student, load = networks.distributed(run.student, run.device), make_loader(args, ends.images, plan, run.device)
+    student = networks.distributed(run.student, run.device)
+    load = make_loader(args, ends.source or ends.images, plan, run.device)
     run.watch_steps(plan, load)
     batches, augmentation = load(run.step, plan.steps), options.augmentation(args)
     bad_images = BadImages(len(ends.images), args.max_bad_images)
@@ -275,7 +286,7 @@ def make_loader(
 def replay_step(args: argparse.Namespace) -> None:
     def build(settings: Mapping, plan: Mapping) -> Method:
         stored = argparse.Namespace(**vars(get_args_parser().parse_args([])) | settings | {
-            "init_from": "", "init_in_chans": "", "compile": None})
+            "init_from": "", "init_in_chans": "", "compile": "off"})
         (student, teacher), dino_loss = make_networks(stored), make_loss(stored, plan["epochs"])
 
         def losses(crops: list[Tensor], batch: Mapping, step: int) -> tuple[Tensor, dict]:

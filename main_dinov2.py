@@ -31,7 +31,7 @@ from method import dinov2, masking
 from method.dinov2 import BackboneAndHeads, DINOv2Loss
 from method.groups import parameter_groups, set_lr_and_wd
 from parallel import Refused
-from pretraining import faults, memory, monitor, networks, options, session, sharding
+from pretraining import compiling, faults, memory, monitor, networks, options, session, sharding
 from pretraining.faults import TO_BE_CONTINUED, Requests  # noqa: F401 - the launcher reads the code
 from pretraining.health import collapse, health_dinov2
 from pretraining.logs import Log
@@ -161,7 +161,7 @@ def get_args_parser() -> argparse.ArgumentParser:
              "the published weights were trained; written: 1, 0.1 and 0.5, as in DINO and as the published code means")
     options.add_data_flags(parser)
     options.add_output_flags(parser)
-    options.add_hardware_flags(parser)
+    options.add_hardware_flags(parser, compile="off")  # not measured on a GPU
     return parser
 
 
@@ -172,7 +172,7 @@ def check_args(args: argparse.Namespace) -> None:
                       f"{', '.join(VITS)}, or main_dino.py for other networks")
     options.check(args, "main_dinov2.py @presets/dinov2_shapes.txt --output_dir output/shapes2", "mask_ratio")
     options.check_files(distill_from=args.distill_from)
-    if args.compile not in (None, "default"):
+    if args.compile not in ("auto", "off", "default"):
         raise Refused(f"--compile {args.compile}: the number of masked patches differs from step to step, which CUDA "
                       "graphs do not allow; give --compile default")
     if args.token_drop and all_patches(args):
@@ -276,7 +276,8 @@ def make_run(args: argparse.Namespace, plan: Plan, n_images: int, device: torch.
     student, teacher = (network.to(device) for network in make_networks(args))
     if args.grad_checkpointing:
         networks.checkpoint_gradients(student.backbone, args.grad_checkpointing, args.arch)
-    if args.compile:  # the heads get another number of patches in each step
+    if args.compile == "default":  # the heads get another number of patches in each step
+        compiling.keep_on_disk()
         networks.compile_networks(args.compile, student.backbone, teacher.backbone)
     seed_everything(args.seed + parallel.rank())  # stochastic depth differs between the processes
     dtype = networks.half_precision(args.precision, args.use_fp16, device)
@@ -368,6 +369,7 @@ def pretrain(args: argparse.Namespace) -> int:
         plan = make_plan(args, len(ends.images))
         run = make_run(args, plan, len(ends.images), device)
         teacher = make_teacher(args, run)
+        ends = options.in_memory(args, ends)
     return session.carry_out(run, plan, ends, describe(args, run, plan, len(ends.images)),
                              lambda log: train(args, run, teacher, plan, ends, log), args.extend,
                              args.tensorboard, vars(args) if args.wandb else None)
@@ -382,7 +384,8 @@ def train(args: argparse.Namespace, run: Run, teacher: nn.Module, plan: Plan, en
     Raises:
         failures.NonFinite: at the first look (logged steps, checkpoints) after a step that was not finite.
     """
-    student, load = networks.distributed(run.student, run.device), make_loader(args, ends.images, plan, run.device)
+    student = networks.distributed(run.student, run.device)
+    load = make_loader(args, ends.source or ends.images, plan, run.device)
     run.watch_steps(plan, load, "main_dinov2.py")
     batches, augmentation = load(run.step, plan.steps), make_augmentation(args)
     bad_images = BadImages(len(ends.images), args.max_bad_images)
@@ -469,7 +472,7 @@ def make_loader(
 def replay_step(args: argparse.Namespace) -> None:
     def build(settings: Mapping, about: Mapping) -> Method:
         stored = argparse.Namespace(**vars(get_args_parser().parse_args([])) | settings | {
-            "init_from": "", "init_in_chans": "", "init_heads": False, "compile": None})
+            "init_from": "", "init_in_chans": "", "init_heads": False, "compile": "off"})
         student, average = make_networks(stored)
         objective, device = make_loss(stored), parallel.pick_device(args.device)
         teacher = read_teacher(stored.distill_from)[0].to(device) if stored.distill_from else average

@@ -366,6 +366,35 @@ class PatchEmbed(nn.Module):
             raise ValueError(f"image of {height} x {width} pixels is smaller than one patch of {self.patch_size}")
         return self.proj(x).flatten(2).transpose(1, 2)
 
+    def is_matrix_product(self, x: Tensor) -> bool:
+        """Whether `forward` may be computed as a product of `unfolded` patches and the convolution's weights.
+
+        Not with hooks, another module in place of `proj`, another stride, or where the gradient of the image is
+        needed. Traces and exports keep the convolution.
+        """
+        proj = self.proj
+        return (type(self) is PatchEmbed and type(proj) is nn.Conv2d and proj.stride == proj.kernel_size
+                and not is_observed(self) and not is_observed(proj) and not x.requires_grad
+                and not torch.jit.is_tracing() and not torch.compiler.is_exporting()
+                and min(x.shape[-2:]) >= proj.kernel_size[0])
+
+    def unfolded(self, x: Tensor, before: int, dtype: torch.dtype) -> Tensor:
+        """(B, C, height, width) -> (B, before + h * w, C p p): `before` rows of zeros, then a patch per row."""
+        rows, columns = self.grid(*x.shape[-2:])
+        (B, C), (p, q) = x.shape[:2], self.proj.kernel_size
+        patches = x[..., : rows * p, : columns * q].unflatten(-1, (columns, q)).unflatten(-3, (rows, p))
+        unfolded = x.new_empty(B, before + rows * columns, C * p * q, dtype=dtype)
+        unfolded[:, :before] = 0
+        unfolded[:, before:].view(B, rows, columns, C, p, q).copy_(patches.permute(0, 2, 4, 1, 3, 5))
+        return unfolded
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """The type in which a matrix product of x is computed."""
+    device = x.device.type
+    enabled = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if enabled and x.dtype != torch.float64 else x.dtype
+
 
 class Features(dict):
     """Output tokens of a Vision Transformer under DINOv2's published keys.
@@ -530,6 +559,8 @@ class VisionTransformer(nn.Module):
                 added.
         """
         w, h = x.shape[-2:]
+        if masks is None and self.patch_embed.is_matrix_product(x):
+            return self.pos_drop(self.embed(x))
         x = self.patch_embed(x)
         if masks is not None:
             if self.mask_token is None:
@@ -540,6 +571,21 @@ class VisionTransformer(nn.Module):
         if self.register_tokens is not None:
             x = torch.cat([x[:, :1], self.register_tokens.expand(x.shape[0], -1, -1), x[:, 1:]], dim=1)
         return self.pos_drop(x)
+
+    def embed(self, x: Tensor) -> Tensor:
+        """`prepare_tokens` without masks and dropout, as one matrix product: every token is written once.
+
+        Class token and registers are rows of zeros among the unfolded patches; they, the positions and the bias are
+        added to the product.
+        """
+        added = 1 if self.register_tokens is None else 1 + self.register_tokens.shape[1]
+        patches = self.patch_embed.unfolded(x, added, autocast_dtype(x))
+        proj = self.patch_embed.proj
+        pos = self.interpolate_pos_encoding(patches[:, added - 1 :], *x.shape[-2:])  # (1, 1 + n, D)
+        rows = [self.cls_token + pos[:, :1], self.register_tokens,
+                pos[:, 1:] if proj.bias is None else pos[:, 1:] + proj.bias]
+        rows = torch.cat([row for row in rows if row is not None], 1)  # (1, 1 + registers + n, D)
+        return F.linear(patches, proj.weight.flatten(1)) + rows
 
     prepare_tokens_with_masks = prepare_tokens  # DINOv2's name
 
@@ -808,7 +854,8 @@ def build_backbone(
     """Build a randomly initialized backbone: images (B, in_chans, height, width) -> features (B, embed_dim).
 
     Args:
-        arch: a ViT of `VITS`, a torchvision classification network, an XCiT of `XCITS`, or any other timm name.
+        arch: a ViT of `VITS`, a torchvision classification network, an XCiT of `XCITS`, or any other timm name. A
+            torchvision ResNet's name with `_cifar` has the stem for small images (see `small_stem`).
         patch_size: patch size of a ViT of `VITS`; ignored for other networks.
         img_size: side in pixels of the images that the position embeddings of a ViT of `VITS` are made for.
         kwargs: further arguments of the network's constructor.
@@ -824,9 +871,27 @@ def build_backbone(
         return vit, vit.embed_dim
     import torchvision  # takes seconds to import; ViTs do not need it
 
-    if arch in torchvision.models.list_models(module=torchvision.models):
-        return _build_torchvision(arch, drop_path_rate, in_chans, **kwargs)
+    plain = arch.removesuffix(CIFAR)
+    if plain in torchvision.models.list_models(module=torchvision.models):
+        model, width = _build_torchvision(plain, drop_path_rate, in_chans, **kwargs)
+        return model if plain == arch else small_stem(model, arch), width
     return _build_timm(arch, drop_path_rate, in_chans, **kwargs)
+
+
+CIFAR = "_cifar"
+
+
+def small_stem(model: nn.Module, arch: str) -> nn.Module:
+    """A ResNet for small images, in place: 3 x 3 convolution of stride 1 and no pooling before the first stage
+    (SimCLR, arXiv 2002.05709, appendix B.9). Its feature maps have four times the side, at over ten times the cost.
+    """
+    stem = getattr(model, "conv1", None)
+    if not isinstance(stem, nn.Conv2d) or not hasattr(model, "maxpool"):
+        raise ValueError(f"--arch {arch}: only torchvision's ResNets have a stem for small images")
+    model.conv1 = nn.Conv2d(stem.in_channels, stem.out_channels, 3, 1, 1, bias=False)
+    nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")  # as torchvision's
+    model.maxpool = nn.Identity()
+    return model
 
 
 def _build_torchvision(arch: str, drop_path_rate: float, in_chans: int, **kwargs) -> tuple[nn.Module, int]:

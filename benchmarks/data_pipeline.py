@@ -48,6 +48,8 @@ def stages(paths: list[Path], args) -> dict:
         "ours: worker, all of it": lambda: loaders.collate([
             (*aug.cut(decode.decode(path, reduction=aug.reduction), np.random.default_rng(i)), i, [])
             for i, path in enumerate(paths)]),
+        "ours: the same with --cache_images": lambda: loaders.collate([
+            (*aug.cut(x, np.random.default_rng(i)), i, []) for i, x in enumerate(decoded)]),
         "ours: colours, blur, normalize": lambda: aug.finish(crops, batch["params"]),
         "ours: the same, compiled": lambda: compiled.finish(crops, batch["params"]),
         "naive: read, decode": lambda: [Image.open(path).convert("RGB") for path in paths],

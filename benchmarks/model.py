@@ -17,6 +17,7 @@ import sys
 from dataclasses import dataclass
 
 import bench
+import kinds
 import naive
 
 ARCHS = {  # width, blocks, patch size, sides of global and local crops in pixels
@@ -25,20 +26,41 @@ ARCHS = {  # width, blocks, patch size, sides of global and local crops in pixel
 }
 HIDDEN, BOTTLENECK = 2048, 256
 
-# Bytes per token and unit of width that one block moves in the forward pass; r: read, w: written.
-FORWARD_TRAFFIC = {
-    "bf16": sum((
-        2 * (4 + 4 + 4 + 2),  # two layer norms: r4 w4, and the cast of their results: r4 w2
-        2 + 6, 6 + 2, 2 + 2,  # qkv, attention, projection
-        2 + 8, 8 + 8, 8 + 2,  # fc1, GELU, fc2
-        2 * (2 + 2), 2 * (4 + 2 + 4),  # drop path, and addition to the residual stream, twice each
-    )),
-    # torch.compile fuses the cast with the norm, and drop path with the addition to the residual stream
-    "bf16, fused": sum((2 * (4 + 2), 2 + 6, 6 + 2, 2 + 2, 2 + 8, 8 + 8, 8 + 2, 2 * (4 + 2 + 4))),
-    "fp32": 4 * sum((2 * (1 + 1), 1 + 3, 3 + 1, 1 + 1, 1 + 4, 4 + 4, 4 + 1, 2 * (1 + 1), 2 * (2 + 1))),
+# Bytes per token and unit of width that one block moves in the forward pass, by kind; torch.compile fuses the cast of a
+# norm's result with the norm, and drop path with the addition to the residual stream.
+BLOCK_TRAFFIC = {
+    "bf16": {
+        kinds.NORMS: 2 * (4 + 4), kinds.COPIES: 2 * (4 + 2),  # the norms' results in float32, then cast
+        kinds.MATMUL: (2 + 6) + (2 + 2) + (2 + 8) + (8 + 2),  # qkv, projection, fc1, fc2: read and write
+        kinds.ATTENTION: 6 + 2, kinds.ACTIVATION: 8 + 8,
+        kinds.RESIDUAL: 2 * (2 + 2) + 2 * (4 + 2 + 4),  # drop path, and the addition to the residual stream
+    },
+    "bf16, fused": {
+        kinds.NORMS: 2 * (4 + 2), kinds.MATMUL: (2 + 6) + (2 + 2) + (2 + 8) + (8 + 2), kinds.ATTENTION: 6 + 2,
+        kinds.ACTIVATION: 8 + 8, kinds.RESIDUAL: 2 * (4 + 2 + 4),
+    },
+    # A variant (variants.py): the residual stream in bf16, and norms that read and write bf16.
+    "bf16 stream": {
+        kinds.NORMS: 2 * (2 + 2), kinds.MATMUL: (2 + 6) + (2 + 2) + (2 + 8) + (8 + 2), kinds.ATTENTION: 6 + 2,
+        kinds.ACTIVATION: 8 + 8, kinds.RESIDUAL: 2 * (2 + 2) + 2 * (2 + 2 + 2),
+    },
+    "bf16 stream, fused": {
+        kinds.NORMS: 2 * (2 + 2), kinds.MATMUL: (2 + 6) + (2 + 2) + (2 + 8) + (8 + 2), kinds.ATTENTION: 6 + 2,
+        kinds.ACTIVATION: 8 + 8, kinds.RESIDUAL: 2 * (2 + 2 + 2),
+    },
+    "fp32": {
+        kinds.NORMS: 4 * 2 * (1 + 1), kinds.MATMUL: 4 * ((1 + 3) + (1 + 1) + (1 + 4) + (4 + 1)),
+        kinds.ATTENTION: 4 * (3 + 1), kinds.ACTIVATION: 4 * (4 + 4), kinds.RESIDUAL: 4 * (2 * (1 + 1) + 2 * (2 + 1)),
+    },
 }
 # The last block computes only what the class token needs: first norm, qkv, and reading k and v.
-LAST_TRAFFIC = {"bf16": 4 + 4 + 4 + 2 + 2 + 6 + 4, "bf16, fused": 4 + 2 + 2 + 6 + 4, "fp32": 4 * (1 + 1 + 1 + 3 + 2)}
+LAST_TRAFFIC = {
+    "bf16": {kinds.NORMS: 4 + 4, kinds.COPIES: 4 + 2, kinds.MATMUL: 2 + 6, kinds.ATTENTION: 4},
+    "bf16, fused": {kinds.NORMS: 4 + 2, kinds.MATMUL: 2 + 6, kinds.ATTENTION: 4},
+    "bf16 stream": {kinds.NORMS: 2 + 2, kinds.MATMUL: 2 + 6, kinds.ATTENTION: 4},
+    "bf16 stream, fused": {kinds.NORMS: 2 + 2, kinds.MATMUL: 2 + 6, kinds.ATTENTION: 4},
+    "fp32": {kinds.NORMS: 4 * (1 + 1), kinds.MATMUL: 4 * (1 + 3), kinds.ATTENTION: 4 * 2},
+}
 # Bytes per token and unit of width that one block saves for backward: inputs and results of two norms, q k v, results
 # of attention, fc1 and GELU.
 KEPT = {
@@ -46,6 +68,7 @@ KEPT = {
     "fp32": 4 * (2 * 2 + 3 + 1 + 4 + 4),
 }
 LAST_KEPT = {"bf16": 4 + 2 + 6, "fp32": 4 * (2 + 3)}
+KEPT_BY_LAYERS = {"bf16": 2 * 4 + 6 + 2 + 8, "fp32": 4 * (2 + 3 + 1 + 4)}  # without the results of norms and GELU
 UPDATE_TRAFFIC = 4 * (4 + 3 + 2 + 1 + 3 + 2)  # bytes per parameter: AdamW r4 w3, clipping r2 w1, EMA r3 w2
 # Accesses per parameter: one read by the teacher's pass and two by the student's (one per resolution); backward reads
 # it and writes its gradient once per resolution, then adds the two gradients.
@@ -106,9 +129,21 @@ class Shape:
         backbone = 3 * self.patch**2 * d + d + d + n * d + self.blocks * block + 2 * d
         return backbone + self.head_weights() + 2 * HIDDEN + BOTTLENECK
 
-    def kept_bytes(self, precision: str = "bf16") -> int:
-        """Bytes of activations per image that the student's backbone saves for backward."""
-        return self.tokens_per_image()[1] * self.width * ((self.blocks - 1) * KEPT[precision] + LAST_KEPT[precision])
+    def kept_bytes(self, precision: str = "bf16", checkpointing: str = "") -> int:
+        """Bytes of activations per image that the student's backbone saves for backward, by --grad_checkpointing."""
+        tokens = self.tokens_per_image()[1] * self.width
+        if checkpointing == "blocks":
+            half = 4 if precision == "fp32" else 2  # the blocks' inputs, in float32, and the unfolded patches
+            return tokens * self.blocks * 4 + self.tokens_per_image()[1] * 3 * self.patch**2 * half
+        kept = KEPT_BY_LAYERS if checkpointing == "layers" else KEPT
+        return tokens * ((self.blocks - 1) * kept[precision] + LAST_KEPT[precision])
+
+    def step_bytes(self, batch: int, checkpointing: str = "", precision: str = "bf16") -> float:
+        """Bytes of a training step: weights, optimizer, activations by --grad_checkpointing, logits."""
+        kept = self.kept_bytes(precision, checkpointing)
+        if checkpointing == "blocks":  # one block at a time is recomputed
+            kept += self.tokens_per_image()[1] * self.width * KEPT[precision]
+        return self.fixed_bytes() + batch * (kept + self.logit_bytes(precision))
 
     def logit_bytes(self, precision: str = "bf16") -> int:
         """Bytes per image of the student's logits and their gradient, and the teacher's logits and probabilities."""
@@ -119,15 +154,47 @@ class Shape:
         """Bytes of both networks' weights, gradients and AdamW's two moments (float32), and bf16 copies of weights."""
         return self.parameters() * (5 * 4 + 2 * 2)
 
-    def traffic(self, precision: str = "bf16") -> tuple[float, float]:
-        """Bytes moved (per image, per step): activations and logits; weights, with casts, weight norm and update."""
+    def traffic_by_kind(self, precision: str = "bf16") -> dict[str, tuple[float, float]]:
+        """{kind: bytes moved (per image, per step)}; per step: weights, with their products, weight norm and update."""
         teacher, student = self.tokens_per_image()
         half = 4 if precision == "fp32" else 2
-        blocks = (self.blocks - 1) * FORWARD_TRAFFIC[precision] + LAST_TRAFFIC[precision]
-        tokens = (teacher + 3 * student) * blocks * self.width
-        logits = self.k * ((2 + self.local) * 5 * half + 2 * (2 * half + 4 * 4))
-        prototypes = 4 * BOTTLENECK * self.k * (2 * 2 + 4)  # both networks' forward passes, and a backward one
-        return tokens + logits, self.parameters() * (UPDATE_TRAFFIC + PASS_TRAFFIC * half) + prototypes
+        tokens = (teacher + 3 * student) * self.width
+        block, last = BLOCK_TRAFFIC[precision], LAST_TRAFFIC[precision]
+        moved = {kind: [tokens * ((self.blocks - 1) * n + last.get(kind, 0)), 0.0] for kind, n in block.items()}
+        moved[kinds.MATMUL][1] = self.parameters() * PASS_TRAFFIC * half
+        # Both networks' forward passes, and a backward one, normalize the prototypes in float32.
+        moved[kinds.LOSS] = [self.k * ((2 + self.local) * 5 * half + 2 * (2 * half + 4 * 4)),
+                             4 * BOTTLENECK * self.k * (2 * 2 + 4)]
+        moved[kinds.OPTIMIZER] = [0.0, self.parameters() * UPDATE_TRAFFIC]
+        return {kind: (image, step) for kind, (image, step) in moved.items()}
+
+    def traffic(self, precision: str = "bf16") -> tuple[float, float]:
+        """Bytes moved (per image, per step), without the patch embedding's."""
+        image, step = zip(*self.traffic_by_kind(precision).values(), strict=True)
+        return sum(image), sum(step)
+
+    def flop_by_kind(self) -> dict[str, float]:
+        """{kind: FLOPs per image} of what ours computes; the sum is flop_per_image(all_tokens=False)."""
+        passes = ((8, self.sizes[0]), (3 * self.local, self.sizes[1]))  # forward passes, of which a backward is two
+        flop = dict.fromkeys((kinds.MATMUL, kinds.ATTENTION, kinds.PATCHES, kinds.LOSS), 0.0)
+        for count, size in passes:
+            n, d = self.tokens(size), self.width
+            flop[kinds.ATTENTION] += count * 4 * n * d * ((self.blocks - 1) * n + 1)
+            flop[kinds.PATCHES] += count * 2 * (n - 1) * 3 * self.patch**2 * d
+            flop[kinds.LOSS] += count * 2 * BOTTLENECK * self.k
+            flop[kinds.MATMUL] += count * (self.backbone_flop(size, False) + 2 * self.head_weights())
+        flop[kinds.MATMUL] -= sum(flop[kind] for kind in (kinds.ATTENTION, kinds.PATCHES, kinds.LOSS))
+        return flop
+
+    def floors(self, batch: int, flops: float, bandwidth: float, precision: str = "bf16") -> dict[str, float]:
+        """{kind: seconds of a step that it takes at least}: the longer of its arithmetic and its memory traffic."""
+        arithmetic, traffic = self.flop_by_kind(), self.traffic_by_kind(precision)
+        half = 4 if precision == "fp32" else 2
+        pixels = 3 * (2 * self.sizes[0] ** 2 + self.local * self.sizes[1] ** 2)
+        # Patches: both networks' passes and the gradient of the weights read the crops; tokens written, gradients read.
+        traffic[kinds.PATCHES] = (4 * 3 * pixels + 3 * half * self.width * self.tokens_per_image()[1], 0.0)
+        return {kind: max(batch * arithmetic.get(kind, 0.0) / flops, (batch * image + step) / bandwidth)
+                for kind, (image, step) in traffic.items()}
 
     def colour_bytes(self, kind: str = "eager") -> int:
         """Bytes moved per image by the colour augmentation on the device."""
@@ -201,6 +268,9 @@ def tables(args: argparse.Namespace) -> list[dict]:
                      args.batch / max(part["arithmetic"], part["memory"] + colours)])
     bench.table(["step", "ms of arithmetic", "of memory traffic", "of colours", "images/s, one after the other",
                  "overlapped"], rows)
+    print(f"\nViT-S/16, {args.batch} images: GB of a step by --grad_checkpointing, without the temporaries of kernels")
+    modes = {"off": "", "layers": "layers", "blocks": "blocks"}
+    bench.table(list(modes), [[small.step_bytes(args.batch, mode) / 1e9 for mode in modes.values()]])
     predictions = []
     for name, shape in shapes.items():
         batch = min(args.batch, largest_batch(shape, 141e9))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bench  # noqa: F401 - finds the project
 import torch
+from kinds import UPDATE
 
 import utils
 from vision_transformer import DINOHead, build_backbone
@@ -49,9 +50,10 @@ class Trainer:
         """One optimizer step. Returns the loss, on the device."""
         loss, parts = self.losses(crops, forward, kept)
         loss.backward()
-        utils.clip_gradients(self.student, 3.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        utils.ema_update(self.student, self.teacher, momentum)
+        with torch.profiler.record_function(UPDATE):
+            utils.clip_gradients(self.student, 3.0)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            utils.ema_update(self.student, self.teacher, momentum)
         self.dino_loss.update_center(parts["teacher_output"])
         return loss.detach()

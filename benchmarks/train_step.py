@@ -2,16 +2,21 @@
 
     python benchmarks/train_step.py --batch 4
     python benchmarks/train_step.py --device cuda --precision bf16 --batch 64 128 256 --rounds 20
-    python benchmarks/train_step.py --device cuda --precision bf16 --profile trace.json
+    python benchmarks/train_step.py --device cuda --precision bf16 --batch 128 --compile --profile
 
-TFLOP/s counts the method's arithmetic (model.py), which is the same for every variant. --profile writes a trace of our
-step for chrome://tracing or Perfetto and prints the ten operations that take the most time on the device.
+TFLOP/s counts the method's arithmetic (model.py), which is the same for every variant. --profile prints the time of our
+step by kind of work (kinds.py), beside the least time that the cost model allows each kind, and the ten operations that
+take the most time on the device; --profile FILE also writes the trace, for chrome://tracing or Perfetto.
 """
 
+import json
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import bench
+import kinds
 import model
 import naive
 import ours
@@ -86,29 +91,54 @@ def measure(batch: int, args, rate: float, bandwidth: float) -> dict:
     return {"batch": batch, "predicted": predicted, "variants": summary}
 
 
-def profile(args) -> None:
-    """Write a trace of three steps, and print the ten longest operations on the device with their share."""
-    from torch.profiler import ProfilerActivity
+def profile(args, rate: float, bandwidth: float) -> dict:
+    """Print the time of our step by kind beside each kind's floor, then its ten longest operations on the device."""
+    from torch.profiler import ProfilerActivity, record_function
 
-    cuda = args.device.startswith("cuda")
+    cuda, steps = args.device.startswith("cuda"), 1 if args.quick else 3
     trainer, crops = trainers(args)["ours, compiled" if args.compile else "ours"], crops_of(args.batch[0], args)[1]
-    trainer.step(crops)
+    for network in (trainer.student, trainer.teacher) if not args.compile else ():
+        network.backbone.embed = record_function(kinds.PATCHES)(network.backbone.embed)
+    for _ in range(2):  # after the first step the optimizer has its state
+        trainer.step(crops)
+    bench.wait(args.device)
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda
-    with torch.profiler.profile(activities=activities) as profiler:
-        for _ in range(1 if args.quick else 3):
-            trainer.step(crops)
+    with torch.profiler.profile(activities=activities, record_shapes=True) as profiler:
+        for _ in range(steps):
+            with record_function(kinds.STEP):
+                trainer.step(crops)
         bench.wait(args.device)
-    profiler.export_chrome_trace(args.profile)
+    rows = time_by_kind(profiler, args, rate, bandwidth, steps)
 
     def time_of(event) -> float:
         return event.self_device_time_total if cuda else event.self_cpu_time_total
 
     events = sorted(profiler.key_averages(), key=time_of, reverse=True)
     events = [e for e in events if not cuda or e.device_type != torch.autograd.DeviceType.CPU]  # kernels only
+    events = [e for e in events if e.key not in (kinds.STEP, kinds.UPDATE)]
     total = sum(map(time_of, events))
-    print(f"\nwrote {args.profile}; the ten largest {'kernels' if cuda else 'operations'}:")
-    bench.table(["name", "share", "ms", "calls"],
-                [[e.key[:80], f"{time_of(e) / total:.1%}", time_of(e) / 1000, e.count] for e in events[:10]])
+    print(f"\nthe ten largest {'kernels' if cuda else 'operations'} of {steps} step(s):")
+    largest = [[e.key[:80], f"{time_of(e) / total:.1%}", time_of(e) / 1000, e.count] for e in events[:10]]
+    bench.table(["name", "share", "ms", "calls"], largest)
+    return {"kinds": rows, "largest": largest}
+
+
+def time_by_kind(profiler, args, rate: float, bandwidth: float, steps: int) -> dict[str, dict]:
+    """{kind: {ms of a step, floor_ms}}, printed; writes the trace to the file that --profile names, if any."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = args.profile if args.profile != "-" else f"{folder}/trace.json"
+        profiler.export_chrome_trace(path)
+        times = kinds.by_kind(json.loads(Path(path).read_text()), args.out_dim)
+    shape = model.Shape.of(args.arch, args.patch, args.sizes, args.local, args.out_dim)
+    precision = "fp32" if args.precision == "fp32" else "bf16, fused" if args.compile else "bf16"
+    floors = shape.floors(args.batch[0], rate, bandwidth, precision)
+    rows = {kind: {"ms": ms / steps, "floor_ms": 1000 * floors.get(kind, 0.0)} for kind, ms in times.items()}
+    total = {name: sum(row[name] for row in rows.values()) for name in ("ms", "floor_ms")}
+    print(f"\na step of {args.batch[0]} images by kind; the floor is the longer of arithmetic and memory traffic")
+    bench.table(["kind", "ms", "share", "floor, ms"],
+                [[kind, row["ms"], f"{row['ms'] / total['ms']:.1%}", row["floor_ms"]]
+                 for kind, row in (rows | {"all": total}).items()])
+    return rows
 
 
 def get_args_parser():
@@ -124,7 +154,8 @@ def get_args_parser():
     parser.add_argument("--packed", action="store_true", help="also time all crops in one pass (packed.py)")
     parser.add_argument("--cpu_time", action="store_true",
                         help="measure CPU time instead of wall time; use it with one thread on a busy machine")
-    parser.add_argument("--profile", default="", metavar="FILE", help="write a trace of our step instead of timing")
+    parser.add_argument("--profile", nargs="?", const="-", default="", metavar="FILE",
+                        help="print our step's time by kind instead of timing the variants; also write its trace")
     return parser
 
 
@@ -134,12 +165,12 @@ def main(args) -> int:
         args.packed = args.grad_checkpointing = args.all_tokens = True
     torch.manual_seed(0)
     bench.header(f"training step of {args.arch}/{args.patch}, {args.precision}", args.device)
-    if args.profile:
-        profile(args)
-        return 0
     rate = bench.matmul_rate(args.device, PRECISIONS[args.precision] or torch.float32, 64 if args.quick else 0)
     bandwidth = bench.copy_rate(args.device, size=2**20 if args.quick else 2**28)
     print(f"measured: matrix products {rate / 1e12:.3g} TFLOP/s, copies {bandwidth / 1e9:.3g} GB/s")
+    if args.profile:
+        bench.record(args, "profile", matmul_flops=rate, copy_bytes=bandwidth, **profile(args, rate, bandwidth))
+        return 0
     batches = [measure(batch, args, rate, bandwidth) for batch in args.batch]
     bench.record(args, "train_step", matmul_flops=rate, copy_bytes=bandwidth, batches=batches)
     return 0

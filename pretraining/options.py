@@ -14,11 +14,12 @@ import flags
 import parallel
 import utils
 from imagesets import loaders
+from imagesets.cached import cached
 from imagesets.decode import Reading
 from imagesets.sources import open_images
 from method import masking
 from parallel import Refused
-from pretraining import networks, session
+from pretraining import compiling, networks, session
 from pretraining.evaluation import open_evaluation
 from pretraining.logs import installed
 from pretraining.plan import Plan
@@ -88,6 +89,9 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
              ".parquet files; hf:FOLDER; torchvision:CIFAR10; shapes or scenes[:COUNT[xPIXELS]], drawn images "
              "(docs/data.md)")
     flags.add_reading_flags(group)
+    add("--cache_images", action="store_true",
+        help="decode every image once and keep it in memory, which all processes of a host share: for small data sets, "
+             "and where decoding limits the speed. Crops are the same, bit for bit")
     add("--max_bad_images", type=flags.fraction, default=0.01,
         help="share of undecodable files, rounded up to whole files, above which the run stops")
     add("--eval_knn_every", type=flags.count, default=0,
@@ -120,16 +124,19 @@ def add_output_flags(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=flags.seed, default=0, help="of the weights, the order of images and their views")
 
 
-def add_hardware_flags(parser: argparse.ArgumentParser) -> None:
+def add_hardware_flags(parser: argparse.ArgumentParser, compile: str = "auto") -> None:
+    """Args: compile: default of --compile."""
     group = parser.add_argument_group("hardware")
     add = group.add_argument
     flags.add_precision_flags(group)
     add("--parallel", choices=("ddp", "fsdp"), default="ddp",
         help="with several processes: each holds the networks (ddp), or its part of them (fsdp) for networks that do "
              "not fit one GPU")
-    add("--compile", nargs="?", const="default", choices=("default", "reduce-overhead", "max-autotune"),
-        help="torch.compile networks and colour operations: faster steps after minutes of compiling; reduce-overhead "
-             "uses CUDA graphs, for small networks")
+    add("--compile", nargs="?", const="default", default=compile, type=compiling.setting,
+        metavar="auto|on|off|reduce-overhead|max-autotune",
+        help="torch.compile networks and colour operations: faster steps after minutes of compiling. auto: on for "
+             f"Vision Transformers on a CUDA GPU in runs of {compiling.STEPS} steps or more; reduce-overhead uses CUDA "
+             "graphs, for small networks")
     add("--grad_checkpointing", nargs="?", const="blocks", choices=("blocks", "layers"),
         help="keep less memory for the backward pass and recompute it, so that larger batches fit: whole blocks for a "
              "fifth of the time, or layers (norms and GELU, a third of the memory) for a fiftieth")
@@ -148,7 +155,7 @@ def augmentation(args: argparse.Namespace, *blur: Sequence[float]) -> utils.Data
     """`blur`: DataAugmentationDINO's, if another one than DINO's."""
     return utils.DataAugmentationDINO(
         args.global_crops_scale, args.local_crops_scale, args.local_crops_number, args.global_crops_size,
-        args.local_crops_size, args.mean, args.std, bool(args.compile), *blur,
+        args.local_crops_size, args.mean, args.std, bool(compiling.mode(args.compile)), *blur,
         noise=args.noise_patches)
 
 
@@ -186,6 +193,13 @@ def open_data(args: argparse.Namespace, device: torch.device) -> Ends:
             4 * args.batch_size_per_gpu, args.num_workers, device)
     return Ends(images, evaluation, args.eval_knn_every, args.saveckp_freq, args.pictures_every,
                 args.global_crops_size, args.mean, args.std)
+
+
+def in_memory(args: argparse.Namespace, ends: Ends) -> Ends:
+    """With --cache_images, the same with decoded images for the loader to read."""
+    if not args.cache_images:
+        return ends
+    return ends._replace(source=cached(ends.images, augmentation(args).reduction, args.num_workers))
 
 
 def description(args: argparse.Namespace, run: Run, plan: Plan, prototypes: str, n_images: int) -> list[str]:
@@ -285,12 +299,12 @@ def check_length(lr: float, min_lr: float, epochs: int, steps: int, **warmups: f
             raise Refused(f"--{flag} {length:g} is longer than --epochs {epochs}; lower it")
 
 
-def check_hardware(parallel: str, precision: str, use_fp16: bool, compile: str | None, grad_accum_steps: int) -> None:
+def check_hardware(parallel: str, precision: str, use_fp16: bool, compile: str, grad_accum_steps: int) -> None:
     if parallel == "fsdp" and precision == "fp16":  # each process would see the overflows of its own part
         raise Refused("--parallel fsdp with --precision fp16: choose --precision bf16 or fp32")
     if precision in ("fp16", "bf16") and not use_fp16:
         raise Refused(f"--use_fp16 false contradicts --precision {precision}; leave one of them out")
-    if compile and parallel == "fsdp":
+    if compiling.mode(compile) and parallel == "fsdp":
         raise Refused(f"--compile {compile} with --parallel fsdp is not supported; leave one of them out")
     if compile in ("reduce-overhead", "max-autotune") and grad_accum_steps > 1:  # their outputs do not last
         raise Refused(f"--compile {compile} with --grad_accum_steps {grad_accum_steps} is not supported: "

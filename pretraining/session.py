@@ -39,6 +39,7 @@ class Ends(NamedTuple):
     crop_size: int
     mean: Sequence[float]
     std: Sequence[float]
+    source: Images | None = None  # what the loader reads instead of `images`
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT
 from PIL import Image
 from processes import ENV
@@ -209,6 +210,30 @@ def test_presets_are_valid_and_state_their_accuracy_and_command(preset):
     assert "%" in header or "shapes" in preset.name or "scenes" in preset.name
     assert re.search(rf"{script.__name__}\.py @presets/{preset.name}" if "dinov2" in preset.name
                      else f"@presets/{preset.name}", header)
+
+
+def test_the_slurm_script_is_one_and_its_command_is_accepted():
+    import main_dino
+    from pretraining.faults import TO_BE_CONTINUED
+
+    (script,) = re.findall(r"```sh\n(#!/bin/bash\n.*?)```", (ROOT / "docs/recipes.md").read_text(), re.DOTALL)
+    assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
+    (command,) = re.findall(r"^srun python main_dino.py (.*)", script, re.MULTILINE)
+    args = main_dino.get_args_parser().parse_args(with_presets(shlex.split(command)))
+    main_dino.check_args(args)
+    assert f"-eq {TO_BE_CONTINUED} ]" in script and "#SBATCH --signal=USR1@" in script and "#SBATCH --requeue" in script
+
+
+@pytest.mark.parametrize("name, width", [("own_images_1gpu", 384), ("imagenette_resnet18", 512),
+                                         ("imagenette_vits", 384), ("cifar10_resnet18", 512)])
+def test_networks_of_presets_for_one_gpu_take_their_crops(name, width):
+    import main_dino
+
+    args = main_dino.get_args_parser().parse_args([f"@{ROOT}/presets/{name}.txt", "--data_path", "x"])
+    backbone, features = main_dino.make_backbone(args)
+    sizes = [args.global_crops_size] + [args.local_crops_size] * bool(args.local_crops_number)
+    for size in sizes:
+        assert backbone.eval()(torch.zeros(1, 3, size, size)).shape == (1, width) and features == width
 
 
 # Published numbers: peak learning rate, images per step, K, K', steps, and the epochs of 1,250 steps of each warm-up.

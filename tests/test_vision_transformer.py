@@ -80,6 +80,33 @@ def test_any_height_and_width(size):
         torch.testing.assert_close(model(x), model(cropped))
 
 
+@pytest.mark.parametrize("size", [(32, 32), (37, 21)], ids=["square", "with a remainder"])
+@pytest.mark.parametrize("registers", [0, 3])
+def test_patches_as_a_matrix_product_equal_the_convolution(size, registers):
+    """Tokens, and the gradients of every parameter; images that need a gradient take the convolution."""
+    torch.manual_seed(0)
+    model = VisionTransformer(**TINY, num_register_tokens=registers).double()
+    images = torch.randn(2, 3, *size, dtype=torch.float64)
+    results = []
+    for x in (images, images.clone().requires_grad_()):
+        assert model.patch_embed.is_matrix_product(x) is not x.requires_grad
+        model.zero_grad()
+        tokens = model.prepare_tokens(x)
+        tokens.square().sum().backward()
+        results.append([tokens.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+    assert len(results[0]) == len(results[1]) == 5 + bool(registers)
+    for product, convolution in zip(*results, strict=True):
+        torch.testing.assert_close(product, convolution, rtol=1e-12, atol=1e-12)
+
+
+def test_what_observes_or_replaces_the_patch_embedding_is_called():
+    model, x = VisionTransformer(**TINY), torch.zeros(1, 3, 32, 32)
+    calls = []
+    model.patch_embed.proj.register_forward_hook(lambda *_: calls.append(1))
+    model.prepare_tokens(x)
+    assert calls == [1]
+
+
 def test_patch_grid_follows_the_picture():
     model = VisionTransformer(**TINY).eval()
     x = torch.zeros(1, 3, 32, 48)
@@ -275,6 +302,19 @@ def test_timm_networks(arch, width):
     with torch.device("meta"):
         model, embed_dim = build_backbone(arch, drop_path_rate=0.1)
     assert embed_dim == width
+
+
+def test_resnet_with_the_stem_for_small_images():
+    """Four times the side of the plain network's feature maps, the plain names, and one more channel if asked."""
+    plain, small = (build_backbone(arch, in_chans=4)[0] for arch in ("resnet18", "resnet18_cifar"))
+    assert small.conv1.weight.shape == (64, 4, 3, 3) and plain.state_dict().keys() == small.state_dict().keys()
+    sides = []
+    for network in (plain, small):
+        network.layer4.register_forward_hook(lambda module, args, out: sides.append(out.shape[-1]))
+        network(torch.zeros(2, 4, 64, 64))
+    assert sides == [2, 8]
+    with pytest.raises(ValueError, match="--arch vgg11_cifar"):
+        build_backbone("vgg11_cifar")
 
 
 def test_timm_vit_takes_small_crops():

@@ -22,7 +22,7 @@ def test_three_steps_in_float64_equal_one_process(tmp_path):
 def test_twenty_steps_of_the_script_equal_one_process(tmp_path, accum):
     """The real loader and augmentation; two processes of 4, or micro-batches of 4, against one batch of 8."""
     args = [*SMALLEST, "--steps", 20, "--drop_path_rate", 0, "--log_every", 1, "--norm_last_layer", "false"]
-    split = ["--batch_size_per_gpu", 4, "--output_dir", tmp_path / "two", "--grad_accum_steps", accum]
+    split = ["--batch_size_per_gpu", 4, "--output_dir", tmp_path / "two", "--grad_accum_steps", accum, "--cache_images"]
     alone = Started(*args, "--output_dir", tmp_path / "one")
     both = Started(*args, *split, processes=2 // accum)
     assert not any(alone.wait() + both.wait()), alone.output() + both.output()

@@ -1,0 +1,88 @@
+"""Whether a run's networks and colour operations are compiled, and where the compiled code is kept."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+import torch
+
+import parallel
+from imagesets import listing
+from vision_transformer import VITS
+from weights import checkpoints
+
+MODES = ("default", "reduce-overhead", "max-autotune")  # of torch.compile
+WORDS = {"on": "default", "true": "default", "1": "default", "yes": "default",
+         "off": "off", "false": "off", "0": "off", "no": "off", "none": "off"}
+# Compiling takes about two minutes, and a compiled step of ViT-S with 128 images was 37 ms shorter on an H100
+# (docs/performance.md): it has paid for itself after 3,300 steps.
+STEPS = 5000
+
+
+def setting(text: str) -> str:
+    """A `type` for argparse: auto, off, or a mode of torch.compile."""
+    value = WORDS.get(text.lower(), text)
+    if value not in ("auto", "off", *MODES):
+        raise argparse.ArgumentTypeError(f"{text!r} is not known; give auto, on, off, {MODES[1]} or {MODES[2]}")
+    return value
+
+
+def mode(setting: str | None) -> str | None:
+    """The mode of torch.compile that a decided setting stands for; None: nothing is compiled."""
+    return setting if setting in MODES else None
+
+
+def decided(
+    setting: str, stored: str | None, device: str, arch: str, sharded: bool, steps: int, triton: bool = True
+) -> tuple[str, str]:
+    """(`off` or a mode, why) for the flag --compile; why is empty where the flag itself says it.
+
+    Args:
+        stored: what an earlier part of the run decided; None: there is none.
+        device: cpu, cuda or mps.
+        steps: of the whole run.
+        triton: whether torch.compile can make kernels for a GPU here.
+    """
+    if setting != "auto":
+        return setting, ""
+    if device != "cuda":
+        return "off", ""  # no gain was measured on CPUs
+    if stored is not None and not (stored != "off" and sharded):
+        return stored, f"--compile {'on' if stored == 'default' else stored}, as this run was started"
+    if sharded or arch not in VITS:
+        reason = "--parallel fsdp" if sharded else f"--arch {arch}, whose compiled steps were not measured"
+        return "off", f"--compile off, because of {reason}"
+    if not triton:
+        return "off", "--compile off, as triton is not installed; pip install triton makes long runs faster"
+    if steps < STEPS:
+        return "off", f"--compile off, as {steps} steps are too few to pay for compiling; --compile on compiles anyway"
+    return "default", f"--compile on: the first steps take minutes, each later one less; {steps} steps pay for it"
+
+
+def decide(setting: str, folder: str | os.PathLike, device: torch.device, arch: str, sharded: bool, steps: int) -> str:
+    """`decided` for a run in this folder, said in a line; the same on all processes."""
+    stored = None
+    if setting == "auto" and device.type == "cuda" and (latest := checkpoints.read_latest(folder)):
+        stored = latest[0].get("args", {}).get("compile") or "off"  # older runs stored None
+        stored = None if stored == "auto" else stored
+    value, why = decided(setting, stored, device.type, arch, sharded, steps, has_triton())
+    value = parallel.gather_objects(value)[0]
+    if why:
+        parallel.say(why)
+    if mode(value):
+        keep_on_disk()
+    return value
+
+
+def has_triton() -> bool:
+    from importlib.util import find_spec
+
+    return find_spec("triton") is not None
+
+
+def keep_on_disk() -> None:
+    """Let torch keep compiled code between runs, in the project's cache, unless the user has named a folder."""
+    if folder := listing.cache_dir():
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(folder) / "compiled"))

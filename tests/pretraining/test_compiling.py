@@ -1,0 +1,69 @@
+"""When a run is compiled: a function of what there is, and what an earlier part of the run decided."""
+
+import os
+
+import pytest
+
+from imagesets import listing
+from pretraining import compiling
+
+GPU = {"setting": "auto", "stored": None, "device": "cuda", "arch": "vit_small", "sharded": False,
+       "steps": 100_000}
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("auto", "auto"), ("on", "default"), ("true", "default"), ("True", "default"), ("default", "default"),
+    ("off", "off"), ("false", "off"), ("reduce-overhead", "reduce-overhead"), ("max-autotune", "max-autotune")])
+def test_spellings(text, expected):
+    import main_dino
+
+    args = main_dino.get_args_parser().parse_args(["--compile", text])
+    assert args.compile == expected
+    assert compiling.mode(args.compile) == (expected if expected not in ("auto", "off") else None)
+
+
+def test_the_flag_alone_and_its_absence():
+    import main_dino
+    import main_dinov2
+
+    assert main_dino.get_args_parser().parse_args(["--compile", "--epochs", "3"]).compile == "default"
+    assert main_dino.get_args_parser().parse_args([]).compile == "auto"
+    assert main_dinov2.get_args_parser().parse_args([]).compile == "off"
+
+
+@pytest.mark.parametrize("case, expected", [
+    ({}, "default"), ({"steps": 100}, "off"), ({"device": "cpu"}, "off"), ({"device": "mps"}, "off"),
+    ({"sharded": True}, "off"), ({"arch": "resnet50"}, "off"), ({"triton": False}, "off"),
+    # What the run did before counts, and what the user says counts more.
+    ({"stored": "off"}, "off"), ({"stored": "default", "steps": 100}, "default"),
+    ({"stored": "default", "sharded": True}, "off"), ({"stored": "default", "device": "cpu"}, "off"),
+    ({"setting": "off", "stored": "default"}, "off"), ({"setting": "default", "stored": "off"}, "default"),
+    ({"setting": "default", "device": "cpu", "steps": 1}, "default")])
+def test_decision(case, expected):
+    value, why = compiling.decided(**GPU | case)
+    assert value == expected
+    said = {**GPU, **case}["setting"] == "auto" and {**GPU, **case}["device"] == "cuda"
+    assert bool(why) == said and ("--compile" in why or not said)
+
+
+def test_code_is_kept_in_the_projects_cache_unless_the_user_named_a_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("DINO_CACHE", str(tmp_path))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "mine")
+    compiling.keep_on_disk()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "mine"
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    compiling.keep_on_disk()
+    assert os.environ.pop("TORCHINDUCTOR_CACHE_DIR") == str(listing.cache_dir() / "compiled")
+
+
+def test_what_a_run_decided_is_stored_and_kept(tmp_path):
+    """On a CPU the decision is off; the checkpoint says so, and not what the flag said."""
+    import main_dino
+    from weights.layouts import read
+
+    argv = ("--arch vit_nano --patch_size 16 --data_path shapes:8x32 --global_crops_size 32 --local_crops_number 0 "
+            "--out_dim 16 --batch_size_per_gpu 4 --num_workers 0 --steps 1 --warmup_epochs 0 --device cpu "
+            "--precision fp32 --cache_images").split()
+    args = main_dino.get_args_parser().parse_args([*argv, "--output_dir", str(tmp_path)])
+    assert main_dino.main(args) == 0
+    assert read(tmp_path / "checkpoint.pth")["args"]["compile"] == "off" and args.compile == "auto"
