@@ -118,7 +118,7 @@ def collapse(
     There are two kinds of collapse (section 5.3): centring alone leads to the uniform output, sharpening alone to a
     single prototype. Low entropy is no collapse as long as images are assigned to different prototypes. A third shows
     in the features: they vary in one or two directions and share a few prototypes, at an entropy between the two
-    (presets/shapes.txt without its warm-up: rank 1.8 and 2 prototypes; healthy runs there have 6 and 5 at the least).
+    (presets/shapes.txt with --lr 0.008 and some seeds: rank 1.8 and 2 prototypes; healthy runs there keep 6 and 5).
 
     Args:
         feature_rank: of the same images; left out for patches.
