@@ -142,7 +142,7 @@ def evaluate_depth(
         lambda predictor, held: [figures["rmse"] for figures in summaries(measure(predictor, held, "none"))],
         "held-out RMSE", sign=-1, path=Path(output_dir) / UNFINISHED,
         data={"data_path": str(data_path), "options": {k: v for k, v in options._asdict().items() if k != "eval_crop"},
-              "limits": list(used)})
+              "depth_scale": used.scale, "min_depth": used.least, "max_depth": used.largest})
     if parallel.is_main():
         dense_sweep.save_layer(layers[0], settings[0], network, Path(output_dir) / CLASSIFIER,
                                limits=list(used), options=options._asdict())

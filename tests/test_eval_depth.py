@@ -1,17 +1,16 @@
 """eval_depth.py from end to end: folders, drawn scenes, two processes, presets, and what it refuses."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT
 from PIL import Image
-from processes import ENV, free_port
+from processes import launch
 
 import eval_depth as script
+import parallel
 from vision_transformer import vit_nano
 
 SMALL = ["--arch", "vit_nano", "--patch_size", "8", "--num_workers", "0", "--device", "cpu", "--batch_size", "4"]
@@ -45,7 +44,8 @@ def grey_folder(root, n=12):
 def test_a_folder_whose_grey_is_its_depth(tmp_path):
     """Raw pixels suffice, at the maps' own sizes, and are far better than the constants."""
     data = grey_folder(tmp_path / "data")
-    flags = ("--arch", "pixels", "--steps", "150", "--lr", "0.03", "--crop_size", "32", "--test_flip", "--baselines")
+    flags = ("--arch", "pixels", "--steps", "100", "--lr", "0.03", "--crop_size", "32", "--test_flip", "--baselines",
+             "--bins", "64")
     assert run(data, tmp_path / "out", *flags) == 0
     report = read(tmp_path / "out")
     pixels, mean, mean_map = report["results"]
@@ -78,10 +78,8 @@ def test_a_sweep_with_baselines(tmp_path, capsys):
 
 def test_two_processes_agree_with_one(tmp_path):
     flags = ["--data_path", "scenes:8x16", *SMALL, "--steps", "3", "--baselines", "--lr", "0.01", "0.1"]
-    environment = ENV | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
-    command = [sys.executable, str(ROOT / "eval_depth.py"), *flags, "--output_dir", str(tmp_path / "two")]
-    started = [subprocess.Popen(command, env=environment | {"RANK": str(rank)}) for rank in (0, 1)]
-    assert [process.wait(300) for process in started] == [0, 0]
+    done = launch("eval_depth.py", *flags, "--output_dir", tmp_path / "two", processes=2)
+    assert done.returncode == 0, done.stderr
     assert run("scenes:8x16", tmp_path / "one", *flags[2:]) == 0
     one, two = read(tmp_path / "one"), read(tmp_path / "two")
     for a, b in zip(one["settings"], two["settings"], strict=True):
@@ -141,3 +139,29 @@ def test_presets():
             args.bins, args.eval_crop, args.test_flip) == (
         38400, 16, [1e-4], 0.01, 12800, [4], False, 256, "eigen_nyu", True)
     assert (parse("depth_kitti").eval_crop, parse("depth_kitti").steps) == ("garg", 38400)
+
+
+def test_a_stopped_run_resumes_where_it_was(tmp_path, monkeypatch, capsys):
+    """The trained layer is kept, the unfinished state is not, and other depths are another run."""
+    flags = ("scenes:20x32", "--steps", "6", "--bins", "8", "--lr", "0.01", "0.1", "--save_pictures", "0")
+    assert run(flags[0], tmp_path / "whole", *flags[1:]) == 0
+    say = parallel.say
+
+    def stopping(line):
+        if line.startswith("step 4/"):
+            raise KeyboardInterrupt
+        say(line)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(parallel, "say", stopping)
+        assert run(flags[0], tmp_path / "parts", *flags[1:]) == 130
+    assert [path.name for path in (tmp_path / "parts").iterdir()] == ["checkpoint_depth.pth"]
+    assert run(flags[0], tmp_path / "parts", *flags[1:], "--max_depth", "9") == 2
+    assert "--output_dir" in (said := capsys.readouterr().err) and "max_depth" in said
+    assert run(flags[0], tmp_path / "parts", *flags[1:]) == 0
+    assert "resuming after step 3" in capsys.readouterr().out
+    one, two = (torch.load(tmp_path / name / "depth.pth", weights_only=True) for name in ("whole", "parts"))
+    assert one["setting"] == two["setting"] and (one["options"]["bins"], one["limits"][2]) == (8, 10)
+    assert all(torch.equal(value, two["state_dict"][key]) for key, value in one["state_dict"].items())
+    assert read(tmp_path / "whole")["results"] == read(tmp_path / "parts")["results"]
+    assert not (tmp_path / "parts" / "checkpoint_depth.pth").exists()
