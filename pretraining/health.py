@@ -106,7 +106,7 @@ def of_features(features: Tensor) -> dict[str, Tensor]:
 
 UNIFORM = "a lower --teacher_temp and --warmup_teacher_temp, or --norm_last_layer true"
 ONE = "a higher --teacher_temp, a lower --lr, or --freeze_last_layer 1 or more"
-FEW = "a lower --lr, a longer --warmup_epochs, another --seed"
+FEW = "a higher --warmup_teacher_temp for the first epochs (--warmup_teacher_temp_epochs), or a lower --lr"
 
 
 def collapse(
