@@ -559,7 +559,9 @@ class VisionTransformer(nn.Module):
                 added.
         """
         w, h = x.shape[-2:]
-        if masks is None and self.patch_embed.is_matrix_product(x):
+        # Networks with a mask token keep the convolution, so that images without a masked patch give the same bits with
+        # and without `masks`.
+        if self.mask_token is None and masks is None and self.patch_embed.is_matrix_product(x):
             return self.pos_drop(self.embed(x))
         x = self.patch_embed(x)
         if masks is not None:

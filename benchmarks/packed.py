@@ -29,8 +29,11 @@ def pack(network: MultiCropWrapper) -> None:
     network.features = partial(features, network.backbone)
 
 
-def features(backbone, crops: Sequence[Tensor]) -> Tensor:
-    """list of (n_i, C, h_i, w_i) -> class tokens (sum n_i, D); the last block computes nothing else."""
+def features(backbone, crops: Sequence[Tensor], kept: None = None) -> Tensor:
+    """list of (n_i, C, h_i, w_i) -> class tokens (sum n_i, D); the last block computes nothing else.
+
+    No patches are dropped: `kept` is None.
+    """
     tokens = [backbone.prepare_tokens(x) for x in crops]
     groups = [tuple(t.shape[:2]) for t in tokens]
     x = torch.cat([t.flatten(0, 1) for t in tokens])  # (T, D)

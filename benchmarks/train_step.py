@@ -48,7 +48,7 @@ def trainers(args) -> dict:
     if args.all_tokens:
         variants["ours, all tokens"] = ours.Trainer(**shared, local=args.local)
         for network in (variants["ours, all tokens"].student, variants["ours, all tokens"].teacher):
-            network.outputs = lambda crops, outputs=network.outputs, **options: outputs(crops)
+            network.outputs = lambda crops, kept=None, outputs=network.outputs, **options: outputs(crops)
     if args.grad_checkpointing:
         for what in ("layers", "blocks"):
             variants[f"ours, {what} checkpointed"] = ours.Trainer(**shared, local=args.local, checkpointed=what)
