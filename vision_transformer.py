@@ -526,6 +526,14 @@ class VisionTransformer(nn.Module):
                     nn.init.normal_(tokens, std=1e-6)
         self.apply(init_linear)
 
+    def __setstate__(self, state: dict) -> None:
+        """Networks pickled before there was DINOv2 lack what came with it."""
+        super().__setstate__(state)
+        if "method" not in self.__dict__:
+            self.method, self.mask_token = "dino", None
+            self.patch_size, self.num_heads = self.patch_embed.proj.kernel_size[0], self.blocks[0].attn.num_heads
+            self.n_blocks = len(self.blocks)
+
     def interpolate_pos_encoding(self, x: Tensor, w: int, h: int) -> Tensor:
         """Position embeddings for an image of w x h pixels, bicubically interpolated: (1, 1 + patches, D).
 

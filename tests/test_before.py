@@ -155,3 +155,6 @@ def test_pickled_models_are_loaded():
     x = make.forward_input()
     torch.testing.assert_close(model([x]), torch.tensor(KNOWN["model"]), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(backbone(x), torch.tensor(KNOWN["backbone"]), rtol=1e-4, atol=1e-5)
+    (tokens,) = backbone.get_intermediate_layers(x)
+    torch.testing.assert_close(tokens[:, 0], backbone(x))
+    assert (backbone.patch_size, backbone.n_blocks, backbone.method) == (8, len(backbone.blocks), "dino")

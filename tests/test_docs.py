@@ -51,7 +51,8 @@ NOT_RUN = {
 NETWORK = "--device cpu --num_workers 0"
 QUICK = {
     "main_dino.py": f"{NETWORK} --arch vit_nano --patch_size 8 --steps 2 --warmup_epochs 0 --precision fp32 "
-                    "--batch_size_per_gpu 8 --global_crops_size 32 --local_crops_size 16 --out_dim 64",
+                    "--batch_size_per_gpu 8 --global_crops_size 32 --local_crops_size 16 --out_dim 64 "
+                    "--warmup_teacher_temp_epochs 0",
     "main_dinov2.py": f"{NETWORK} --arch vit_nano --patch_size 8 --steps 2 --warmup_epochs 0 --precision fp32 "
                       "--batch_size_per_gpu 8 --global_crops_size 32 --local_crops_size 16 --out_dim 64 "
                       "--warmup_teacher_temp_epochs 0",
