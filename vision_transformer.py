@@ -373,9 +373,11 @@ class PatchEmbed(nn.Module):
         needed. Traces and exports keep the convolution.
         """
         proj = self.proj
+        # Under torch.compile, torch 2.11 claims to be exporting.
+        exporting = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
         return (type(self) is PatchEmbed and type(proj) is nn.Conv2d and proj.stride == proj.kernel_size
                 and not is_observed(self) and not is_observed(proj) and not x.requires_grad
-                and not torch.jit.is_tracing() and not torch.compiler.is_exporting()
+                and not torch.jit.is_tracing() and not exporting
                 and min(x.shape[-2:]) >= proj.kernel_size[0])
 
     def unfolded(self, x: Tensor, before: int, dtype: torch.dtype) -> Tensor:
@@ -391,9 +393,10 @@ class PatchEmbed(nn.Module):
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
     """The type in which a matrix product of x is computed."""
+    if x.is_meta or x.dtype == torch.float64:  # there is no autocast for the meta device
+        return x.dtype
     device = x.device.type
-    enabled = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return torch.get_autocast_dtype(device) if enabled and x.dtype != torch.float64 else x.dtype
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 class Features(dict):

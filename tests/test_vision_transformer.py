@@ -353,3 +353,18 @@ def test_layers_of_dino_keep_their_published_form():
     for option in ("reshape", "return_class_token"):
         with pytest.raises(ValueError, match=f'{option}: .* method="dinov2"'):
             model.get_intermediate_layers(x, 1, **{option: True})
+
+
+def test_torch_compile_keeps_the_patch_embedding_a_matrix_product():
+    graphs = []
+
+    def record(graph: torch.fx.GraphModule, inputs: list):
+        graphs.append([getattr(node.target, "__name__", "") for node in graph.graph.nodes])
+        return graph.forward
+
+    network = VisionTransformer(**TINY)
+    network.compile(backend=record, dynamic=False)
+    with torch.autocast("cpu", torch.bfloat16):
+        network(torch.randn(2, 3, 32, 32), class_token_only=True)
+    (names,) = graphs  # whole: nothing in it stops torch.compile
+    assert "linear" in names and not any("conv" in name for name in names)
