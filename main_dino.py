@@ -277,6 +277,7 @@ def make_loader(
     augmentation = options.augmentation(args)
     return loaders.steps(images, augmentation, args.batch_size_per_gpu, args.num_workers, args.seed,
                          args.grad_accum_steps, plan.steps_per_epoch, device,
+                         pixels=options.pixels(args, images, device),
                          **options.by_epoch(args, plan, augmentation))
 
 

@@ -463,6 +463,7 @@ def make_loader(
                     probability=args.mask_probability, early=(plan.early_epochs, (early, early)))
     return loaders.steps(images, augmentation, args.batch_size_per_gpu, args.num_workers, args.seed,
                          args.grad_accum_steps, plan.steps_per_epoch, device, masks,
+                         pixels=options.pixels(args, images, device),
                          **options.by_epoch(args, plan, augmentation))
 
 

@@ -9,7 +9,7 @@ import copy
 import importlib
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -94,17 +94,33 @@ class DataAugmentationDINO:
         The columns of the parameters are those of `photometric`. `rng` is the only source of randomness. The crops are
         channels-last in memory, (size, size, C), which is the layout that torch's uint8 resize works in.
         """
-        crops, params = [], np.empty((len(self.sizes), len(photometric.COLUMNS)), np.float32)
-        for v, (scale, size) in enumerate(zip(self.scales, self.sizes, strict=True)):
-            top, left, height, width = random_resized_crop_box(*image.shape[-2:], scale, rng)
+        crops, params = [], []
+        for size, (top, left, height, width), flipped, row in self.draw(*image.shape[-2:], rng):
             crop = image[None, :, top : top + height, left : left + width]
             crop = crop.contiguous(memory_format=torch.channels_last)
             crop = F.interpolate(crop, size=(size, size), mode="bicubic", antialias=True)[0]
-            crops.append(crop.flip(-1) if rng.random() < 0.5 else crop)
-            params[v] = self.draw_photometric(v, rng)
-            if self.noise and rng.random() < self.noise:
-                crops[v] = with_noise(crops[v], rng)
-        return crops, torch.from_numpy(params)
+            crop = crop.flip(-1) if flipped else crop
+            crops.append(with_noise(crop, rng) if self.noise and rng.random() < self.noise else crop)
+            params.append(row)
+        return crops, torch.from_numpy(np.stack(params))
+
+    def places(self, index: int, height: int, width: int, rng: np.random.Generator) -> tuple[Sequence[Tensor], Tensor]:
+        """What `cut` does to an image of this size, for cutting on the device, and the same parameters.
+
+        The first are 2 + L int64 rows (7,): `index` of the image, size of the crop, box (top, left, height, width), and
+        whether it is flipped.
+        """
+        draws = list(self.draw(height, width, rng))
+        rows = np.array([(index, size, *box, flipped) for size, box, flipped, _ in draws])
+        return torch.from_numpy(rows).unbind(), torch.from_numpy(np.stack([row for *_, row in draws]))
+
+    def draw(
+        self, height: int, width: int, rng: np.random.Generator
+    ) -> Iterator[tuple[int, tuple[int, int, int, int], bool, np.ndarray]]:
+        """Yields (size, box, flipped, photometric parameters) of each view; draws a view when it is asked for."""
+        for v, (scale, size) in enumerate(zip(self.scales, self.sizes, strict=True)):
+            box = random_resized_crop_box(height, width, scale, rng)
+            yield size, box, rng.random() < 0.5, self.draw_photometric(v, rng)
 
     def resized(self, global_crops_size: int, local_crops_size: int) -> DataAugmentationDINO:
         """The same views at another resolution: blur in proportion, and no noise."""
@@ -249,7 +265,7 @@ def losses(
         teacher_output = teacher.head(teacher_features).clone()  # (2B, K)
     dropping = () if kept is None else (kept.to(crops[0].device, non_blocking=True),)
     student_output = student(crops, *dropping)
-    loss = cross_entropy(student_output, dino_loss.targets(teacher_output, epoch), dino_loss.student_temp)
+    loss = dino_loss.compare(student_output, dino_loss.targets(teacher_output, epoch))
     return loss, {"loss": loss.detach(), "teacher_features": teacher_features, "teacher_output": teacher_output,
                   "teacher_mean": at_least_float32(teacher_output).mean(0, keepdim=True)}
 
@@ -290,6 +306,10 @@ class DINOLoss(nn.Module):
         centred = at_least_float32(teacher_output.detach()) - self.center
         return F.softmax(centred / float(self.teacher_temp_schedule[epoch]), dim=-1)
 
+    def compare(self, student_output: Tensor, targets: Tensor) -> Tensor:
+        """The loss of the student's output (V B, K) for the probabilities `targets` (2 B, K)."""
+        return cross_entropy(student_output, targets, self.student_temp)
+
     def forward(
         self, student_output: Tensor, teacher_output: Tensor, epoch: int, update_center: bool = True
     ) -> Tensor:
@@ -300,7 +320,7 @@ class DINOLoss(nn.Module):
             teacher_output: (2 B, K), the global views only, in the same order.
             update_center: False leaves the update to the caller (gradient accumulation).
         """
-        loss = cross_entropy(student_output, self.targets(teacher_output, epoch), self.student_temp)
+        loss = self.compare(student_output, self.targets(teacher_output, epoch))
         if update_center:
             self.update_center(teacher_output)
         return loss

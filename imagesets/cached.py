@@ -66,6 +66,11 @@ class Cached:
     def classes(self) -> list[str]:
         return self.images.classes
 
+    def images_in_memory(self) -> list[Tensor]:
+        """All images, (H, W, C); no pixels of those that can't be decoded."""
+        return [torch.from_numpy(self.pixels[first:last].reshape(size)) for first, last, size
+                in zip(self.offsets[:-1], self.offsets[1:], self.sizes, strict=True)]
+
     def load(self, i: int, reduction: Reduction | None = None) -> Tensor:
         if i in self.errors:
             raise Undecodable(self.errors[i])

@@ -26,6 +26,7 @@ import parallel
 from imagesets import remarks
 from imagesets.bad_images import Unreadable
 from imagesets.decode import Undecodable, jpeg_decoder
+from imagesets.pixels import Pixels
 from imagesets.sources import Images
 from parallel import Refused
 
@@ -122,6 +123,8 @@ class MultiCrop(Dataset):
     With `masks` or `kept`, (epoch, index, m, row) -> the same and a dict: `masks` (2, N) of the image's global crops,
     and `kept` (2, n), unless the epoch keeps all patches.
 
+    With `places`, crops are instead the rows of `augmentation.places`, which `Pixels.crops` takes.
+
     Raises:
         Unreadable: TRIES images in a row can't be decoded.
     """
@@ -130,10 +133,10 @@ class MultiCrop(Dataset):
 
     def __init__(
         self, images: Images, augmentation: Any, seed: int, masks: Masks | None = None, kept: Kept | None = None,
-        early: Early | None = None,
+        early: Early | None = None, places: bool = False,
     ) -> None:
         self.images, self.augmentation, self.seed = images, augmentation, seed
-        self.masks, self.kept, self.early = masks, kept, early
+        self.masks, self.kept, self.early, self.places = masks, kept, early, places
 
     def __len__(self) -> int:
         return len(self.images)
@@ -151,7 +154,10 @@ class MultiCrop(Dataset):
                 bad.append((name, str(error).removeprefix(f"{name}: ")))
                 chosen = int(rng.integers(len(self.images)))
             else:
-                crops, params = augmentation.cut(image, rng)
+                if self.places:
+                    crops, params = augmentation.places(chosen, *image.shape[-2:], rng)
+                else:
+                    crops, params = augmentation.cut(image, rng)
                 tokens = [self.tokens(epoch, index, *place)] if self.masks or self.kept else []
                 return crops, params, index, bad, *tokens
         name, reason = bad[-1]
@@ -178,15 +184,21 @@ def collate(items: Sequence[tuple]) -> dict[str, Any]:
     """
     crops, params, indices, bad, *tokens = zip(*items, strict=True)
     views = list(zip(*crops, strict=True))  # [view][image]
-    groups = [[crop.permute(1, 2, 0) for view in group for crop in view] for group in (views[:2], views[2:])]
+    groups = [[crop for view in group for crop in view] for group in (views[:2], views[2:])]
     return {
-        # in a worker, default_collate stacks directly into memory shared with the parent
-        "crops": [default_collate(group).permute(0, 3, 1, 2) for group in groups if group],
+        "crops": [stacked(group) for group in groups if group],
         "params": torch.stack(params, 1).flatten(0, 1),
         "index": torch.tensor(indices),
         "bad": list(itertools.chain.from_iterable(bad)),
     } | {name: torch.stack([of_image[name] for of_image in tokens[0]], 1).flatten(0, 1)
          for name in (tokens[0][0] if tokens else ())}
+
+
+def stacked(crops: Sequence[Tensor]) -> Tensor:
+    """Crops (C, H, W), or rows that describe them; in a worker directly into memory shared with the parent."""
+    if crops[0].ndim == 1:
+        return default_collate(crops)
+    return default_collate([crop.permute(1, 2, 0) for crop in crops]).permute(0, 3, 1, 2)
 
 
 def batches(
@@ -204,13 +216,14 @@ def batches(
     masks: Masks | None = None,
     kept: Kept | None = None,
     early: Early | None = None,
+    places: bool = False,
 ) -> DataLoader:
     """One process's micro-batches of a whole run, made by `collate`; see GlobalBatches and MultiCrop for the arguments.
 
     When a worker dies, the iteration ends with DataLoader's RuntimeError (see parallel.worker_death).
     """
     return DataLoader(
-        MultiCrop(images, augmentation, seed, masks, kept, early),
+        MultiCrop(images, augmentation, seed, masks, kept, early, places),
         batch_sampler=GlobalBatches(
             len(images), batch_size, seed, rank, world_size, batches_per_epoch, first_batch, last_batch,
             masks is not None
@@ -226,33 +239,36 @@ def batches(
 def steps(
     images: Images, augmentation: Any, batch_size: int, num_workers: int, seed: int, micro_batches: int,
     steps_per_epoch: int, device: torch.device, masks: Masks | None = None, kept: Kept | None = None,
-    early: Early | None = None,
+    early: Early | None = None, pixels: Pixels | None = None,
 ) -> Callable[[int, int], Iterator[dict[str, Any]]]:
     """(first, last) -> this process's micro-batches of steps first ... last - 1, on the device; see `batches`.
 
     Args:
         micro_batches: of a step.
+        pixels: cuts the crops on the device, from all images there; None: the workers cut them.
     """
     def load(first: int, last: int) -> Iterator[dict[str, Any]]:
         return on_device(batches(
             images, augmentation, batch_size, num_workers, seed, parallel.rank(), parallel.world_size(),
             steps_per_epoch * micro_batches, first * micro_batches, last * micro_batches, device.type == "cuda", masks,
-            kept, early,
-        ), device)
+            kept, early, pixels is not None,
+        ), device, pixels)
 
     return load
 
 
-def on_device(batches: Iterable[dict[str, Any]], device: torch.device) -> Iterator[dict[str, Any]]:
+def on_device(
+    batches: Iterable[dict[str, Any]], device: torch.device, pixels: Pixels | None = None
+) -> Iterator[dict[str, Any]]:
     """The batches with their crops on the device.
 
-    On CUDA the crops are copied on a separate stream. The host runs ahead of the device, so the crops of a step are
-    copied while the previous step is computed; on the same stream, the copy would wait for that step.
+    On CUDA the crops are copied, or cut from `pixels`, on a separate stream. The host runs ahead of the device, so the
+    crops of a step arrive while the previous step is computed; on the same stream, they would wait for that step.
     """
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
     for batch in batches:
         with torch.cuda.stream(stream):  # None: the current stream
-            crops = [c.to(device, non_blocking=True) for c in batch["crops"]]
+            crops = [c.to(device, non_blocking=True) if pixels is None else pixels.crops(c) for c in batch["crops"]]
         if stream is not None:
             computing = torch.cuda.current_stream(device)
             computing.wait_stream(stream)

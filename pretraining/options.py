@@ -14,9 +14,10 @@ import flags
 import parallel
 import utils
 from imagesets import loaders
-from imagesets.cached import cached
+from imagesets.cached import Cached, cached
 from imagesets.decode import Reading
-from imagesets.sources import open_images
+from imagesets.pixels import Pixels
+from imagesets.sources import Images, open_images
 from method import masking
 from parallel import Refused
 from pretraining import compiling, networks, session
@@ -92,6 +93,10 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     add("--cache_images", action="store_true",
         help="decode every image once and keep it in memory, which all processes of a host share: for small data sets, "
              "and where decoding limits the speed. Crops are the same, bit for bit")
+    add("--crop_on_device", action="store_true",
+        help="with --cache_images: copy the images to the GPU and cut the crops there, where the workers' cutting "
+             "limits the speed. Crops are the same up to rounding; all images must fit the GPU at the largest one's "
+             "size")
     add("--max_bad_images", type=flags.fraction, default=0.01,
         help="share of undecodable files, rounded up to whole files, above which the run stops")
     add("--eval_knn_every", type=flags.count, default=0,
@@ -135,8 +140,8 @@ def add_hardware_flags(parser: argparse.ArgumentParser, compile: str = "auto") -
     add("--compile", nargs="?", const="default", default=compile, type=compiling.setting,
         metavar="auto|on|off|reduce-overhead|max-autotune",
         help="torch.compile networks and colour operations: faster steps after minutes of compiling. auto: on for "
-             f"Vision Transformers on a CUDA GPU in runs of {compiling.STEPS} steps or more; reduce-overhead uses CUDA "
-             "graphs, for small networks")
+             f"our ViTs and ResNets on a CUDA GPU in runs of {compiling.STEPS} steps or more; reduce-overhead uses "
+             "CUDA graphs, for small networks")
     add("--grad_checkpointing", nargs="?", const="blocks", choices=("blocks", "layers"),
         help="keep less memory for the backward pass and recompute it, so that larger batches fit: whole blocks for a "
              "fifth of the time, or layers (norms and GELU, a third of the memory) for a fiftieth")
@@ -202,6 +207,11 @@ def in_memory(args: argparse.Namespace, ends: Ends) -> Ends:
     return ends._replace(source=cached(ends.images, augmentation(args).reduction, args.num_workers))
 
 
+def pixels(args: argparse.Namespace, source: Images | Cached, device: torch.device) -> Pixels | None:
+    """With --crop_on_device, the decoded images on the device."""
+    return Pixels(source.images_in_memory(), device) if args.crop_on_device else None
+
+
 def description(args: argparse.Namespace, run: Run, plan: Plan, prototypes: str, n_images: int) -> list[str]:
     """What is about to run, in a few lines."""
     crops = f"2 x {args.global_crops_size} + {args.local_crops_number} x {args.local_crops_size} pixels"
@@ -232,6 +242,11 @@ def check(args: argparse.Namespace, first_trial: str, *scales: str) -> None:
     check_less_work(
         args.arch, args.patch_size, args.local_crops_number, (args.global_crops_size, args.local_crops_size),
         args.low_resolution_epochs, args.low_resolution_sizes, early_sizes(args), args.token_drop)
+    if args.crop_on_device and not args.cache_images:
+        raise Refused("--crop_on_device: cuts from decoded images in memory; give --cache_images too, or leave it out")
+    if args.crop_on_device and args.noise_patches:
+        raise Refused(f"--crop_on_device with --noise_patches {args.noise_patches:g}: workers draw the noise; leave "
+                      "one of them out")
     check_length(args.lr, args.min_lr, args.epochs, args.steps, warmup_epochs=args.warmup_epochs,
                  warmup_teacher_temp_epochs=args.warmup_teacher_temp_epochs)
     check_hardware(args.parallel, args.precision, args.use_fp16, args.compile, args.grad_accum_steps)
