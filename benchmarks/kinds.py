@@ -25,11 +25,11 @@ SURROUNDED = ((OPTIMIZER, re.compile(UPDATE + "$")), (PATCHES, re.compile(PATCHE
 
 # The first pattern that occurs in the name decides. A compiled kernel is called after all operations that it fuses.
 PATTERNS = tuple((kind, re.compile(pattern, re.IGNORECASE)) for kind, pattern in (
-    (ATTENTION, "scaled_dot_product|sdpa|flash|fmha|efficient_attention"),
+    (ATTENTION, "scaled_dot_product|sdpa|flash|fmha|efficient_attention|dot_do_o|convert_dq"),
     (OPTIMIZER, "multi_tensor_apply|foreach|adamw"),
     (LOSS, "softmax|logsumexp|weight_norm|vector_norm"),
     (NORMS, "layer_?norm|batch_?norm|GammaBeta|bn_(fw|bw)"),
-    (PATCHES, "conv(?!ert)|unfold|im2col"),
+    (PATCHES, "conv(?!ert)|unfold|im2col|nchwToNhwc"),
     (MATMUL, r"nvjet|gemm|matmul|cutlass|splitK|addmm|\bmm\b|bmm|linear"),
     (ACTIVATION, "gelu|silu"),
     (COPIES, "copy|(?<!no)cast|clone|contiguous|CatArray|::cat|_cat_|^cat|memcpy|memset|fill|zero"),

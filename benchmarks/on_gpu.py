@@ -37,6 +37,8 @@ SECTIONS = (
     Section("train_step", "--precision bf16 --batch 128 --profile", 45),
     Section("patches", "--precision bf16 --batch 128", 30),
     Section("variants", "--precision bf16 --batch 128 --rounds 6 --compile", 180),
+    Section("train_step", "--precision bf16 --batch 256 --compile --arch resnet18 --sizes 160 80 --local 6 "
+                          "--out_dim 2048", 60),
     Section("convolutions", "--precision bf16 --batch 256 --arch resnet18 --sizes 160 80", 45),
     Section("train_step", "--precision bf16 --batch 128 --rounds 20 --compile reduce-overhead", 120),
     Section("train_step", "--precision bf16 --batch 64 128 256 --rounds 20 --compile --packed --grad_checkpointing",

@@ -7,6 +7,7 @@ import torch
 from kinds import UPDATE
 
 import utils
+from pretraining import networks
 from vision_transformer import DINOHead, build_backbone
 
 
@@ -28,8 +29,7 @@ class Trainer:
         if checkpointed:
             self.student.backbone.set_grad_checkpointing(layers=checkpointed == "layers")
         if compiled:
-            for module in (self.student, self.teacher):
-                module.compile(mode=compiled, dynamic=False)
+            networks.compile_networks(compiled, self.student, *self.teacher.children())
         self.dino_loss = utils.DINOLoss(k, 2 + local, 0.04, 0.04, 0, 1).to(device)
         self.optimizer = torch.optim.AdamW(utils.get_params_groups(self.student), lr=1e-4, weight_decay=0.04,
                                            fused=True)

@@ -3,8 +3,11 @@
     python benchmarks/train_step.py --batch 4
     python benchmarks/train_step.py --device cuda --precision bf16 --batch 64 128 256 --rounds 20
     python benchmarks/train_step.py --device cuda --precision bf16 --batch 128 --compile --profile
+    python benchmarks/train_step.py --device cuda --precision bf16 --batch 256 --compile --arch resnet18 \\
+        --sizes 160 80 --local 6 --out_dim 2048
 
-TFLOP/s counts the method's arithmetic (model.py), which is the same for every variant. --profile prints the time of our
+TFLOP/s counts the method's arithmetic (model.py), which is the same for every variant. For a ResNet there is neither a
+naive variant nor a cost model; its ratios compare with our step. --profile prints the time of our
 step by kind of work (kinds.py), beside the least time that the cost model allows each kind, and the ten operations that
 take the most time on the device; --profile FILE also writes the trace, for chrome://tracing or Perfetto.
 """
@@ -23,6 +26,7 @@ import ours
 import packed
 import torch
 
+RESNETS = ("resnet18", "resnet50", "resnet18_cifar")
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -42,9 +46,11 @@ def trainer_options(args) -> dict:
 def trainers(args) -> dict:
     bench.start_anew(args.device)
     shared = trainer_options(args)
-    variants = {"naive, a pass a crop": naive.Trainer(**shared),
-                "naive, a pass a resolution": naive.Trainer(**shared, grouped=True),
-                "ours": ours.Trainer(**shared, local=args.local)}
+    variants = {}
+    if args.arch in naive.SIZES:
+        variants = {"naive, a pass a crop": naive.Trainer(**shared),
+                    "naive, a pass a resolution": naive.Trainer(**shared, grouped=True)}
+    variants["ours"] = ours.Trainer(**shared, local=args.local)
     if args.all_tokens:
         variants["ours, all tokens"] = ours.Trainer(**shared, local=args.local)
         for network in (variants["ours, all tokens"].student, variants["ours, all tokens"].teacher):
@@ -62,9 +68,6 @@ def trainers(args) -> dict:
 
 def measure(batch: int, args, rate: float, bandwidth: float) -> dict:
     views, grouped = crops_of(batch, args)
-    shape = model.Shape.of(args.arch, args.patch, args.sizes, args.local, args.out_dim)
-    flop, precision = shape.flop_per_image() * batch, "fp32" if args.precision == "fp32" else "bf16"
-    causes = model.step_seconds(shape, batch, 1, model.Hardware(rate, bandwidth), precision)
     variants, peaks = trainers(args), {}
 
     def run(name: str) -> None:
@@ -76,11 +79,22 @@ def measure(batch: int, args, rate: float, bandwidth: float) -> dict:
 
     clock = bench.cpu_seconds if args.cpu_time else time.perf_counter
     times = bench.in_turns({n: (lambda n=n: run(n)) for n in variants}, args.rounds, args.device, clock)
-    summary = bench.summary(times, "naive, a pass a resolution")  # the stronger of the two
+    modelled = args.arch in naive.SIZES
+    summary = bench.summary(times, "naive, a pass a resolution" if modelled else "ours")  # the stronger of the two
     for name, row in summary.items():
-        seconds = row["ms"] / 1000
-        row |= {"images_per_s": batch / seconds, "tflops": flop / seconds / 1e12, "share": flop / seconds / rate,
-                "peak_gb": peaks[name] / 1e9 if peaks else None}
+        row |= {"images_per_s": 1000 * batch / row["ms"], "peak_gb": peaks[name] / 1e9 if peaks else None}
+    if not modelled:
+        print(f"\n{batch} images per step")
+        rows = [[*cells, row["images_per_s"], row["peak_gb"]]
+                for cells, row in zip(bench.time_rows(summary), summary.values(), strict=True)]
+        bench.table([*bench.TIMES, "images/s", "peak GB"], rows)
+        return {"batch": batch, "variants": summary}
+    shape = model.Shape.of(args.arch, args.patch, args.sizes, args.local, args.out_dim)
+    flop, precision = shape.flop_per_image() * batch, "fp32" if args.precision == "fp32" else "bf16"
+    causes = model.step_seconds(shape, batch, 1, model.Hardware(rate, bandwidth), precision)
+    for row in summary.values():
+        achieved = flop * 1000 / row["ms"]
+        row |= {"tflops": achieved / 1e12, "share": achieved / rate}
     rows = [[*cells, row["images_per_s"], row["tflops"], f"{row['share']:.0%}", row["peak_gb"]]
             for cells, row in zip(bench.time_rows(summary), summary.values(), strict=True)]
     predicted = batch / sum(causes.values())
@@ -115,11 +129,11 @@ def profile(args, rate: float, bandwidth: float) -> dict:
 
     events = sorted(profiler.key_averages(), key=time_of, reverse=True)
     events = [e for e in events if not cuda or e.device_type != torch.autograd.DeviceType.CPU]  # kernels only
-    events = [e for e in events if e.key not in (kinds.STEP, kinds.UPDATE)]
+    events = [e for e in events if not e.is_user_annotation and not e.key.startswith("## Call")]  # of compiled graphs
     total = sum(map(time_of, events))
     print(f"\nthe ten largest {'kernels' if cuda else 'operations'} of {steps} step(s):")
-    largest = [[e.key[:80], f"{time_of(e) / total:.1%}", time_of(e) / 1000, e.count] for e in events[:10]]
-    bench.table(["name", "share", "ms", "calls"], largest)
+    largest = [[e.key[:80], f"{time_of(e) / total:.1%}", time_of(e) / 1000, e.count] for e in events[:50]]
+    bench.table(["name", "share", "ms", "calls"], largest[:10])
     return {"kinds": rows, "largest": largest}
 
 
@@ -142,7 +156,7 @@ def time_by_kind(profiler, args, rate: float, bandwidth: float, steps: int) -> d
 
 
 def get_args_parser():
-    parser = bench.step_parser(__doc__, naive.SIZES, "vit_small", (224, 96))
+    parser = bench.step_parser(__doc__, [*naive.SIZES, *RESNETS], "vit_small", (224, 96))
     parser.add_argument("--batch", type=int, nargs="+", default=[4], help="images per step; one table for each value")
     parser.add_argument("--precision", choices=sorted(PRECISIONS), default="fp32")
     parser.add_argument("--compile", nargs="?", const="default", default="", metavar="MODE",
@@ -168,6 +182,8 @@ def main(args) -> int:
     rate = bench.matmul_rate(args.device, PRECISIONS[args.precision] or torch.float32, 64 if args.quick else 0)
     bandwidth = bench.copy_rate(args.device, size=2**20 if args.quick else 2**28)
     print(f"measured: matrix products {rate / 1e12:.3g} TFLOP/s, copies {bandwidth / 1e9:.3g} GB/s")
+    if args.profile and args.arch in RESNETS:
+        raise SystemExit(f"--profile --arch {args.arch}: the kinds of work are those of a ViT; choose one")
     if args.profile:
         bench.record(args, "profile", matmul_flops=rate, copy_bytes=bandwidth, **profile(args, rate, bandwidth))
         return 0

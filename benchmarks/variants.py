@@ -4,8 +4,8 @@
     python benchmarks/variants.py --count                        # operations and bytes alone, without computing
 
 A variant enters the project when a measurement here shows that it pays. Its gradient is compared with float64 for a
-small network, as in parity.py. Operations and bytes of
-the forward and backward passes are counted in float32, one operation at a time.
+small network, as in parity.py. Operations and bytes of the forward and backward passes are counted in float32, one
+operation at a time, where no GPU is needed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from traffic import Traffic
 from train_step import PRECISIONS, crops_of, trainer_options
 
 from utils import MultiCropWrapper
-from vision_transformer import PatchEmbed, autocast_dtype
+from vision_transformer import Attention, PatchEmbed, autocast_dtype
 
 
 class Convolution(PatchEmbed):
@@ -37,8 +37,7 @@ class HalfNorm(nn.LayerNorm):
     """Reads and writes the type of its input, which autocast would cast to float32; sums are in float32 in any case."""
 
     def forward(self, x: Tensor) -> Tensor:
-        device = x.device.type
-        with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+        with nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):
             return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
@@ -49,8 +48,17 @@ class ToHalf(nn.Module):
         return x.to(autocast_dtype(x))
 
 
-def convolution(network: MultiCropWrapper) -> None:
-    network.backbone.patch_embed.__class__ = Convolution
+class ShortAttention(Attention):
+    """Attention of at most 64 tokens by the kernels of short_attention.py."""
+
+    def forward(self, x: Tensor, return_attention: bool = True, class_token_only: bool = False, norm=None):
+        from short_attention import LONGEST, attention
+
+        B, N, D = x.shape
+        if return_attention or class_token_only or N > LONGEST or norm is not None:
+            return super().forward(x, return_attention, class_token_only, norm)
+        qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, D // self.num_heads)
+        return self.proj_drop(self.proj(attention(qkv.contiguous(), self.scale))), None
 
 
 def half_stream(network: MultiCropWrapper) -> None:
@@ -60,20 +68,47 @@ def half_stream(network: MultiCropWrapper) -> None:
             module.__class__ = HalfNorm
 
 
-VARIANTS: dict[str, tuple[Callable[[MultiCropWrapper], None] | None, SDPBackend | None]] = {
-    "ours": (None, None),
-    "patches by convolution": (convolution, None),
-    "residual stream in half precision": (half_stream, None),
-    "attention by torch's flash kernels": (None, SDPBackend.FLASH_ATTENTION),
-    "attention by the memory-efficient kernels": (None, SDPBackend.EFFICIENT_ATTENTION),
+def convolution(trainer: ours.Trainer) -> None:
+    for network in (trainer.student, trainer.teacher):
+        network.backbone.patch_embed.__class__ = Convolution
+
+
+def half_streams(trainer: ours.Trainer) -> None:
+    for network in (trainer.student, trainer.teacher):
+        half_stream(network)
+
+
+def local_attention(trainer: ours.Trainer) -> None:
+    for block in trainer.student.backbone.blocks:
+        block.attn.__class__ = ShortAttention
+
+
+def compiled_loss(trainer: ours.Trainer) -> None:
+    trainer.dino_loss.compare = torch.compile(trainer.dino_loss.compare, dynamic=False)
+
+
+def all_three(trainer: ours.Trainer) -> None:
+    for change in (half_streams, local_attention, compiled_loss):
+        change(trainer)
+
+
+# What changes the trainer, the kernels that attention is limited to, and whether it needs a GPU.
+VARIANTS: dict[str, tuple[Callable[[ours.Trainer], None] | None, SDPBackend | None, bool]] = {
+    "ours": (None, None, False),
+    "patches by convolution": (convolution, None, False),
+    "residual stream in half precision": (half_streams, None, False),
+    "local crops' attention in one kernel": (local_attention, None, True),
+    "loss compiled": (compiled_loss, None, True),
+    "these three": (all_three, None, True),
+    "attention by torch's flash kernels": (None, SDPBackend.FLASH_ATTENTION, True),
+    "attention by the memory-efficient kernels": (None, SDPBackend.EFFICIENT_ATTENTION, True),
 }
 
 
 def trainer_of(name: str, **options) -> ours.Trainer:
     trainer = ours.Trainer(**options)
     if change := VARIANTS[name][0]:
-        change(trainer.student)
-        change(trainer.teacher)
+        change(trainer)
     return trainer
 
 
@@ -129,6 +164,7 @@ def get_args_parser():
     parser.add_argument("--precision", choices=sorted(PRECISIONS), default="fp32")
     parser.add_argument("--compile", nargs="?", const="default", default="", metavar="MODE",
                         help="compile all variants")
+    parser.add_argument("--only", nargs="+", choices=tuple(VARIANTS), help="these variants; the first is the baseline")
     parser.add_argument("--count", action="store_true", help="count operations and bytes, time nothing")
     return parser
 
@@ -138,11 +174,13 @@ def main(args) -> int:
         args.arch, args.sizes, args.local, args.out_dim, args.batch, args.rounds = "vit_nano", (32, 16), 2, 64, 2, 1
     torch.manual_seed(0)
     bench.header(f"variants of the step, {args.arch}/{args.patch}, {args.precision}, {args.batch} images", args.device)
-    # A CPU has no such kernels for attention.
-    names = [name for name, (_, kernel) in VARIANTS.items() if kernel is None or args.device.startswith("cuda")]
-    counts = {name: counted(name, args) for name in names}
-    results = {name: {"operations": t.operations, "bytes": t.bytes} for name, t in counts.items()}
-    rows = {name: [t.operations, t.bytes / 1e9] for name, t in counts.items()}
+    names = [name for name, (_, _, gpu) in VARIANTS.items() if not gpu or args.device.startswith("cuda")]
+    names = [name for name in names if not args.only or name in args.only]
+    counts = {name: counted(name, args) for name in names if not VARIANTS[name][2]}  # kernels can't be counted
+    results = {name: {} for name in names} | {
+        name: {"operations": t.operations, "bytes": t.bytes} for name, t in counts.items()}
+    rows = {name: [None, None] for name in names} | {
+        name: [t.operations, t.bytes / 1e9] for name, t in counts.items()}
     columns = ["variant", "operations, fp32", "GB, fp32"]
     if not args.count:
         columns += ["gradient off by", *bench.TIMES[1:]]

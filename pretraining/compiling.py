@@ -51,7 +51,7 @@ def decided(
         return "off", ""  # no gain was measured on CPUs
     if stored is not None and not (stored != "off" and sharded):
         return stored, f"--compile {'on' if stored == 'default' else stored}, as this run was started"
-    if sharded or arch not in VITS:
+    if sharded or arch not in VITS and not arch.startswith("resnet"):
         reason = "--parallel fsdp" if sharded else f"--arch {arch}, whose compiled steps were not measured"
         return "off", f"--compile off, because of {reason}"
     if not triton:

@@ -115,7 +115,7 @@ def test_profile_by_kind_adds_up_to_the_step(tmp_path, capsys):
     times = {kind: row["ms"] for kind, row in line["kinds"].items()}
     assert sum(times.values()) == pytest.approx(step, rel=1e-6)
     assert set(times) == {*kinds.KINDS, kinds.REST} and all(ms > 0 for ms in times.values())
-    assert len(line["largest"]) == 10
+    assert 10 <= len(line["largest"]) <= 50
 
 
 # What one H100 was seen to run, with the kernels' full names where they are known.
@@ -124,6 +124,9 @@ KERNELS = {
     "nvjet 128x192 splitK NTN": kinds.MATMUL, "sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n": kinds.MATMUL,
     "cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16_knob_7": kinds.ATTENTION,
     "cuDNN sdpa flash fprop": kinds.ATTENTION,
+    "void cudnn::fusion::compute_dot_do_o_specialized<true, 64>(void const*": kinds.ATTENTION,
+    "void cudnn::fusion::convert_dq_to_16bits<true>(void const*, void*": kinds.ATTENTION,
+    "void cudnn::engines_precompiled::nchwToNhwcKernel<__nv_bfloat16, __nv_bfloat16, ": kinds.PATCHES,
     "void implicit_convolve_sgemm<__nv_bfloat16, __nv_bfloat16, 1024, 5, 5, 3>": kinds.PATCHES,
     "triton_poi_fused_gelu_3": kinds.ACTIVATION, "triton_poi_fused_gelu_gelu_backward_7": kinds.ACTIVATION,
     "void at::native::vectorized_elementwise_kernel<4, at::native::GeluCUDAKernelImpl": kinds.ACTIVATION,

@@ -33,7 +33,8 @@ def test_the_flag_alone_and_its_absence():
 
 @pytest.mark.parametrize("case, expected", [
     ({}, "default"), ({"steps": 100}, "off"), ({"device": "cpu"}, "off"), ({"device": "mps"}, "off"),
-    ({"sharded": True}, "off"), ({"arch": "resnet50"}, "off"), ({"triton": False}, "off"),
+    ({"sharded": True}, "off"), ({"arch": "resnet50"}, "default"), ({"arch": "xcit_small_12_p16"}, "off"),
+    ({"triton": False}, "off"),
     # What the run did before counts, and what the user says counts more.
     ({"stored": "off"}, "off"), ({"stored": "default", "steps": 100}, "default"),
     ({"stored": "default", "sharded": True}, "off"), ({"stored": "default", "device": "cpu"}, "off"),
