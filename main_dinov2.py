@@ -277,7 +277,7 @@ def make_run(args: argparse.Namespace, plan: Plan, n_images: int, device: torch.
     if args.grad_checkpointing:
         networks.checkpoint_gradients(student.backbone, args.grad_checkpointing, args.arch)
     if args.compile == "default":  # the heads get another number of patches in each step
-        compiling.keep_on_disk()
+        compiling.prepare()
         networks.compile_networks(args.compile, student.backbone, teacher.backbone)
     seed_everything(args.seed + parallel.rank())  # stochastic depth differs between the processes
     dtype = networks.half_precision(args.precision, args.use_fp16, device)

@@ -370,14 +370,12 @@ class PatchEmbed(nn.Module):
         """Whether `forward` may be computed as a product of `unfolded` patches and the convolution's weights.
 
         Not with hooks, another module in place of `proj`, another stride, or where the gradient of the image is
-        needed. Traces and exports keep the convolution.
+        needed. Traces, exports and torch.compile keep the convolution.
         """
         proj = self.proj
-        # Under torch.compile, torch 2.11 claims to be exporting.
-        exporting = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
         return (type(self) is PatchEmbed and type(proj) is nn.Conv2d and proj.stride == proj.kernel_size
                 and not is_observed(self) and not is_observed(proj) and not x.requires_grad
-                and not torch.jit.is_tracing() and not exporting
+                and not torch.jit.is_tracing() and not torch.compiler.is_compiling()
                 and min(x.shape[-2:]) >= proj.kernel_size[0])
 
     def unfolded(self, x: Tensor, before: int, dtype: torch.dtype) -> Tensor:

@@ -33,6 +33,13 @@ class Convolution(PatchEmbed):
     """The patch embedding as a convolution, after which class token and positions are added in passes of their own."""
 
 
+class Product(PatchEmbed):
+    """A matrix product under torch.compile too."""
+
+    def is_matrix_product(self, x: Tensor) -> bool:
+        return True
+
+
 class HalfNorm(nn.LayerNorm):
     """Reads and writes the type of its input, which autocast would cast to float32; sums are in float32 in any case."""
 
@@ -73,6 +80,11 @@ def convolution(trainer: ours.Trainer) -> None:
         network.backbone.patch_embed.__class__ = Convolution
 
 
+def product(trainer: ours.Trainer) -> None:
+    for network in (trainer.student, trainer.teacher):
+        network.backbone.patch_embed.__class__ = Product
+
+
 def half_streams(trainer: ours.Trainer) -> None:
     for network in (trainer.student, trainer.teacher):
         half_stream(network)
@@ -87,8 +99,8 @@ def compiled_loss(trainer: ours.Trainer) -> None:
     trainer.dino_loss.compare = torch.compile(trainer.dino_loss.compare, dynamic=False)
 
 
-def all_three(trainer: ours.Trainer) -> None:
-    for change in (half_streams, local_attention, compiled_loss):
+def all_four(trainer: ours.Trainer) -> None:
+    for change in (product, half_streams, local_attention, compiled_loss):
         change(trainer)
 
 
@@ -96,10 +108,11 @@ def all_three(trainer: ours.Trainer) -> None:
 VARIANTS: dict[str, tuple[Callable[[ours.Trainer], None] | None, SDPBackend | None, bool]] = {
     "ours": (None, None, False),
     "patches by convolution": (convolution, None, False),
+    "patches by a matrix product": (product, None, False),
     "residual stream in half precision": (half_streams, None, False),
     "local crops' attention in one kernel": (local_attention, None, True),
     "loss compiled": (compiled_loss, None, True),
-    "these three": (all_three, None, True),
+    "all four": (all_four, None, True),
     "attention by torch's flash kernels": (None, SDPBackend.FLASH_ATTENTION, True),
     "attention by the memory-efficient kernels": (None, SDPBackend.EFFICIENT_ATTENTION, True),
 }

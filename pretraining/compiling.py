@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 from pathlib import Path
 
 import torch
@@ -72,7 +73,7 @@ def decide(setting: str, folder: str | os.PathLike, device: torch.device, arch: 
     if why:
         parallel.say(why)
     if mode(value):
-        keep_on_disk()
+        prepare()
     return value
 
 
@@ -80,6 +81,29 @@ def has_triton() -> bool:
     from importlib.util import find_spec
 
     return find_spec("triton") is not None
+
+
+def prepare() -> None:
+    """What a run does before it compiles anything."""
+    keep_on_disk()
+    start_workers()
+
+
+def start_workers() -> None:
+    """Start torch's compile workers so that they ignore the signals that ask a run to save and stop.
+
+    Slurm sends these to every process of a run. They would end the workers, and the run would wait for code that never
+    comes instead of saving.
+    """
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)]
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}  # is inherited
+    try:
+        from torch._inductor.async_compile import AsyncCompile  # may start them
+
+        AsyncCompile.warm_pool()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def keep_on_disk() -> None:

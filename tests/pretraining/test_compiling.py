@@ -1,8 +1,13 @@
 """When a run is compiled: a function of what there is, and what an earlier part of the run decided."""
 
 import os
+import subprocess
+import sys
+import time
 
 import pytest
+from conftest import ROOT
+from processes import ENV
 
 from imagesets import listing
 from pretraining import compiling
@@ -68,3 +73,36 @@ def test_what_a_run_decided_is_stored_and_kept(tmp_path):
     args = main_dino.get_args_parser().parse_args([*argv, "--output_dir", str(tmp_path)])
     assert main_dino.main(args) == 0
     assert read(tmp_path / "checkpoint.pth")["args"]["compile"] == "off" and args.compile == "auto"
+
+
+GROUP = """
+import os, signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: None)
+from pretraining import compiling
+if sys.argv[1] == "shielded":
+    compiling.start_workers()
+    assert callable(signal.getsignal(signal.SIGTERM))
+from torch._inductor.async_compile import AsyncCompile
+AsyncCompile.warm_pool()
+worker = AsyncCompile.process_pool().process
+time.sleep(3)  # it has begun
+os.killpg(0, signal.SIGTERM)
+time.sleep(1)
+print("lives" if worker.poll() is None else "ended", worker.pid, flush=True)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="signals to groups of processes")
+@pytest.mark.parametrize("what, expected", [("shielded", "lives"), ("as torch starts them", "ended")])
+def test_signals_for_the_run_do_not_end_compile_workers(what, expected):
+    done = subprocess.run([sys.executable, "-c", GROUP, what], cwd=ROOT, start_new_session=True, capture_output=True,
+                          text=True, env=ENV | {"TORCHINDUCTOR_COMPILE_THREADS": "2"}, timeout=120)
+    assert done.returncode == 0, done.stderr
+    state, pid = done.stdout.split()
+    assert state == expected
+    for _ in range(100):  # it ends with the run
+        if not os.path.exists(f"/proc/{pid}"):
+            break
+        time.sleep(0.1)
+    else:
+        pytest.fail("a compile worker outlives the run")
