@@ -13,17 +13,10 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn.init import trunc_normal_
 from torch.utils.checkpoint import checkpoint
 
 # ---- Layers that save less for the backward pass (set_grad_checkpointing(layers=True)) ----
-#
-# A block of width D saves 16 D values per token: 4 D are the output of GELU and 2 D the outputs of the two norms. Both
-# are cheap to recompute from the input of GELU or norm, so each pair (norm, linear) or (GELU, linear) runs as one
-# autograd function that saves only this input; so does the product of a gated MLP with the linear layer after it. A
-# modified pair (another class, a hook) runs layer by layer; so does everything under torch.compile, which decides
-# itself what to recompute.
 
 
 def is_observed(module: nn.Module) -> bool:
@@ -32,83 +25,12 @@ def is_observed(module: nn.Module) -> bool:
                 or module._backward_pre_hooks)
 
 
-def pairs(first: nn.Module, kind: type[nn.Module], linear: nn.Module, x: Tensor) -> bool:
-    """Whether `linear(first(x))` may run as one autograd function."""
-    if type(first) is not kind or type(linear) is not nn.Linear or is_observed(first) or is_observed(linear):
-        return False
-    return x.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+def recomputed(first: Callable[[Tensor], Tensor], linear: nn.Module, x: Tensor) -> Tensor:
+    """linear(first(x)), saving only x for backward: for norms and activations, which are cheap to recompute.
 
-
-def norm_linear(norm: nn.Module, linear: nn.Module, x: Tensor) -> Tensor:
-    """linear(norm(x)), saving only x for backward: (..., D) -> (..., out)."""
-    if pairs(norm, nn.LayerNorm, linear, x) and norm.elementwise_affine and x.dtype == norm.weight.dtype:
-        return NormLinear.apply(x, norm.weight, norm.bias, norm.eps, linear.weight, linear.bias)
-    return linear(norm(x))
-
-
-def gelu_linear(gelu: nn.Module, linear: nn.Module, x: Tensor) -> Tensor:
-    """linear(gelu(x)), saving only x for backward: (..., hidden) -> (..., out)."""
-    if pairs(gelu, nn.GELU, linear, x) and gelu.approximate == "none":
-        return GeluLinear.apply(x, linear.weight, linear.bias)
-    return linear(gelu(x))
-
-
-class NormLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, gain, shift, eps, weight, bias):
-        y, mean, rstd = torch.native_layer_norm(x, gain.shape, gain, shift, eps)
-        ctx.save_for_backward(x, mean, rstd, gain, shift, weight, bias)
-        ctx.eps = eps
-        return F.linear(y, weight, bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        x, mean, rstd, gain, shift, weight, bias = ctx.saved_tensors
-        y = torch.native_layer_norm(x, gain.shape, gain, shift, ctx.eps)[0]
-        grad_y, *grads = linear_backward(grad, y, weight, bias)
-        grad_x, grad_gain, grad_shift = torch.ops.aten.native_layer_norm_backward(
-            grad_y.to(x.dtype), x, gain.shape, mean, rstd, gain, shift, [True, True, shift is not None])
-        return grad_x, grad_gain, grad_shift, None, *grads
-
-
-class GeluLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight, bias):
-        ctx.save_for_backward(x, weight, bias)
-        return F.linear(F.gelu(x), weight, bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        x, weight, bias = ctx.saved_tensors
-        grad_y, *grads = linear_backward(grad, F.gelu(x), weight, bias)
-        return torch.ops.aten.gelu_backward(grad_y.to(x.dtype), x), *grads
-
-
-class SwigluLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight, bias):
-        ctx.save_for_backward(x, weight, bias)
-        return F.linear(swiglu(x), weight, bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        x, weight, bias = ctx.saved_tensors
-        with torch.enable_grad():
-            x = x.detach().requires_grad_()
-            hidden = swiglu(x)
-        grad_hidden, *grads = linear_backward(grad, hidden.detach(), weight, bias)
-        return torch.autograd.grad(hidden, x, grad_hidden.to(hidden.dtype))[0], *grads
-
-
-def linear_backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
-    """Gradients of F.linear(x, weight, bias), multiplied in the dtype of `grad` (half precision under autocast)."""
-    rows = grad.flatten(0, -2)
-    grad_weight = rows.T @ x.to(grad.dtype).flatten(0, -2)
-    grad_bias = rows.sum(0).to(bias.dtype) if bias is not None else None
-    return grad @ weight.to(grad.dtype), grad_weight.to(weight.dtype), grad_bias
+    A block of width D saves 16 D values per token: 4 D are the output of GELU and 2 D the outputs of the two norms.
+    """
+    return checkpoint(lambda x: linear(first(x)), x, use_reentrant=False, preserve_rng_state=False)
 
 
 # ---- Vision Transformer ----
@@ -176,7 +98,7 @@ class Mlp(nn.Module):
         if norm is None or self.drop.p or is_observed(self.drop):
             x = x if norm is None else norm(x)
             return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
-        return gelu_linear(self.act, self.fc2, norm_linear(norm, self.fc1, x))
+        return recomputed(self.act, self.fc2, recomputed(norm, self.fc1, x))
 
 
 def swiglu(x: Tensor) -> Tensor:
@@ -202,10 +124,7 @@ class SwiGLU(nn.Module):
     def forward(self, x: Tensor, norm: nn.Module | None = None) -> Tensor:
         if norm is None:
             return self.drop(self.w3(swiglu(self.w12(x))))
-        x = norm_linear(norm, self.w12, x)
-        if pairs(self.w12, nn.Linear, self.w3, x):
-            return self.drop(SwigluLinear.apply(x, self.w3.weight, self.w3.bias))
-        return self.drop(self.w3(swiglu(x)))
+        return self.drop(recomputed(swiglu, self.w3, recomputed(norm, self.w12, x)))
 
 
 FFN_LAYERS = {"mlp": Mlp, "swiglu": SwiGLU, "swiglufused": SwiGLU}  # the last is the published name
@@ -248,7 +167,7 @@ class Attention(nn.Module):
         self, x: Tensor, return_attention: bool = True, class_token_only: bool = False, norm: nn.Module | None = None
     ) -> tuple[Tensor, Tensor | None]:
         B, N, D = x.shape
-        qkv = self.qkv(x) if norm is None else norm_linear(norm, self.qkv, x)
+        qkv = self.qkv(x) if norm is None else recomputed(norm, self.qkv, x)
         qkv = qkv.reshape(B, N, 3, self.num_heads, D // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, H, N, D / H)
         if class_token_only:
@@ -337,7 +256,7 @@ class Block(nn.Module):
     def given(self, module: nn.Module, norm: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, nn.Module]]:
         """Arguments with which `module` computes module(norm(x)): (norm(x), {}) or (x, {"norm": norm}).
 
-        The second form fuses the norm with the module's first layer (`norm_linear`). A module with hooks, or of
+        The second form recomputes the norm in the backward pass (`recomputed`). A module with hooks, or of
         another class, gets the first form.
         """
         if self.recomputes_layers and type(module) in (Attention, Mlp, SwiGLU) and not is_observed(module):
@@ -609,7 +528,7 @@ class VisionTransformer(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True, layers: bool = False) -> None:
         """Save only each block's input for backward and recompute the rest (the method has timm's name).
 
-        With `layers`, recompute only what is cheap: norms and GELU (see `norm_linear`, `gelu_linear`).
+        With `layers`, recompute only what is cheap: norms and GELU (see `recomputed`).
         """
         self.grad_checkpointing = enable and not layers
         for block in self.blocks:

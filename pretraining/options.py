@@ -144,7 +144,7 @@ def add_hardware_flags(parser: argparse.ArgumentParser, compile: str = "auto") -
              "CUDA graphs, for small networks")
     add("--grad_checkpointing", nargs="?", const="blocks", choices=("blocks", "layers"),
         help="keep less memory for the backward pass and recompute it, so that larger batches fit: whole blocks for a "
-             "fifth of the time, or layers (norms and GELU, a third of the memory) for a fiftieth")
+             "fifth of the time, or layers (norms and GELU, a third of the memory) for a few percent")
     flags.add_launch_flags(group)
 
 
