@@ -15,7 +15,18 @@ from parallel import Refused
 from vision_transformer import VITS, XCITS, VisionTransformer, build_backbone
 from weights import preprocessing
 from weights.checkpoints import refusing
-from weights.layouts import UNUSED, Weights, backbone_state, describe, misfit, read, recognize, rename, stored_args
+from weights.layouts import (
+    UNUSED,
+    Weights,
+    backbone_state,
+    check_stated,
+    describe,
+    misfit,
+    read,
+    recognize,
+    rename,
+    stored_args,
+)
 
 
 def load_matching(model: nn.Module, state: Mapping[str, Tensor], path: str, flag: str = "--pretrained_weights") -> None:
@@ -198,6 +209,7 @@ def read_backbone(path: str, checkpoint_key: str, flag: str) -> tuple[dict, Weig
     with refusing(f"--checkpoint_key {checkpoint_key}:"):
         state = backbone_state(loaded, checkpoint_key, path)
     with refusing(f"{flag} {path}:"):
+        check_stated(args, ["value_range"])
         return args, describe(args, state, (*VITS, *XCITS))
 
 
@@ -256,7 +268,7 @@ def load_backbone(
     check_asked(arch, described.arch, "--arch", weights)
     if described.arch in (*VITS, *XCITS):
         check_asked(patch_size, described.options.get("patch_size"), "--patch_size", weights)
-    if args.get("value_range"):
+    if "value_range" in args:
         info["value_range"] = tuple(args["value_range"])
     file = f"{flag} {weights}" if weights else f"--in_chans {in_chans}"
     if "resize_ratio" in found:

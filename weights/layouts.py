@@ -15,7 +15,8 @@ import math
 import os
 import pathlib
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from numbers import Real
 from typing import NamedTuple
 
 import numpy as np
@@ -76,6 +77,29 @@ METADATA = ("arch", "patch_size", "in_chans", "mean", "std", "value_range", "glo
             *STORED_OPTIONS)  # fmt: skip
 
 
+def is_number(value: object) -> bool:
+    """A finite number; JSON's true is none."""
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def is_count(value: object) -> bool:
+    return is_number(value) and value >= 1 and value == int(value)
+
+
+def is_range(value: object) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) == 2 and all(map(is_number, value)) and value[0] < value[1]
+
+
+# What an entry of a checkpoint's flags must be, for each that loading reads (mean and std: preprocessing.per_channel).
+STATED: dict[str, tuple[Callable[[object], bool], str]] = {
+    "arch": (lambda value: isinstance(value, str) and value != "", "a name"),
+    **dict.fromkeys(("patch_size", "in_chans", "global_crops_size"), (is_count, "a whole number above 0")),
+    "interpolate_antialias": (lambda value: isinstance(value, (bool, np.bool_)), "true or false"),
+    "interpolate_offset": (is_number, "a number"),
+    "value_range": (is_range, "two numbers LOW HIGH with LOW < HIGH"),
+}  # fmt: skip
+
+
 class BadFile(ValueError):
     """The file is damaged, or does not contain what was asked for; the message says which and starts with the path."""
 
@@ -112,7 +136,7 @@ def read(path: str | os.PathLike, kind: type = dict) -> dict:
             return read_safetensors(path)
         with torch.serialization.safe_globals(ALLOWED):
             loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except ImportError:
+    except (ImportError, BadFile):
         raise
     except Exception as error:  # the type depends on where the file is damaged
         # torch's own text is long and advises to load the file unsafely.
@@ -144,7 +168,14 @@ def read_safetensors(path: str | os.PathLike) -> dict:
         metadata = f.metadata() or {}
     if not metadata.keys() & {"arch", "mean", "std"}:
         return tensors
-    return {"state_dict": tensors, "args": {k: json.loads(v) for k, v in metadata.items() if k in METADATA}}
+    args = {}
+    for key in metadata.keys() & set(METADATA):
+        try:
+            args[key] = json.loads(metadata[key])
+        except ValueError as error:
+            raise BadFile(f"{path}: {key} in its metadata is {metadata[key]!r}, which is not JSON; correct or remove "
+                          "that entry") from error
+    return {"state_dict": tensors, "args": args}
 
 
 def stored_args(loaded: Mapping) -> dict:
@@ -159,6 +190,13 @@ def stored_args(loaded: Mapping) -> dict:
     return {k: v for k, v in args.items() if v is not None} if isinstance(args, Mapping) else {}
 
 
+def check_stated(args: Mapping, keys: Iterable[str]) -> None:
+    """Raises BadFile, without the path, if an entry of a checkpoint's flags is not what `STATED` says of it."""
+    for key in keys:
+        if key in args and not STATED[key][0](args[key]):
+            raise BadFile(f"{key} in its args is {args[key]!r}, not {STATED[key][1]}; correct or remove that entry")
+
+
 def stored_options(args: Mapping) -> dict:
     """Options of a ViT among a checkpoint's flags (`stored_args`), which its tensors do not show.
 
@@ -167,6 +205,8 @@ def stored_options(args: Mapping) -> dict:
     """
     options = {"interpolate_antialias": False, "interpolate_offset": 0.1} if args.get("method") == "dinov2" else {}
     return options | {k: args[k] for k in STORED_OPTIONS if k in args}
+
+
 def network_of(name: str) -> str | None:
     """student or teacher, if the first part of a name is one of theirs."""
     return next((key for key, pattern in NETWORKS.items() if pattern.fullmatch(name.split(".")[0])), None)
@@ -321,9 +361,14 @@ def describe(args: Mapping, state: Mapping[str, Tensor], ours: Collection[str]) 
         args, state: of `stored_args` and `backbone_state`.
         ours: architectures whose tensors have this project's names, or are renamed to them. The networks of timm and
             torchvision keep the names that these libraries give.
+
+    Raises:
+        BadFile: see `check_stated` and `recognize`; the message has no path.
     """
+    check_stated(args, ("arch", "global_crops_size", *STORED_OPTIONS))
     weights = recognize(state) if args.get("arch") in (None, *ours) else Weights("", None, {}, dict(state))
-    options = {"img_size": args["global_crops_size"]} if "global_crops_size" in args else {}
+    check_stated(args, {"patch_size", "in_chans"} - weights.options.keys())  # the tensors tell better
+    options = {"img_size": int(args["global_crops_size"])} if "global_crops_size" in args else {}
     options |= {k: args[k] for k in ("patch_size", "in_chans") if k in args}
     options |= weights.options | stored_options(args)
     return weights._replace(arch=args.get("arch") or weights.arch, options=options)
