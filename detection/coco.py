@@ -182,6 +182,9 @@ def read(path: str, flag: str) -> dict:
             raise Refused(f"{flag} {path}: it has no {name}; add some")
         if repeated := [k for k, n in Counter(row["id"] for row in content[name]).items() if n > 1]:
             raise Refused(f"{flag} {path}: id {repeated[0]} occurs twice among its {name}; give each its own")
+    if repeated := [k for k, n in Counter(str(row["file_name"]) for row in content["images"]).items() if n > 1]:
+        raise Refused(f"{flag} {path}: two of its images have the file_name {repeated[0]}; give their annotations one "
+                      "image_id and remove the other")
     return content
 
 

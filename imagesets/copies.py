@@ -71,6 +71,9 @@ def read_csv(folder: Path, where: str) -> Copies:
             raise Refused(f"{where}: ground_truth.csv: {match!r}, the match of {query!r}, is not in database/")
         if attacks.setdefault(query, attack) != attack:
             raise Refused(f"{where}: ground_truth.csv: {query!r} has two attacks, {attacks[query]!r} and {attack!r}")
+        if match and row[match] in matches.get(query, ()):
+            raise Refused(f"{where}: ground_truth.csv: {match!r} is a match of {query!r} twice; remove one "
+                          "line")
         matches.setdefault(query, []).extend([row[match]] if match else [])
     absent = [query for query in matches if not (folder / "queries" / query).is_file()]
     if absent:

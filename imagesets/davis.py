@@ -95,8 +95,10 @@ def open_video(name: str, folder: Path, annotated: Path, reading: decode.Reading
     """
     if not folder.is_dir():
         raise Refused(f"sequence {name}: there is no folder {folder}; take the name out of the list")
-    frames = list(masks.by_stem(folder, decode.suffixes(reading.in_chans), atomic.outputs_in(folder)).values())
-    by_stem = masks.by_stem(annotated, masks.SUFFIXES) if annotated.is_dir() else {}
+    where = f"sequence {name}"
+    frames = list(masks.by_stem(
+        where, folder, decode.suffixes(reading.in_chans), atomic.outputs_in(folder)).values())
+    by_stem = masks.by_stem(where, annotated, masks.SUFFIXES) if annotated.is_dir() else {}
     annotations = {i: by_stem[path.stem] for i, path in enumerate(frames) if path.stem in by_stem}
     if not frames:
         raise Refused(f"sequence {name}: there are no images in {folder}; add its frames or take the name out of the "

@@ -65,6 +65,7 @@ def change(path: str, value):
     (change("categories.1.id", 3), ("id 3", "twice")),
     (change("categories.1.name", " . "), ("no words", "rename")),
     (change("images.1.id", 7), ("id 7", "twice")),
+    (change("images.1.file_name", CONTENT["images"][0]["file_name"]), ("file_name", "a.png", "image_id")),
     (change("images.1.file_name", "c.png"), ("c.png", "--train_images")),
     (change("images", []), ("no images",)),
     (change("categories", {}), ("categories", "COCO")),
