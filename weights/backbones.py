@@ -277,6 +277,8 @@ def load_backbone(
     info |= {key: value for key, (value, _) in normalization.items()}
     info["sources"] = {key: source for key, (_, source) in normalization.items()}
     info["options"] = described.options | {k: info[k] for k in ("patch_size", "in_chans")}
+    if "fc_norm.weight" in described.state and info["arch"] not in (*VITS, *XCITS):
+        info["options"]["global_pool"] = "avg"  # timm has this norm where it averages patch tokens, by default or not
     try:
         model, info["embed_dim"] = build_backbone(info["arch"], **info["options"])
     except ValueError as error:  # it names --arch; vision_transformer.py imports nothing of the project

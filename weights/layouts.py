@@ -50,9 +50,10 @@ UNUSED = re.compile(r"(.*\.)?(num_batches_tracked|mask_token|masked_embed|relati
 KINDS = (
     (re.compile(r"(\w+\.)*(relative_position_bias_table|rel_pos_bias)"), "a network with relative positions"),
     (re.compile(r"blocks\.0\.gamma_1|storage_tokens|rope(_embed)?\.|embeddings\.patch_embeddings\.(weight|bias)"),
-     "DINOv3 or another network with rotary positions"),
-    (re.compile(r"dist_token|(\w+\.)*distillation_token"), "a distilled DeiT"),
-    (re.compile(r"fc_norm\."), "an average-pooled network, whose features are not the class token's"),
+     "DINOv3 or another network with rotary positions, of which timm's file loads by timm's name for --arch"),
+    (re.compile(r"dist_token|(\w+\.)*distillation_token"),
+     "a distilled DeiT, of which timm's file loads by timm's name for --arch"),
+    (re.compile(r"fc_norm\."), "an average-pooled network, which loads by timm's name for --arch"),
     (re.compile(r"norm_pre\.|visual\.|(\w+\.)*vision_model\."),
      "CLIP or another network with a norm before the first block"),
     (re.compile(r"blocks\.0\.ls1\.gamma"), "DINOv2 or another network with layer scale"),
@@ -298,9 +299,9 @@ def part(loaded: Mapping, checkpoint_key: str, path: str = "") -> Mapping:
 def misfit(own: Mapping[str, Tensor], state: Mapping[str, Tensor], optional: tuple[str, ...] = ()) -> str:
     """Why a file does not hold exactly the tensors of a network; "" if it does.
 
-    Every tensor of the network must be in the file with its shape, in floating point (not quantized), and every tensor
-    of the file must be the network's. Exceptions: heads, and other tensors without effect on features (`HEAD`,
-    `UNUSED`), such as batch norm's counters, which are missing in older files, and DINOv2's mask token.
+    Every tensor of the network must be in the file with its shape, in finite floating-point numbers (not quantized),
+    and every tensor of the file must be the network's. Exceptions: heads, and other tensors without effect on features
+    (`HEAD`, `UNUSED`), such as batch norm's counters, which are missing in older files, and DINOv2's mask token.
 
     Args:
         own: the network's state dict.
@@ -310,13 +311,15 @@ def misfit(own: Mapping[str, Tensor], state: Mapping[str, Tensor], optional: tup
     missing = [k for k in own if k not in state and k not in optional and not UNUSED.fullmatch(k)]
     wrong = [f"{k} {tuple(v.shape)} instead of {tuple(own[k].shape)}"
              for k, v in state.items() if k in own and v.shape != own[k].shape]  # fmt: skip
-    whole = [f"{k} {v.dtype}" for k, v in state.items()
-             if k in own and own[k].is_floating_point() and not v.is_floating_point()]
+    floating = {k: v for k, v in state.items() if k in own and own[k].is_floating_point()}
+    whole = [f"{k} {v.dtype}" for k, v in floating.items() if not v.is_floating_point()]
+    no_values = [k for k, v in floating.items() if v.is_meta > own[k].is_meta or v.layout != torch.strided]
+    broken = [k for k, v in floating.items() if not v.is_meta and k not in no_values and not v.float().isfinite().all()]
     unused = [k for k in state if k not in own and not HEAD.match(k) and not UNUSED.fullmatch(k)]
     problems = [
         f"{what}: {', '.join(names[:5])}" + (f" and {len(names) - 5} more" if len(names) > 5 else "")
         for what, names in (("missing", missing), ("wrong shape", wrong), ("not floating point", whole),
-                            ("unused", unused)) if names
+                            ("not dense", no_values), ("not finite", broken), ("unused", unused)) if names
     ]  # fmt: skip
     kind = next((kind for pattern, kind in KINDS if any(map(pattern.match, unused))), None)
     return "; ".join(problems + ([f"it looks like {kind}"] if kind else []))
