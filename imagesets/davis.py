@@ -17,6 +17,7 @@ from torch import Tensor
 
 import atomic
 from imagesets import decode, masks
+from imagesets.listing import natural_order
 from parallel import Refused
 
 RESOLUTION = "480p"
@@ -96,8 +97,8 @@ def open_video(name: str, folder: Path, annotated: Path, reading: decode.Reading
     if not folder.is_dir():
         raise Refused(f"sequence {name}: there is no folder {folder}; take the name out of the list")
     where = f"sequence {name}"
-    frames = list(masks.by_stem(
-        where, folder, decode.suffixes(reading.in_chans), atomic.outputs_in(folder)).values())
+    by_stem = masks.by_stem(where, folder, decode.suffixes(reading.in_chans), atomic.outputs_in(folder))
+    frames = [by_stem[stem] for stem in sorted(by_stem, key=natural_order)]
     by_stem = masks.by_stem(where, annotated, masks.SUFFIXES) if annotated.is_dir() else {}
     annotations = {i: by_stem[path.stem] for i, path in enumerate(frames) if path.stem in by_stem}
     if not frames:
