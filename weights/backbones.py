@@ -247,7 +247,7 @@ def load_backbone(
     Returns:
         The network, and {arch, patch_size, embed_dim, in_chans, mean, std, global_crops_size, options: the arguments
         of `build_backbone`, sources: where mean and std come from}, and, if stored, value_range of the training
-        images and resize_ratio (see `preprocessing.stored`).
+        images, and resize_ratio and interpolation (see `preprocessing.stored`).
 
     Raises:
         Refused (a ValueError): no such file, not a checkpoint, no such part in it, unknown architecture, another than
@@ -271,8 +271,7 @@ def load_backbone(
     if "value_range" in args:
         info["value_range"] = tuple(args["value_range"])
     file = f"{flag} {weights}" if weights else f"--in_chans {in_chans}"
-    if "resize_ratio" in found:
-        info["resize_ratio"] = found["resize_ratio"]
+    info |= {key: found[key] for key in ("resize_ratio", "interpolation") if key in found}
     normalization = preprocessing.normalization(found, info["in_chans"], file, mean, std)
     info |= {key: value for key, (value, _) in normalization.items()}
     info["sources"] = {key: source for key, (_, source) in normalization.items()}

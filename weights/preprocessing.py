@@ -17,6 +17,7 @@ from method.photometric import IMAGENET_MEAN, IMAGENET_STD
 from parallel import Refused
 from weights.layouts import BadFile, is_count, is_number
 
+PILLOW_FILTERS = {"0": "nearest", "1": "lanczos", "2": "bilinear", "3": "bicubic"}  # by number, as text
 DEFAULTS = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
 
 
@@ -52,7 +53,7 @@ def from_processor(config: Mapping) -> dict:
     size = side(config.get("size"))
     return {"mean": mean, "std": std, "image_size": crop or size,
             "resize_ratio": size / (crop or size) if size and config.get("do_resize", True) and size >= (crop or 0)
-            else None}
+            else None, "interpolation": PILLOW_FILTERS.get(str(config.get("resample")))}
 
 
 def scaled(values: Any, white: float) -> Any:
@@ -79,6 +80,7 @@ def from_config(config: Mapping) -> dict:
     share = timm.get("crop_pct")
     return {"mean": timm.get("mean"), "std": timm.get("std"), "in_chans": shape[0],
             "resize_ratio": 1 / share if is_number(share) and 0 < share <= 1 else None,
+            "interpolation": timm.get("interpolation"),
             "image_size": shape[1] if shape[1] == shape[2] and isinstance(shape[1], int) else None}
 
 
@@ -88,8 +90,8 @@ BESIDE: dict[str, Callable[[Mapping], dict]] = {  # in this order
 
 
 def stored(path: str, args: Mapping) -> dict[str, Found]:
-    """mean, std, in_chans, image_size and resize_ratio (the shorter side before the crop, per side of the crop) of a
-    file of weights, those that are stored, each from its first source.
+    """mean, std, in_chans, image_size, resize_ratio (the shorter side before the crop, per side of the crop) and
+    interpolation of a file of weights, those that are stored, each from its first source.
 
     Args:
         path: the file; "" is none.

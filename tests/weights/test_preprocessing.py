@@ -182,6 +182,16 @@ def test_another_size_before_the_crop_is_said_with_its_flag(tmp_path, beside, st
     assert "--resize_size" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("beside, stored", [
+    ({"config": {"pretrained_cfg": {"interpolation": "bilinear"}}}, "bilinear"),
+    ({"preprocessor_config": {"resample": 2}}, "bilinear"), ({"preprocessor_config": {"resample": 3}}, None),
+    ({"preprocessor_config": {"resample": [2]}}, None), ({}, None)])
+def test_another_interpolation_is_said(tmp_path, beside, stored, capsys):
+    features.load_network(plain(tmp_path / "w", **beside), crop_size=32, resize_size=0)
+    said = [line for line in capsys.readouterr().out.splitlines() if "bicubic" in line]
+    assert (len(said) == 1 and f"config.json says {stored}" in said[0]) if stored else not said
+
+
 def test_flags_beat_the_file_which_beats_its_neighbours_which_beat_the_default(tmp_path, capsys):
     other = {"image_mean": [0.9] * 3, "image_std": [0.9] * 3}
     path = checkpoint(tmp_path, mean=MEAN, std=STD)
