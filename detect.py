@@ -21,6 +21,7 @@ import flags
 import parallel
 from detection import coco, evaluation, files, inference, networks, prompts, scores, training
 from detection.networks import Detector
+from imagesets.decode import MAX_PIXELS
 from parallel import Refused
 from pretraining import faults
 from pretraining.owner import owned
@@ -56,6 +57,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--eval_images", default="", metavar="FOLDER", help="folder of the images of --eval; empty: as --train_images")
     add("--skip_bad_boxes", action="store_true",
         help="leave out boxes without area or outside of their image, instead of refusing the file")
+    add("--max_pixels", type=flags.positive_int, default=MAX_PIXELS,
+        help="larger images count as undecodable, against decompression bombs; raise it for very large images")
     add("--held_back", default="", metavar="TEXT",
         help="also report how much of what this prompt finds on the images of --eval is still found after training")
 
@@ -112,7 +115,7 @@ def check_args(args: argparse.Namespace) -> None:
 
 
 def detect(args: argparse.Namespace, device: torch.device) -> None:
-    phrases, items = prompts.parse(args.text), files.open_items(args.images)
+    phrases, items = prompts.parse(args.text), files.open_items(args.images, max_pixels=args.max_pixels)
     folder = flags.check_folder(args.output_dir)
     detector = networks.load(args.model, device)
     inference.chunks(detector, phrases)
@@ -133,11 +136,12 @@ def detect(args: argparse.Namespace, device: torch.device) -> None:
 
 
 def open_data(args: argparse.Namespace) -> tuple[coco.Objects | None, coco.Objects | None]:
-    train = coco.open_objects(args.train, args.train_images, "--train", args.skip_bad_boxes) if args.train else None
+    how = {"skip_bad": args.skip_bad_boxes, "max_pixels": args.max_pixels}
+    train = coco.open_objects(args.train, args.train_images, "--train", **how) if args.train else None
     if not args.eval:
         return train, None
     scores.import_evaluator()
-    return train, coco.open_objects(args.eval, args.eval_images or args.train_images, "--eval", args.skip_bad_boxes)
+    return train, coco.open_objects(args.eval, args.eval_images or args.train_images, "--eval", **how)
 
 
 def make_detector(args: argparse.Namespace, device: torch.device, *sets: coco.Objects | None) -> Detector:

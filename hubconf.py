@@ -60,7 +60,10 @@ def _described(weights):
         raise ValueError(f"{error}; remove it to download it again" if "://" in url else str(error)) from error
     state = layouts.backbone_state(loaded, "teacher", path)
     ours = (*vision_transformer.VITS, *vision_transformer.XCITS)
-    return path, layouts.describe(layouts.stored_args(loaded), state, ours)
+    try:
+        return path, layouts.describe(layouts.stored_args(loaded), state, ours)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _filled(name, path, model, state):

@@ -48,20 +48,23 @@ class Objects(Protocol):
     def size(self, i: int) -> tuple[int, int]: ...  # H, W
 
 
-def open_objects(path: str, images: str, flag: str, skip_bad: bool = False) -> Objects:
+def open_objects(
+    path: str, images: str, flag: str, skip_bad: bool = False, max_pixels: int = decode.MAX_PIXELS
+) -> Objects:
     """Open a COCO file, or `scenes:COUNT[xPIXELS]`.
 
     Args:
         images: folder of the COCO file's images; "": the file's folder, or the folder `images` in it.
         flag: --train or --eval. Scenes of --train leave out the pairs of kind and colour that `held_out` names.
         skip_bad: leave out boxes that can't be used, instead of refusing them.
+        max_pixels: larger images can't be decoded.
 
     Raises:
         Refused: there is no such file, or it can't be used.
     """
     if path.split(":")[0] == "scenes":
         return open_scenes(path, flag)
-    return Coco(path, images, flag, skip_bad)
+    return Coco(path, images, flag, skip_bad, max_pixels)
 
 
 # ---- Drawn scenes ----
@@ -124,8 +127,8 @@ def as_truth(boxes: Sequence, classes: Sequence[int], crowd: Sequence[bool] | No
 class Coco:
     """A file in COCO format, checked; images are decoded when they are asked for."""
 
-    def __init__(self, path: str, images: str, flag: str, skip_bad: bool = False) -> None:
-        self.name, self.flag = path, flag
+    def __init__(self, path: str, images: str, flag: str, skip_bad: bool, max_pixels: int) -> None:
+        self.name, self.flag, self.max_pixels = path, flag, max_pixels
         content = read(path, flag)
         self.category_ids, self.phrases = categories(content, self.where)
         self.images = content["images"]
@@ -146,7 +149,7 @@ class Coco:
 
     def load(self, i: int) -> Tensor:
         try:
-            pixels = decode.decode(os.path.join(self.folder, self.images[i]["file_name"]))
+            pixels = decode.decode(os.path.join(self.folder, self.images[i]["file_name"]), max_pixels=self.max_pixels)
         except decode.Undecodable as error:
             raise Refused(f"{self.where}: {error}; repair the image or take it out of the file") from error
         if tuple(pixels.shape[1:]) != self.size(i):
@@ -182,6 +185,9 @@ def read(path: str, flag: str) -> dict:
             raise Refused(f"{flag} {path}: it has no {name}; add some")
         if repeated := [k for k, n in Counter(row["id"] for row in content[name]).items() if n > 1]:
             raise Refused(f"{flag} {path}: id {repeated[0]} occurs twice among its {name}; give each its own")
+    if repeated := [k for k, n in Counter(str(row["file_name"]) for row in content["images"]).items() if n > 1]:
+        raise Refused(f"{flag} {path}: two of its images have the file_name {repeated[0]}; give their annotations one "
+                      "image_id and remove the other")
     return content
 
 

@@ -29,23 +29,25 @@ class Item(NamedTuple):
     fps: float
 
 
-def open_items(paths: Sequence[str], flag: str = "--images") -> Iterator[Item]:
+def open_items(
+    paths: Sequence[str], flag: str = "--images", max_pixels: int = decode.MAX_PIXELS
+) -> Iterator[Item]:
     """Images of files and folders, frames of videos, and drawn scenes, decoded when they are asked for.
 
     Raises:
         Refused: a path that doesn't exist or holds no images (at once), or an image that can't be decoded.
     """
-    opened = []
+    opened, reading = [], decode.Reading(max_pixels=max_pixels)
     for path in paths:
         if Path(path).suffix.lower() in VIDEOS:
-            frames, _, fps = attention_video.open_video(path, None, decode.PLAIN, flag)
+            frames, _, fps = attention_video.open_video(path, None, reading, flag)
             opened.append((path, frames, fps))
         elif path.split(":")[0] == "scenes":
             opened.append(("", Drawn(coco.open_scenes(path, flag)), 0.0))
         elif Path(path).is_file() and Path(path).suffix.lower() not in (".txt", ".csv", ".zip", ".tar", ".parquet"):
-            opened.append(("", sources.open_files(Path(path).parent, [Path(path).name], decode.PLAIN), 0.0))
+            opened.append(("", sources.open_files(Path(path).parent, [Path(path).name], reading), 0.0))
         else:
-            opened.append(("", sources.open_images(path, flag=flag), 0.0))
+            opened.append(("", sources.open_images(path, max_pixels=max_pixels, flag=flag), 0.0))
     return items(opened, flag)
 
 

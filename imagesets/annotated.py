@@ -67,8 +67,8 @@ def matched(
     what: str = "mask",
 ) -> list[tuple[Path, Path]]:
     """Each image of a folder with the truth of its name."""
-    by_name = masks.by_stem(truths, suffixes) if truths.is_dir() else {}
-    listed = masks.by_stem(images, decode.suffixes(reading.in_chans))
+    by_name = masks.by_stem(where, truths, suffixes) if truths.is_dir() else {}
+    listed = masks.by_stem(where, images, decode.suffixes(reading.in_chans))
     for stem, path in listed.items():
         if stem not in by_name:
             raise Refused(f"{where}: {path} has no {what} {truths / stem}.*; add it or remove the image")

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from imagesets.listing import natural_order
 from imagesets.sources import open_images
 from parallel import Refused
 
@@ -71,6 +72,9 @@ def read_csv(folder: Path, where: str) -> Copies:
             raise Refused(f"{where}: ground_truth.csv: {match!r}, the match of {query!r}, is not in database/")
         if attacks.setdefault(query, attack) != attack:
             raise Refused(f"{where}: ground_truth.csv: {query!r} has two attacks, {attacks[query]!r} and {attack!r}")
+        if match and row[match] in matches.get(query, ()):
+            raise Refused(f"{where}: ground_truth.csv: {match!r} is a match of {query!r} twice; remove one "
+                          "line")
         matches.setdefault(query, []).extend([row[match]] if match else [])
     absent = [query for query in matches if not (folder / "queries" / query).is_file()]
     if absent:
@@ -94,7 +98,7 @@ def read_copydays(folder: Path, where: str) -> Copies:
                           "remove one")
         below = folder / (present or names)[0]
         count = len(queries)
-        for kind in [below] if group == "strong" else sorted(below.glob("*/"), key=in_numeric_order):
+        for kind in [below] if group == "strong" else sorted(below.glob("*/"), key=by_number):
             for name in images_in(kind, where) if kind.is_dir() else ():
                 queries.append(f"{kind.relative_to(folder)}/{name}")
                 matches.append([row[name[:4]]] if name[:4] in row else [])
@@ -105,10 +109,8 @@ def read_copydays(folder: Path, where: str) -> Copies:
     return Copies([f"original/{name}" for name in database], queries, matches, attacks, notes)
 
 
-def in_numeric_order(folder: Path) -> tuple[bool, int, str]:
-    """Sort key: folders named by a number first, in numeric order, then the others by name."""
-    number = folder.name.isdecimal()
-    return not number, int(folder.name) if number else 0, folder.name
+def by_number(folder: Path) -> list[str | int]:
+    return natural_order(folder.name)
 
 
 def images_in(folder: Path, where: str) -> list[str]:

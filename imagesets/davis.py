@@ -17,6 +17,7 @@ from torch import Tensor
 
 import atomic
 from imagesets import decode, masks
+from imagesets.listing import natural_order
 from parallel import Refused
 
 RESOLUTION = "480p"
@@ -95,8 +96,10 @@ def open_video(name: str, folder: Path, annotated: Path, reading: decode.Reading
     """
     if not folder.is_dir():
         raise Refused(f"sequence {name}: there is no folder {folder}; take the name out of the list")
-    frames = list(masks.by_stem(folder, decode.suffixes(reading.in_chans), atomic.outputs_in(folder)).values())
-    by_stem = masks.by_stem(annotated, masks.SUFFIXES) if annotated.is_dir() else {}
+    where = f"sequence {name}"
+    by_stem = masks.by_stem(where, folder, decode.suffixes(reading.in_chans), atomic.outputs_in(folder))
+    frames = [by_stem[stem] for stem in sorted(by_stem, key=natural_order)]
+    by_stem = masks.by_stem(where, annotated, masks.SUFFIXES) if annotated.is_dir() else {}
     annotations = {i: by_stem[path.stem] for i, path in enumerate(frames) if path.stem in by_stem}
     if not frames:
         raise Refused(f"sequence {name}: there are no images in {folder}; add its frames or take the name out of the "

@@ -27,7 +27,8 @@ VERSION = 1  # of the content of an index
 WORTH_AN_INDEX = 10_000  # images; searching for fewer takes no time
 SETTLED = 3_000_000_000  # ns; no file system's timestamps are coarser
 
-PASSED_FOLDERS = (b"@eaDir", b"__MACOSX")  # thumbnails of a NAS, and resource forks; hidden folders are passed over too
+# Thumbnails of a NAS, resource forks and recycle bins; hidden folders are passed over too.
+PASSED_FOLDERS = (b"@eaDir", b"__MACOSX", b"#recycle", b"@Recycle", b"$RECYCLE.BIN")
 
 Table = dict[str, np.ndarray]  # paths, watched, stamps (see `listed`), and other columns of the kind of listing
 
@@ -226,6 +227,11 @@ def unchanged(table: Table) -> bool:
 def table_hash(table: Table) -> str:
     """Changes when a folder or shard of the listing does."""
     return hashlib.sha256(table["watched"].tobytes() + table["stamps"].tobytes()).hexdigest()
+
+
+def natural_order(name: str) -> list[str | int]:
+    """Sort key that puts frame2 before frame10."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
 
 
 def files_hash(paths: Iterable[str | bytes | os.PathLike]) -> str:

@@ -178,10 +178,10 @@ def pair(
     where: str, folder: Path, layout: tuple[str, str], names: Path | None, suffixes: Iterable[str]
 ) -> tuple[list[tuple[Path, Path]], list[str]]:
     """Images and masks of the same name, all or those that the file `names` lists; and notes for the report."""
-    images, masks = by_stem(folder / layout[0], suffixes), by_stem(folder / layout[1], SUFFIXES)
+    images, masks = by_stem(where, folder / layout[0], suffixes), by_stem(where, folder / layout[1], SUFFIXES)
     both, notes = [stem for stem in images if stem in masks], []
     if names and names.is_file():
-        both = names.read_text().split()
+        both = list(dict.fromkeys(names.read_text().split()))
         for stem in both:
             if stem not in images or stem not in masks:
                 missing = Path(layout[stem in images], stem)
@@ -195,11 +195,21 @@ def pair(
     return [(images[stem], masks[stem]) for stem in both], notes
 
 
-def by_stem(folder: Path, suffixes: Iterable[str], left_out: Container[bytes] = ()) -> dict[str, Path]:
-    """A folder's files with one of the suffixes, by name without suffix, in the order of the names."""
-    return {path.stem: path for path in sorted(folder.iterdir())
-            if path.suffix.lower() in suffixes and not path.name.startswith(".")
-            and os.fsencode(path.name) not in left_out}
+def by_stem(
+    where: str, folder: Path, suffixes: Iterable[str], left_out: Container[bytes] = ()
+) -> dict[str, Path]:
+    """A folder's files with one of the suffixes, by name without suffix, in the order of the names.
+
+    Raises:
+        Refused: two of them have one name.
+    """
+    files: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() in suffixes and path.name[0] != "." and os.fsencode(path.name) not in left_out:
+            if files.setdefault(path.stem, path) != path:
+                raise Refused(f"{where}: {files[path.stem]} and {path.name} have the same name but for the suffix, by "
+                              "which images and masks are matched; remove one")
+    return files
 
 
 def read_foreground(path: Path, voc: bool) -> tuple[np.ndarray, np.ndarray]:

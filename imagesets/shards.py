@@ -196,7 +196,7 @@ def shards_table(where: str, paths: Sequence[bytes], known: frozenset[bytes], st
                 rows["shard"].append(number)
                 rows["offset"].append(image.offset)
                 rows["size"].append(image.size)
-                labels.append(next((m.label for m in sample if m.label is not None), None))
+                labels.append(label_of(where, path, sample))
     numbers, classes = listing.numbered(labels) if None not in labels else ([], [])
     note = listing.passed_over(others, "samples without an image")
     return {k: np.array(v) for k, v in rows.items()} | {
@@ -204,6 +204,15 @@ def shards_table(where: str, paths: Sequence[bytes], known: frozenset[bytes], st
         "paths": np.frombuffer(names, np.uint8), "left_out": np.array(left_out),
         "labels": np.array(numbers, np.int64), "classes": listing.pack(name.encode() for name in classes),
     }
+
+
+def label_of(where: str, path: bytes, sample: list[Member]) -> str | None:
+    """The label of a sample, if it has one. Raises Refused if it has two."""
+    labels = sorted({m.label for m in sample if m.label is not None})
+    if len(labels) > 1:
+        raise Refused(f"{where}: {printable(path)}: sample {key(sample[0])!r} has the labels {' and '.join(labels)}; "
+                      "make this shard again with one")
+    return labels[0] if labels else None
 
 
 def samples(where: str, path: bytes) -> Iterator[list[Member]]:

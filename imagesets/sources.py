@@ -12,8 +12,6 @@ where `reduction` is that of decode.decode. Where names and file times don't sho
 Shapes: N images in all, C channels.
 """
 
-import csv
-import io
 import os
 import re
 from array import array
@@ -43,6 +41,7 @@ from imagesets.listing import (
     pack,
     passed_over,
 )
+from imagesets.lists import read_rows
 from imagesets.packages import open_hugging_face, open_parquet, open_torchvision
 from imagesets.shards import expand, named_by, open_folder_of_shards, open_shards
 from imagesets.zipped import open_zip
@@ -238,64 +237,13 @@ def split_folder(where: str, folder: str, split: str | None) -> str:
 def open_list(where: str, path: str, split: str | None, reading: Reading) -> Files:
     if split == "val":
         raise Refused(f"{where}: a list has no validation part; give the validation images a list of their own")
-    with open(path, "rb") as file:
-        content = file.read().removeprefix(b"\xef\xbb\xbf")
     folder = os.path.dirname(path)
-    rows = csv_rows(where, content) if path.lower().endswith(".csv") else text_rows(where, os.fsencode(folder), content)
+    rows = read_rows(where, path)
     labels, classes = numbered([printable(row[1]) for row in rows]) if len(rows[0]) == 2 else (None, [])
     files = Files(folder, Texts(pack(row[0] for row in rows)), labels, classes, reading)
     if not os.path.isfile(files.path(0)):  # catches the usual mistake; checking all would take long
         raise Refused(f"{where}: {files.name(0)!r} isn't there; paths are relative to the list's folder")
     return files
-
-
-def text_rows(where: str, folder: bytes, content: bytes) -> list[list[bytes]]:
-    """[path] or [path, label] of each line: "path", "path<TAB>label", or "path label" where the first line as a whole
-    is no file and its part before the last space is one."""
-    if content.startswith((b"\xff\xfe", b"\xfe\xff")):  # as PowerShell writes
-        raise Refused(f"{where}: the list is in UTF-16; save it as UTF-8")
-    rows = [line.split(b"\t") for line in (line.rstrip(b"\r") for line in content.split(b"\n")) if line]
-    if not rows:
-        raise Refused(f"{where}: the list is empty; write one path per line")
-    if len({len(row) for row in rows}) > 1 or len(rows[0]) > 2:
-        raise Refused(f"{where}: some lines have a label and some don't; write 'path' or 'path<TAB>label' in all")
-    if bad := [row[0] for row in rows if not all(row)]:
-        raise Refused(f"{where}: the path or the label of {printable(bad[0])!r} is empty; write both")
-    first, space, _ = rows[0][0].rstrip().rpartition(b" ")
-    if len(rows[0]) == 2 or not space or os.path.isfile(os.path.join(folder, rows[0][0])):
-        return rows
-    if not os.path.isfile(os.path.join(folder, first)):
-        return rows
-    parallel.say(f"{where}: lines are read as 'path label', split at the last space, as {printable(rows[0][0])!r} is "
-                 "no file")
-    split = [row[0].rstrip().rpartition(b" ") for row in rows]
-    if bad := [row[0] for row, (path, _, label) in zip(rows, split, strict=True) if not path or not label]:
-        raise Refused(f"{where}: {printable(bad[0])!r} has no label and the first line has one; write 'path label' in "
-                      "all")
-    return [[path.rstrip(), label] for path, _, label in split]
-
-
-PATH_COLUMNS = ("path", "image", "file", "filename", "file_name", "filepath", "image_path")
-LABEL_COLUMNS = ("label", "class", "target", "category")
-
-
-def csv_rows(where: str, content: bytes) -> list[list[bytes]]:
-    """[path] or [path, label] of each row of a CSV file, whose header names the columns."""
-    text = content.decode("utf-8", "surrogateescape")
-    head = text.partition("\n")[0]
-    rows = list(csv.reader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=head.count)))
-    rows = [row for row in rows if any(cell.strip() for cell in row)]
-    names = [cell.strip().lower() for cell in rows[0]] if rows else []
-    path = next((names.index(name) for name in PATH_COLUMNS if name in names), None)
-    if path is None or len(rows) < 2:
-        raise Refused(f"{where}: give a header with a column path, and label if there are labels, and a row per image; "
-                      f"the first line is {head.strip()[:80]!r}")
-    label = next((names.index(name) for name in LABEL_COLUMNS if name in names), None)
-    columns = [path] if label is None else [path, label]
-    for number, row in enumerate(rows[1:], 2):
-        if len(row) <= max(columns) or not all(row[c].strip() for c in columns):
-            raise Refused(f"{where}: row {number} has no {' or no '.join(names[c] for c in columns)}; complete it")
-    return [[row[c].strip().encode("utf-8", "surrogateescape") for c in columns] for row in rows[1:]]
 
 
 class Shapes:

@@ -87,6 +87,8 @@ def zip_table(where: str, path: str, known: frozenset[bytes], stamps: list[tuple
             raise Refused(f"{where}: {member.filename!r} is encrypted or not packed by deflate; unpack the archive and "
                           "give the folder")
     names = [os.fsencode(member.filename) for member in members]
+    if repeated := [name for name, count in Counter(names).items() if count > 1]:
+        raise Refused(f"{where}: {printable(repeated[0])!r} is in the archive twice; pack it again")
     labels, classes = folder_labels(names)
     return {
         "paths": listing.pack(names), "labels": np.array(labels, np.int64), "classes": listing.pack(classes),

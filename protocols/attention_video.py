@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +19,7 @@ from torch import Tensor
 import atomic
 import flags
 from imagesets import decode, sources
+from imagesets.listing import natural_order
 from parallel import Refused, import_optional
 from protocols import attention, dense, sheets
 from protocols.features import Network
@@ -210,11 +210,6 @@ def folder_frames(images: sources.Images, numbers: Iterable[int], path: str) -> 
             yield stem, images.load(i)
         except decode.Undecodable as error:
             raise Refused(f"--video {path}: {error}; replace the frame or take it out") from error
-
-
-def natural_order(name: str) -> list:
-    """Sort key that puts frame2 before frame10."""
-    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
 
 
 def import_ffmpeg(flag: str = "--video"):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import parallel
 from imagesets.annotated import Annotated
+from imagesets.listing import files_hash
 from parallel import Refused
 from protocols import sheets, tokens
 from protocols.dense_prediction import Geometry, Predictor, fitted_to
@@ -169,7 +170,9 @@ def fit(
 def run_of(plan: Plan) -> dict:
     """What a stopped run and the one that resumes it must have in common; plain values."""
     recipe = {k: v if isinstance(v, (int, float)) else list(v) for k, v in plan.recipe._asdict().items()}
+    items = [item for part in (plan.train, plan.held, plan.test) if part for item in part.items]
     return {
+        "data": files_hash(path for item in items if isinstance(item, tuple) for path in item),  # others are drawn
         "weights": {name: network.about["weights_sha256"] for name, network in plan.networks.items()},
         "precision": next(iter(plan.networks.values())).about["precision"], "images": plan.sizes(),
         "settings": [list(s) for s in plan.settings], "crops": [plan.geometry.image_size, plan.geometry.crop],

@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -313,12 +313,17 @@ def load_network(
         "mean": list(info["mean"]), "std": list(info["std"]), "normalization": info["sources"],
     }
     if resize_size == 0:
-        say_stored_resize(info.get("resize_ratio"), crop, about["resize_size"])
+        say_stored_resize(info, crop, about["resize_size"])
     return Network(model.to(device), info, about, device)
 
 
-def say_stored_resize(ratio: Found | None, crop: int, size: int) -> None:
-    """Tell that the weights' configuration resizes images to another size than the protocol's `size`."""
+def say_stored_resize(info: Mapping[str, Any], crop: int, size: int) -> None:
+    """Tell that the weights' configuration resizes images to another size than the protocol's `size`, or otherwise than
+    bicubically."""
+    ratio, interpolation = info.get("resize_ratio"), info.get("interpolation")
+    if interpolation and interpolation.value not in ("bicubic", "random"):  # random: in training
+        parallel.say(f"images are resized by bicubic interpolation, as in the published evaluations; "
+                     f"{interpolation.source} says {interpolation.value}")
     if ratio and abs((stored := int(crop * ratio.value + 1e-6)) - size) > 1:  # programs round differently
         parallel.say(f"images are resized to {size} pixels and cropped to {crop}, as in the published evaluations; "
                      f"{ratio.source} says {stored}, which --resize_size {stored} follows")

@@ -9,6 +9,7 @@ Shapes: B images, D width, n last blocks, C classes, S settings.
 from __future__ import annotations
 
 import copy
+import hashlib
 import itertools
 import math
 import os
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 import parallel
 from parallel import Refused, import_optional
+from protocols.features import images_hash
 from protocols.progress import duration, progress
 from protocols.splits import Task
 from vision_transformer import VisionTransformer
@@ -264,8 +266,11 @@ def run_of(about: Mapping, task: Task, training: Training) -> dict:
         about: of the network.
     """
     network = {k: about.get(k) for k in ("weights_sha256", "resize_size", "crop_size", "precision")}
-    return network | {"epochs": training.epochs, "seed": training.seed, "images": len(task.train),
-                      "classes": list(task.classes), "batch": training.batch_size * parallel.world_size()}
+    parts = [part for part in (task.train, task.held, task.test) if part]
+    data = hashlib.sha256("".join(f"{images_hash(part)} {part.labels.tolist()}" for part in parts).encode())
+    return network | {"data": data.hexdigest(), "epochs": training.epochs, "seed": training.seed,
+                      "images": len(task.train), "classes": list(task.classes),
+                      "batch": training.batch_size * parallel.world_size()}
 
 
 def unfinished(path: Path, run: Mapping, unit: str = "epoch") -> dict:
@@ -281,6 +286,8 @@ def unfinished(path: Path, run: Mapping, unit: str = "epoch") -> dict:
     except (layouts.BadFile, OSError) as error:
         raise Refused(f"--output_dir {path.parent}: {error}; remove it, or choose another folder") from error
     before = state.get("run") if isinstance(state, Mapping) else None
+    if isinstance(before, Mapping):  # older files don't say which data
+        before = {"data": run.get("data")} | before
     if before != run:
         keys = dict.fromkeys([*run, *before]) if isinstance(before, Mapping) else ()
         changed = ", ".join(k for k in keys if before.get(k) != run.get(k))

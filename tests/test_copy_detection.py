@@ -112,6 +112,7 @@ def test_copydays_as_it_is_unpacked(tmp_path, capsys):
     ("query,match,attack\n0_grey.png,0.png\n", "'0_grey.png,0.png' is not query,match,attack"),
     ("query,match,attack\n0_grey.png,99.png,grey\n", "'99.png', the match of '0_grey.png', is not in database/"),
     ("query,match,attack\n0_grey.png,0.png,a\n0_grey.png,1.png,b\n", "two attacks"),
+    ("query,match,attack\n0_grey.png,0.png,a\n0_grey.png,0.png,a\n", "'0.png' is a match of '0_grey.png' twice"),
     ("query,match,attack\nnothing.png,0.png,grey\n", "'nothing.png'; put them there"),
     ("query,match,attack\n0_grey.png,,grey\n", "none of its 1 queries has a match"),
 ])

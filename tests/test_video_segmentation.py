@@ -210,6 +210,16 @@ def test_lists_and_resolutions(tmp_path):
             names(*wrong)
 
 
+def test_frames_are_in_the_order_of_their_numbers(tmp_path):
+    for folder in ("frames", "masks"):
+        (tmp_path / folder).mkdir()
+    for i in range(12):
+        Image.new("RGB", (8, 8)).save(tmp_path / "frames" / f"frame{i}.png")
+    Image.fromarray(np.eye(8, dtype=np.uint8)).save(tmp_path / "masks" / "frame0.png")
+    video = davis.open_video("x", tmp_path / "frames", tmp_path / "masks")
+    assert [path.stem for path in video.frames] == [f"frame{i}" for i in range(12)]
+
+
 def test_labels_of_annotations(tmp_path):
     draw_video(tmp_path, "two", objects=(3, 7), frames=2)
     draw_video(tmp_path, "old", objects=(255,), frames=2)  # DAVIS 2016 writes its object so

@@ -15,7 +15,18 @@ from parallel import Refused
 from vision_transformer import VITS, XCITS, VisionTransformer, build_backbone
 from weights import preprocessing
 from weights.checkpoints import refusing
-from weights.layouts import UNUSED, Weights, backbone_state, describe, misfit, read, recognize, rename, stored_args
+from weights.layouts import (
+    UNUSED,
+    Weights,
+    backbone_state,
+    check_stated,
+    describe,
+    misfit,
+    read,
+    recognize,
+    rename,
+    stored_args,
+)
 
 
 def load_matching(model: nn.Module, state: Mapping[str, Tensor], path: str, flag: str = "--pretrained_weights") -> None:
@@ -198,6 +209,7 @@ def read_backbone(path: str, checkpoint_key: str, flag: str) -> tuple[dict, Weig
     with refusing(f"--checkpoint_key {checkpoint_key}:"):
         state = backbone_state(loaded, checkpoint_key, path)
     with refusing(f"{flag} {path}:"):
+        check_stated(args, ["value_range"])
         return args, describe(args, state, (*VITS, *XCITS))
 
 
@@ -235,7 +247,7 @@ def load_backbone(
     Returns:
         The network, and {arch, patch_size, embed_dim, in_chans, mean, std, global_crops_size, options: the arguments
         of `build_backbone`, sources: where mean and std come from}, and, if stored, value_range of the training
-        images and resize_ratio (see `preprocessing.stored`).
+        images, and resize_ratio and interpolation (see `preprocessing.stored`).
 
     Raises:
         Refused (a ValueError): no such file, not a checkpoint, no such part in it, unknown architecture, another than
@@ -256,15 +268,16 @@ def load_backbone(
     check_asked(arch, described.arch, "--arch", weights)
     if described.arch in (*VITS, *XCITS):
         check_asked(patch_size, described.options.get("patch_size"), "--patch_size", weights)
-    if args.get("value_range"):
+    if "value_range" in args:
         info["value_range"] = tuple(args["value_range"])
     file = f"{flag} {weights}" if weights else f"--in_chans {in_chans}"
-    if "resize_ratio" in found:
-        info["resize_ratio"] = found["resize_ratio"]
+    info |= {key: found[key] for key in ("resize_ratio", "interpolation") if key in found}
     normalization = preprocessing.normalization(found, info["in_chans"], file, mean, std)
     info |= {key: value for key, (value, _) in normalization.items()}
     info["sources"] = {key: source for key, (_, source) in normalization.items()}
     info["options"] = described.options | {k: info[k] for k in ("patch_size", "in_chans")}
+    if "fc_norm.weight" in described.state and info["arch"] not in (*VITS, *XCITS):
+        info["options"]["global_pool"] = "avg"  # timm has this norm where it averages patch tokens, by default or not
     try:
         model, info["embed_dim"] = build_backbone(info["arch"], **info["options"])
     except ValueError as error:  # it names --arch; vision_transformer.py imports nothing of the project

@@ -15,7 +15,8 @@ import math
 import os
 import pathlib
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from numbers import Real
 from typing import NamedTuple
 
 import numpy as np
@@ -49,9 +50,10 @@ UNUSED = re.compile(r"(.*\.)?(num_batches_tracked|mask_token|masked_embed|relati
 KINDS = (
     (re.compile(r"(\w+\.)*(relative_position_bias_table|rel_pos_bias)"), "a network with relative positions"),
     (re.compile(r"blocks\.0\.gamma_1|storage_tokens|rope(_embed)?\.|embeddings\.patch_embeddings\.(weight|bias)"),
-     "DINOv3 or another network with rotary positions"),
-    (re.compile(r"dist_token|(\w+\.)*distillation_token"), "a distilled DeiT"),
-    (re.compile(r"fc_norm\."), "an average-pooled network, whose features are not the class token's"),
+     "DINOv3 or another network with rotary positions, of which timm's file loads by timm's name for --arch"),
+    (re.compile(r"dist_token|(\w+\.)*distillation_token"),
+     "a distilled DeiT, of which timm's file loads by timm's name for --arch"),
+    (re.compile(r"fc_norm\."), "an average-pooled network, which loads by timm's name for --arch"),
     (re.compile(r"norm_pre\.|visual\.|(\w+\.)*vision_model\."),
      "CLIP or another network with a norm before the first block"),
     (re.compile(r"blocks\.0\.ls1\.gamma"), "DINOv2 or another network with layer scale"),
@@ -74,6 +76,29 @@ SHARD_REMEDY = ("one process's part of a run that was sharded over GPUs (FSDP), 
 # What is read of the metadata of a safetensors file; each value is JSON.
 METADATA = ("arch", "patch_size", "in_chans", "mean", "std", "value_range", "global_crops_size",
             *STORED_OPTIONS)  # fmt: skip
+
+
+def is_number(value: object) -> bool:
+    """A finite number; JSON's true is none."""
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def is_count(value: object) -> bool:
+    return is_number(value) and value >= 1 and value == int(value)
+
+
+def is_range(value: object) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) == 2 and all(map(is_number, value)) and value[0] < value[1]
+
+
+# What an entry of a checkpoint's flags must be, for each that loading reads (mean and std: preprocessing.per_channel).
+STATED: dict[str, tuple[Callable[[object], bool], str]] = {
+    "arch": (lambda value: isinstance(value, str) and value != "", "a name"),
+    **dict.fromkeys(("patch_size", "in_chans", "global_crops_size"), (is_count, "a whole number above 0")),
+    "interpolate_antialias": (lambda value: isinstance(value, (bool, np.bool_)), "true or false"),
+    "interpolate_offset": (is_number, "a number"),
+    "value_range": (is_range, "two numbers LOW HIGH with LOW < HIGH"),
+}  # fmt: skip
 
 
 class BadFile(ValueError):
@@ -112,7 +137,7 @@ def read(path: str | os.PathLike, kind: type = dict) -> dict:
             return read_safetensors(path)
         with torch.serialization.safe_globals(ALLOWED):
             loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except ImportError:
+    except (ImportError, BadFile):
         raise
     except Exception as error:  # the type depends on where the file is damaged
         # torch's own text is long and advises to load the file unsafely.
@@ -144,7 +169,14 @@ def read_safetensors(path: str | os.PathLike) -> dict:
         metadata = f.metadata() or {}
     if not metadata.keys() & {"arch", "mean", "std"}:
         return tensors
-    return {"state_dict": tensors, "args": {k: json.loads(v) for k, v in metadata.items() if k in METADATA}}
+    args = {}
+    for key in metadata.keys() & set(METADATA):
+        try:
+            args[key] = json.loads(metadata[key])
+        except ValueError as error:
+            raise BadFile(f"{path}: {key} in its metadata is {metadata[key]!r}, which is not JSON; correct or remove "
+                          "that entry") from error
+    return {"state_dict": tensors, "args": args}
 
 
 def stored_args(loaded: Mapping) -> dict:
@@ -159,6 +191,13 @@ def stored_args(loaded: Mapping) -> dict:
     return {k: v for k, v in args.items() if v is not None} if isinstance(args, Mapping) else {}
 
 
+def check_stated(args: Mapping, keys: Iterable[str]) -> None:
+    """Raises BadFile, without the path, if an entry of a checkpoint's flags is not what `STATED` says of it."""
+    for key in keys:
+        if key in args and not STATED[key][0](args[key]):
+            raise BadFile(f"{key} in its args is {args[key]!r}, not {STATED[key][1]}; correct or remove that entry")
+
+
 def stored_options(args: Mapping) -> dict:
     """Options of a ViT among a checkpoint's flags (`stored_args`), which its tensors do not show.
 
@@ -167,6 +206,8 @@ def stored_options(args: Mapping) -> dict:
     """
     options = {"interpolate_antialias": False, "interpolate_offset": 0.1} if args.get("method") == "dinov2" else {}
     return options | {k: args[k] for k in STORED_OPTIONS if k in args}
+
+
 def network_of(name: str) -> str | None:
     """student or teacher, if the first part of a name is one of theirs."""
     return next((key for key, pattern in NETWORKS.items() if pattern.fullmatch(name.split(".")[0])), None)
@@ -258,9 +299,9 @@ def part(loaded: Mapping, checkpoint_key: str, path: str = "") -> Mapping:
 def misfit(own: Mapping[str, Tensor], state: Mapping[str, Tensor], optional: tuple[str, ...] = ()) -> str:
     """Why a file does not hold exactly the tensors of a network; "" if it does.
 
-    Every tensor of the network must be in the file with its shape, in floating point (not quantized), and every tensor
-    of the file must be the network's. Exceptions: heads, and other tensors without effect on features (`HEAD`,
-    `UNUSED`), such as batch norm's counters, which are missing in older files, and DINOv2's mask token.
+    Every tensor of the network must be in the file with its shape, in finite floating-point numbers (not quantized),
+    and every tensor of the file must be the network's. Exceptions: heads, and other tensors without effect on features
+    (`HEAD`, `UNUSED`), such as batch norm's counters, which are missing in older files, and DINOv2's mask token.
 
     Args:
         own: the network's state dict.
@@ -270,13 +311,15 @@ def misfit(own: Mapping[str, Tensor], state: Mapping[str, Tensor], optional: tup
     missing = [k for k in own if k not in state and k not in optional and not UNUSED.fullmatch(k)]
     wrong = [f"{k} {tuple(v.shape)} instead of {tuple(own[k].shape)}"
              for k, v in state.items() if k in own and v.shape != own[k].shape]  # fmt: skip
-    whole = [f"{k} {v.dtype}" for k, v in state.items()
-             if k in own and own[k].is_floating_point() and not v.is_floating_point()]
+    floating = {k: v for k, v in state.items() if k in own and own[k].is_floating_point()}
+    whole = [f"{k} {v.dtype}" for k, v in floating.items() if not v.is_floating_point()]
+    no_values = [k for k, v in floating.items() if v.is_meta > own[k].is_meta or v.layout != torch.strided]
+    broken = [k for k, v in floating.items() if not v.is_meta and k not in no_values and not v.float().isfinite().all()]
     unused = [k for k in state if k not in own and not HEAD.match(k) and not UNUSED.fullmatch(k)]
     problems = [
         f"{what}: {', '.join(names[:5])}" + (f" and {len(names) - 5} more" if len(names) > 5 else "")
         for what, names in (("missing", missing), ("wrong shape", wrong), ("not floating point", whole),
-                            ("unused", unused)) if names
+                            ("not dense", no_values), ("not finite", broken), ("unused", unused)) if names
     ]  # fmt: skip
     kind = next((kind for pattern, kind in KINDS if any(map(pattern.match, unused))), None)
     return "; ".join(problems + ([f"it looks like {kind}"] if kind else []))
@@ -321,9 +364,14 @@ def describe(args: Mapping, state: Mapping[str, Tensor], ours: Collection[str]) 
         args, state: of `stored_args` and `backbone_state`.
         ours: architectures whose tensors have this project's names, or are renamed to them. The networks of timm and
             torchvision keep the names that these libraries give.
+
+    Raises:
+        BadFile: see `check_stated` and `recognize`; the message has no path.
     """
+    check_stated(args, ("arch", "global_crops_size", *STORED_OPTIONS))
     weights = recognize(state) if args.get("arch") in (None, *ours) else Weights("", None, {}, dict(state))
-    options = {"img_size": args["global_crops_size"]} if "global_crops_size" in args else {}
+    check_stated(args, {"patch_size", "in_chans"} - weights.options.keys())  # the tensors tell better
+    options = {"img_size": int(args["global_crops_size"])} if "global_crops_size" in args else {}
     options |= {k: args[k] for k in ("patch_size", "in_chans") if k in args}
     options |= weights.options | stored_options(args)
     return weights._replace(arch=args.get("arch") or weights.arch, options=options)

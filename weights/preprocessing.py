@@ -8,15 +8,16 @@ In this order: flags, what the file of weights itself says (`args` of a checkpoi
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from method.photometric import IMAGENET_MEAN, IMAGENET_STD
 from parallel import Refused
-from weights.layouts import BadFile
+from weights.layouts import BadFile, is_count, is_number
 
+PILLOW_FILTERS = {"0": "nearest", "1": "lanczos", "2": "bilinear", "3": "bicubic"}  # by number, as text
 DEFAULTS = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
 
 
@@ -40,9 +41,10 @@ def from_processor(config: Mapping) -> dict:
     """
     nested = config.get("image_processor")
     config = nested if isinstance(nested, Mapping) else config
-    white = 255 * (config.get("rescale_factor", 1 / 255) if config.get("do_rescale", True) else 1.0)
-    if not isinstance(white, float) or white <= 0:
-        raise ValueError(f"rescale_factor is {config.get('rescale_factor')}")
+    factor = config.get("rescale_factor", 1 / 255) if config.get("do_rescale", True) else 1.0
+    if not is_number(factor) or factor <= 0:
+        raise ValueError(f"rescale_factor is {factor!r}")
+    white = 255 * factor
     if config.get("do_normalize", True):
         mean, std = (scaled(config.get(key), white) for key in ("image_mean", "image_std"))
     else:
@@ -51,14 +53,14 @@ def from_processor(config: Mapping) -> dict:
     size = side(config.get("size"))
     return {"mean": mean, "std": std, "image_size": crop or size,
             "resize_ratio": size / (crop or size) if size and config.get("do_resize", True) and size >= (crop or 0)
-            else None}
+            else None, "interpolation": PILLOW_FILTERS.get(str(config.get("resample")))}
 
 
 def scaled(values: Any, white: float) -> Any:
     """Numbers divided by `white`; anything else as it is, for `per_channel` to refuse."""
-    if isinstance(values, list) and all(isinstance(v, (int, float)) for v in values):
+    if isinstance(values, list) and all(map(is_number, values)):
         return [v / white for v in values]
-    return values / white if isinstance(values, (int, float)) else values
+    return values / white if is_number(values) else values
 
 
 def side(size: Any) -> int | None:
@@ -66,11 +68,6 @@ def side(size: Any) -> int | None:
     if isinstance(size, Mapping):
         size = size.get("shortest_edge") or (size.get("height") if size.get("height") == size.get("width") else None)
     return int(size) if is_number(size) and size == int(size) else None
-
-
-def is_number(value: Any) -> bool:
-    """A finite number; JSON's true is none."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def from_config(config: Mapping) -> dict:
@@ -83,6 +80,7 @@ def from_config(config: Mapping) -> dict:
     share = timm.get("crop_pct")
     return {"mean": timm.get("mean"), "std": timm.get("std"), "in_chans": shape[0],
             "resize_ratio": 1 / share if is_number(share) and 0 < share <= 1 else None,
+            "interpolation": timm.get("interpolation"),
             "image_size": shape[1] if shape[1] == shape[2] and isinstance(shape[1], int) else None}
 
 
@@ -92,8 +90,8 @@ BESIDE: dict[str, Callable[[Mapping], dict]] = {  # in this order
 
 
 def stored(path: str, args: Mapping) -> dict[str, Found]:
-    """mean, std, in_chans, image_size and resize_ratio (the shorter side before the crop, per side of the crop) of a
-    file of weights, those that are stored, each from its first source.
+    """mean, std, in_chans, image_size, resize_ratio (the shorter side before the crop, per side of the crop) and
+    interpolation of a file of weights, those that are stored, each from its first source.
 
     Args:
         path: the file; "" is none.
@@ -116,9 +114,11 @@ def stored(path: str, args: Mapping) -> dict[str, Found]:
         for key, value in values.items():
             if value is not None:
                 found.setdefault(key, Found(value, source))
-    if "image_size" in found and not (is_number(found["image_size"].value) and found["image_size"].value >= 1):
+    if "image_size" in found:
         value, source = found["image_size"]
-        raise BadFile(f"{path}: made for images of {value!r} pixels ({source}); correct it there")
+        if not is_count(value):
+            raise BadFile(f"{path}: made for images of {value!r} pixels ({source}); correct it there")
+        found["image_size"] = Found(int(value), source)
     return found
 
 
@@ -154,12 +154,12 @@ def normalization(
 
 def per_channel(key: str, value: Any, in_chans: int, where: str) -> tuple[float, ...]:
     """The value as one number per channel; a single stored number counts for each channel. Raises Refused."""
-    values = [value] * in_chans if isinstance(value, (int, float)) else value
+    values = [value] * in_chans if isinstance(value, Real) else value
     remedy = f"give --{key} with {in_chans} value(s), one per channel"
     if not isinstance(values, Sequence) or isinstance(values, str) or len(values) != in_chans:
         count = f"{len(values)} value(s)" if isinstance(values, Sequence) and not isinstance(values, str) else "no list"
         raise Refused(f"{where}: {count} for {in_chans} channel(s); {remedy}")
-    if not all(isinstance(v, (int, float)) and math.isfinite(v) and (key == "mean" or v > 0) for v in values):
+    if not all(is_number(v) and (key == "mean" or v > 0) for v in values):
         raise Refused(f"{where}: not finite numbers{', or not above 0' if key == 'std' else ''}; {remedy}")
     return tuple(map(float, values))
 

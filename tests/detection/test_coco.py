@@ -8,7 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from detection import coco
+import detect
+from detection import coco, files
 from parallel import Refused
 
 CONTENT = {
@@ -65,6 +66,7 @@ def change(path: str, value):
     (change("categories.1.id", 3), ("id 3", "twice")),
     (change("categories.1.name", " . "), ("no words", "rename")),
     (change("images.1.id", 7), ("id 7", "twice")),
+    (change("images.1.file_name", CONTENT["images"][0]["file_name"]), ("file_name", "a.png", "image_id")),
     (change("images.1.file_name", "c.png"), ("c.png", "--train_images")),
     (change("images", []), ("no images",)),
     (change("categories", {}), ("categories", "COCO")),
@@ -81,6 +83,21 @@ def test_bad_boxes_can_be_left_out(folder):
     content = copy.deepcopy(CONTENT)
     content["annotations"][0]["bbox"] = [10, 5, 0, 10]
     assert len(coco.open_objects(write(folder, content), "", "--train", skip_bad=True).truth(0).boxes) == 1
+
+
+def test_images_above_the_limit_are_refused_with_its_flag(folder):
+    """In a COCO file and among images to search, and read where the flag is raised."""
+    path = write(folder, CONTENT)
+    for pixels in (100, 40 * 30):
+        objects = coco.open_objects(path, "", "--train", max_pixels=pixels)
+        items = files.open_items([str(folder / "images" / "a.png")], max_pixels=pixels)
+        for read in (lambda objects=objects: objects.load(0), lambda items=items: next(items).image):
+            if pixels == 100:
+                with pytest.raises(Refused, match="a.png: .*raise --max_pixels"):
+                    read()
+            else:
+                assert read().shape == (3, 30, 40)
+    assert detect.get_args_parser().parse_args(["--max_pixels", "7"]).max_pixels == 7
 
 
 def test_an_image_of_another_size_is_refused(folder):

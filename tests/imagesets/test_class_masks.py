@@ -132,6 +132,7 @@ def test_drawn_images():
     (lambda root: [write(root / part / "masks" / "0.png", stripes(0, 255)) for part in ("train", "val")],
      ("one class", "255 is ignored", "0 and 1")),
     (lambda root: [path.unlink() for path in (root / "val" / "images").iterdir()], ("no images with masks",)),
+    (lambda root: image(root / "train" / "images" / "0.png", 8, 6), ("0.jpg and 0.png", "remove one")),
     (lambda root: (root / "val" / "masks").rename(root / "val" / "labels"), ("no folder", "masks", "give images/")),
 ])  # fmt: skip
 def test_what_does_not_fit_is_named(tmp_path, break_it, words):

@@ -118,7 +118,8 @@ def test_times_that_show_no_change_are_not_trusted(tree, cache, seconds):
 
 def test_what_is_passed_over_is_counted_also_from_the_index(tree, cache, capsys):
     expected = listed(tree)
-    for name in ("a/@eaDir/00.jpg/thumb.jpg", "__MACOSX/a/00.jpg", "a/.AppleDouble/00.jpg"):
+    for name in ("a/@eaDir/00.jpg/thumb.jpg", "__MACOSX/a/00.jpg", "a/.AppleDouble/00.jpg",
+                 "#recycle/a/00.jpg", "a/$RECYCLE.BIN/00.jpg"):
         touch(tree / name)
     assert listed(tree) == expected and "passed over" not in capsys.readouterr().out
     for name in ("a/0.raw", "b/1.RAW", "LICENSE"):

@@ -48,6 +48,35 @@ EXPECTED = [(10, "cat"), (20, "cat"), (30, "dog")]
 # ---- Lists ----
 
 
+@pytest.mark.parametrize("name, content", [
+    ("l.txt", "cat/b.png\tcat\ndog/c.png\tdog\n\ncat/b.png\tdog\n"),
+    ("l.txt", "cat/b.png cat\ndog/c.png dog\ncat/b.png dog\n"),
+    ("l.csv", "label,path\ncat,cat/b.png\ndog,dog/c.png\ndog,./cat//b.png\n")])  # fmt: skip
+def test_an_image_with_two_labels_is_refused(files, name, content):
+    (files / name).write_text(content)
+    with pytest.raises(Refused, match=r"cat/+b\.png.*'cat' and 'dog'.*1 and 3.*keep one"):
+        open_images(files / name)
+
+
+def test_an_image_that_is_listed_twice_counts_twice(files, capsys):
+    (files / "l.txt").write_text("cat/b.png\tcat\ndog/c.png\tdog\ncat/b.png\tcat\n")
+    assert len(open_images(files / "l.txt")) == 3
+    assert "1 of 3" in (said := capsys.readouterr().out) and "'cat/b.png'" in said
+    (files / "l.txt").write_text("cat/b.png\ndog/c.png\n./cat/b.png\n")
+    assert len(open_images(files / "l.txt")) == 3 and "1 of 3" in capsys.readouterr().out
+    (files / "l.txt").write_text("cat/b.png\ndog/c.png\n")
+    assert len(open_images(files / "l.txt")) == 2 and capsys.readouterr().out == ""
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_a_member_that_an_archive_holds_twice_is_refused(files):
+    with zipfile.ZipFile(files / "a.zip", "w") as archive:
+        for level in (1, 2, 3):
+            archive.writestr(f"cat/{level % 2}.png", png(level))
+    with pytest.raises(Refused, match=r"a\.zip.*cat/1\.png.*twice.*pack it again"):
+        open_images(files / "a.zip")
+
+
 def test_lists_with_spaces(files, capsys):
     (files / "l.txt").write_text("cat/a b.png cat\ncat/b.png   cat\ndog/c.png dog\n")
     assert labelled(open_images(files / "l.txt")) == EXPECTED

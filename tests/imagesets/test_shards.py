@@ -259,6 +259,14 @@ def test_a_sample_in_two_places_is_refused(tmp_path):
         open_images(path)
 
 
+def test_a_sample_with_two_labels_is_refused(tmp_path):
+    members = {"x.png": png(1), "x.cls": b"1", "x.json": b'{"label": 2}', "y.png": png(2), "y.cls": b"2"}
+    with pytest.raises(Refused, match="--data_path .*a.tar: sample 'x' has the labels 1 and 2; "):
+        open_images(shard(tmp_path / "a.tar", members))
+    agreeing = members | {"x.json": b'{"label": 1}'}
+    assert open_images(shard(tmp_path / "b.tar", agreeing)).labels.tolist() == [0, 1]
+
+
 def test_samples_without_an_image_are_counted(tmp_path, capsys):
     open_images(shard(tmp_path / "a.tar", {"x.png": png(1), "y.raw": b"", "z.raw": b"", "notes.txt": b""}))
     assert "3 samples without an image are passed over (2 .raw, 1 .txt)" in capsys.readouterr().out

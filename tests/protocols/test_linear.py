@@ -1,6 +1,7 @@
 """Linear classifiers against softmax gradients written out, the script against itself; and what it refuses."""
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -458,6 +459,25 @@ def test_a_stopped_run_goes_on(flags, pictures, tmp_path, monkeypatch, capsys):
     assert "resuming after epoch 2" in capsys.readouterr().out
     assert parts["results"] == whole["results"] and parts["test"] == whole["test"]
     assert not list((tmp_path / "parts").glob("checkpoint_*"))
+
+
+def test_a_run_stopped_on_other_images_is_another_run(pictures, tmp_path, monkeypatch, capsys):
+    """As many of the same classes, in the same place."""
+    shutil.copytree(pictures, tmp_path / "data")
+    flags = ("--epochs", 4, "--views", 0)
+    with monkeypatch.context() as patch:
+        stop_after(patch, linear, "train_epoch", 2)
+        assert run(tmp_path / "data", tmp_path / "out", *flags) == 130
+    one = next((tmp_path / "data").rglob("*.png"))
+    one.write_bytes(sorted((tmp_path / "data").rglob("*.png"))[-1].read_bytes())
+    os.utime(one, (1, 1))
+    assert run(tmp_path / "data", tmp_path / "out", *flags) == 2
+    assert "checkpoint_linear.pth belongs to another run (different data)" in capsys.readouterr().err
+    old = torch.load(tmp_path / "out" / "checkpoint_linear.pth", weights_only=True)
+    del old["run"]["data"]  # as written by versions that don't state it
+    torch.save(old, tmp_path / "out" / "checkpoint_linear.pth")
+    run(tmp_path / "data", tmp_path / "out", *flags)
+    assert "resuming after epoch" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("flags, name", [((), "checkpoint_linear.pth"), (

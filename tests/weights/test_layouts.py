@@ -317,6 +317,15 @@ def test_whole_numbers_are_no_weights(tmp_path):
     assert "not floating point: blocks.1.mlp.fc1.weight torch.int8" in message
 
 
+@pytest.mark.parametrize("change, word", [
+    (lambda x: x * float("nan"), "not finite: norm.weight"), (lambda x: x / 0, "not finite: norm.weight"),
+    (torch.Tensor.to_sparse, "not dense: norm.weight"), (lambda x: x.to("meta"), "not dense: norm.weight")])
+def test_tensors_that_hold_no_weights_are_refused(tmp_path, change, word):
+    state = random_like(build_backbone("vit_nano", 8, img_size=32)[0].state_dict())
+    torch.save(state | {"norm.weight": change(state["norm.weight"])}, tmp_path / "w.pth")
+    assert word in refused(str(tmp_path / "w.pth"))
+
+
 def test_every_tensor_of_the_file_must_be_used(tmp_path):
     state = build_backbone("vit_nano", 8, img_size=16)[0].state_dict()
     for name in ("norm_pre.weight", "blocks.0.attn.q_norm.weight", "blocks.4.norm1.weight", "ls.gamma"):
@@ -383,9 +392,20 @@ def test_average_pooling_of_timm(tmp_path, global_pool):
     theirs = timm.create_model("vit_tiny_patch16_224", depth=4, img_size=32, global_pool=global_pool, num_classes=0)
     path = saved(theirs.state_dict(), tmp_path)
     if global_pool == "avg":
-        assert "average-pooled" in refused(path)
+        assert "average-pooled" in (message := refused(path)) and "timm's name for --arch" in message
     else:
         assert_same(backbones.load_backbone(path)[0], theirs.eval(), 32, 32)
+
+
+@pytest.mark.parametrize("arch, options", [
+    ("vit_tiny_patch16_224", {"global_pool": "avg"}), ("beit_base_patch16_224", {}), ("vit_tiny_patch16_224", {})])
+def test_average_pooling_by_timms_name(tmp_path, arch, options):
+    """A norm after the mean tells it; BEiT has it by default."""
+    theirs = timm.create_model(arch, num_classes=0, **options).eval()
+    state = random_like(theirs.state_dict())
+    theirs.load_state_dict(state)
+    torch.save(state, tmp_path / "w.pth")
+    assert_same(backbones.load_backbone(str(tmp_path / "w.pth"), arch)[0], theirs, 224, 224)
 
 
 def test_linear_classifier():

@@ -182,6 +182,16 @@ def test_another_size_before_the_crop_is_said_with_its_flag(tmp_path, beside, st
     assert "--resize_size" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("beside, stored", [
+    ({"config": {"pretrained_cfg": {"interpolation": "bilinear"}}}, "bilinear"),
+    ({"preprocessor_config": {"resample": 2}}, "bilinear"), ({"preprocessor_config": {"resample": 3}}, None),
+    ({"preprocessor_config": {"resample": [2]}}, None), ({}, None)])
+def test_another_interpolation_is_said(tmp_path, beside, stored, capsys):
+    features.load_network(plain(tmp_path / "w", **beside), crop_size=32, resize_size=0)
+    said = [line for line in capsys.readouterr().out.splitlines() if "bicubic" in line]
+    assert (len(said) == 1 and f"config.json says {stored}" in said[0]) if stored else not said
+
+
 def test_flags_beat_the_file_which_beats_its_neighbours_which_beat_the_default(tmp_path, capsys):
     other = {"image_mean": [0.9] * 3, "image_std": [0.9] * 3}
     path = checkpoint(tmp_path, mean=MEAN, std=STD)
@@ -234,6 +244,59 @@ def test_numbers_that_do_not_fit_the_channels_are_refused_in_one_line(tmp_path):
         assert "\n" not in str(refused.value)
     for weights, channels in ((four, 4), (grey, 1)):
         assert backbones.load_backbone(weights, mean=[0.5] * channels, std=[0.5] * channels)[1]["in_chans"] == channels
+
+
+@pytest.mark.parametrize("field, value", [
+    ("value_range", "x"), ("value_range", 8.0), ("value_range", [1, 2, 3]), ("value_range", [2, 1]),
+    ("value_range", [None, 1]), ("value_range", torch.ones(3)), ("value_range", []), ("value_range", [0, float("nan")]),
+    ("mean", "x"), ("mean", [True] * 3), ("mean", torch.ones(3)), ("std", [None, 1, 1]), ("std", {"a": 1}),
+    ("arch", 5), ("arch", ["vit_nano"]), ("arch", torch.ones(3)), ("arch", ""),
+    ("global_crops_size", 8.5), ("global_crops_size", "32"), ("global_crops_size", [32, 32]),
+    ("interpolate_offset", "x"), ("interpolate_antialias", "false"), ("interpolate_offset", float("nan")),
+])
+def test_a_stored_value_that_is_none_is_refused_by_its_field(tmp_path, field, value):
+    path = checkpoint(tmp_path, **{field: value})
+    with pytest.raises(Refused, match=rf"^--pretrained_weights .*checkpoint\.pth: .*{field}") as refused:
+        backbones.load_backbone(path)
+    assert "\n" not in str(refused.value)
+    if field not in ("mean", "std", "value_range"):  # which the hub doesn't read
+        with pytest.raises(ValueError, match=field):
+            torch.hub.load(str(ROOT), "dino", source="local", weights=path)
+
+
+@pytest.mark.parametrize("field, value", [
+    ("patch_size", "8"), ("in_chans", -1), ("in_chans", [3]), ("patch_size", True)])
+def test_a_stored_value_that_the_tensors_contradict_is_not_used(tmp_path, field, value):
+    """The tensors of a Vision Transformer show both; those of a network of timm show neither."""
+    path = checkpoint(tmp_path)
+    content = torch.load(path, weights_only=True)
+    content["args"][field] = value
+    torch.save(content, path)
+    info = backbones.load_backbone(path)[1]
+    assert (info["patch_size"], info["in_chans"]) == (8, 3)
+    model, _ = build_backbone("resnet10t", 32)
+    torch.save({"teacher": model.state_dict(), "args": {"arch": "resnet10t", field: value}}, tmp_path / "timm.pth")
+    with pytest.raises(Refused, match=rf"^--pretrained_weights .*timm\.pth: .*{field}"):
+        backbones.load_backbone(str(tmp_path / "timm.pth"))
+
+
+@pytest.mark.parametrize("metadata, field", [
+    ({"mean": "0.5,0.5,0.5", "std": json.dumps(STD)}, "mean"), ({"arch": "vit_nano"}, "arch")])
+def test_metadata_that_are_no_json_are_named(tmp_path, metadata, field):
+    from safetensors.torch import save_file
+
+    state = random_like(build_backbone("vit_nano", 8, img_size=32)[0].state_dict())
+    save_file(state, tmp_path / "w.safetensors", metadata)
+    with pytest.raises(Refused, match=rf"^--pretrained_weights .*w\.safetensors: .*{field}"):
+        backbones.load_backbone(str(tmp_path / "w.safetensors"))
+
+
+@pytest.mark.parametrize("name, content", [
+    ("preprocessor_config", {"rescale_factor": None}), ("preprocessor_config", {"rescale_factor": {}}),
+    ("preprocessor_config", {"image_mean": [True] * 3}), ("config", {"std": True})])
+def test_a_configuration_with_a_value_that_is_none_is_refused(tmp_path, name, content):
+    with pytest.raises(Refused, match=rf"w\.pth.*{name}|{name}.*w\.pth"):
+        backbones.load_backbone(plain(tmp_path / "w", **{name: content}))
 
 
 # ---- Baselines ----
