@@ -56,6 +56,7 @@ class Candidate(NamedTuple):
 
 Candidates = dict[tuple[str, str], Candidate]  # by network and kind; the box has no network: ""
 Measured = dict[tuple[str, str], np.ndarray]  # MEASURES of candidates: (candidates, 3), or (N, candidates, 3)
+LONG = 2**14  # patches, for whose attention a CPU takes seconds per block
 MEASURES = (segmentation_scores.jaccard, segmentation_scores.energy_ratio, segmentation_scores.pointing)
 
 
@@ -196,12 +197,18 @@ def compared_networks(network: Network, seed: int) -> dict[str, Network]:
 
 
 def check_sizes(images: masks.MaskedImages, image_size: int, patch: int, flag: str) -> None:
-    """Refuse images of too many patches before any work."""
+    """Refuse images of too many patches before any work, and name an image that takes longer than all the others."""
+    counts = []
     for name, (height, width) in zip(images.names, images.sizes, strict=True):
         try:
-            dense.input_sizes(height, width, [image_size], patch)
+            _, cropped = dense.input_sizes(height, width, [image_size], patch)
         except TooManyPatches as error:
             raise Refused(f"{flag}: {name}: {error}") from error
+        counts.append(cropped[0] * cropped[1] // patch**2)
+    costs, most = np.square(counts, dtype=float), int(np.argmax(counts))  # of the attention
+    if counts[most] > LONG and costs[most] > costs.sum() - costs[most] > 0:
+        parallel.say(f"{flag}: {images.names[most]} makes {counts[most]} patches, whose attention takes longer than "
+                     "that of all other images together; take the image out or lower --image_size")
 
 
 def score_images(images: masks.MaskedImages, find_masks: Callable[[Tensor], Candidates]) -> Measured:

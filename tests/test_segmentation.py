@@ -339,6 +339,18 @@ def test_an_image_of_too_many_patches_is_named_before_the_work(tmp_path, capsys,
     assert "66 x 4 patches, more than 64; lower --image_size" in error
 
 
+def test_an_image_that_takes_longer_than_all_others_is_named(tmp_path, capsys, monkeypatch):
+    for name in "abc":
+        write_pair(tmp_path, name, square())
+    write_pair(tmp_path, "strip", square(height=24, width=400))
+    for most, words in ((64, ("strip.jpg makes 264 patches", "--image_size")), (300, ())):
+        monkeypatch.setattr(segmentation, "LONG", most)
+        images = masks.open_masked(str(tmp_path))
+        segmentation.check_sizes(images, 32, 8, "--data_path x")
+        said = capsys.readouterr().out
+        assert all(word in said for word in words) and bool(said) == bool(words)
+
+
 def test_one_image(tmp_path, capsys):
     write_pair(tmp_path, "a", square())
     assert run(tmp_path, tmp_path / "out", "--save_masks", "9") == 0
