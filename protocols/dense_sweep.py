@@ -22,6 +22,7 @@ from protocols import sheets, tokens
 from protocols.dense_prediction import Geometry, Predictor, fitted_to
 from protocols.dense_training import Read, Recipe, Setting, TrainingCrops, train
 from protocols.features import PIXELS, Network, untrained
+from protocols.transforms import check_patches
 from weights import checkpoints
 
 TEST_SHARE = 0.2  # of the images, where there is no test set
@@ -127,7 +128,23 @@ def make_plan(
     geometry = fitted_to(geometry, train_images, tokens.patch_size(network), whole)
     for size_flag, size in (("--crop_size", geometry.crop), ("--window_size", geometry.window or geometry.crop)):
         tokens.check_tokens(network, max(recipe.blocks), size, size_flag, blocks_flag)
+    check_sizes([part for part in (held, test) if part], geometry, tokens.patch_size(network))
     return Plan(networks, settings, train_images, held, test, geometry, recipe, notes)
+
+
+def check_sizes(parts: Sequence[Annotated], geometry: Geometry, patch: int) -> None:
+    """Refuse crops, windows and whole images of too many patches, before any work."""
+    for flag, side in (("--crop_size", geometry.crop), ("--window_size", geometry.window)):
+        check_patches(side, side, patch, f"{flag} {side}: it", f"lower {flag}")
+    if geometry.window:
+        return
+    for part in parts:
+        for item in part.items:
+            size = part.size(item)
+            sides = (int(max(geometry.scales) * geometry.image_size * side / min(size)) for side in size)
+            name = item[0] if isinstance(item, tuple) else f"image {item}"
+            check_patches(*sides, patch, f"--image_size {geometry.image_size}: {name}, {size[1]} x {size[0]} pixels,",
+                          "give --window_size, lower --image_size or crop the image")
 
 
 def choose(settings: Sequence[Setting], goodness: Sequence[float]) -> list[int]:

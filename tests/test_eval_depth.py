@@ -11,6 +11,7 @@ from processes import launch
 
 import eval_depth as script
 import parallel
+from protocols import transforms
 from vision_transformer import vit_nano
 
 SMALL = ["--arch", "vit_nano", "--patch_size", "8", "--num_workers", "0", "--device", "cpu", "--batch_size", "4"]
@@ -107,6 +108,24 @@ def test_bad_input_is_refused_in_one_line(flags, words, tmp_path, capsys):
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and error.startswith("eval_depth.py: error: "), error
     assert all(word in error for word in words) and not (tmp_path / "out").exists()
+
+
+def test_whole_images_of_too_many_patches_are_refused_before_any_work(tmp_path, capsys, monkeypatch):
+    """A strip among the test images, and a window and a crop; a window makes the strip possible."""
+    grey_folder(tmp_path / "data")
+    for name, image in (("images", Image.new("RGB", (3200, 32))),
+                        ("depth", Image.fromarray(np.full((32, 3200), 1000, np.uint16)))):
+        image.save(tmp_path / "data" / "val" / name / "2.png")
+    monkeypatch.setattr(transforms, "MAX_PATCHES", 800)
+    flags = ("--steps", "1", "--save_pictures", "0")
+    for more, words in (((), ("val/images/2.png", "400 x 4 patches", "--window_size")),
+                        (("--crop_size", "320"), ("--crop_size 320",)),
+                        (("--window_size", "320", "--crop_size", "16"), ("--window_size 320",))):
+        assert run(tmp_path / "data", tmp_path / "out", *flags, *more) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and all(word in error for word in words), error
+        assert not (tmp_path / "out").exists()
+    assert run(tmp_path / "data", tmp_path / "out", *flags, "--window_size", "16", "--crop_size", "16") == 0
 
 
 def test_a_broken_depth_map_is_named_even_by_a_worker(tmp_path, capsys):
