@@ -319,6 +319,14 @@ def read_classifier(path: str | os.PathLike) -> dict:
     except (layouts.BadFile, OSError) as error:
         raise Refused(f"--linear_weights {error}; give a linear.pth") from error
     about = {k: content[k] for k in ("classes", "setting", "interleaved") if content.get(k) is not None}
+    names = about.get("classes", [])
+    texts = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    if not texts or len(set(names)) < len(names) or len(names) > len(classifier.bias):
+        raise Refused(f"--linear_weights {path}: its classes are not a list of different names, at most one for each "
+                      f"of its {len(classifier.bias)} outputs; give a linear.pth as it was written")
+    if not isinstance(about.get("interleaved", True), bool):
+        raise Refused(f"--linear_weights {path}: its entry interleaved is {about['interleaved']!r}, not true or false; "
+                      "give a linear.pth as it was written")
     if "setting" in about:
         if not is_setting(about["setting"]):
             raise Refused(f"--linear_weights {path}: its setting does not hold {', '.join(Setting._fields)}; give a "

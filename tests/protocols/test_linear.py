@@ -514,6 +514,19 @@ def test_a_classifier_with_a_broken_setting_is_named_before_any_work(setting, pi
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("field, value", [
+    ("classes", 5), ("classes", [1, 2, 3, 4]), ("classes", {"ant": 1}), ("classes", ["ant", "ant"]),
+    ("classes", "ants"), ("classes", ["ant", "bee", "cat", "dog", "eel"]), ("interleaved", "x")])
+def test_a_classifier_with_broken_entries_is_named_before_any_work(field, value, pictures, tmp_path, capsys):
+    """Not a list of names, a name twice, more names than outputs, no truth value."""
+    file = {"linear.weight": torch.ones(4, 192), "linear.bias": torch.ones(4)}
+    torch.save({"state_dict": file, field: value}, tmp_path / "file.pth")
+    assert run(pictures, tmp_path / "out", "--evaluate", "--linear_weights", tmp_path / "file.pth") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and f"--linear_weights {tmp_path}/file.pth: its " in error and field in error
+    assert not (tmp_path / "out").exists()
+
+
 def test_views_are_extracted_once(pictures, tmp_path, monkeypatch):
     report = run(pictures, tmp_path, "--lr", 0.3, "--views", 2, "--epochs", 8)
     assert report["test"]["top1"]["value"] >= 50
