@@ -1,7 +1,4 @@
-"""Images with boxes: files in COCO format, and drawn scenes.
-
-A box is (x1, y1, x2, y2) in pixels, x2 and y2 exclusive; in a file it is [x, y, width, height].
-"""
+"""Images with boxes: files in COCO format, and drawn scenes in the same form. A box is [x, y, width, height]."""
 
 from __future__ import annotations
 
@@ -9,9 +6,8 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -19,64 +15,53 @@ from torch import Tensor
 from detection import prompts
 from imagesets import decode, scenes
 from imagesets.kinds import KINDS
+from imagesets.sources import VAL_START
 from parallel import Refused
+from protocols.progress import progress
 
-SCENES = re.compile(r"scenes:([0-9]+)(?:x([0-9]+))?")
-VAL_START = 1_000_000_000  # scenes from here on are for evaluation
-PIXEL = 1.0  # boxes may reach as far beyond the image, rounded as some tools do; they are clipped
-
-
-class Truth(NamedTuple):
-    """The objects of an image."""
-
-    boxes: Tensor  # float32 (n, 4)
-    classes: Tensor  # int64 (n,), indices of phrases
-    crowd: Tensor  # bool (n,): a group, which is not trained on, and detections in it count neither way
+PIXEL = 1.0  # boxes may reach as far beyond the image, rounded as some tools do
+FIELDS = {"images": {"id", "file_name", "height", "width"}, "annotations": {"image_id", "category_id", "bbox"},
+          "categories": {"id", "name"}}
 
 
-class Objects(Protocol):
-    """A set of images with objects, each of which one of the phrases names."""
+class Objects:
+    """Images with boxes, each of which one of the phrases names. `content` is in COCO format, its annotations with id,
+    area and iscrowd; `rows` holds those of each image. `load(i)` decodes image i, uint8 (3, height, width)."""
 
-    name: str
-    phrases: list[str]
-    category_ids: list[int]  # of the phrases
-    image_ids: list[int]
+    def __init__(self, name: str, content: Mapping, load: Callable[[int], Tensor]) -> None:
+        self.name, self.content, self.images, self.load = name, content, content["images"], load
+        self.phrases = {row["id"]: prompts.clean(str(row["name"])) for row in content["categories"]}
+        rows = {image["id"]: [] for image in self.images}
+        for row in content["annotations"]:
+            rows[row["image_id"]].append(row)
+        self.rows: list[list[dict]] = list(rows.values())
 
-    def __len__(self) -> int: ...
-    def load(self, i: int) -> Tensor: ...  # uint8 (3, H, W)
-    def truth(self, i: int) -> Truth: ...
-    def size(self, i: int) -> tuple[int, int]: ...  # H, W
+    def __len__(self) -> int:
+        return len(self.images)
 
 
-def open_objects(
-    path: str, images: str, flag: str, skip_bad: bool = False, max_pixels: int = decode.MAX_PIXELS
-) -> Objects:
-    """Open a COCO file, or `scenes:COUNT[xPIXELS]`.
+def open_objects(path: str, folder: str, flag: str, skip_bad: bool = False, max_pixels: int = decode.MAX_PIXELS
+                 ) -> Objects:
+    """Open a COCO file, or `scenes:COUNT[xPIXELS]`. Raises Refused: there is no such file, or it can't be used.
 
     Args:
-        images: folder of the COCO file's images; "": the file's folder, or the folder `images` in it.
-        flag: --train or --eval. Scenes of --train leave out the pairs of kind and colour that `held_out` names.
+        folder: of the file's images; "": the file's.
+        flag: that names the file. Only scenes of --train leave out the pairs that `held_out` names.
         skip_bad: leave out boxes that can't be used, instead of refusing them.
         max_pixels: larger images can't be decoded.
-
-    Raises:
-        Refused: there is no such file, or it can't be used.
     """
     if path.split(":")[0] == "scenes":
         return open_scenes(path, flag)
-    return Coco(path, images, flag, skip_bad, max_pixels)
-
-
-# ---- Drawn scenes ----
-
-
-def open_scenes(path: str, flag: str) -> Scenes:
-    match = SCENES.fullmatch(path)
-    count, pixels = (int(match[1]), int(match[2] or 96)) if match else (0, 0)
-    if not 1 <= count <= VAL_START or not 32 <= pixels <= 4096:
-        raise Refused(f"{flag} {path}: give scenes:COUNT or scenes:COUNTxPIXELS, as in scenes:2000x96, of 32 pixels or "
-                      "more")
-    return Scenes(path, count, pixels, training=flag == "--train")
+    content, where, folder = read(path, flag), f"{flag} {path}", folder or os.path.dirname(path)
+    content["annotations"] = checked_annotations(content, where, skip_bad)
+    objects = Objects(path, content, lambda i: load(folder, content["images"][i], max_pixels))
+    for phrase, n in Counter(objects.phrases.values()).items():
+        if n > 1 or not phrase:
+            raise Refused(f"{where}: category {phrase!r} {'occurs twice' if phrase else 'has no words'}; rename it")
+    for image in objects.images:
+        if not os.path.isfile(name := os.path.join(folder, image["file_name"])):
+            raise Refused(f"{where}: no image {name}; give the images' folder with {flag}_images")
+    return objects
 
 
 def held_out(kind: int, colour: str) -> bool:
@@ -84,92 +69,30 @@ def held_out(kind: int, colour: str) -> bool:
     return (kind + list(scenes.COLOURS).index(colour)) % 5 == 0
 
 
-class Scenes:
-    """Scenes of `scenes.draw`, whose objects are named by kind and colour. A drawn scene is kept."""
-
-    def __init__(self, name: str, count: int, pixels: int, training: bool) -> None:
-        self.name, self.pixels, self.start = name, pixels, 0 if training else VAL_START
-        self.pairs = [(kind, colour) for kind in range(len(KINDS)) for colour in scenes.COLOURS
-                      if not (training and held_out(kind, colour))]
-        self.phrases = [f"{colour} {KINDS[kind]}" for kind, colour in self.pairs]
-        self.category_ids, self.image_ids = list(range(1, len(self.pairs) + 1)), list(range(1, count + 1))
-        self.drawn: dict[int, tuple[Tensor, Truth]] = {}
-
-    def __len__(self) -> int:
-        return len(self.image_ids)
-
-    def draw(self, i: int) -> tuple[Tensor, Truth]:
-        if i not in self.drawn:
-            scene = scenes.draw(self.start + i, self.pixels, pairs=self.pairs)
-            classes = [self.phrases.index(thing.phrase) for thing in scene.objects]
-            self.drawn[i] = torch.from_numpy(scene.image).permute(2, 0, 1), as_truth(
-                [thing.box for thing in scene.objects], classes)
-        return self.drawn[i]
-
-    def load(self, i: int) -> Tensor:
-        return self.draw(i)[0]
-
-    def truth(self, i: int) -> Truth:
-        return self.draw(i)[1]
-
-    def size(self, i: int) -> tuple[int, int]:
-        return self.pixels, self.pixels
-
-
-def as_truth(boxes: Sequence, classes: Sequence[int], crowd: Sequence[bool] | None = None) -> Truth:
-    return Truth(torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4), torch.tensor(classes, dtype=torch.int64),
-                 torch.tensor(crowd or [False] * len(classes), dtype=torch.bool))
-
-
-# ---- Files ----
-
-
-class Coco:
-    """A file in COCO format, checked; images are decoded when they are asked for."""
-
-    def __init__(self, path: str, images: str, flag: str, skip_bad: bool, max_pixels: int) -> None:
-        self.name, self.flag, self.max_pixels = path, flag, max_pixels
-        content = read(path, flag)
-        self.category_ids, self.phrases = categories(content, self.where)
-        self.images = content["images"]
-        self.image_ids = [image["id"] for image in self.images]
-        self.folder = images or default_folder(path, self.images[0]["file_name"])
-        self.truths = truths(content, self.category_ids, self.where, skip_bad)
-        for image in self.images:
-            if not os.path.isfile(os.path.join(self.folder, image["file_name"])):
-                raise Refused(f"{self.where}: no image {image['file_name']} in {self.folder}; give the images' folder "
-                              f"with {flag}_images")
-
-    @property
-    def where(self) -> str:
-        return f"{self.flag} {self.name}"
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def load(self, i: int) -> Tensor:
-        try:
-            pixels = decode.decode(os.path.join(self.folder, self.images[i]["file_name"]), max_pixels=self.max_pixels)
-        except decode.Undecodable as error:
-            raise Refused(f"{self.where}: {error}; repair the image or take it out of the file") from error
-        if tuple(pixels.shape[1:]) != self.size(i):
-            raise Refused(f"{self.where}: {self.images[i]['file_name']} has {pixels.shape[2]} x {pixels.shape[1]} "
-                          f"pixels, the file says {self.size(i)[1]} x {self.size(i)[0]}; correct the file")
-        return pixels
-
-    def truth(self, i: int) -> Truth:
-        return self.truths[i]
-
-    def size(self, i: int) -> tuple[int, int]:
-        return self.images[i]["height"], self.images[i]["width"]
-
-
-FIELDS = {"images": ("id", "file_name", "height", "width"), "annotations": ("image_id", "category_id", "bbox"),
-          "categories": ("id", "name")}
+def open_scenes(path: str, flag: str) -> Objects:
+    match = re.fullmatch(r"scenes:([0-9]+)(?:x([0-9]+))?", path)
+    count, pixels = (int(match[1]), int(match[2] or 96)) if match else (0, 0)
+    if not 1 <= count <= VAL_START or not 32 <= pixels <= 4096:
+        raise Refused(f"{flag} {path}: give scenes:COUNTxPIXELS, as in scenes:2000x96, of 32 pixels or more")
+    training = flag == "--train"
+    pairs = [(kind, colour) for kind in range(len(KINDS)) for colour in scenes.COLOURS
+             if not (training and held_out(kind, colour))]
+    ids = {f"{colour} {KINDS[kind]}": k for k, (kind, colour) in enumerate(pairs, 1)}
+    images, annotations, drawn = [], [], []
+    for i in progress(range(count), count, f"drawing {path}"):
+        scene = scenes.draw(i + (0 if training else VAL_START), pixels, pairs=pairs)
+        drawn.append(torch.from_numpy(scene.image).permute(2, 0, 1))
+        images.append({"id": i + 1, "file_name": f"scene{i:04}.png", "height": pixels, "width": pixels})
+        for thing in scene.objects:
+            (x, y, *_), (w, h) = thing.box, (thing.box[2] - thing.box[0], thing.box[3] - thing.box[1])
+            annotations.append({"id": len(annotations) + 1, "image_id": i + 1, "category_id": ids[thing.phrase],
+                                "bbox": [x, y, w, h], "area": w * h, "iscrowd": 0})
+    categories = [{"id": k, "name": name} for name, k in ids.items()]
+    return Objects(path, {"images": images, "annotations": annotations, "categories": categories}, drawn.__getitem__)
 
 
 def read(path: str, flag: str) -> dict:
-    """The content of a COCO file with all fields that are needed."""
+    """The content of a COCO file with all fields that are needed, whose ids are unique."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -177,74 +100,50 @@ def read(path: str, flag: str) -> dict:
         raise Refused(f"{flag} {path}: {reason}; give a file in COCO format, or scenes:COUNTxPIXELS") from error
     for name, fields in FIELDS.items():
         rows = content.get(name) if isinstance(content, dict) else None
-        if not isinstance(rows, list) or not all(isinstance(row, dict) and row.keys() >= set(fields) for row in rows):
-            raise Refused(f"{flag} {path}: not in COCO format: {name} must be a list of entries with "
-                          f"{', '.join(fields)}")
-    for name in ("images", "categories"):
-        if not content[name]:
-            raise Refused(f"{flag} {path}: it has no {name}; add some")
-        if repeated := [k for k, n in Counter(row["id"] for row in content[name]).items() if n > 1]:
-            raise Refused(f"{flag} {path}: id {repeated[0]} occurs twice among its {name}; give each its own")
+        if not isinstance(rows, list) or not all(isinstance(row, dict) and row.keys() >= fields for row in rows):
+            raise Refused(f"{flag} {path}: not in COCO format: give a list {name}, of entries with {sorted(fields)}")
+        ids = Counter(row["id"] for row in rows) if "id" in fields else {"": 1}
+        if not ids or max(ids.values()) > 1:
+            reason = f"id {max(ids, key=ids.get)} occurs twice among its" if ids else "it has no"
+            raise Refused(f"{flag} {path}: {reason} {name}; give each its own")
     if repeated := [k for k, n in Counter(str(row["file_name"]) for row in content["images"]).items() if n > 1]:
         raise Refused(f"{flag} {path}: two of its images have the file_name {repeated[0]}; give their annotations one "
                       "image_id and remove the other")
     return content
 
 
-def categories(content: Mapping, where: str) -> tuple[list[int], list[str]]:
-    """Ids and phrases."""
-    phrases = [prompts.clean(str(row["name"])) for row in content["categories"]]
-    for i, phrase in enumerate(phrases):
-        if not phrase:
-            raise Refused(f"{where}: category {content['categories'][i]['name']!r} has no words; rename it")
-        if phrase in phrases[:i]:
-            raise Refused(f"{where}: category {phrase!r} occurs twice; merge the two or rename one")
-    return [row["id"] for row in content["categories"]], phrases
-
-
-def default_folder(path: str, name: str) -> str:
-    """The file's folder, or the folder `images` in it if the first image is there."""
-    folder = os.path.dirname(path) or "."
-    inner = os.path.join(folder, "images")
-    return inner if os.path.isfile(os.path.join(inner, name)) else folder
-
-
-def truths(content: Mapping, category_ids: Sequence[int], where: str, skip_bad: bool) -> list[Truth]:
-    """The objects of each image.
-
-    Raises:
-        Refused: annotations of an image or a category that the file lacks; unless `skip_bad`, boxes without area or
-            outside of their image.
-    """
-    rows = {image["id"]: ([], [], []) for image in content["images"]}
-    sizes = {image["id"]: (image["width"], image["height"]) for image in content["images"]}
-    numbers = {category: i for i, category in enumerate(category_ids)}
-    for number, row in enumerate(content["annotations"]):
-        name = f"{where}: annotation {row.get('id', f'number {number + 1}')}"
-        if row["image_id"] not in rows:
-            raise Refused(f"{name} is of image {row['image_id']}, which the file lacks; add the image or remove it")
-        if row["category_id"] not in numbers:
-            raise Refused(f"{name} has category {row['category_id']}, which the file lacks; add it to its categories")
-        box, reason = checked_box(row["bbox"], *sizes[row["image_id"]])
-        if reason and not skip_bad:
+def checked_annotations(content: Mapping, where: str, skip_bad: bool) -> list[dict]:
+    """The annotations with id, area and iscrowd. Raises Refused: their image or category is not in the file, or, unless
+    `skip_bad`, boxes without area or outside of their image."""
+    sizes, rows = {image["id"]: (image["width"], image["height"]) for image in content["images"]}, []
+    known = {"image_id": sizes, "category_id": {row["id"] for row in content["categories"]}}
+    for n, row in enumerate(content["annotations"], 1):
+        name = f"{where}: annotation {row.get('id', f'number {n}')}"
+        if unknown := [key for key, ids in known.items() if row[key] not in ids]:
+            raise Refused(f"{name} has {unknown[0]} {row[unknown[0]]}, which the file lacks; add or remove it")
+        if not (reason := why_bad(row["bbox"], *sizes[row["image_id"]])):
+            rows.append({"area": row["bbox"][2] * row["bbox"][3], "iscrowd": 0} | row | {"id": n})
+        elif not skip_bad:
             raise Refused(f"{name} has the box {row['bbox']}: {reason}; correct it, or give --skip_bad_boxes")
-        if not reason:
-            boxes, classes, crowd = rows[row["image_id"]]
-            boxes.append(box)
-            classes.append(numbers[row["category_id"]])
-            crowd.append(bool(row.get("iscrowd", 0)))
-    return [as_truth(*row) for row in rows.values()]
+    return rows
 
 
-def checked_box(box: object, width: float, height: float) -> tuple[list[float], str]:
-    """The corners, clipped to the image, and what is wrong with the box, or ""."""
+def why_bad(box: object, width: float, height: float) -> str:
+    """What is wrong with a box, or ""."""
     try:
-        x, y, w, h = (float(value) for value in box)
+        x, y, w, h = (value + 0.0 for value in box)
     except (TypeError, ValueError):
-        return [], "not four numbers [x, y, width, height]"
+        return "not four numbers [x, y, width, height]"
     if not (w > 0 and h > 0):
-        return [], "it has no area"
-    corners = [max(x, 0), max(y, 0), min(x + w, width), min(y + h, height)]
-    if max(abs(a - b) for a, b in zip(corners, (x, y, x + w, y + h), strict=True)) > PIXEL:
-        return [], f"it reaches outside of the {width} x {height} image"
-    return corners, "" if corners[0] < corners[2] and corners[1] < corners[3] else "it has no area in the image"
+        return "it has no area"
+    inside = min(x, y, width - x - w, height - y - h) >= -PIXEL and x < width and y < height and x + w > 0 and y + h > 0
+    return "" if inside else f"it reaches outside of the {width} x {height} image"
+
+
+def load(folder: str, image: Mapping, max_pixels: int) -> Tensor:
+    """Raises Undecodable, also for an image of another size: its boxes would be elsewhere."""
+    name, size = os.path.join(folder, image["file_name"]), (image["height"], image["width"])
+    pixels = decode.decode(name, max_pixels=max_pixels)
+    if pixels.shape[1:] != size:
+        raise decode.Undecodable(f"{name}: it has {tuple(pixels.shape[1:])} pixels, the COCO file says {size}")
+    return pixels

@@ -1,128 +1,102 @@
-"""What detect.py reads and writes when it detects: images and videos; drawn boxes and results in COCO format."""
+"""Images and frames of videos to detect in, and the same with drawn boxes."""
 
 from __future__ import annotations
 
+import colorsys
 import contextlib
-import json
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
-import atomic
-from detection import coco, drawing, inference, scores
+from detection import coco
 from imagesets import decode, sources
-from parallel import Refused
 from protocols import attention_video, sheets
 
 VIDEOS = {".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg"}
+SMALLEST = 480  # images whose longer side is shorter are enlarged, so that labels are small beside the objects
 
 
-class Item(NamedTuple):
+class Frame(NamedTuple):
     """An image, or a frame of a video."""
 
     name: str  # its path; of a frame video#frame-0000
     image: Tensor  # uint8 (3, H, W)
-    video: str  # "" for an image
-    fps: float
+    video: str = ""
+    fps: float = 0.0
 
 
-def open_items(
-    paths: Sequence[str], flag: str = "--images", max_pixels: int = decode.MAX_PIXELS
-) -> Iterator[Item]:
+def open_frames(paths: Sequence[str], max_pixels: int = decode.MAX_PIXELS, flag: str = "--images") -> Iterator[Frame]:
     """Images of files and folders, frames of videos, and drawn scenes, decoded when they are asked for.
 
-    Raises:
-        Refused: a path that doesn't exist or holds no images (at once), or an image that can't be decoded.
+    Raises Refused, at once, for a path that doesn't exist or holds no images; later Undecodable.
     """
-    opened, reading = [], decode.Reading(max_pixels=max_pixels)
-    for path in paths:
-        if Path(path).suffix.lower() in VIDEOS:
-            frames, _, fps = attention_video.open_video(path, None, reading, flag)
-            opened.append((path, frames, fps))
-        elif path.split(":")[0] == "scenes":
-            opened.append(("", Drawn(coco.open_scenes(path, flag)), 0.0))
-        elif Path(path).is_file() and Path(path).suffix.lower() not in (".txt", ".csv", ".zip", ".tar", ".parquet"):
-            opened.append(("", sources.open_files(Path(path).parent, [Path(path).name], reading), 0.0))
-        else:
-            opened.append(("", sources.open_images(path, max_pixels=max_pixels, flag=flag), 0.0))
-    return items(opened, flag)
+    return itertools.chain.from_iterable([open_path(path, decode.Reading(max_pixels=max_pixels), flag) for path in paths])
 
 
-class Drawn:
-    """The scenes of an evaluation as images without boxes."""
-
-    def __init__(self, objects: coco.Scenes) -> None:
-        self.load, self.count = objects.load, len(objects)
-
-    def __len__(self) -> int:
-        return self.count
-
-    def name(self, i: int) -> str:
-        return f"scene{i:04}"
-
-
-def items(opened: Sequence[tuple], flag: str) -> Iterator[Item]:
-    for video, frames, fps in opened:
-        if video:
-            yield from (Item(f"{video}#{name}", frame, video, fps) for name, frame in frames)
-            continue
-        for i in range(len(frames)):
-            try:
-                yield Item(frames.name(i), frames.load(i), "", 0.0)
-            except decode.Undecodable as error:
-                raise Refused(f"{flag} {error}; repair the image or take it out") from error
+def open_path(path: str, reading: decode.Reading, flag: str) -> Iterator[Frame]:
+    suffix = Path(path).suffix.lower()
+    if suffix in VIDEOS:
+        frames, _, fps = attention_video.open_video(path, None, reading, flag)
+        return (Frame(f"{path}#{name}", image, path, fps) for name, image in frames)
+    if path.split(":")[0] == "scenes":
+        objects = coco.open_objects(path, "", flag)
+        return (Frame(about["file_name"], objects.load(i)) for i, about in enumerate(objects.images))
+    one = suffix in decode.suffixes() and Path(path).is_file()
+    images = (sources.open_files(Path(path).parent, [Path(path).name], reading) if one else
+              sources.open_images(path, flag=flag, **reading.decoding()))
+    return (Frame(images.name(i), images.load(i)) for i in range(len(images)))
 
 
-class Results:
-    """Detections on disk: NAME.png of each image and NAME.mp4 of each video with boxes; when it ends, detections.json
-    (COCO's result format) and detections_images.json (the images and categories that its ids stand for)."""
+class Figures(contextlib.ExitStack):
+    """Writes NUMBER_NAME.png of an image and NUMBER_NAME.mp4 of a video, by the number of its first frame."""
 
-    def __init__(self, folder: Path, phrases: Sequence[str], draw: bool) -> None:
-        self.folder, self.phrases, self.draw = folder, list(phrases), draw
-        self.images: list[dict] = []
-        self.results: list[dict] = []
-        self.names: set[str] = set()
-        self.video, self.write = "", None
-        self.open = contextlib.ExitStack()
+    video, write = "", None
 
-    def add(self, item: Item, found: inference.Found) -> None:
-        height, width = item.image.shape[1:]
-        self.images.append({"id": len(self.images) + 1, "file_name": item.name, "height": height, "width": width})
-        ids = [image["id"] for image in self.images]
-        self.results += scores.coco_results(len(ids) - 1, found._asdict(), ids, range(1, len(self.phrases) + 1))
-        if not self.draw:
-            return
-        labels = [f"{word or self.phrases[k]} {score:.2f}" for word, k, score in
-                  zip(found.words, found.classes.tolist(), found.scores.tolist(), strict=True)]
-        figure = drawing.draw_boxes(sheets.as_picture(item.image), found.boxes.tolist(), found.classes.tolist(), labels)
-        if item.video != self.video:
-            self.open.close()
-            self.video = item.video
-            self.write = self.start_video(item, figure) if item.video else None
-        if self.write:
+    def add(self, folder: Path, number: int, frame: Frame, figure: np.ndarray) -> None:
+        target = folder / f"{number:04}_{Path(frame.video or frame.name).stem}"
+        if frame.video != self.video:
+            self.close()  # the video before
+            self.video = frame.video
+            self.write = frame.video and self.enter_context(
+                attention_video.writing(target.with_name(f"{target.name}.mp4"), figure, frame.fps))
+        if frame.video:
             self.write(figure)
         else:
-            sheets.save_picture(figure, self.folder / self.unused(item.name, ".png"))
+            sheets.save_picture(figure, target.with_name(f"{target.name}.png"))
 
-    def start_video(self, item: Item, figure: np.ndarray) -> Callable[[np.ndarray], None]:
-        target = self.folder / self.unused(item.video, ".mp4")
-        return self.open.enter_context(attention_video.writing(target, figure, item.fps))
 
-    def unused(self, name: str, suffix: str) -> str:
-        """A file name that none of the others has."""
-        stem, number = Path(name).stem, 1
-        while (unused := f"{stem}{f'_{number}' * (number > 1)}{suffix}") in self.names:
-            number += 1
-        self.names.add(unused)
-        return unused
+def draw_boxes(image: Tensor, rows: Sequence[dict], phrases: Mapping[int, str]) -> np.ndarray:
+    """The image with the boxes of its detections, each with a label on a field of its phrase's colour.
 
-    def close(self) -> None:
-        """End a video and write the JSON files."""
-        self.open.close()
-        categories = [{"id": k, "name": phrase} for k, phrase in enumerate(self.phrases, 1)]
-        atomic.write_text(self.folder / "detections_images.json",
-                          json.dumps({"images": self.images, "categories": categories}, indent=1))
-        atomic.write_text(self.folder / "detections.json", json.dumps(self.results, indent=1))
+    A label stands above its box where there is room, else in it, and below the labels that it would cover.
+    """
+    drawn = Image.fromarray(sheets.as_picture(image))
+    factor = max(1, -(-SMALLEST // max(drawn.size)))
+    drawn = ImageOps.scale(drawn, factor)
+    pen, side, fields = ImageDraw.Draw(drawn), max(drawn.size), []
+    font = ImageFont.load_default(size=max(13, side // 45))
+    boxes = [[factor * value for value in row["bbox"]] for row in rows]
+    for (x, y, w, h), row in zip(boxes, rows, strict=True):
+        pen.rectangle((x, y, x + w, y + h), outline=colour(row["category_id"]), width=max(2, side // 300))
+    for (x, y, _, _), row in zip(boxes, rows, strict=True):
+        label = f"{row['words'] or phrases[row['category_id']]} {row['score']:.2f}"
+        width, height = (extent + 8 for extent in pen.textbbox((0, 0), label, font=font, anchor="lt")[2:])
+        left = max(min(x, drawn.width - width), 0)
+        top = y - height if y >= height else max(y, 0)
+        beside = [field for field in fields if left < field[2] and field[0] < left + width]
+        while covered := [field[3] for field in beside if top < field[3] and field[1] < top + height]:
+            top = max(covered) + 1
+        fields.append((left, top, left + width, top + height))
+        pen.rectangle(fields[-1], fill=colour(row["category_id"]))
+        pen.text((left + width / 2, top + height / 2), label, fill="black", font=font, anchor="mm")
+    return np.array(drawn)
+
+
+def colour(k: int) -> tuple[int, int, int]:
+    """Bright colours that differ for neighbouring numbers: hues by the golden ratio."""
+    return tuple(round(255 * v) for v in colorsys.hsv_to_rgb((0.61803 * k) % 1, 0.6, 1))

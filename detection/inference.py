@@ -1,129 +1,125 @@
-"""From images and phrases to boxes.
+"""From images and prompts to boxes, and their average precision by COCO's rules (arXiv 1405.0312).
 
-Shapes: B images, Q queries of the network, T tokens, P phrases, n boxes.
+A detection is a dict: category_id, bbox ([x, y, width, height] in pixels of the image) and score.
+Shapes: B images, Q queries of the network, T tokens, P phrases.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from torchvision.ops import box_convert
 
 from detection import prompts
+from detection.coco import Objects
 from detection.networks import Detector
 from detection.prompts import Prompt
+from parallel import import_optional
+from protocols.progress import progress
+
+PER_IMAGE = 100  # detections of an image that count in average precision, by score
+Pick = Callable[[Tensor, Tensor, Prompt], Iterable[dict]]
+# Probabilities (Q, T) that a query is what a token names, and its box (Q, 4) -> detections.
 
 
-class Found(NamedTuple):
-    """Detections of an image, by falling score."""
-
-    boxes: Tensor  # float32 (n, 4): x1, y1, x2, y2 in pixels of the image
-    classes: Tensor  # int64 (n,): indices of phrases
-    scores: Tensor  # float32 (n,)
-    words: list[str]  # (n,): what of the phrase passed the text threshold
+def prompts_of(detector: Detector, phrases: Mapping[int, str], flag: str = "--text") -> list[Prompt]:
+    return prompts.shared_out(phrases, detector.processor.tokenizer, detector.network.config.max_text_len, flag)
 
 
 @torch.no_grad()
-def probabilities(detector: Detector, images: Sequence[Tensor], prompt: Prompt) -> tuple[Tensor, Tensor]:
-    """Probabilities (B, Q, T) that a query is what a token names, and its box (B, Q, 4) in pixels.
+def detections(detector: Detector, images: Iterable[tuple[Any, Tensor]], batch_size: int, asked: Sequence[Prompt],
+               pick: Pick) -> Iterator[tuple[Any, list[dict]]]:
+    """What `pick` takes of each image, uint8 (3, H, W) of any size, by falling score. Each comes with a name or so."""
+    images = iter(images)
+    while batch := list(itertools.islice(images, batch_size)):
+        device, found, pictures = detector.network.device, [[] for _ in batch], [image for _, image in batch]
+        pixels = detector.processor.image_processor(images=pictures, return_tensors="pt").to(device)
+        sizes = torch.tensor([image.shape[:0:-1] for image in pictures]).repeat(1, 2)  # W, H, W, H
+        for prompt in asked:
+            ids = prompt.ids.to(device).expand(len(batch), -1)
+            out = detector.network(**pixels, input_ids=ids, attention_mask=torch.ones_like(ids))
+            probs = out.logits[..., : ids.shape[1]].float().sigmoid().cpu()
+            boxes = box_convert(out.pred_boxes.float().cpu(), "cxcywh", "xywh") * sizes[:, None]
+            for i, rows in enumerate(found):
+                rows += pick(probs[i], boxes[i], prompt)
+        for (name, _), rows in zip(batch, found, strict=True):
+            yield name, sorted(rows, key=lambda row: -row["score"])
 
-    Args:
-        images: uint8 (3, H, W), of any sizes; the model's processor resizes, normalizes and pads them.
+
+def most_probable(tokenizer, threshold: float, text_threshold: float) -> Pick:
+    """Picks the boxes whose most probable token is above `threshold`, as the paper's demonstration does. A box has the
+    phrase of that token; its `words` are the phrase's tokens above `text_threshold`."""
+    def pick(probs: Tensor, boxes: Tensor, prompt: Prompt) -> Iterator[dict]:
+        scores, phrases = torch.stack([probs[:, span].amax(1) for span in prompt.spans], 1).max(1)  # of (Q, P)
+        for i in (scores > threshold).nonzero()[:, 0].tolist():
+            words = prompt.ids[0, prompt.spans[phrases[i]] & (probs[i] > text_threshold)]
+            yield {"category_id": prompt.categories[phrases[i]], "bbox": boxes[i].tolist(), "score": scores[i].item(),
+                   "words": tokenizer.decode(words)}
+
+    return pick
+
+
+def best_pairs(probs: Tensor, boxes: Tensor, prompt: Prompt) -> Iterator[dict]:
+    """Picks pairs of a box and a phrase, whose score is the mean of the phrase's tokens, as the paper's evaluation on
+    COCO does."""
+    scores = probs @ (prompt.spans / prompt.spans.sum(1, keepdim=True)).T  # (Q, P)
+    for pair in scores.flatten().topk(min(PER_IMAGE, scores.numel())).indices.tolist():
+        query, k = divmod(pair, len(prompt.categories))
+        yield {"category_id": prompt.categories[k], "bbox": boxes[query].tolist(), "score": scores[query, k].item()}
+
+
+def results_of(detector: Detector, objects: Objects, batch_size: int, asked: Sequence[Prompt], pick: Pick
+               ) -> list[dict]:
+    """Detections on all images in COCO's result format, at most PER_IMAGE of each."""
+    images = ((image["id"], objects.load(i)) for i, image in enumerate(objects.images))
+    found = progress(detections(detector, images, batch_size, asked, pick), len(objects), "evaluation")
+    return [{"image_id": image_id} | row for image_id, rows in found for row in rows[:PER_IMAGE]]
+
+
+def import_evaluator():
+    return import_optional("faster_coco_eval", "average precision", "faster-coco-eval")
+
+
+def average_precision(truth: Mapping, results: Sequence[Mapping]) -> dict[int, tuple[float, float]]:
+    """{category id: (AP, AP50)} in percent, of the categories that have boxes in `truth` (COCO format).
+
+    AP50 is the precision at an IoU of 0.50, averaged over 101 recalls; AP the mean over 0.50, 0.55, ..., 0.95.
     """
-    pixels = detector.processor.image_processor(images=list(images), return_tensors="pt").to(detector.device)
-    ids = prompt.ids.to(detector.device).expand(len(images), -1)
-    out = detector.network(**pixels, input_ids=ids, attention_mask=torch.ones_like(ids))
-    sizes = torch.tensor([image.shape[1:] for image in images]).flip(1)  # W, H
-    boxes = corners(out.pred_boxes.float().cpu()) * sizes.repeat(1, 2)[:, None]
-    return out.logits[..., : ids.shape[1]].float().sigmoid().cpu(), boxes
+    if not results:  # which the library doesn't take
+        return {row["category_id"]: (0.0, 0.0) for row in truth["annotations"] if not row["iscrowd"]}
+    library = import_evaluator()
+    known = library.COCO(dict(truth))
+    evaluation = library.COCOeval_faster(known, known.loadRes(list(results)), "bbox", print_function=lambda *_: None)
+    evaluation.evaluate()
+    evaluation.accumulate()
+    precision = 100 * evaluation.eval["precision"][:, :, :, 0, -1]  # IoU, recall, category; all areas, 100 detections
+    return {int(category): (float(precision[:, :, k].mean()), float(precision[0, :, k].mean()))
+            for k, category in enumerate(evaluation.params.catIds) if precision[0, 0, k] >= 0}
 
 
-def corners(boxes: Tensor) -> Tensor:
-    """(..., 4): centre, width and height -> x1, y1, x2, y2."""
-    centre, size = boxes[..., :2], boxes[..., 2:]
-    return torch.cat([centre - size / 2, centre + size / 2], -1)
+def evaluate(detector: Detector, objects: Objects, batch_size: int, asked: Sequence[Prompt]) -> dict[str, dict]:
+    """{group of categories: AP, AP50, number of categories}, in percent, of the categories that have boxes: all; where
+    detect.py has trained the network, also those that it was trained on and those that it was not."""
+    values = average_precision(objects.content, results_of(detector, objects, batch_size, asked, best_pairs))
+    groups = {"all": set(values)}
+    if trained := getattr(detector.network.config, "trained_phrases", None):
+        groups["trained"] = {k for k in values if objects.phrases[k] in trained}
+        groups["not trained"] = groups["all"] - groups["trained"]
+    means = {group: np.mean([values[k] for k in ids], axis=0).round(2).tolist() for group, ids in groups.items() if ids}
+    return {group: {"AP": ap, "AP50": ap50, "categories": len(groups[group])} for group, (ap, ap50) in means.items()}
 
 
-def centres(boxes: Tensor) -> Tensor:
-    """(..., 4): x1, y1, x2, y2 -> centre, width and height."""
-    return torch.cat([(boxes[..., :2] + boxes[..., 2:]) / 2, boxes[..., 2:] - boxes[..., :2]], -1)
-
-
-def chunks(detector: Detector, phrases: Sequence[str], flag: str = "--text") -> list[tuple[list[int], Prompt]]:
-    """Prompts that together hold the phrases, each with their indices."""
-    tokenizer = detector.processor.tokenizer
-    groups = prompts.parts(prompts.lengths(phrases, tokenizer), detector.limit, flag)
-    return [(group, prompts.encode([phrases[i] for i in group], tokenizer, flag)) for group in groups]
-
-
-# ---- Detection: a phrase for each box ----
-
-
-def detect(
-    detector: Detector, images: Sequence[Tensor], phrases: Sequence[str], threshold: float, text_threshold: float
-) -> list[Found]:
-    """The boxes whose most probable token is above `threshold`, as in the paper's demonstration.
-
-    A box has the phrase of that token; its words are the phrase's tokens above `text_threshold`.
-    """
-    parts = [[] for _ in images]
-    for group, prompt in chunks(detector, phrases):
-        for part, probs, boxes in zip(parts, *probabilities(detector, images, prompt), strict=True):
-            part.append(most_probable(detector, probs, boxes, group, prompt, threshold, text_threshold))
-    return [merged(part) for part in parts]
-
-
-def most_probable(
-    detector: Detector, probs: Tensor, boxes: Tensor, group: Sequence[int], prompt: Prompt, threshold: float,
-    text_threshold: float,
-) -> Found:
-    """One image: probabilities (Q, T) and boxes (Q, 4) -> detections of a prompt."""
-    by_phrase = torch.stack([probs[:, span].amax(1) for span in prompt.spans], 1)  # (Q, P)
-    scores, classes = by_phrase.max(1)
-    order = [i for i in scores.argsort(descending=True, stable=True).tolist() if scores[i] > threshold]
-    words = []
-    for i in order:
-        kept = prompt.spans[classes[i]] & (probs[i] > text_threshold)
-        words.append(detector.processor.tokenizer.decode(prompt.ids[0, kept]))
-    return Found(boxes[order], torch.tensor(group)[classes[order]], scores[order], words)
-
-
-def merged(parts: Sequence[Found]) -> Found:
-    """Detections of several prompts on an image."""
-    boxes, classes, scores = (torch.cat(rows) for rows in list(zip(*parts, strict=True))[:3])
-    order, words = scores.argsort(descending=True, stable=True), [word for part in parts for word in part.words]
-    return Found(boxes[order], classes[order], scores[order], [words[i] for i in order])
-
-
-# ---- Evaluation: every box with every phrase ----
-
-
-def rank(detector: Detector, images: Sequence[Tensor], phrases: Sequence[str], most: int,
-         prepared: Sequence[tuple[list[int], Prompt]] | None = None) -> list[Found]:
-    """The `most` best pairs of a box and a phrase on each image, for average precision.
-
-    The score is the mean of the phrase's tokens, as in the paper's evaluation on COCO.
-    """
-    parts = [[] for _ in images]
-    for group, prompt in prepared or chunks(detector, phrases):
-        weights = prompt.spans.float() / prompt.spans.sum(1, keepdim=True)
-        for part, probs, boxes in zip(parts, *probabilities(detector, images, prompt), strict=True):
-            scores, pairs = (probs @ weights.T).flatten().topk(min(most, len(boxes) * len(group)))
-            query, phrase = pairs // len(group), pairs % len(group)
-            part.append(Found(boxes[query], torch.tensor(group)[phrase], scores, [""] * len(scores)))
-    best = [merged(part) for part in parts]
-    return [Found(*(column[:most] for column in row)) for row in best]
-
-
-def batched(items: Iterable, size: int) -> Iterator[list]:
-    """Lists of `size` items, the last one maybe shorter."""
-    batch = []
-    for item in items:
-        batch.append(item)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
+def kept(before: Sequence[Mapping], after: Sequence[Mapping], images: Sequence[Mapping]) -> float | None:
+    """AP50, in percent, of results after training with those before it as the truth: 100 if nothing changed, None if
+    there were none before."""
+    ids = {row["category_id"] for row in before}
+    truth = {"images": images, "categories": [{"id": k, "name": str(k)} for k in ids],
+             "annotations": [row | {"id": n, "iscrowd": 0, "area": row["bbox"][2] * row["bbox"][3]}
+                             for n, row in enumerate(before, 1)]}
+    values = average_precision(truth, [row for row in after if row["category_id"] in ids])
+    return sum(ap50 for _, ap50 in values.values()) / len(values) if values else None

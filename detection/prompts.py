@@ -1,14 +1,12 @@
 """Prompts of phrases, as Grounding DINO reads them: "red fish . blue cup ."
 
-The network reads one text for an image. Four ids end a phrase, [CLS], [SEP], "." and "?": a token attends to those of
-its own phrase only (sub-sentence masks, section 3.4), so what a phrase means doesn't depend on its neighbours.
-
-Shapes: P phrases, T tokens.
+Four ids end a phrase, [CLS], [SEP], "." and "?": a token attends to those of its own phrase only (sub-sentence masks,
+section 3.4), so what a phrase means doesn't depend on its neighbours. Phrases are {category id: phrase}.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,25 +18,21 @@ DELIMITERS = {"[CLS]": 101, "[SEP]": 102, ".": 1012, "?": 1029}  # token -> id, 
 
 
 class Prompt(NamedTuple):
-    phrases: list[str]
+    categories: list[int]  # (P,): their ids
     ids: Tensor  # int64 (1, T)
     spans: Tensor  # bool (P, T): the tokens of each phrase
 
 
-def parse(text: str, flag: str = "--text") -> list[str]:
-    """The phrases of "red fish . blue cup .", in lower case.
-
-    Raises:
-        Refused: no phrase, no separator, or a phrase twice.
-    """
-    if not text.strip(" .?"):
+def parse(text: str, flag: str = "--text") -> dict[int, str]:
+    """The phrases of "red fish . blue cup .". Raises Refused: no phrase, no separator, or a phrase twice."""
+    phrases = [phrase for part in text.split(".") if (phrase := clean(part))]
+    if not phrases:
         raise Refused(f"{flag} {text!r}: no phrase in it; give phrases that end with a period: 'red fish . blue cup .'")
     if "." not in text:
         raise Refused(f"{flag} {text!r}: no separator; end each phrase with a period: '{text.strip()} .'")
-    phrases = [phrase for part in text.split(".") if (phrase := clean(part))]
-    if repeated := {phrase for phrase in phrases if phrases.count(phrase) > 1}:
-        raise Refused(f"{flag} {text!r}: {sorted(repeated)[0]!r} is in it twice; name each phrase once")
-    return phrases
+    if repeated := [phrase for phrase in phrases if phrases.count(phrase) > 1]:
+        raise Refused(f"{flag} {text!r}: {repeated[0]!r} is in it twice; name each phrase once")
+    return dict(enumerate(phrases, 1))
 
 
 def clean(name: str) -> str:
@@ -46,60 +40,37 @@ def clean(name: str) -> str:
     return " ".join(name.lower().replace(".", " ").replace("?", " ").split())
 
 
-def check_tokenizer(tokenizer, model: str) -> None:
-    """Raise Refused if the tokenizer's delimiters are not those that the network has as constants."""
-    ids = dict(zip(DELIMITERS, tokenizer.convert_tokens_to_ids(list(DELIMITERS)), strict=True))
-    if ids != DELIMITERS:
-        raise Refused(f"--model {model}: its tokenizer has the ids {ids}, Grounding DINO needs {DELIMITERS}; give a "
-                      "model with the tokenizer that it was trained with")
+def lengths(phrases: Mapping[int, str], tokenizer, limit: int, flag: str) -> dict[int, int]:
+    """Tokens that each phrase takes in a prompt of `limit`, its period included.
 
-
-def encode(phrases: Sequence[str], tokenizer, flag: str = "--text") -> Prompt:
-    """Tokens of the phrases in this order.
-
-    Raises:
-        Refused: a word that the tokenizer doesn't know.
+    Raises Refused: a phrase that no prompt holds with [CLS] and [SEP], or a word that the tokenizer doesn't know.
     """
-    ids = torch.tensor(tokenizer(" ".join(f"{phrase} ." for phrase in phrases))["input_ids"])
-    if (ids == tokenizer.unk_token_id).any():
-        unknown = next(p for p in phrases if tokenizer.unk_token_id in tokens(p, tokenizer))
-        raise Refused(f"{flag}: {unknown!r} has a word that the model's vocabulary lacks; leave it out or rename it")
+    counts = {}
+    for category, phrase in phrases.items():
+        ids = tokenizer(phrase, add_special_tokens=False)["input_ids"]
+        if not ids or {tokenizer.unk_token_id, *DELIMITERS.values()} & set(ids):
+            raise Refused(f"{flag}: {phrase!r} has a word that the model's vocabulary lacks; leave it out or rename it")
+        if len(ids) + 3 > limit:
+            raise Refused(f"{flag}: {phrase[:80]!r} has {len(ids)} tokens, the model reads {limit - 3}; shorten it")
+        counts[category] = len(ids) + 1
+    return counts
+
+
+def encode(phrases: Mapping[int, str], categories: Sequence[int], tokenizer) -> Prompt:
+    """The prompt of some of the phrases, in this order."""
+    ids = torch.tensor(tokenizer(" ".join(f"{phrases[k]} ." for k in categories))["input_ids"])
     ends = torch.isin(ids, torch.tensor(list(DELIMITERS.values())))
-    number = torch.where(ends, 0, ends.cumsum(0))  # [CLS] is the first end, so that phrases count from 1
-    spans = number == torch.arange(1, len(phrases) + 1)[:, None]
-    if not spans.any(1).all() or number.max() > len(phrases):
-        raise Refused(f"{flag}: the model's tokenizer makes other phrases of {' . '.join(phrases)[:200]!r}; use words "
-                      "without punctuation")
-    return Prompt(list(phrases), ids[None], spans)
+    phrase = torch.where(ends, 0, ends.cumsum(0))  # [CLS] is the first end, so that phrases count from 1
+    return Prompt(list(categories), ids[None], phrase == torch.arange(1, len(categories) + 1)[:, None])
 
 
-def tokens(phrase: str, tokenizer) -> list[int]:
-    return tokenizer(phrase, add_special_tokens=False)["input_ids"]
-
-
-def lengths(phrases: Sequence[str], tokenizer) -> list[int]:
-    """Tokens that each phrase takes in a prompt, its period included."""
-    return [len(tokens(phrase, tokenizer)) + 1 for phrase in phrases]
-
-
-def parts(lengths: Sequence[int], limit: int, flag: str = "--text") -> list[list[int]]:
-    """Indices of the phrases, in order, in as few prompts as hold them.
-
-    Args:
-        lengths: tokens of each phrase, see `lengths`.
-        limit: tokens of a prompt, with [CLS] and [SEP].
-
-    Raises:
-        Refused: a phrase that no prompt holds.
-    """
-    if max(lengths) > limit - 2:
-        raise Refused(f"{flag}: phrase {lengths.index(max(lengths)) + 1} has {max(lengths)} tokens, the model reads "
-                      f"{limit - 2} of a prompt; shorten it")
-    groups, used = [[]], 2
-    for i, length in enumerate(lengths):
-        if used + length > limit:
+def shared_out(phrases: Mapping[int, str], tokenizer, limit: int, flag: str = "--text") -> list[Prompt]:
+    """Prompts that together hold the phrases, in order. Raises Refused as `lengths` does."""
+    groups, left = [], 0
+    for category, length in lengths(phrases, tokenizer, limit, flag).items():
+        if length > left:
             groups.append([])
-            used = 2
-        groups[-1].append(i)
-        used += length
-    return groups
+            left = limit - 2
+        groups[-1].append(category)
+        left -= length
+    return [encode(phrases, group, tokenizer) for group in groups]

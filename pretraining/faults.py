@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Callable
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -33,15 +35,27 @@ class Requests:
         self.stop = False
         self.saved = self.talked = time.monotonic()
         self.step = self.next_step = 0
+        self.listen(self.ask)
+
+    def listen(self, answer: Callable) -> None:
         for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
             if hasattr(signal, name):  # SIGUSR1 exists on POSIX only
-                signal.signal(getattr(signal, name), self.ask)
+                signal.signal(getattr(signal, name), answer)
 
     def ask(self, number: int, frame) -> None:
         if self.stop and number == signal.SIGINT:  # not KeyboardInterrupt: the code that it interrupts may catch it
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGINT)
         self.stop = True
+
+    def finish(self) -> None:
+        """Call it when all is saved: from here on a signal, also one that came before, calls `leave` at once."""
+        self.listen(self.leave)
+        if self.stop:
+            self.leave()
+
+    def leave(self, number: int = 0, frame=None) -> NoReturn:
+        raise SystemExit(TO_BE_CONTINUED)
 
     def agreed(self, step: int) -> tuple[bool, bool]:
         """After `step` steps: (whether to stop, whether the clock requests a checkpoint), equal on all processes."""

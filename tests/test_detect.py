@@ -14,7 +14,7 @@ from PIL import Image
 from processes import ENV, launch
 
 import detect as script
-from detection import coco, drawing, files, inference, networks, prompts
+from detection import coco, files, inference, networks, prompts
 from imagesets import scenes
 
 TEXT = "red fish . blue cup ."
@@ -48,11 +48,9 @@ def test_a_run_leaves_a_network_and_a_report(trained):
     report = json.loads((trained / "detect.json").read_text())
     assert report["results"]["all"]["categories"] >= report["results"]["trained"]["categories"] > 0
     assert 0 <= report["held_back"]["AP50"] <= 100
-    phrases = json.loads((trained / "network" / networks.TRAINED).read_text())
-    assert phrases == sorted(coco.open_objects("scenes:8x48", "", "--train").phrases)
-    before = (trained / "network" / "model.safetensors").stat().st_mtime_ns
-    assert not [path for path in trained.iterdir() if path.name.startswith(".network") or path.suffix == ".tmp"]
-    assert before and (trained / "checkpoint.pth").exists()
+    phrases = json.loads((trained / "network" / "config.json").read_text())["trained_phrases"]
+    assert phrases == sorted(coco.open_objects("scenes:8x48", "", "--train").phrases.values())
+    assert {path.name for path in trained.iterdir()} == {"checkpoint.pth", "detect.json", "log_steps.txt", "network"}
 
 
 def test_a_fresh_process_detects_with_from_pretrained(trained, images, tmp_path):
@@ -65,7 +63,7 @@ def test_a_fresh_process_detects_with_from_pretrained(trained, images, tmp_path)
     assert {row["image_id"] for row in results} == {1, 2, 3} and len(results) == 3 * 16  # queries
     assert results[0].keys() == {"image_id", "category_id", "bbox", "score"}
     for i in range(3):
-        assert max(Image.open(tmp_path / f"{i}.png").size) >= 480
+        assert max(Image.open(tmp_path / f"{i + 1:04}_{i}.png").size) >= 480
 
     # The library alone, on the first image.
     import transformers
@@ -89,27 +87,33 @@ def test_a_fresh_process_detects_with_from_pretrained(trained, images, tmp_path)
 
 
 def test_a_box_has_the_phrase_of_its_best_token(trained):
-    detector = networks.load(str(trained / "network"), torch.device("cpu"))
-    prompt = prompts.encode(["red fish", "cup"], detector.processor.tokenizer)  # [CLS] red fish . cup . [SEP]
-    probs = torch.tensor([[0.9, 0.2, 0.6, 0.9, 0.1, 0.9, 0.9], [0.9, 0.1, 0.2, 0.9, 0.7, 0.9, 0.9],
+    tokenizer = networks.load(str(trained / "network"), torch.device("cpu")).processor.tokenizer
+    prompt = prompts.encode({5: "red fish", 8: "cup"}, [5, 8], tokenizer)  # [CLS] red fish . cup . [SEP]
+    probs = torch.tensor([[0.9, 0.2, 0.6, 0.9, 0.1, 0.9, 0.9], [0.9, 0.1, 0.2, 0.9, 0.75, 0.9, 0.9],
                           [0.9, 0.1, 0.1, 0.9, 0.2, 0.9, 0.9]])
     boxes = torch.arange(12.0).reshape(3, 4)
-    found = inference.most_probable(detector, probs, boxes, [5, 8], prompt, 0.5, 0.3)
-    assert found.classes.tolist() == [8, 5] and found.words == ["cup", "fish"]
-    assert found.scores.tolist() == pytest.approx([0.7, 0.6]) and torch.equal(found.boxes, boxes[[1, 0]])
+    found = list(inference.most_probable(tokenizer, 0.5, 0.3)(probs, boxes, prompt))
+    assert [(row["category_id"], row["words"]) for row in found] == [(5, "fish"), (8, "cup")]
+    assert [row["score"] for row in found] == pytest.approx([0.6, 0.75])
+    assert [row["bbox"] for row in found] == boxes[:2].tolist()
+    pairs = list(inference.best_pairs(probs, boxes, prompt))
+    assert [(row["category_id"], row["bbox"][0]) for row in pairs[:2]] == [(8, 4), (5, 0)] and len(pairs) == 6
+    assert [row["score"] for row in pairs[:2]] == pytest.approx([0.75, 0.4])  # the mean of red and fish
 
 
 def test_more_phrases_than_a_prompt_holds(trained, images):
     detector = networks.load(str(trained / "network"), torch.device("cpu"))
-    phrases = coco.open_objects("scenes:1x48", "", "--eval").phrases
-    chunks = inference.chunks(detector, phrases)
-    assert [len(group) for group, _ in chunks] == [84, 16]
-    image = torch.from_numpy(np.array(Image.open(images / "0.png"))).permute(2, 0, 1)
-    both = inference.rank(detector, [image], phrases, 10**6)[0]
-    alone = inference.rank(detector, [image], phrases[84:], 10**6)[0]
-    last = both.classes >= 84
-    assert torch.equal(both.scores[last], alone.scores) and torch.equal(both.classes[last] - 84, alone.classes)
-    assert len(inference.rank(detector, [image], phrases, 100)[0].scores) == 100
+    objects = coco.open_objects("scenes:3x48", "", "--eval")
+    asked = inference.prompts_of(detector, objects.phrases)
+    assert [len(prompt.categories) for prompt in asked] == [84, 16]
+    both, last = (list(inference.detections(detector, [(i, objects.load(i)) for i in range(3)], 2, prompts_,
+                                            inference.best_pairs)) for prompts_ in (asked, asked[1:]))
+    assert [name for name, _ in both] == [0, 1, 2]
+    for (_, rows), (_, fewer) in zip(both, last, strict=True):
+        assert len(rows) == 200 and [row for row in rows if row["category_id"] in asked[1].categories] == fewer
+        assert [row["score"] for row in rows] == sorted((row["score"] for row in rows), reverse=True)
+    results = inference.results_of(detector, objects, 2, asked, inference.best_pairs)
+    assert [row["image_id"] for row in results] == 100 * [1] + 100 * [2] + 100 * [3]
 
 
 def test_frames_of_a_video(trained, images, tmp_path):
@@ -123,25 +127,42 @@ def test_frames_of_a_video(trained, images, tmp_path):
                "--text", TEXT, "--threshold", 0, "--output_dir", tmp_path / "out") == 0
     about = json.loads((tmp_path / "out" / "detections_images.json").read_text())
     names = [row["file_name"].rpartition("/")[2] for row in about["images"]]
-    assert names == ["film.mp4#frame-0000", "film.mp4#frame-0001", "film.mp4#frame-0002", "0.png", "scene0000"]
-    frames = list(files.open_items([str(tmp_path / "out" / "film.mp4")]))
+    assert names == ["film.mp4#frame-0000", "film.mp4#frame-0001", "film.mp4#frame-0002", "0.png", "scene0000.png"]
+    frames = list(files.open_frames([str(tmp_path / "out" / "0001_film.mp4")]))
     assert len(frames) == 3 and max(frames[0].image.shape) >= 480
-    assert (tmp_path / "out" / "0.png").exists() and (tmp_path / "out" / "scene0000.png").exists()
+    assert (tmp_path / "out" / "0004_0.png").exists() and (tmp_path / "out" / "0005_scene0000.png").exists()
 
 
 def test_boxes_and_labels_are_drawn():
-    figure = drawing.draw_boxes(np.zeros((60, 60, 3), np.uint8), [[10, 20, 40, 50], [10, 21, 40, 50]], [0, 1],
-                                ["red fish 0.90", "blue cup 0.80"])
+    """Three boxes almost at the same place: the fields of their labels don't cover each other."""
+    phrases = {1: "red fish", 2: "blue cup", 3: "sun"}
+    rows = [{"category_id": k, "bbox": [10, 20 + k / 8, 30, 30], "score": 0.9, "words": ""} for k in phrases]
+    figure = files.draw_boxes(torch.zeros(3, 60, 60, dtype=torch.uint8), rows, phrases)
     assert figure.shape == (480, 480, 3)
-    for k in (0, 1):
-        shade = (figure == drawing.colour(k)).all(-1)
-        assert shade.sum() > 1000  # a frame and the field of a label
-    fields = []
-    for _ in range(3):
-        fields.append(drawing.place((0, 0, 90, 12), 80, 160, (480, 480), fields))
-    for i, a in enumerate(fields):
-        assert not any(a[1] < b[3] and b[1] < a[3] for b in fields[:i])
-    assert drawing.place((0, 0, 90, 12), 470, 2, (480, 480), [])[0] == 480 - 98
+    for k in phrases:
+        shade = (figure == files.colour(k)).all(-1)
+        assert 15 < shade[:, 83].sum() < 30 and shade[200:300, 80:82].any() == (k == 3)  # left of the text; the frame
+
+
+# ---- Signals ----
+
+
+def test_a_signal_ends_the_evaluation_after_training_and_the_same_command_makes_up_for_it(tmp_path):
+    command = ["--model", "tiny", "--image_size", "48", "--train", "scenes:4x48", "--eval", "scenes:4x48", "--steps",
+               "1", "--batch_size", "2", "--phrases", "6", "--output_dir", str(tmp_path / "out"), *QUICK]
+    code = """
+import os, signal, sys
+import detect
+from detection import inference
+inference.best_pairs = lambda *args: os.kill(os.getpid(), signal.SIGTERM) or []
+sys.exit(detect.main(detect.get_args_parser().parse_args(sys.argv[1:])))
+"""
+    done = subprocess.run([sys.executable, "-c", code, *command], env=ENV, cwd=ROOT, capture_output=True, text=True,
+                          timeout=600)
+    assert done.returncode == 75 and "stopped by a signal and saved" in done.stdout, done.stdout + done.stderr
+    assert not done.stderr and (tmp_path / "out" / "network").is_dir()
+    assert not (tmp_path / "out" / "detect.json").exists()
+    assert run(*command) == 0 and (tmp_path / "out" / "detect.json").exists()
 
 
 # ---- Names ----
@@ -187,7 +208,7 @@ TRAIN = ("--model", "tiny", "--train", "scenes:8x48")
 
 @pytest.mark.parametrize("flags, words", [
     ((), ("--images", "nothing to do", "--train")),
-    (("--images", "{images}"), ("--model", "none given", "huggingface.co")),
+    (("--images", "{images}"), ("--model is missing", "give a folder", "huggingface.co")),
     ((*DETECT, "--text", ""), ("--text ''", "no phrase")),
     ((*DETECT, "--text", "red fish"), ("--text 'red fish'", "no separator")),
     ((*DETECT, "--text", "zebra ."), ("--text", "'zebra'", "vocabulary")),

@@ -2,13 +2,13 @@
 
 import contextlib
 import io
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 
-from detection import evaluation, scores
-from detection.inference import Found
+from detection import inference
+from detection.coco import Objects
 
 
 def box(i: int, k: int, corners, n: int) -> dict:
@@ -28,14 +28,25 @@ RESULTS = [{**box(1, 1, (0, 0, 10, 10), 0), "score": 0.9}, {**box(2, 1, (60, 60,
 
 def test_by_hand():
     """Of 101 recalls, 34 (0 to 0.33) have precision 1 and 33 (0.34 to 0.66) 2/3. IoU 0.64 passes 0.5, 0.55 and 0.6."""
-    values = scores.average_precision(TRUTH, RESULTS)
+    values = inference.average_precision(TRUTH, RESULTS)
     assert values.keys() == {1, 2}  # no box of category 3
     first = 100 * (34 + 33 * 2 / 3) / 101
     assert values[1] == pytest.approx((first, first)) and values[2] == pytest.approx((30, 100))
-    rows = scores.mean_rows(values, {"all": {1, 2, 3}, "b": {2}, "c": {3}})
-    assert rows["all"] == {"AP": round((first + 30) / 2, 2), "AP50": round((first + 100) / 2, 2), "categories": 2}
-    assert rows["b"]["AP50"] == 100 and "c" not in rows
-    assert scores.average_precision(TRUTH, []) == {1: (0, 0), 2: (0, 0)}
+    assert inference.average_precision(TRUTH, []) == {1: (0, 0), 2: (0, 0)}
+
+
+def test_groups_of_categories(monkeypatch):
+    first = 100 * (34 + 33 * 2 / 3) / 101
+    monkeypatch.setattr(inference, "results_of", lambda *_: RESULTS)
+    objects = Objects("", TRUTH, None)
+    network = SimpleNamespace(config=SimpleNamespace())
+    table = inference.evaluate(SimpleNamespace(network=network), objects, 1, [])
+    every = {"AP": round((first + 30) / 2, 2), "AP50": round((first + 100) / 2, 2), "categories": 2}
+    assert table == {"all": every}  # category 3 has no boxes
+    network.config.trained_phrases = ["b", "x"]
+    assert inference.evaluate(SimpleNamespace(network=network), objects, 1, []) == {
+        "all": every, "trained": {"AP": 30, "AP50": 100, "categories": 1},
+        "not trained": {"AP": round(first, 2), "AP50": round(first, 2), "categories": 1}}
 
 
 def pycocotools(truth: dict, results: list) -> dict:
@@ -57,7 +68,7 @@ def same(ours: dict, theirs: dict) -> None:
 
 
 def test_as_pycocotools():
-    same(scores.average_precision(TRUTH, RESULTS), pycocotools(TRUTH, RESULTS))
+    same(inference.average_precision(TRUTH, RESULTS), pycocotools(TRUTH, RESULTS))
     rng = np.random.default_rng(0)
 
     def corners():
@@ -74,22 +85,13 @@ def test_as_pycocotools():
             shifted = [x + rng.normal(0, 3), y + rng.normal(0, 3), w * rng.uniform(0.8, 1.2), h]
             results.append({"image_id": row["image_id"], "category_id": int(rng.choice([row["category_id"], 1])),
                             "bbox": shifted, "score": float(rng.random())})
-    ours, theirs = scores.average_precision(truth, results), pycocotools(truth, results)
+    ours, theirs = inference.average_precision(truth, results), pycocotools(truth, results)
     same(ours, theirs)
     assert 5 < np.mean(list(ours.values())) < 95
 
 
 def test_what_is_kept_of_another_prompt():
-    class Two:
-        image_ids = [1, 2]
-
-        def size(self, i):
-            return 100, 100
-
-    boxes = torch.tensor([[0.0, 0, 10, 10], [20, 20, 60, 60]])
-    before = [Found(boxes, torch.tensor([0, 1]), torch.tensor([0.9, 0.8]), ["a", "b"]),
-              Found(boxes[:0], torch.tensor([], dtype=torch.int64), torch.tensor([]), [])]
-    half = [Found(boxes[:1], torch.tensor([0]), torch.tensor([0.6]), ["a"]), before[1]]
-    assert evaluation.kept(before, before, Two()) == pytest.approx(100)
-    assert evaluation.kept(before, half, Two()) == pytest.approx(50)
-    assert evaluation.kept([before[1]] * 2, before, Two()) is None
+    first, second = RESULTS[0], {**RESULTS[3], "category_id": 2}
+    assert inference.kept([first, second], [first, second], IMAGES) == pytest.approx(100)
+    assert inference.kept([first, second], [{**first, "score": 0.6}], IMAGES) == pytest.approx(50)
+    assert inference.kept([], [first], IMAGES) is None and inference.kept([first], [], IMAGES) == 0

@@ -10,6 +10,8 @@ from PIL import Image
 
 import detect
 from detection import coco, files
+from imagesets import scenes
+from imagesets.decode import Undecodable
 from parallel import Refused
 
 CONTENT = {
@@ -23,9 +25,8 @@ CONTENT = {
 
 @pytest.fixture
 def folder(tmp_path):
-    (tmp_path / "images").mkdir()
-    Image.fromarray(np.full((30, 40, 3), 9, np.uint8)).save(tmp_path / "images" / "a.png")
-    Image.fromarray(np.zeros((20, 20, 3), np.uint8)).save(tmp_path / "images" / "b.png")
+    Image.fromarray(np.full((30, 40, 3), 9, np.uint8)).save(tmp_path / "a.png")
+    Image.fromarray(np.zeros((20, 20, 3), np.uint8)).save(tmp_path / "b.png")
     return tmp_path
 
 
@@ -36,11 +37,13 @@ def write(folder, content) -> str:
 
 def test_a_file(folder):
     objects = coco.open_objects(write(folder, CONTENT), "", "--train")
-    assert (objects.phrases, objects.category_ids, objects.image_ids) == (["fish", "cup"], [3, 5], [7, 9])
-    truth = objects.truth(0)
-    assert truth.boxes.tolist() == [[10, 5, 30, 15], [0, 0, 4.5, 5]]  # rounded outside by half a pixel: clipped
-    assert truth.classes.tolist() == [0, 1] and truth.crowd.tolist() == [False, True]
-    assert objects.load(0).shape == (3, 30, 40) and len(objects.truth(1).boxes) == 0
+    assert objects.phrases == {3: "fish", 5: "cup"} and [image["id"] for image in objects.images] == [7, 9]
+    assert [[row["bbox"] for row in rows] for rows in objects.rows] == [[[10, 5, 20, 10], [-0.5, 0, 5, 5]], []]
+    assert [(row["iscrowd"], row["area"]) for row in objects.rows[0]] == [(0, 200), (1, 25)]
+    assert objects.load(0).shape == (3, 30, 40) and len(objects) == 2
+    (folder / "elsewhere").mkdir()
+    with pytest.raises(Refused, match="no image .*elsewhere/a.png; give .* --train_images"):
+        coco.open_objects(write(folder, CONTENT), str(folder / "elsewhere"), "--train")
 
 
 def change(path: str, value):
@@ -55,11 +58,12 @@ def change(path: str, value):
 
 
 @pytest.mark.parametrize("edit, words", [
-    (change("annotations.0.image_id", 8), ("annotation 1", "image 8", "remove")),
-    (change("annotations.0.category_id", 4), ("annotation 1", "category 4", "add")),
+    (change("annotations.0.image_id", 8), ("annotation 1", "image_id 8", "remove")),
+    (change("annotations.0.category_id", 4), ("annotation 1", "category_id 4", "add")),
     (change("annotations.0.bbox", [10, 5, 0, 10]), ("annotation 1", "[10, 5, 0, 10]", "no area", "--skip_bad_boxes")),
     (change("annotations.0.bbox", [30, 5, 20, 10]), ("annotation 1", "outside", "40 x 30", "--skip_bad_boxes")),
     (change("annotations.0.bbox", [60, 5, 2, 2]), ("annotation 1", "outside")),
+    (change("annotations.0.bbox", [40.1, 5, 0.5, 2]), ("annotation 1", "outside")),  # all of it
     (change("annotations.0.bbox", [1, 2, 3]), ("annotation 1", "four numbers")),
     (change("annotations.0.bbox", [float("nan"), 0, 1, 1]), ("annotation 1",)),
     (change("categories.1.name", "fish "), ("'fish'", "twice", "rename")),
@@ -70,6 +74,7 @@ def change(path: str, value):
     (change("images.1.file_name", "c.png"), ("c.png", "--train_images")),
     (change("images", []), ("no images",)),
     (change("categories", {}), ("categories", "COCO")),
+    (change("images.0", {"id": 7}), ("images", "COCO", "file_name")),
 ])
 def test_bad_files_are_refused_in_one_line(folder, edit, words):
     content = copy.deepcopy(CONTENT)
@@ -82,28 +87,28 @@ def test_bad_files_are_refused_in_one_line(folder, edit, words):
 def test_bad_boxes_can_be_left_out(folder):
     content = copy.deepcopy(CONTENT)
     content["annotations"][0]["bbox"] = [10, 5, 0, 10]
-    assert len(coco.open_objects(write(folder, content), "", "--train", skip_bad=True).truth(0).boxes) == 1
+    assert [len(rows) for rows in coco.open_objects(write(folder, content), "", "--train", True).rows] == [1, 0]
 
 
-def test_images_above_the_limit_are_refused_with_its_flag(folder):
+def test_images_above_the_limit_are_not_decoded_and_its_flag_is_named(folder):
     """In a COCO file and among images to search, and read where the flag is raised."""
     path = write(folder, CONTENT)
     for pixels in (100, 40 * 30):
         objects = coco.open_objects(path, "", "--train", max_pixels=pixels)
-        items = files.open_items([str(folder / "images" / "a.png")], max_pixels=pixels)
-        for read in (lambda objects=objects: objects.load(0), lambda items=items: next(items).image):
+        frames = files.open_frames([str(folder / "a.png")], max_pixels=pixels)
+        for read in (lambda objects=objects: objects.load(0), lambda frames=frames: next(frames).image):
             if pixels == 100:
-                with pytest.raises(Refused, match="a.png: .*raise --max_pixels"):
+                with pytest.raises(Undecodable, match="a.png: .*raise --max_pixels"):
                     read()
             else:
                 assert read().shape == (3, 30, 40)
     assert detect.get_args_parser().parse_args(["--max_pixels", "7"]).max_pixels == 7
 
 
-def test_an_image_of_another_size_is_refused(folder):
+def test_an_image_of_another_size_is_not_used(folder):
     content = copy.deepcopy(CONTENT)
     content["images"][1]["width"] = 25
-    with pytest.raises(Refused, match="b.png has 20 x 20 pixels, the file says 25 x 20"):
+    with pytest.raises(Undecodable, match=r"b.png: it has \(20, 20\) pixels, the COCO file says \(20, 25\)"):
         coco.open_objects(write(folder, content), "", "--train").load(1)
 
 
@@ -115,10 +120,21 @@ def test_names_of_nothing_are_refused(path):
 
 def test_training_scenes_lack_every_fifth_pair_and_no_kind_or_colour():
     train, test = (coco.open_objects("scenes:40x48", "", flag) for flag in ("--train", "--eval"))
-    absent = set(test.phrases) - set(train.phrases)
+    absent = set(test.phrases.values()) - set(train.phrases.values())
     assert len(test.phrases) == 100 and len(absent) == 20
     for place in (0, 1):
-        words = [{phrase.split()[place] for phrase in phrases} for phrases in (train.phrases, test.phrases)]
+        words = [{phrase.split()[place] for phrase in objects.phrases.values()} for objects in (train, test)]
         assert words[0] == words[1] and len(words[0]) == 10
-    shown = {test.phrases[k] for i in range(40) for k in test.truth(i).classes.tolist()}
+    shown = {test.phrases[row["category_id"]] for rows in test.rows for row in rows}
     assert shown & absent and not torch.equal(train.load(0), test.load(0))
+
+
+def test_boxes_of_scenes_are_where_the_objects_are():
+    objects = coco.open_objects("scenes:3x64", "", "--eval")
+    pairs = [(kind, colour) for kind in range(10) for colour in scenes.COLOURS]
+    for i, rows in enumerate(objects.rows):
+        scene = scenes.draw(coco.VAL_START + i, 64, pairs=pairs)
+        for thing, row in zip(range(len(scene.objects)), rows, strict=True):
+            x, y, w, h = row["bbox"]
+            assert (scene.owner[y : y + h, x : x + w] == thing).sum() == (scene.owner == thing).sum()
+            assert objects.phrases[row["category_id"]] == scene.objects[thing].phrase
