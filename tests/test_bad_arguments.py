@@ -1,6 +1,8 @@
 """Wrong flags and combinations: exit code 2, one line with flag, value and remedy, nothing written, at once."""
 
 import argparse
+import copy
+import json
 import os
 import re
 import shlex
@@ -17,7 +19,11 @@ from conftest import ROOT
 from PIL import Image
 from processes import ENV, SMALL, launch
 
+import curate
+import detect
+import eval_depth
 import eval_knn
+import eval_semantic
 import flags
 import main_dino
 import visualize_attention
@@ -60,7 +66,46 @@ def here(tmp_path_factory):
     (folder / "nested.txt").write_text("--epochs 3 @none.txt")
     (folder / "rubbish.tar").write_bytes(b"rubbish" * 200)
     np.save(folder / "array.npy", np.zeros(3))
+    dense_folders(folder)
+    coco_files(folder)
     return folder
+
+
+def dense_folders(folder: Path) -> None:
+    """masks_NAME and depth_NAME: two images for training and two for test, the last of which has something wrong."""
+    wrong = {
+        "masks": {"missing": None, "sizes": np.zeros((8, 9), np.uint8), "classes": np.full((8, 8), 254, np.uint8)},
+        "depth": {"missing": None, "sizes": np.ones((8, 9)), "empty": np.zeros((8, 8)), "negative": -np.ones((8, 8))},
+    }
+    save = {"masks": lambda values, path: Image.fromarray(values).save(f"{path}.png"),
+            "depth": lambda values, path: np.save(f"{path}.npy", values.astype(np.float32))}
+    for truth, name in [(truth, name) for truth, cases in wrong.items() for name in cases]:
+        for part, i in [("train", 0), ("train", 1), ("val", 0), ("val", 1)]:
+            root = folder / f"{truth}_{name}" / part
+            for inner in ("images", truth):
+                (root / inner).mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8), (99 * i, 0, 0)).save(root / "images" / f"{i}.png")
+            values = wrong[truth][name] if (part, i) == ("val", 1) else np.eye(8, dtype=np.uint8) + (truth == "depth")
+            if values is not None:
+                save[truth](values, root / truth / f"{i}")
+        (folder / f"{truth}_{name}" / "classes.txt").write_text("ground\nline\n")
+
+
+def coco_files(folder: Path) -> None:
+    """NAME.json, files in COCO format with one thing wrong, of the pictures."""
+    good = {"images": [{"id": 7, "file_name": "picture0.png", "width": 8, "height": 8}],
+            "annotations": [{"id": 1, "image_id": 7, "category_id": 3, "bbox": [1, 1, 4, 4]}],
+            "categories": [{"id": 3, "name": "Fish"}, {"id": 5, "name": "cup"}]}
+    wrong = {"good": {}, "unknown": {"annotations": {"image_id": 8}}, "category": {"annotations": {"category_id": 4}},
+             "outside": {"annotations": {"bbox": [5, 5, 9, 2]}}, "gone": {"images": {"file_name": "gone.png"}},
+             "flat": {"annotations": {"bbox": [1, 1, 4, 0]}}, "twice": {"categories": {"name": "Cup "}},
+             "lacks": {"categories": {"id": None, "names": ""}}}
+    for name, changes in wrong.items():
+        content = copy.deepcopy(good)
+        for key, values in changes.items():
+            content[key][0].update(values)
+            content[key][0] = {k: v for k, v in content[key][0].items() if v is not None}
+        (folder / f"{name}.json").write_text(json.dumps(content))
 
 
 def run(script, argv: str, here: Path, out: Path, defaults=()) -> tuple[int, float]:
@@ -295,8 +340,88 @@ ATTENTION = [
     ("--output_dir {here}/file/out", ("--output_dir {here}/file/out", "is a file", "give a folder")),
 ]  # fmt: skip
 
+SEMANTIC = [
+    ("--data_path {here}/masks_missing", ("--data_path '{here}/masks_missing'", "1.png", "no mask", "add it")),
+    ("--data_path {here}/masks_sizes", ("--data_path", "masks_sizes", "1.png", "8", "9")),
+    ("--data_path {here}/masks_classes", ("--data_path", "masks_classes", "1.png", "254", "2 classes")),
+    ("--data_path {here}/few", ("--data_path '{here}/few'", "images/ and masks/")),
+    ("--data_path {here}/empty", ("--data_path '{here}/empty'", "images/ and masks/")),
+    ("--n_last_blocks 0", ("--n_last_blocks", "0", "at least 1")),
+    ("--steps 0", ("--steps", "0", "at least 1")),
+    ("--lr nan", ("--lr", "nan", "above 0")),
+    ("--dropout 1", ("--dropout", "1", "at most 0.99")),
+    ("--test_scales 0", ("--test_scales", "0", "above 0")),
+    ("--val_share 1", ("--val_share", "1", "at most")),
+]  # fmt: skip
+
+DEPTH = [
+    ("--data_path {here}/depth_missing", ("--data_path '{here}/depth_missing'", "1.png", "no depth", "add it")),
+    ("--data_path {here}/depth_sizes", ("--data_path", "depth_sizes", "1.png|1.npy", "8", "9")),
+    ("--data_path {here}/depth_empty", ("--data_path", "depth_empty", "1.npy", "no depth")),
+    ("--data_path {here}/depth_negative", ("--data_path", "depth_negative", "1.npy")),
+    ("--data_path {here}/empty", ("--data_path '{here}/empty'", "images/ and depth/")),
+    ("--depth_scale -1", ("--depth_scale", "-1", "at least 0")),
+    ("--bins 1", ("--bins", "1", "at least 2")),
+    ("--min_depth 0", ("--min_depth", "0", "above 0")),
+    ("--n_blocks 0", ("--n_blocks", "0", "at least 1")),
+    ("--eval_crop nyu", ("--eval_crop", "'nyu'", "eigen_nyu")),
+]  # fmt: skip
+
+CURATE = [
+    ("--data_path {here}/empty", ("--data_path '{here}/empty'", "no images", "give")),
+    ("--data_path {here}/none", ("--data_path '{here}/none'", "give")),
+    ("--data_path {here}/few --features {here}/array.npy", ("--features {here}/array.npy", "extract_features.py")),
+    ("--data_path {here}/few --features {here}/none.npy", ("--features {here}/none.npy", "no such file", "write")),
+    ("--data_path {here}/few --trusted {here}/none", ("--trusted '{here}/none'", "give")),
+    ("--data_path {here}/few --duplicate_threshold nan", ("--duplicate_threshold", "nan", "at least 0")),
+    ("--data_path {here}/few --against_threshold 2", ("--against_threshold", "2", "at most 1")),
+    ("--data_path {here}/few --neighbors 0", ("--neighbors", "0", "at least 1")),
+    ("--data_path {here}/few --cluster_votes 0", ("--cluster_votes", "0", "at least 1")),
+    ("--data_path {here}/few --clusters 0", ("--clusters", "0", "at least 1")),
+    ("--data_path {here}/few --iterations 0", ("--iterations", "0", "at least 1")),
+    ("--data_path {here}/few --resampling_steps -1", ("--resampling_steps", "-1", "at least 0")),
+    ("--data_path {here}/few --keep many", ("--keep", "'many'", "at least 0")),
+    ("--data_path {here}/few --pretrained_weights {here}/none.pth", ("--pretrained_weights {here}/none", "no such")),
+    ("--data_path {here}/few --output_dir {here}/file", ("--output_dir {here}/file", "is a file")),
+    ("", ("--data_path", "required")),
+]  # fmt: skip
+
+DETECT = [
+    ("--model {here}/few --images {here}/few --text ''", ("--text ''", "no phrase", "give")),
+    ("--model {here}/few --images {here}/few --text 'red fish'", ("--text 'red fish'", "no separator", "period")),
+    ("--model {here}/few --images {here}/few --text 'cup . Cup .'", ("--text", "'cup'", "twice")),
+    ("--model {here}/few --images {here}/none --text 'cup .'", ("--images '{here}/none'", "give")),
+    ("--images {here}/few --text 'cup .' --model {here}/none", ("--model {here}/none", "no such folder", "OWNER/NAME")),
+    ("--images {here}/few --text 'cup .' --model {here}/few", ("--model {here}/few", "config.json")),
+    ("--train {here}/unknown.json", ("--train {here}/unknown.json", "annotation 1", "image_id 8", "remove")),
+    ("--train {here}/outside.json", ("--train {here}/outside.json", "annotation 1", "outside", "--skip_bad_boxes")),
+    ("--train {here}/flat.json", ("--train {here}/flat.json", "annotation 1", "no area", "--skip_bad_boxes")),
+    ("--train {here}/twice.json", ("--train {here}/twice.json", "'cup'", "twice", "rename")),
+    ("--train {here}/category.json", ("--train {here}/category.json", "category_id 4", "remove")),
+    ("--train {here}/gone.json", ("--train {here}/gone.json", "gone.png", "--train_images")),
+    ("--train {here}/lacks.json", ("--train {here}/lacks.json", "categories", "COCO", "id")),
+    ("--train {here}/good.json --eval {here}/gone.json", ("--eval {here}/gone.json", "gone.png", "--eval_images")),
+    ("--train {here}/file", ("--train {here}/file", "not JSON", "COCO")),
+    ("--train {here}/none.json", ("--train {here}/none.json", "No such file", "COCO")),
+    ("--train scenes:0", ("--train scenes:0", "scenes:COUNT")),
+    ("--train {here}/good.json --held_back 'cup'", ("--held_back 'cup'", "--eval")),
+    ("--train {here}/good.json --eval scenes:2 --held_back 'cup'", ("--held_back 'cup'", "no separator")),
+    ("--train {here}/good.json --steps 0", ("--steps", "0", "at least 1")),
+    ("--train {here}/good.json --backbone_lr 2", ("--backbone_lr", "2", "at most 1")),
+    ("--train {here}/good.json --output_dir {here}/file", ("--output_dir {here}/file", "is a file")),
+    ("--eval {here}/good.json", ("--model tiny", "--train")),
+    ("", ("--images", "nothing to do")),
+]  # fmt: skip
+
 KNN_DEFAULTS = "--arch vit_nano --patch_size 16 --data_path shapes:16x32 --crop_size 32 --device cpu".split()
 ATTENTION_DEFAULTS = "--arch vit_tiny --patch_size 16 --device cpu".split()
+
+
+DENSE_DEFAULTS = "--arch vit_nano --patch_size 8 --steps 1 --warmup_steps 0 --num_workers 0 --device cpu".split()
+CURATE_DEFAULTS = ["--device", "cpu"]
+DETECT_DEFAULTS = "--model tiny --device cpu --num_workers 0".split()
+TABLES = {eval_semantic: (SEMANTIC, DENSE_DEFAULTS), eval_depth: (DEPTH, DENSE_DEFAULTS),
+          curate: (CURATE, CURATE_DEFAULTS), detect: (DETECT, DETECT_DEFAULTS)}  # fmt: skip
 
 
 def test_there_are_enough_of_them():
@@ -316,6 +441,12 @@ def test_knn(argv, words, here, tmp_path, capfd, monkeypatch):
 @pytest.mark.parametrize("argv, words", ATTENTION, ids=[argv for argv, _ in ATTENTION])
 def test_attention(argv, words, here, tmp_path, capfd, monkeypatch):
     check(visualize_attention, argv, words, here, tmp_path, capfd, monkeypatch, ATTENTION_DEFAULTS)
+
+
+@pytest.mark.parametrize("script, argv, words", [
+    pytest.param(script, *row, id=f"{script.__name__} {row[0]}") for script in TABLES for row in TABLES[script][0]])
+def test_dense_tasks_curation_and_detection(script, argv, words, here, tmp_path, capfd, monkeypatch):
+    check(script, argv, words, here, tmp_path, capfd, monkeypatch, TABLES[script][1])
 
 
 @pytest.mark.parametrize("variables, word", [({"RANK": "0"}, "MASTER_ADDR|WORLD_SIZE"), ({"WORLD_SIZE": "2"}, "RANK")])
