@@ -74,14 +74,15 @@ def near_groups(features: Tensor, threshold: float, engine: str = "exact", devic
 def exact_groups(images: Joined) -> np.ndarray:
     """Groups of equal files, by their SHA-256; of images without a file of their own, by their pixels.
 
-    Only files whose size another one has are read.
+    Only files whose size another one has are read; all of them, if some images are in archives: the sizes of those are
+    not known.
 
     Raises:
         Refused: an image can't be read.
     """
     sizes = [file_size(images, i) for i in range(len(images))]
     _, inverse, counts = np.unique(sizes, return_inverse=True, return_counts=True)
-    candidates = np.flatnonzero((counts[inverse] > 1) | (np.array(sizes) < 0))
+    candidates = np.flatnonzero((counts[inverse] > 1) | (min(sizes) < 0))
     digests = np.array([f"{i:064d}" for i in range(len(images))])  # of no other image
     with ThreadPoolExecutor(available_cores()) as threads:
         try:

@@ -1,5 +1,7 @@
 """Duplicates: groups against a naive union-find, pairs against a double loop, equal files, the image that is kept."""
 
+import tarfile
+
 import numpy as np
 import pytest
 import torch
@@ -119,6 +121,16 @@ def pile(tmp_path):
 
 def test_equal_files_are_found(pile):
     assert duplicates.exact_groups(pile).tolist() == [0, 1, 2, 0, 4]
+
+
+def test_files_that_equal_images_in_a_shard_are_found(pile, tmp_path):
+    """Whatever their size: 2 and 4 have sizes that no other file has, and are in the shard."""
+    (tmp_path / "a" / "2.bmp").write_bytes((tmp_path / "a" / "2.bmp").read_bytes() + b"end")
+    with tarfile.open(tmp_path / "x-000.tar", "w") as shard:
+        shard.add(tmp_path / "b" / "1.bmp", "0.bmp")
+        shard.add(tmp_path / "a" / "2.bmp", "1.bmp")
+    images = Joined([*pile.parts, open_images(tmp_path / "x-000.tar")])
+    assert duplicates.exact_groups(images).tolist() == [0, 1, 2, 0, 4, 4, 2]
 
 
 def test_equal_drawn_images_are_found():
