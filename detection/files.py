@@ -35,7 +35,8 @@ def open_frames(paths: Sequence[str], max_pixels: int = decode.MAX_PIXELS, flag:
 
     Raises Refused, at once, for a path that doesn't exist or holds no images; later Undecodable.
     """
-    return itertools.chain.from_iterable([open_path(path, decode.Reading(max_pixels=max_pixels), flag) for path in paths])
+    reading = decode.Reading(max_pixels=max_pixels)
+    return itertools.chain.from_iterable([open_path(path, reading, flag) for path in paths])
 
 
 def open_path(path: str, reading: decode.Reading, flag: str) -> Iterator[Frame]:
