@@ -250,8 +250,9 @@ def test_list(tmp_path):
     ],
 )
 def test_list_with_labels(tmp_path, labels, numbers, classes):
-    write(tmp_path / "a.png")
-    (tmp_path / "list.txt").write_text("".join(f"a.png\t{label}\n" for label in labels))
+    for i in range(len(labels)):
+        write(tmp_path / f"{i}.png")
+    (tmp_path / "list.txt").write_text("".join(f"{i}.png\t{label}\n" for i, label in enumerate(labels)))
     images = open_images(tmp_path / "list.txt")
     assert images.labels.tolist() == numbers and images.labels.dtype == torch.int64 and images.classes == classes
 
