@@ -23,3 +23,17 @@ def small_heads():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(main_dino, "DINOHead", partial(main_dino.DINOHead, hidden_dim=32, bottleneck_dim=16))
         yield
+
+
+# ---- Order: files that wait more than they compute begin first, instead of alone at the end ----
+
+LONG = ("test_slurm.py", "test_submitit.py", "test_two_hosts.py", "test_docs.py")
+
+
+def pytest_configure(config):
+    if hasattr(config.option, "loadscopereorder"):  # pytest-xdist would begin with the files of most tests
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in LONG)
