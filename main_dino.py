@@ -22,7 +22,6 @@ import parallel
 import utils
 from imagesets import loaders
 from imagesets.bad_images import BadImages
-from imagesets.sources import Images
 from pretraining import compiling, faults, monitor, networks, options, session
 from pretraining.faults import TO_BE_CONTINUED, Requests  # noqa: F401 - the launcher reads the code
 from pretraining.health import collapse, health
@@ -200,7 +199,7 @@ def pretrain(args: argparse.Namespace) -> int:
         plan = make_plan(args, len(ends.images))
         args = with_compile(args, device, plan)
         run = make_run(args, plan, len(ends.images), device)
-        ends = options.in_memory(args, ends)
+        ends = options.in_memory(args, ends, device)
     return session.carry_out(run, plan, ends, describe(args, run, plan, len(ends.images)),
                              lambda log: train(args, run, plan, ends, log), args.extend, args.tensorboard,
                              vars(args) if args.wandb else None)
@@ -216,7 +215,7 @@ def train(args: argparse.Namespace, run: Run, plan: Plan, ends: Ends, log: Log) 
         failures.NonFinite: at the first look (logged steps, checkpoints) after a step that was not finite.
     """
     student = networks.distributed(run.student, run.device)
-    load = make_loader(args, ends.source or ends.images, plan, run.device)
+    load = make_loader(args, ends, plan, run.device)
     run.watch_steps(plan, load)
     batches, augmentation = load(run.step, plan.steps), options.augmentation(args)
     bad_images = BadImages(len(ends.images), args.max_bad_images)
@@ -271,13 +270,13 @@ def train(args: argparse.Namespace, run: Run, plan: Plan, ends: Ends, log: Log) 
 
 
 def make_loader(
-    args: argparse.Namespace, images: Images, plan: Plan, device: torch.device
+    args: argparse.Namespace, ends: Ends, plan: Plan, device: torch.device
 ) -> Callable[[int, int], Iterator[dict]]:
     """(first, last) -> the micro-batches of steps first ... last - 1, from one loader whose workers never restart."""
     augmentation = options.augmentation(args)
-    return loaders.steps(images, augmentation, args.batch_size_per_gpu, args.num_workers, args.seed,
+    return loaders.steps(ends.source or ends.images, augmentation, args.batch_size_per_gpu, args.num_workers, args.seed,
                          args.grad_accum_steps, plan.steps_per_epoch, device,
-                         pixels=options.pixels(args, images, device),
+                         pixels=ends.pixels,
                          **options.by_epoch(args, plan, augmentation))
 
 

@@ -26,7 +26,6 @@ import parallel
 import utils
 from imagesets import loaders
 from imagesets.bad_images import BadImages
-from imagesets.sources import Images
 from method import dinov2, masking
 from method.dinov2 import BackboneAndHeads, DINOv2Loss
 from method.groups import parameter_groups, set_lr_and_wd
@@ -369,7 +368,7 @@ def pretrain(args: argparse.Namespace) -> int:
         plan = make_plan(args, len(ends.images))
         run = make_run(args, plan, len(ends.images), device)
         teacher = make_teacher(args, run)
-        ends = options.in_memory(args, ends)
+        ends = options.in_memory(args, ends, device)
     return session.carry_out(run, plan, ends, describe(args, run, plan, len(ends.images)),
                              lambda log: train(args, run, teacher, plan, ends, log), args.extend,
                              args.tensorboard, vars(args) if args.wandb else None)
@@ -385,7 +384,7 @@ def train(args: argparse.Namespace, run: Run, teacher: nn.Module, plan: Plan, en
         failures.NonFinite: at the first look (logged steps, checkpoints) after a step that was not finite.
     """
     student = networks.distributed(run.student, run.device)
-    load = make_loader(args, ends.source or ends.images, plan, run.device)
+    load = make_loader(args, ends, plan, run.device)
     run.watch_steps(plan, load, "main_dinov2.py")
     batches, augmentation = load(run.step, plan.steps), make_augmentation(args)
     bad_images = BadImages(len(ends.images), args.max_bad_images)
@@ -453,7 +452,7 @@ def warning(means: Mapping[str, float], loss: DINOv2Loss) -> str | None:
 
 
 def make_loader(
-    args: argparse.Namespace, images: Images, plan: Plan, device: torch.device
+    args: argparse.Namespace, ends: Ends, plan: Plan, device: torch.device
 ) -> Callable[[int, int], Iterator[dict]]:
     """(first, last) -> the micro-batches of steps first ... last - 1, from one loader whose workers never restart."""
     augmentation = make_augmentation(args)
@@ -461,9 +460,9 @@ def make_loader(
     masks = partial(masking.image_masks, seed=args.seed, images=options.images_per_step(args),
                     micro_batches=args.grad_accum_steps, grid=(side, side), ratio=tuple(args.mask_ratio),
                     probability=args.mask_probability, early=(plan.early_epochs, (early, early)))
-    return loaders.steps(images, augmentation, args.batch_size_per_gpu, args.num_workers, args.seed,
+    return loaders.steps(ends.source or ends.images, augmentation, args.batch_size_per_gpu, args.num_workers, args.seed,
                          args.grad_accum_steps, plan.steps_per_epoch, device, masks,
-                         pixels=options.pixels(args, images, device),
+                         pixels=ends.pixels,
                          **options.by_epoch(args, plan, augmentation))
 
 

@@ -14,10 +14,10 @@ import flags
 import parallel
 import utils
 from imagesets import loaders
-from imagesets.cached import Cached, cached
+from imagesets.cached import cached
 from imagesets.decode import Reading
 from imagesets.pixels import Pixels
-from imagesets.sources import Images, open_images
+from imagesets.sources import open_images
 from method import masking
 from parallel import Refused
 from pretraining import compiling, networks, session
@@ -200,16 +200,13 @@ def open_data(args: argparse.Namespace, device: torch.device) -> Ends:
                 args.global_crops_size, args.mean, args.std)
 
 
-def in_memory(args: argparse.Namespace, ends: Ends) -> Ends:
-    """With --cache_images, the same with decoded images for the loader to read."""
+def in_memory(args: argparse.Namespace, ends: Ends, device: torch.device) -> Ends:
+    """With --cache_images, the same with decoded images for the loader to read; with --crop_on_device, also there."""
     if not args.cache_images:
         return ends
-    return ends._replace(source=cached(ends.images, augmentation(args).reduction, args.num_workers))
-
-
-def pixels(args: argparse.Namespace, source: Images | Cached, device: torch.device) -> Pixels | None:
-    """With --crop_on_device, the decoded images on the device."""
-    return Pixels(source.images_in_memory(), device) if args.crop_on_device else None
+    source = cached(ends.images, augmentation(args).reduction, args.num_workers)
+    return ends._replace(source=source,
+                         pixels=Pixels(source.images_in_memory(), device) if args.crop_on_device else None)
 
 
 def description(args: argparse.Namespace, run: Run, plan: Plan, prototypes: str, n_images: int) -> list[str]:

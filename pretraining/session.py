@@ -13,6 +13,7 @@ import flags
 import parallel
 from imagesets import loaders
 from imagesets.bad_images import BadImages
+from imagesets.pixels import Pixels
 from imagesets.sources import Images
 from parallel import Refused
 from pretraining import faults, monitor
@@ -40,6 +41,7 @@ class Ends(NamedTuple):
     mean: Sequence[float]
     std: Sequence[float]
     source: Images | None = None  # what the loader reads instead of `images`
+    pixels: Pixels | None = None  # cuts the crops on the device
 
 
 @contextmanager

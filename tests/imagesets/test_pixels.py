@@ -102,3 +102,16 @@ def test_images_larger_than_the_gpu_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 80e9))
     with pytest.raises(Refused, match=r"--crop_on_device: 4 images of up to 200 x 96 pixels.*leave it out"):
         Pixels([image.permute(1, 2, 0) for image in IMAGES], torch.device("cuda"))
+
+
+def test_that_refusal_comes_before_anything_is_written(folder, monkeypatch, capsys):
+    def refused(images, device):
+        raise Refused("--crop_on_device: too large")
+
+    monkeypatch.setattr("pretraining.options.Pixels", refused)
+    out = folder.parent / "out"
+    argv = ("--arch vit_nano --patch_size 8 --global_crops_size 32 --local_crops_size 16 --out_dim 64 --steps 1 "
+            "--warmup_epochs 0 --batch_size_per_gpu 4 --device cpu --num_workers 0 --cache_images --crop_on_device "
+            f"--data_path {folder} --output_dir {out}").split()
+    assert main_dino.main(main_dino.get_args_parser().parse_args(argv)) == 2
+    assert "--crop_on_device: too large" in capsys.readouterr().err and not out.exists()
