@@ -276,9 +276,21 @@ def test_packages_that_are_missing_are_named(trained, images, tmp_path, capsys, 
     assert "pip install 'transformers>=4.55'" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow  # an hour on an idle core
+def test_the_two_runs_of_the_results_reach_their_figure(tmp_path):
+    longer = ("--model", tmp_path / "first" / "network", "--steps", "1500", "--lr", "7e-4")
+    for folder, flags in (("first", ()), ("second", longer)):
+        done = launch("detect.py", f"@{ROOT}/presets/detect_scenes.txt", *flags, "--output_dir", tmp_path / folder,
+                      timeout=3 * 3600)
+        assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "second" / "detect.json").read_text())["results"]
+    assert results["all"]["AP50"] >= 50 and results["not trained"]["categories"] > 10
+    assert os.path.getsize(tmp_path / "second" / "network" / "model.safetensors") < 10e6
+
+
 @pytest.mark.slow  # six minutes on an idle core; 29 % of all and 21 % of the pairs that were never seen together
-def test_the_preset_learns_to_detect(tmp_path):
-    """A shorter run of the preset, on fewer scenes: without training, AP50 is below 1 %."""
+def test_a_shorter_run_of_the_preset_learns_to_detect(tmp_path):
+    """On fewer scenes: without training, AP50 is below 1 %."""
     done = launch("detect.py", f"@{ROOT}/presets/detect_scenes.txt", "--train", "scenes:1000x64", "--eval",
                   "scenes:100x64", "--steps", "800", "--output_dir", tmp_path, timeout=3 * 3600)
     assert done.returncode == 0, done.stderr
