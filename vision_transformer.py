@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from torch.nn.init import trunc_normal_
 from torch.utils.checkpoint import checkpoint
 
-# ---- Layers that save less for the backward pass (set_grad_checkpointing(layers=True)) ----
-
 
 def is_observed(module: nn.Module) -> bool:
     """Whether a module has forward or backward hooks."""
     return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
                 or module._backward_pre_hooks)
+
+
+# ---- Layers that save less for the backward pass (set_grad_checkpointing(layers=True)) ----
 
 
 def recomputed(first: Callable[[Tensor], Tensor], linear: nn.Module, x: Tensor) -> Tensor:
@@ -256,8 +257,8 @@ class Block(nn.Module):
     def given(self, module: nn.Module, norm: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, nn.Module]]:
         """Arguments with which `module` computes module(norm(x)): (norm(x), {}) or (x, {"norm": norm}).
 
-        The second form recomputes the norm in the backward pass (`recomputed`). A module with hooks, or of
-        another class, gets the first form.
+        The second form recomputes the norm in the backward pass (`recomputed`). A module with hooks, or of another
+        class, gets the first form.
         """
         if self.recomputes_layers and type(module) in (Attention, Mlp, SwiGLU) and not is_observed(module):
             return x, {"norm": norm}

@@ -66,6 +66,15 @@ def precision(x: Tensor) -> str:
 
 
 @triton.jit
+def _places(N, HEADS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):
+    """Of a program: where its queries are in qkv, where its results are in the output, and which rows are tokens."""
+    crop, head = (tl.program_id(0) // HEADS).to(tl.int64), tl.program_id(0) % HEADS
+    token, column = tl.arange(0, BLOCK)[:, None], tl.arange(0, D)[None, :]
+    at = (crop * N + token) * (3 * HEADS * D) + head * D + column
+    return at, (crop * N + token) * (HEADS * D) + head * D + column, token < N
+
+
+@triton.jit
 def _weights(qkv, at, inside, scale, N, HEADS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
              PRECISION: tl.constexpr):
     q = tl.load(qkv + at, mask=inside, other=0.0)
@@ -80,24 +89,18 @@ def _weights(qkv, at, inside, scale, N, HEADS: tl.constexpr, D: tl.constexpr, BL
 @triton.jit
 def _forward(qkv, out, scale, N, HEADS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
              PRECISION: tl.constexpr):
-    crop, head = (tl.program_id(0) // HEADS).to(tl.int64), tl.program_id(0) % HEADS
-    token, column = tl.arange(0, BLOCK)[:, None], tl.arange(0, D)[None, :]
-    inside = token < N
-    at = (crop * N + token) * (3 * HEADS * D) + head * D + column
+    at, out_at, inside = _places(N, HEADS, D, BLOCK)
     q, k, v, weights = _weights(qkv, at, inside, scale, N, HEADS, D, BLOCK, PRECISION)
     result = tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
-    tl.store(out + (crop * N + token) * (HEADS * D) + head * D + column, result.to(v.dtype), mask=inside)
+    tl.store(out + out_at, result.to(v.dtype), mask=inside)
 
 
 @triton.jit
 def _backward(grad, qkv, grad_qkv, scale, N, HEADS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
               PRECISION: tl.constexpr):
-    crop, head = (tl.program_id(0) // HEADS).to(tl.int64), tl.program_id(0) % HEADS
-    token, column = tl.arange(0, BLOCK)[:, None], tl.arange(0, D)[None, :]
-    inside = token < N
-    at = (crop * N + token) * (3 * HEADS * D) + head * D + column
+    at, out_at, inside = _places(N, HEADS, D, BLOCK)
     q, k, v, weights = _weights(qkv, at, inside, scale, N, HEADS, D, BLOCK, PRECISION)
-    g = tl.load(grad + (crop * N + token) * (HEADS * D) + head * D + column, mask=inside, other=0.0)
+    g = tl.load(grad + out_at, mask=inside, other=0.0)
     grad_v = tl.dot(tl.trans(weights.to(g.dtype)), g, input_precision=PRECISION)
     tl.store(grad_qkv + at + 2 * HEADS * D, grad_v.to(v.dtype), mask=inside)
     grad_weights = tl.dot(g, tl.trans(v), input_precision=PRECISION)

@@ -7,9 +7,9 @@
         --sizes 160 80 --local 6 --out_dim 2048
 
 TFLOP/s counts the method's arithmetic (model.py), which is the same for every variant. For a ResNet there is neither a
-naive variant nor a cost model; its ratios compare with our step. --profile prints the time of our
-step by kind of work (kinds.py), beside the least time that the cost model allows each kind, and the ten operations that
-take the most time on the device; --profile FILE also writes the trace, for chrome://tracing or Perfetto.
+naive variant nor a cost model; its ratios compare with our step. --profile prints the time of our step by kind of work
+(kinds.py), beside the least time that the cost model allows each kind, and the ten operations that take the most time
+on the device; --profile FILE also writes the trace, for chrome://tracing or Perfetto.
 """
 
 import json

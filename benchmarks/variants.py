@@ -13,6 +13,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 
 import bench
 import naive
@@ -75,14 +76,9 @@ def half_stream(network: MultiCropWrapper) -> None:
             module.__class__ = HalfNorm
 
 
-def convolution(trainer: ours.Trainer) -> None:
+def patches_by(kind: type[PatchEmbed], trainer: ours.Trainer) -> None:
     for network in (trainer.student, trainer.teacher):
-        network.backbone.patch_embed.__class__ = Convolution
-
-
-def product(trainer: ours.Trainer) -> None:
-    for network in (trainer.student, trainer.teacher):
-        network.backbone.patch_embed.__class__ = Product
+        network.backbone.patch_embed.__class__ = kind
 
 
 def half_streams(trainer: ours.Trainer) -> None:
@@ -100,15 +96,16 @@ def compiled_loss(trainer: ours.Trainer) -> None:
 
 
 def all_four(trainer: ours.Trainer) -> None:
-    for change in (product, half_streams, local_attention, compiled_loss):
+    patches_by(Product, trainer)
+    for change in (half_streams, local_attention, compiled_loss):
         change(trainer)
 
 
 # What changes the trainer, the kernels that attention is limited to, and whether it needs a GPU.
 VARIANTS: dict[str, tuple[Callable[[ours.Trainer], None] | None, SDPBackend | None, bool]] = {
     "ours": (None, None, False),
-    "patches by convolution": (convolution, None, False),
-    "patches by a matrix product": (product, None, False),
+    "patches by convolution": (partial(patches_by, Convolution), None, False),
+    "patches by a matrix product": (partial(patches_by, Product), None, False),
     "residual stream in half precision": (half_streams, None, False),
     "local crops' attention in one kernel": (local_attention, None, True),
     "loss compiled": (compiled_loss, None, True),
@@ -187,13 +184,11 @@ def main(args) -> int:
         args.arch, args.sizes, args.local, args.out_dim, args.batch, args.rounds = "vit_nano", (32, 16), 2, 64, 2, 1
     torch.manual_seed(0)
     bench.header(f"variants of the step, {args.arch}/{args.patch}, {args.precision}, {args.batch} images", args.device)
-    names = [name for name, (_, _, gpu) in VARIANTS.items() if not gpu or args.device.startswith("cuda")]
-    names = [name for name in names if not args.only or name in args.only]
+    names = [name for name in args.only or VARIANTS if not VARIANTS[name][2] or args.device.startswith("cuda")]
     counts = {name: counted(name, args) for name in names if not VARIANTS[name][2]}  # kernels can't be counted
-    results = {name: {} for name in names} | {
-        name: {"operations": t.operations, "bytes": t.bytes} for name, t in counts.items()}
-    rows = {name: [None, None] for name in names} | {
-        name: [t.operations, t.bytes / 1e9] for name, t in counts.items()}
+    results = {name: {"operations": t.operations, "bytes": t.bytes} if (t := counts.get(name)) else {}
+               for name in names}
+    rows = {name: [row.get("operations"), row["bytes"] / 1e9 if row else None] for name, row in results.items()}
     columns = ["variant", "operations, fp32", "GB, fp32"]
     if not args.count:
         columns += ["gradient off by", *bench.TIMES[1:]]

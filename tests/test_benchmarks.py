@@ -116,6 +116,7 @@ def test_profile_by_kind_adds_up_to_the_step(tmp_path, capsys):
     assert sum(times.values()) == pytest.approx(step, rel=1e-6)
     assert set(times) == {*kinds.KINDS, kinds.REST} and all(ms > 0 for ms in times.values())
     assert 10 <= len(line["largest"]) <= 50
+    assert not {name for name, *_ in line["largest"]} & {kinds.STEP, kinds.UPDATE}
 
 
 # What one H100 was seen to run, with the kernels' full names where they are known.

@@ -338,7 +338,7 @@ def test_mlp_and_block_take_the_published_arguments():
     block = Block(8, 2, 4.0, True, None, 0.0, 0.0, 0.0, nn.ReLU, partial(nn.LayerNorm, eps=1e-6))
     assert isinstance(block.mlp.act, nn.ReLU) and block.norm1.eps == 1e-6 and block.mlp.fc1.weight.shape == (32, 8)
     assert isinstance(Block(dim=8, num_heads=2, act_layer=nn.SiLU, norm_layer=nn.LayerNorm).mlp.act, nn.SiLU)
-    block.recomputes_layers = True  # fuses only GELU
+    block.recomputes_layers = True
     expected = copy.deepcopy(block).requires_grad_(False)(x)
     torch.testing.assert_close(block(x.requires_grad_()), expected)
 
