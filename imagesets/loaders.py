@@ -11,6 +11,7 @@ import itertools
 import os
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
@@ -295,6 +296,11 @@ def worker_options(n: int) -> dict[str, Any]:
     return {"num_workers": n, "worker_init_fn": init_worker, "multiprocessing_context": fork}
 
 
+# A worker hands tensors over through a socket TMPDIR/pymp-xxxxxxxx/listener-xxxxxxxx, whose path Linux limits to 107
+# bytes. With a longer one the batch is lost, and the run waits for it forever.
+LONGEST_TEMPORARY_FOLDER = 107 - len("/pymp-xxxxxxxx/listener-xxxxxxxx")
+
+
 def init_worker(worker: int) -> None:
     """Run a worker on one thread, and let it ignore signals that are meant for the training process.
 
@@ -302,6 +308,8 @@ def init_worker(worker: int) -> None:
     for which its workers must go on. So a worker ends on SIGTERM only if its parent sends it.
     """
     torch.set_num_threads(1)
+    if len(os.fsencode(tempfile.gettempdir())) > LONGEST_TEMPORARY_FOLDER and os.access("/tmp", os.W_OK):
+        tempfile.tempdir = "/tmp"
     sys.excepthook = print_unless_disconnected
     for name in ("SIGINT", "SIGUSR1", "SIGUSR2"):
         if hasattr(signal, name):  # Windows has SIGINT only

@@ -37,3 +37,6 @@ def pytest_configure(config):
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.name not in LONG)
+    for item in items:
+        if item.get_closest_marker("slow"):  # pyproject.toml limits the time of the others
+            item.add_marker(pytest.mark.timeout(0))

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
-from processes import launch
+from processes import ENV, launch
 
 from imagesets import packages, shapes, sources
 from imagesets.bad_images import BadImages, TooManyBadImages, Unreadable
@@ -744,6 +744,16 @@ def test_workers_are_children_of_the_process_that_trains_whatever_the_default_is
     (tmp_path / "script.py").write_text(text)
     done = launch(tmp_path / "script.py")
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="of Linux is the limit")
+def test_a_long_path_of_the_temporary_folder_loses_no_batch(tmp_path):
+    """Tensors travel through a socket in it; paths of sockets are short."""
+    folder = tmp_path / ("t" * (76 - len(os.fsencode(tmp_path)) - 1) or "t")
+    folder.mkdir()
+    (tmp_path / "script.py").write_text(CROPS + "os._exit(7)\n")
+    done = launch(tmp_path / "script.py", env=ENV | {"TMPDIR": str(folder)}, real=True, timeout=60)
+    assert len(str(folder)) > 75 and done.returncode == 7, done.stderr
 
 
 def test_a_script_with_workers_ends(tmp_path):
