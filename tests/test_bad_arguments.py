@@ -368,10 +368,7 @@ DEPTH = [
 ]  # fmt: skip
 
 CURATE = [
-    ("--data_path {here}/empty", ("--data_path '{here}/empty'", "no images", "give")),
-    ("--data_path {here}/none", ("--data_path '{here}/none'", "give")),
     ("--data_path {here}/few --features {here}/array.npy", ("--features {here}/array.npy", "extract_features.py")),
-    ("--data_path {here}/few --features {here}/none.npy", ("--features {here}/none.npy", "no such file", "write")),
     ("--data_path {here}/few --trusted {here}/none", ("--trusted '{here}/none'", "give")),
     ("--data_path {here}/few --duplicate_threshold nan", ("--duplicate_threshold", "nan", "at least 0")),
     ("--data_path {here}/few --against_threshold 2", ("--against_threshold", "2", "at most 1")),
@@ -382,17 +379,11 @@ CURATE = [
     ("--data_path {here}/few --resampling_steps -1", ("--resampling_steps", "-1", "at least 0")),
     ("--data_path {here}/few --keep many", ("--keep", "'many'", "at least 0")),
     ("--data_path {here}/few --pretrained_weights {here}/none.pth", ("--pretrained_weights {here}/none", "no such")),
-    ("--data_path {here}/few --output_dir {here}/file", ("--output_dir {here}/file", "is a file")),
     ("", ("--data_path", "required")),
 ]  # fmt: skip
 
 DETECT = [
-    ("--model {here}/few --images {here}/few --text ''", ("--text ''", "no phrase", "give")),
-    ("--model {here}/few --images {here}/few --text 'red fish'", ("--text 'red fish'", "no separator", "period")),
     ("--model {here}/few --images {here}/few --text 'cup . Cup .'", ("--text", "'cup'", "twice")),
-    ("--model {here}/few --images {here}/none --text 'cup .'", ("--images '{here}/none'", "give")),
-    ("--images {here}/few --text 'cup .' --model {here}/none", ("--model {here}/none", "no such folder", "OWNER/NAME")),
-    ("--images {here}/few --text 'cup .' --model {here}/few", ("--model {here}/few", "config.json")),
     ("--train {here}/unknown.json", ("--train {here}/unknown.json", "annotation 1", "image_id 8", "remove")),
     ("--train {here}/outside.json", ("--train {here}/outside.json", "annotation 1", "outside", "--skip_bad_boxes")),
     ("--train {here}/flat.json", ("--train {here}/flat.json", "annotation 1", "no area", "--skip_bad_boxes")),
@@ -408,9 +399,7 @@ DETECT = [
     ("--train {here}/good.json --eval scenes:2 --held_back 'cup'", ("--held_back 'cup'", "no separator")),
     ("--train {here}/good.json --steps 0", ("--steps", "0", "at least 1")),
     ("--train {here}/good.json --backbone_lr 2", ("--backbone_lr", "2", "at most 1")),
-    ("--train {here}/good.json --output_dir {here}/file", ("--output_dir {here}/file", "is a file")),
     ("--eval {here}/good.json", ("--model tiny", "--train")),
-    ("", ("--images", "nothing to do")),
 ]  # fmt: skip
 
 KNN_DEFAULTS = "--arch vit_nano --patch_size 16 --data_path shapes:16x32 --crop_size 32 --device cpu".split()
