@@ -337,20 +337,29 @@ def refuse_unusable_address(host: str, port: int, listens: bool, flag: str = "")
 
 
 def worker_death(error: Exception) -> str | None:
-    """A one-line reason if the error says that a data-loading worker died, else None.
+    """A one-line reason if a data-loading worker died or can't hand its batches over, else None.
 
-    torch raises this error from a signal handler, anywhere in the main thread; if the worker died while it sent a
-    batch, a ConnectionError or EOFError comes first. The handler is removed here: it would raise again, with a
+    torch raises the death of a worker from a signal handler, anywhere in the main thread; if the worker died while it
+    sent a batch, a ConnectionError or EOFError comes first. The handler is removed here: it would raise again, with a
     traceback, while the loader shuts down.
     """
     broken = isinstance(error, (ConnectionError, EOFError))
-    if not broken and not str(error).startswith("DataLoader worker"):
+    last = (str(error).strip().splitlines() or [""])[-1]  # what a worker raised comes with its traceback before it
+    files = "Too many open files" in last
+    memory = isinstance(error, RuntimeError) and "shared memory" in last
+    if not broken and not files and not memory and not last.startswith("DataLoader worker"):
         return None
     if hasattr(signal, "SIGCHLD"):  # not on Windows
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    what = " ".join(str(error).split()).removesuffix(".")
-    what = f"a DataLoader worker died ({what or 'its connection was reset'})" if broken else what
-    return f"{what}; usually memory ran out: lower --num_workers or give the job more memory, then start again"
+    what = " ".join(last.split()).removeprefix("RuntimeError: ").removesuffix(".")
+    if broken:
+        what = f"a DataLoader worker died ({what or 'its connection was reset'})"
+    remedy = "usually memory ran out: lower --num_workers or give the job more memory"
+    if files:
+        remedy = "raise the limit of open files (ulimit -n) or lower --num_workers"
+    elif memory:
+        remedy = "give the container more shared memory (docker run --shm-size) or lower --num_workers"
+    return f"{what}; {remedy}, then start again"
 
 
 def stop() -> None:

@@ -14,6 +14,7 @@ What `decode` returns for `in_chans` 1 (luma), 3 (RGB) or 4 (RGBA):
                               given range any type of numbers
 """
 
+import errno
 import io
 import os
 import warnings
@@ -142,10 +143,12 @@ def decode_quietly(
 
 @contextmanager
 def decoding(name: str) -> Iterator[None]:
-    """Any exception in the block becomes Undecodable: "<name>: <reason>"."""
+    """Any exception in the block becomes Undecodable: "<name>: <reason>", unless no more files can be opened."""
     try:
         yield
     except Exception as error:  # on broken bytes, decoders raise SyntaxError, KeyError, struct.error and more
+        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):  # no fault of the image
+            raise
         raise Undecodable(f"{name}: {reason(error)}") from error
 
 

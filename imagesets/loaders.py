@@ -15,8 +15,9 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
+from multiprocessing.queues import Queue
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -311,6 +312,7 @@ def init_worker(worker: int) -> None:
     if len(os.fsencode(tempfile.gettempdir())) > LONGEST_TEMPORARY_FOLDER and os.access("/tmp", os.W_OK):
         tempfile.tempdir = "/tmp"
     sys.excepthook = print_unless_disconnected
+    Queue._on_queue_feeder_error = staticmethod(end_with_lost_batch)  # where Python would go on without it
     for name in ("SIGINT", "SIGUSR1", "SIGUSR2"):
         if hasattr(signal, name):  # Windows has SIGINT only
             signal.signal(getattr(signal, name), signal.SIG_IGN)
@@ -327,6 +329,13 @@ def print_unless_disconnected(kind: type[BaseException], error: BaseException, t
     """
     if not issubclass(kind, ConnectionError | EOFError):
         sys.__excepthook__(kind, error, trace)
+
+
+def end_with_lost_batch(error: Exception, batch: Any) -> NoReturn:
+    """End a worker that can't hand over a batch, for which the parent would wait forever."""
+    sys.excepthook(type(error), error, error.__traceback__)
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def end_with_parent() -> None:

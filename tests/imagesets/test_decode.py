@@ -371,6 +371,22 @@ def test_paths_that_are_no_files(tmp_path):
         decode(tmp_path)
 
 
+@pytest.mark.skipif(os.name == "nt", reason="limits of POSIX")
+def test_a_limit_of_open_files_is_no_fault_of_the_image(tmp_path):
+    """It would be replaced by another one, and the run be another run."""
+    import resource
+
+    path, limits = saved(tmp_path / "a.jpg", RGB), resource.getrlimit(resource.RLIMIT_NOFILE)
+    opened = os.open(path, os.O_RDONLY)  # the lowest free number: with it as the limit no other file can be opened
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (opened + 1, limits[1]))
+        with pytest.raises(OSError, match="Too many open files"):
+            decode(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        os.close(opened)
+
+
 def test_names_that_are_not_utf8(tmp_path):
     name = os.fsdecode(os.fsencode(tmp_path) + b"/\xff.png")
     try:

@@ -719,6 +719,23 @@ def test_a_worker_that_dies_is_an_error(tmp_path):
     """) == 7
 
 
+def test_a_batch_that_cannot_be_handed_over_is_an_error(tmp_path):
+    """Python's thread that hands it over prints a traceback and takes the next one."""
+    text = CROPS.replace("loader = iter", """
+from multiprocessing import reduction
+def no_more(fd):
+    raise OSError(24, "Too many open files")
+reduction.DupFd = no_more
+loader = iter""", 1).replace("next(loader)", """
+try:
+    next(loader)
+except RuntimeError as error:
+    os._exit(7 if "exited unexpectedly" in str(error) else 1)""")
+    (tmp_path / "script.py").write_text(text)
+    done = launch(tmp_path / "script.py", timeout=60)
+    assert done.returncode == 7 and "Too many open files" in done.stderr, done
+
+
 def test_a_parent_that_left_is_no_news_to_a_worker(tmp_path):
     """The worker's thread that hands tensors over would print a page about it, beside the parent's line."""
     script = """if True:

@@ -1,5 +1,6 @@
 import argparse
 import ast
+import errno
 import os
 import pathlib
 import signal
@@ -99,6 +100,23 @@ def test_a_connection_that_breaks_is_a_workers_death(monkeypatch):
     for error in (EOFError(), ConnectionResetError(104, "Connection reset by peer")):
         assert "a DataLoader worker died (" in flags.worker_death(error) and "reset" in flags.worker_death(error)
     assert flags.worker_death(OSError(28, "No space left")) is None
+
+
+@pytest.mark.parametrize("error, said", [
+    (RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n"
+                  "RuntimeError: unable to allocate shared memory(shm) for file </torch_1>: No space left on device\n"),
+     ("unable to allocate shared memory(shm)", "--shm-size", "--num_workers")),
+    (RuntimeError("DataLoader worker (pid 5) is killed by signal: Bus error. It is possible that dataloader's workers "
+                  "are out of shared memory. Please try to raise your shared memory limit."), ("pid 5", "--shm-size")),
+    (RuntimeError("Too many open files. Communication with the workers is no longer possible."), ("ulimit -n",)),
+    (RuntimeError("unable to open shared memory object </torch_1> in read-write mode: Too many open files (24)"),
+     ("ulimit -n",)),
+    (OSError(errno.EMFILE, "Too many open files", "a.jpg"), ("a.jpg", "ulimit -n", "--num_workers")),
+])  # fmt: skip
+def test_limits_that_workers_meet_are_named_with_their_remedy(monkeypatch, error, said):
+    monkeypatch.setattr(signal, "signal", lambda number, handler: None)
+    line = flags.worker_death(error)
+    assert "\n" not in line and all(word in line for word in said) and "Traceback" not in line, line
 
 
 class Malicious:
