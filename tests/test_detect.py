@@ -276,7 +276,7 @@ def test_packages_that_are_missing_are_named(trained, images, tmp_path, capsys, 
     assert "pip install 'transformers>=4.55'" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
-@pytest.mark.slow  # an hour on an idle core
+@pytest.mark.slow  # 35 minutes on one of two busy threads
 def test_the_two_runs_of_the_results_reach_their_figure(tmp_path):
     longer = ("--model", tmp_path / "first" / "network", "--steps", "1500", "--lr", "7e-4")
     for folder, flags in (("first", ()), ("second", longer)):
