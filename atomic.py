@@ -4,6 +4,7 @@ files of a folder the project wrote, so that it doesn't read them as data.
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -71,3 +72,10 @@ def outputs_in(folder: str | bytes | os.PathLike) -> set[bytes]:
         return set((Path(os.fsdecode(folder)) / OUTPUTS).read_bytes().splitlines())
     except OSError:
         return set()
+
+
+def check_own(path: str | os.PathLike) -> None:
+    """Raise FileExistsError for a file that the project has not written: an input, or the only copy of something."""
+    folder, name = os.path.split(os.path.abspath(path))
+    if os.path.isfile(path) and os.fsencode(name) not in outputs_in(folder):
+        raise FileExistsError(errno.EEXIST, "exists, and was not written by this project")

@@ -15,7 +15,9 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 
+import atomic
 import flags
+import parallel
 from imagesets import checking
 from imagesets.sources import Files, Images, open_images
 from parallel import Refused
@@ -39,6 +41,8 @@ def get_args_parser() -> flags.Parser:
 
 def check(args: argparse.Namespace) -> None:
     """Decode every image and print what there is. Raises Refused for bad input."""
+    with parallel.refusing(f"--write {args.write}", "remove it or give another name"):
+        atomic.check_own(args.write)
     reading = {"max_pixels": args.max_pixels, "value_range": args.value_range, "flag": "DATA"}
     images = open_images(args.data_path, in_chans=args.in_chans or 3, **reading)
     in_chans = args.in_chans or channels(images)

@@ -6,7 +6,9 @@
 import argparse
 import sys
 
+import atomic
 import flags
+import parallel
 from protocols.charts import training_curves
 
 
@@ -19,6 +21,8 @@ def get_args_parser() -> flags.Parser:
 
 
 def draw(args: argparse.Namespace) -> None:
+    with parallel.refusing(f"--out {args.out}", "remove it or give another name"):
+        atomic.check_own(args.out)
     training_curves(args.logs, args.out)
     print(f"curves of {len(args.logs)} run(s) written to {args.out}")
 

@@ -13,7 +13,9 @@ import argparse
 import sys
 from pathlib import Path
 
+import atomic
 import flags
+import parallel
 from protocols import charts, embeddings, image_search
 
 
@@ -47,6 +49,8 @@ def search(args: argparse.Namespace) -> list[list[tuple[int, float]]]:
     output = Path(args.output)
     charts.check_format("--output", output)
     embeddings.check_output(output)
+    with parallel.refusing(f"--output {output}", "remove it or give another name"):
+        atomic.check_own(output)
     result = image_search.nearest_images(args.features, args.query, args.k, args.data_path, args.pretrained_weights,
                                          args.device, args.batch_size_per_gpu)
     charts.draw_sheet(image_search.sheet_rows(result), output, "--output")

@@ -9,13 +9,17 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
+from pathlib import Path
 
 import flags
 import parallel
 from imagesets import checking
 from parallel import Refused
 from protocols import attention, attention_video, dense, features
+
+FIGURES = r"(img|overlay|pca|similarity|attn-(mean|head\d+)|mask_th.+_head\d+)\.png"  # of one image
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -68,7 +72,11 @@ def check_args(args: argparse.Namespace) -> None:
         raise Refused("--point with --images: a point belongs to one image; use --image_path or --video")
     if args.video_only and args.video is None:
         raise Refused("--video_only: makes a video of a folder of images; give the folder to --video")
-    flags.check_folder(args.output_dir)
+    folder = flags.check_folder(args.output_dir)
+    for flag, names in (("image_path", FIGURES), ("video", rf"(video|attention)\.{args.video_format}")):
+        file = Path(getattr(args, flag) or "")
+        if file.is_file() and re.fullmatch(names, file.name) and folder.is_dir() and folder.samefile(file.parent):
+            raise Refused(f"--{flag} {file}: a figure of this name would replace it; give another --output_dir")
 
 
 def visualize(args: argparse.Namespace) -> None:

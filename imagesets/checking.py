@@ -160,11 +160,14 @@ def open_checked(
     first one decodes every image, once in a run.
 
     Raises:
-        Refused: as `open_images`; no image can be decoded; or the list can't be written.
+        Refused: as `open_images`; no image can be decoded; or the list can't be written, or would replace a file that
+            is no such list.
     """
     images = open_images(data_path, split, flag=flag, **reading.decoding())
     if not reading.skip_bad:
         return images
+    with parallel.refusing(f"--skip_bad {reading.skip_bad}", "remove it or give another name"):
+        atomic.check_own(reading.skip_bad)
     where, key = f"{flag} {data_path}", (os.fspath(data_path), split, reading, len(images))
     if key not in _checked:
         _checked[key] = parallel.on_main(lambda: {i: c.reason for i, c in enumerate(check(images)) if c.reason})
@@ -186,5 +189,6 @@ def open_checked(
 def write_list(path: str, lines: Sequence[bytes], flag: str) -> None:
     with parallel.refusing(f"{flag} {path}", "give a file that can be written"):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
+        atomic.mark_output(path)
         with atomic.replacing(path) as temporary:
             temporary.write_bytes(b"".join(line + b"\n" for line in lines))

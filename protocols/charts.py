@@ -16,6 +16,7 @@ import numpy as np
 from torch import Tensor
 
 import atomic
+from imagesets.decode import printable
 from parallel import Refused, refusing
 from protocols import sheets
 
@@ -100,7 +101,8 @@ def _is_number(value: object) -> bool:
 def run_names(paths: Sequence[str | Path]) -> list[str]:
     """A short name for each log: the last folders of its path, as many as are needed to tell the logs apart."""
     parts = [Path(os.path.abspath(path)) for path in paths]
-    parts = [(path if path.is_dir() else path.parent).parts for path in parts]
+    parts = [tuple(printable(os.fsencode(part)) for part in (path if path.is_dir() else path.parent).parts)
+             for path in parts]
     for length in range(1, max(len(p) for p in parts) + 1):
         names = ["/".join(p[-length:]).lstrip("/") for p in parts]
         if len(set(names)) == len(names):

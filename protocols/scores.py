@@ -231,9 +231,12 @@ def read_results(path: Path) -> list[dict]:
     """The reports in a file of `write_results`, the newest first; [] if there is none that can be read."""
     try:
         newest = json.loads(path.read_text(encoding="utf-8"))
-        return [{k: v for k, v in newest.items() if k != "earlier"}, *newest.get("earlier", [])]
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError):
         return []
+    if not isinstance(newest, dict):
+        return []
+    earlier = newest.pop("earlier", [])
+    return [newest, *(one for one in earlier if isinstance(one, dict))] if isinstance(earlier, list) else [newest]
 
 
 def settings_of(report: Mapping) -> dict:

@@ -71,6 +71,17 @@ def test_grey_and_multispectral_images_get_their_channels(tmp_path, capsys):
     assert "NPY, 2 channels, float64" in said and "--in_chans 2" in said
 
 
+def test_a_file_of_the_users_is_not_replaced(folder, tmp_path, capsys):
+    """The list that is checked, above all; what the script itself wrote is."""
+    listed = tmp_path / "mine.csv"
+    listed.write_text("path,label,camera\n" + "".join(f"{p},a,1\n" for p in sorted(folder.rglob("*.png"))))
+    before = listed.read_bytes()
+    code, said = run(capsys, listed, "--write", listed)
+    assert code == 2 and f"--write {listed}: exists" in said and "another name" in said
+    assert listed.read_bytes() == before
+    assert [run(capsys, folder, "--write", tmp_path / "good.txt")[0] for _ in range(2)] == [0, 0]
+
+
 def test_what_is_refused(folder, tmp_path, capsys):
     for flags, words in (
         ([tmp_path / "none"], ("DATA", "none")),

@@ -1,6 +1,7 @@
 """Figures with axes: the curves from logs with holes, charts of an evaluation."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -113,6 +114,12 @@ def test_runs_are_named_by_what_tells_them_apart(tmp_path):
     assert charts.run_names([a, a]) == charts.run_names([a, a])[:1] * 2
 
 
+def test_a_run_in_a_folder_whose_name_is_no_text(tmp_path):
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    charts.training_curves([write_log(folder / "log.txt", **FULL)], folder / "curves.png")
+    assert charts.run_names([folder / "log.txt"]) == ["caf\\xe9"] and (folder / "curves.png").stat().st_size > 10_000
+
+
 def test_script(tmp_path, capsys):
     write_log(tmp_path / "run1" / "log.txt", **FULL)
     write_log(tmp_path / "run2" / "log.txt")
@@ -128,10 +135,12 @@ def test_script(tmp_path, capsys):
     ("epochs.txt", "curves.png", "epochs.txt: nothing to draw"),
     ("log.txt", "curves.xyz", "--out"),
     ("log.txt", "log.txt/curves.png", "log.txt"),
+    ("log.txt", "photo.png", "exists"),
 ])
 def test_script_names_what_is_wrong_in_one_line(tmp_path, capsys, log, out, message):
     write_log(tmp_path / "log.txt")
     (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "photo.png").write_bytes(b"of the user")
     (tmp_path / "epochs.txt").write_text('{"epoch": 0}\n')
     before = sorted(tmp_path.iterdir())
     code = plots.main(plots.get_args_parser().parse_args([str(tmp_path / log), "--out", str(tmp_path / out)]))

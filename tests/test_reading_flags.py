@@ -115,6 +115,14 @@ def test_extraction_without_bad_images_can_be_searched(damaged, tmp_path):
     assert search.main(search.get_args_parser().parse_args(sheet)) == 0
 
 
+def test_the_list_of_bad_images_replaces_no_other_file(damaged, tmp_path):
+    for path in (next(damaged.rglob("*.png")), tmp_path / "list.txt"):
+        path.write_bytes(b"content")
+        with pytest.raises(Refused, match=f"--skip_bad {path}: exists"):
+            open_checked(damaged, "train", Reading(skip_bad=str(path)))
+        assert path.read_bytes() == b"content"
+
+
 def test_a_set_of_bad_images_alone_is_refused(damaged, tmp_path):
     for path in damaged.rglob("*.png"):
         path.write_bytes(b"x")

@@ -136,6 +136,16 @@ def test_bad_input_is_refused_in_one_line(photos, args, message, tmp_path, capsy
     assert not list(tmp_path.iterdir())
 
 
+def test_the_sheet_replaces_no_image_of_the_users(photos, tmp_path, capsys):
+    image, sheet = tmp_path / "mine.png", tmp_path / "sheet.png"
+    image.write_bytes((photos / "photos" / "00.png").read_bytes())
+    before = image.read_bytes()
+    where = ["--features", photos / "f.npy", "--query", "1"]
+    assert search.main(parse(*where, "--output", image)) == 2 and image.read_bytes() == before
+    assert f"--output {image}: exists" in capsys.readouterr().err
+    assert [search.main(parse(*where, "--output", sheet)) for _ in range(2)] == [0, 0]  # its own it may
+
+
 def test_patch_tokens_and_strange_files_are_refused(photos, tmp_path, capsys):
     extract(photos, "patch.npy", "--tokens", "patch")
     np.save(tmp_path / "strange.npy", np.zeros((3, 4)))

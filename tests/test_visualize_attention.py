@@ -201,6 +201,16 @@ def test_of_many_images_some_are_chosen_evenly(tiny, tmp_path, monkeypatch):
     assert chosen == [0, 4, 8]
 
 
+@pytest.mark.parametrize("name", ["img.png", "attn-head0.png", "overlay.png", "mask_th0.6_head0.png"])
+def test_the_image_is_not_replaced_by_a_figure(tiny, tmp_path, capsys, name):
+    write_image(tmp_path / name, 40, 40)
+    before = (tmp_path / name).read_bytes()
+    assert run("--image_path", tmp_path / name, "--output_dir", tmp_path, "--threshold", 0.6) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and f"--image_path {tmp_path / name}: " in error and "another --output_dir" in error
+    assert [file.name for file in tmp_path.iterdir()] == [name] and (tmp_path / name).read_bytes() == before
+
+
 def test_many_images_are_continued_on_further_sheets(tiny, tmp_path):
     run("--images", "shapes:19x32", "--max_images", 18, "--output_dir", tmp_path, "--image_size", 32, "--pca")
     found = sizes(tmp_path)

@@ -171,6 +171,14 @@ def test_results_of_other_data_are_kept(tmp_path, monkeypatch):
     assert json.loads(path.read_text()) == {"command": "eval.py c 3", "data_path": "a", "results": []}
 
 
+@pytest.mark.parametrize("content", ['{"earlier": 5}', '{"earlier": ["x", {"data_path": "b"}]}', "[1]", "null"])
+def test_what_another_program_wrote_costs_no_results(tmp_path, content):
+    path = tmp_path / "eval_knn.json"
+    path.write_text(content)
+    scores.write_results(path, [{"k": 1}], data_path="a")
+    assert json.loads(path.read_text())["results"] == [{"k": 1}]
+
+
 def test_results_are_json_with_the_command(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["eval.py", "--data_path", "a b"])
     scores.write_results(tmp_path / "new" / "file.json", [{"k": 1}], weights_sha256="ab")
