@@ -17,6 +17,7 @@ import argparse
 import sys
 from pathlib import Path
 
+import atomic
 import flags
 import parallel
 from parallel import Refused
@@ -98,6 +99,9 @@ def curate(args: argparse.Namespace) -> dict:
     """Curate what the flags name; returns the figures of curation.json. Raises Refused for bad input."""
     check_args(args)
     folder = flags.check_folder(args.output_dir)
+    if not (folder / "curation.json").exists():
+        with parallel.refusing(f"--output_dir {folder}: list.txt", "choose another folder"):
+            atomic.check_own(folder / "list.txt")
     device = parallel.start(args.device, args.dist_url, args.dist_timeout)
     engine, others = neighbours.pick_engine(args.search, device), {"against": args.against, "trusted": args.trusted}
     if args.features:

@@ -156,6 +156,16 @@ def test_embeddings_are_kept_and_resumed(piles, tmp_path, monkeypatch, capsys):
     assert "embeddings of width 3072: at most" in capsys.readouterr().out
 
 
+def test_a_list_of_the_users_is_not_replaced(piles, tmp_path, capsys):
+    listed = tmp_path / "list.txt"
+    listed.write_text("".join(f"{path}\n" for path in sorted((piles / "a").rglob("*.png"))))
+    before = listed.read_bytes()
+    assert run("--data_path", listed, "--output_dir", tmp_path, "--keep", 5, *NETWORK) == 2
+    assert f"--output_dir {tmp_path}: list.txt: exists" in capsys.readouterr().err and listed.read_bytes() == before
+    out = ("--data_path", listed, "--output_dir", tmp_path / "out", "--keep", 5, *NETWORK)
+    assert [run(*out) for _ in range(2)] == [0, 0]
+
+
 @pytest.mark.slow
 def test_two_processes_write_the_list_of_one(piles, tmp_path):
     args = ("--data_path", piles / "a", piles / "b", "--against", piles / "test", "--duplicate_threshold", 0.9999,
