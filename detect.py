@@ -58,7 +58,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         "of --eval is still found after training")
     add = parser.add_argument_group("training").add_argument
     add("--steps", type=flags.positive_int, default=recipe.steps, help="training steps")
-    add("--lr", type=flags.positive, default=recipe.lr, help="peak learning rate of AdamW; half a cosine to 1 % of it")
+    add("--lr", type=flags.positive, default=recipe.lr, help="peak learning rate of AdamW; half a cosine to 1 %% of it")
     add("--backbone_lr", type=flags.fraction, default=recipe.backbone_lr,
         help="learning rate of the image and the text backbone as a share of --lr; 1 for random weights")
     add("--warmup_steps", type=flags.count, default=recipe.warmup_steps, help="steps of linear warm-up")
@@ -122,13 +122,14 @@ def detect(args: argparse.Namespace, device: torch.device) -> None:
 
 
 def train_and_evaluate(args: argparse.Namespace, device: torch.device) -> int:
+    networks.import_transformers()
+    if args.eval:
+        inference.import_evaluator()
     phrases = {"--held_back": prompts.parse(args.held_back, "--held_back")} if args.held_back else {}
     how = (args.skip_bad_boxes, args.max_pixels)
     train = args.train and coco.open_objects(args.train, args.train_images, "--train", *how)
     test = args.eval and coco.open_objects(args.eval, args.eval_images, "--eval", *how)
     phrases |= {flag: objects.phrases for flag, objects in (("--train", train), ("--eval", test)) if objects}
-    if test:
-        inference.import_evaluator()
     folder = flags.check_folder(args.output_dir)
     recipe = training.Recipe(**{name: getattr(args, name) for name in training.Recipe._fields})
     settings = {name: getattr(args, name) for name in SETTINGS} | recipe._replace(num_workers=0)._asdict()

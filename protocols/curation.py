@@ -209,7 +209,7 @@ def curate(
     """
     check_settings(settings, len(images))
     stages, group, levels, clustered = Stages(len(images)), None, [], np.zeros(0, np.int64)
-    group = drop_duplicates(stages, images, features, settings.duplicate_threshold, engine, device)
+    group = drop_duplicates(stages, images, features, settings, engine, device)
     if against is not None:
         threshold = settings.against_threshold or settings.duplicate_threshold
         drop_near(stages, features, group, against, threshold, engine, device)
@@ -242,9 +242,15 @@ def level_sizes(settings: Settings, n: int) -> Sequence[int]:
 
 
 def drop_duplicates(
-    stages: Stages, images: Joined, features: Tensor, threshold: float, engine: str, device: torch.device | str
+    stages: Stages, images: Joined, features: Tensor, settings: Settings, engine: str, device: torch.device | str
 ) -> np.ndarray:
-    """Keep one image of each group. Returns (N,) the image that is kept of each one's group."""
+    """Keep one image of each group. Returns (N,) the image that is kept of each one's group.
+
+    Raises:
+        Refused: near duplicates leave fewer images than are to be kept, because the threshold is too low for these
+            embeddings.
+    """
+    threshold = settings.duplicate_threshold
     group = parallel.on_main(lambda: duplicates.exact_groups(images))
     unique = np.unique(group)
     stages.keep("exact duplicates", unique, EXACT, group)
@@ -258,6 +264,11 @@ def drop_duplicates(
         keeper[first] = kept
     group = keeper[near]
     stages.keep("near duplicates", np.unique(group), NEAR, group)
+    if len(stages.left) < min(settings.keep, len(unique)):
+        nearest = neighbours.nearest_rows(features[unique], features[unique], 2, engine, device)[0][:, 1]
+        raise Refused(f"--duplicate_threshold {threshold:g}: only {len(stages.left)} of {len(unique)} images are left, "
+                      f"fewer than --keep {settings.keep}; half of them have one within a cosine of "
+                      f"{nearest.median():.4f}: raise the threshold well above that, or lower --keep")
     return group
 
 

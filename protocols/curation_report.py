@@ -6,6 +6,7 @@ Shapes: N images of the pile.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -47,6 +48,10 @@ def write_kept(images: Joined, kept: np.ndarray, folder: Path) -> None:
         name = "" if images.labels is None else images.classes[int(images.labels[i])]
         lines.append(path + (b"\t" + name.encode() if name else b""))
     write_list(str(folder / "list.txt"), lines, "--output_dir")
+    listed = {os.fsdecode(line.partition(b"\t")[0]) for line in lines}
+    for file in (folder / "images").glob("[0-9]" * 8 + ".png"):  # of a run with other settings
+        if str(file.absolute()) not in listed:
+            file.unlink()
 
 
 def written(images: Joined, i: int, folder: Path) -> bytes:

@@ -98,6 +98,9 @@ def test_drawn_images_are_written_for_the_list(tmp_path):
     images = open_images(tmp_path / "out" / "list.txt")
     expected = shapes.draw(int(names[0][:8]), 24)[0] if int(names[0][:8]) < 20 else None
     assert expected is None or (images.load(0).numpy() == np.moveaxis(expected, -1, 0)).all()
+    names, _ = curated(tmp_path / "out", "--data_path", "shapes:20x24", "shapes:30x24", "--keep", 5,
+                       "--duplicate_threshold", 0)
+    assert sorted(path.name for path in (tmp_path / "out" / "images").iterdir()) == sorted(names)
     with pytest.raises(Refused, match="no images"):  # what the project wrote is left out of a pile around it
         open_images(tmp_path)
 
@@ -154,6 +157,20 @@ def test_embeddings_are_kept_and_resumed(piles, tmp_path, monkeypatch, capsys):
     assert run(*args) == 0  # nothing is computed again
     assert run(*args, "--trusted", piles / "empty") == 2
     assert "embeddings of width 3072: at most" in capsys.readouterr().out
+
+
+def test_a_threshold_that_joins_different_images_is_refused(piles, tmp_path, capsys):
+    """Chains of pairs above it leave fewer images than are asked for."""
+    out = ("--data_path", piles / "a", "--keep", 20, "--output_dir", tmp_path / "out", *NETWORK)
+    assert run(*out, "--duplicate_threshold", 0.1) == 2
+    error = capsys.readouterr().err
+    features = np.load(tmp_path / "out" / "embeddings.npy")
+    features /= np.linalg.norm(features, axis=1, keepdims=True)
+    cosines = features @ features.T
+    np.fill_diagonal(cosines, -1)
+    median = np.sort(cosines.max(1))[(len(cosines) - 1) // 2]
+    assert "--duplicate_threshold 0.1: only " in error and "fewer than --keep 20" in error
+    assert f"within a cosine of {median:.4f}" in error and not (tmp_path / "out" / "list.txt").exists()
 
 
 def test_a_list_of_the_users_is_not_replaced(piles, tmp_path, capsys):

@@ -156,6 +156,13 @@ def test_every_documented_command_is_accepted_by_its_script(where, words, capsys
         pytest.fail(f"{where}: {' '.join(words)}: {capsys.readouterr().err}")
 
 
+@pytest.mark.parametrize("script", sorted(path.name for path in ROOT.glob("*.py")))
+def test_help_is_printed(script):
+    """argparse formats help texts with %, where it is asked for them, and not before."""
+    if "\ndef get_args_parser(" in (ROOT / script).read_text():
+        assert "--" in load(script).get_args_parser().format_help()
+
+
 @pytest.fixture(scope="module")
 def playground(tmp_path_factory):
     """A working folder with the images that the pages call /path/to/images."""
