@@ -197,6 +197,8 @@ def run_all(
 
 def evaluate(args: argparse.Namespace) -> None:
     """Evaluate everything and write report.html and report.json. Raises Refused for bad input."""
+    if not args.pretrained_weights and not args.arch:
+        raise Refused("--pretrained_weights: give the file of a network, or --arch alone for one with random weights")
     folder = flags.output_dir(args.output_dir, args.pretrained_weights)
     folder = folder if args.output_dir else folder / "report"
     networks = load_networks(args)

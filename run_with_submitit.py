@@ -268,7 +268,9 @@ def submit(tasks: list[argparse.Namespace]) -> list:
         run = Training(str(Path(__file__).resolve().parent), args.script)
         return executor.map_array(run, [training_flags(task) for task in tasks])
     except RuntimeError as error:  # no srun, or sbatch's refusal
-        raise Refused(f"--cluster {args.cluster}: {error}") from error
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise Refused(f"--cluster {args.cluster}: {reason}; correct the flags of the job, or give "
+                      "--cluster local to run on this host") from error
 
 
 def training_flags(args: argparse.Namespace) -> argparse.Namespace:

@@ -167,3 +167,9 @@ def test_pictures_without_labels_and_few_of_them(tmp_path):
     found = json.loads((tmp_path / "out" / "report.json").read_text())
     assert "no labels" in found["skipped"]["linear"] and "too few" in found["skipped"]["map of the features"]
     assert [row["figure"] for row in found["results"]][0] == "rank_me"
+
+
+def test_without_a_network_it_names_what_to_give(capsys):
+    assert evaluate.main(evaluate.get_args_parser().parse_args([])) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "--pretrained_weights" in error and "--arch" in error

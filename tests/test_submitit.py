@@ -140,7 +140,8 @@ def test_the_default_rate_of_stochastic_depth_gives_way_before_the_queue(sbatch,
 def test_no_slurm_here(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert run("--output_dir", tmp_path / "out") == 2
-    assert "--cluster slurm" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    error = capsys.readouterr().err
+    assert "--cluster slurm" in error and "--cluster local" in error and not (tmp_path / "out").exists()
 
 
 def test_debug_runs_in_this_process(tmp_path, capsys):
