@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 from torch import Tensor
 
-from imagesets import decode, masks, scenes, shapes, sources
+from imagesets import decode, lists, masks, scenes, shapes, sources
 from imagesets.annotated import (
     KEPT,
     KEPT_SIDE,
@@ -193,7 +193,7 @@ def pairs_of_files(
 def open_plain(where: str, folder: Path, reading: decode.Reading) -> list[ClassMasks]:
     """images/ and masks/, or train/ and val/ with both."""
     pairs = [matched(where, *part, reading) for part in plain_parts(where, folder, PLAIN)]
-    named = (folder / NAMES).read_text().split("\n") if (folder / NAMES).is_file() else []
+    named = lists.read_text(folder / NAMES).split("\n") if (folder / NAMES).is_file() else []
     names = [line.strip() for line in named if line.strip()]
     if len(names) > VOID:
         raise Refused(f"{where}: {NAMES} names {len(names)} classes; at most {VOID} are possible")
@@ -225,7 +225,7 @@ def open_ade(where: str, folder: Path, reading: decode.Reading) -> list[ClassMas
     numbers[0], numbers[1 : ADE_CLASSES + 1] = VOID, range(ADE_CLASSES)
     names = [f"class {i + 1}" for i in range(ADE_CLASSES)]
     if (folder / ADE_NAMES).is_file():  # a head line, then columns, of which the last is the name
-        lines = [line for line in (folder / ADE_NAMES).read_text().splitlines()[1:] if line.strip()]
+        lines = [line for line in lists.read_text(folder / ADE_NAMES).splitlines()[1:] if line.strip()]
         names = [line.split("\t")[-1].split(",")[0].strip() for line in lines]
         if len(names) != ADE_CLASSES:
             raise Refused(f"{where}: {ADE_NAMES} names {len(names)} classes, not {ADE_CLASSES}; restore or remove it")

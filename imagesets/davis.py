@@ -16,7 +16,7 @@ import numpy as np
 from torch import Tensor
 
 import atomic
-from imagesets import decode, masks
+from imagesets import decode, lists, masks
 from imagesets.listing import natural_order
 from parallel import Refused
 
@@ -85,7 +85,7 @@ def read_list(root: Path, image_set: str) -> list[str]:
     path = next((root / "ImageSets" / name for name in candidates if (root / "ImageSets" / name).is_file()), None)
     if path is None and image_set:
         raise Refused(f"--image_set {image_set}: {root / 'ImageSets'} has no such list; give one, for example 2017/val")
-    lines = [line.split()[0] for line in path.read_text().splitlines() if line.split()] if path else []
+    lines = [line.split()[0] for line in lists.read_text(path).splitlines() if line.split()] if path else []
     return list(dict.fromkeys(Path(line).parent.name if "/" in line else line for line in lines))
 
 

@@ -166,9 +166,9 @@ def from_pil(
     """
     if in_chans not in MODES:
         raise Undecodable(f"an image has 1, 3 or 4 channels, not {in_chans}: use .npy arrays")
-    file = deep.declared(image, value_range)
+    file = deep.declared(image, value_range, in_chans)
     image.load()  # before anything reads EXIF: that loads too, and hides the error of a broken PNG
-    pixels = with_mode(deep.eight_bit(image, file, value_range, name), MODES[in_chans])
+    pixels = with_mode(deep.eight_bit(image, file, value_range, name, in_chans), MODES[in_chans])
     turn = TURNS.get(orientation(image))
     pixels = np.array(pixels if turn is None else pixels.transpose(turn))
     return torch.from_numpy(pixels.reshape(*pixels.shape[:2], in_chans)).permute(2, 0, 1)
@@ -179,7 +179,8 @@ def from_array(
 ) -> Tensor:
     """Array (H, W) or (H, W, C) of uint8 or uint16, or with `value_range` of numbers -> uint8 (in_chans, H, W).
 
-    C equals in_chans, or both are among 1, 3 and 4 and are converted like those of an image. uint8 is not scaled.
+    C equals in_chans, or both are among 1, 3 and 4 and are converted like those of an image, unless four channels are
+    scaled by `value_range`, which are bands rather than RGBA. uint8 is not scaled.
 
     Raises:
         Undecodable: for an array of another type, shape or number of channels; the message has no name.
@@ -191,8 +192,10 @@ def from_array(
                           "for other numbers")
     if array.shape[0] * array.shape[1] > max_pixels:
         raise Undecodable(f"array {array.shape}: more than {max_pixels} pixels")
-    array = array if array.dtype == np.uint8 else deep.scaled(array, value_range or (0, WHITE_16))
     channels = 1 if array.ndim == 2 else array.shape[2]
+    if channels == 4 != in_chans and value_range is not None and array.dtype != np.uint8:  # no range of alpha
+        raise Undecodable(f"4 channels of one range, so none of alpha, where --in_chans is {in_chans}; give 4")
+    array = array if array.dtype == np.uint8 else deep.scaled(array, value_range or (0, WHITE_16))
     if channels == in_chans:
         array = np.ascontiguousarray(array.reshape(*array.shape[:2], channels))
         return torch.from_numpy(array).permute(2, 0, 1)

@@ -6,6 +6,8 @@
     no-data value             GDAL's tag of a TIFF file: black, and left out of the minimum and maximum
     inverted polarity         TIFF's PhotometricInterpretation WhiteIsZero: black and white change places
     colour key                tRNS of a PNG file: transparent, compared at the file's own depth
+    further channels          a fourth one of RGB in TIFF that isn't alpha, such as near infrared, is the fourth of 4
+                              channels, and otherwise left out
 
 Images of 8 bits pass unchanged. Of 16-bit colour, Pillow reads the high byte; where that loses what is needed, PNG
 files are read by torchvision, TIFF files by tifffile where it is installed, and other formats are refused.
@@ -14,6 +16,7 @@ Shapes: H x W pixels, C channels.
 """
 
 import io
+import re
 import struct
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -28,7 +31,11 @@ Range = tuple[float, float]  # values of black and of white
 
 WHITE_16 = 65535
 # Tags of TIFF. PhotometricInterpretation 0 is WhiteIsZero, PlanarConfiguration 2 is a plane per colour.
-BITS, PHOTOMETRIC, ORIENTATION, PLANES, NO_DATA = 258, 262, 274, 284, 42113
+BITS, PHOTOMETRIC, ORIENTATION, PLANES, EXTRA, SAMPLE_FORMAT, NO_DATA = 258, 262, 274, 284, 338, 339, 42113
+# Values of ExtraSamples, what a channel beside the colours is.
+UNSPECIFIED, PREMULTIPLIED = 0, 1
+# Integers that Pillow reads as others of the same size, by SampleFormat (1 unsigned, 2 signed) and BitsPerSample.
+STORED = {(1, 32): "u4", (2, 8): "i1"}
 
 
 class Undecodable(ValueError):
@@ -40,9 +47,12 @@ class Declared(NamedTuple):
 
     white: value of white in a grey image that is not stretched.
     bits: significant bits of each channel of a 16-bit PNG file, () where it doesn't say.
-    key: the transparent colour of a 16-bit PNG file, or None.
-    content: of a 16-bit colour PNG or TIFF file that has to be read whole, else b"".
+    key: the transparent colour of a PNG file of 16-bit samples or of 2- and 4-bit grey, or None.
+    content: of a PNG or TIFF file that Pillow can't read whole, else b"".
     orientation: of TIFF, as in EXIF; Pillow applies it when it loads the image.
+    stored: NumPy's name of the type of a file's integers where Pillow takes them for another one of that size.
+    extra: of TIFF, what the first channel beside the colours is, None where the file doesn't say.
+    scale, offset: Pillow reads a grey value v of PGM and JPEG 2000 as scale (v + offset), to fill 16 bits.
     """
 
     white: int = WHITE_16
@@ -53,27 +63,73 @@ class Declared(NamedTuple):
     deep_colour: bool = False
     content: bytes = b""
     orientation: int = 1
+    stored: str = ""
+    extra: int | None = None
+    scale: float = 1.0
+    offset: int = 0
 
 
-def declared(image: Image.Image, value_range: Range | None = None) -> Declared:
-    """Of an image that Pillow has opened and not yet loaded."""
+def declared(image: Image.Image, value_range: Range | None = None, in_chans: int = 3) -> Declared:
+    """Of an image that Pillow has opened and not yet loaded.
+
+    Raises:
+        Undecodable: channels that Pillow would leave out, although they may be among those asked for.
+    """
     colour = image.mode not in ("1", "L", "P") and not is_grey(image)
     if image.format == "TIFF":
-        tags = image.tag_v2
-        bits = max(tags.get(BITS, (8,)))
-        deep_colour = colour and bits > 8
-        whole = deep_colour and (value_range is not None or tags.get(PLANES) == 2)  # Pillow misreads planes
-        return Declared(2**bits - 1 if 8 < bits < 16 else WHITE_16, inverted=tags.get(PHOTOMETRIC) == 0,
-                        no_data=number(tags.get(NO_DATA)), deep_colour=deep_colour,
-                        content=contents(image.fp) if whole else b"", orientation=tags.get(ORIENTATION, 1))
+        return declared_by_tiff(image, colour, value_range, in_chans)
     if not getattr(image, "tile", None):  # not from a file, or of a format that Pillow decodes as it opens it
         return Declared()
     arguments = str(image.tile[0][3])
+    if image.format == "PPM" and image.mode == "I" and image.tile[0][0] != "raw":
+        maxval = image.tile[0][3][-1]
+        return Declared(white=maxval, scale=WHITE_16 / maxval)
+    if image.format == "FITS":
+        head = contents(image.fp)[: image.tile[0][2]]
+        if any(float(value) != plain for name, plain in ((b"BZERO", 0), (b"BSCALE", 1))
+               for value in re.findall(name + rb" *= *([-+.\dE]+)", head)):
+            raise Undecodable("FITS with BZERO or BSCALE: convert it to .npy")
+        return Declared(stored="i2" if image.mode == "I;16" else "")
+    if image.format == "JPEG2000":
+        bits, signed = jpeg2000_bits(contents(image.fp))
+        offset = 2 ** (bits - 1) if signed and value_range is not None else 0  # without a range, the least is black
+        return Declared(2**bits - 1, deep_colour=colour and bits > 8, scale=2.0 ** (16 - bits), offset=offset)
+    if image.format == "PNG" and image.mode == "L" and "transparency" in image.info:
+        return Declared(key=image.info["transparency"] * grey_step(image))
     if image.format != "PNG" or "16B" not in arguments:
         return Declared(deep_colour=colour and (";16" in arguments or wide_ppm(image)))
     bits, key = png_sbit(image.fp), image.info.get("transparency")
     whole = colour and (value_range is not None or key is not None or any(n < 16 for n in bits))
     return Declared(bits=bits, key=key, deep_colour=colour, content=contents(image.fp) if whole else b"")
+
+
+def declared_by_tiff(image: Image.Image, colour: bool, value_range: Range | None, in_chans: int) -> Declared:
+    tags = image.tag_v2
+    bits, extra, no_data = max(tags.get(BITS, (8,))), tags.get(EXTRA, ()), number(tags.get(NO_DATA))
+    if tags.get(PHOTOMETRIC) in (0, 1) and len(extra) > 1:  # of which Pillow reads the first plane
+        raise Undecodable(f"TIFF of {1 + len(extra)} grey channels: convert it to .npy")
+    fourth = image.mode == "RGB" and extra[:1] == (UNSPECIFIED,) and in_chans == 4
+    if fourth and len(extra) > 1:
+        raise Undecodable(f"TIFF of {3 + len(extra)} channels where --in_chans is 4: convert it to .npy")
+    deep_colour = colour and bits > 8
+    # Pillow misreads planes, and a no-data value whose high byte isn't black.
+    whole = fourth or deep_colour and (
+        value_range is not None or tags.get(PLANES) == 2 or no_data is not None and no_data > 255)
+    stored = STORED.get((tags.get(SAMPLE_FORMAT, (1,))[0], bits), "") if image.mode in ("L", "I") else ""
+    return Declared(2**bits - 1 if 8 < bits < 16 else WHITE_16, inverted=tags.get(PHOTOMETRIC) == 0, no_data=no_data,
+                    deep_colour=deep_colour, content=contents(image.fp) if whole else b"",
+                    orientation=tags.get(ORIENTATION, 1), stored=stored, extra=extra[0] if extra else None)
+
+
+def grey_step(image: Image.Image) -> int:
+    """What Pillow multiplies the values of a grey image of 2 or 4 bits by, to fill 8 bits; before it is loaded."""
+    if image.mode != "L" or not getattr(image, "tile", None):
+        return 1
+    if image.format == "TIFF":
+        bits = max(image.tag_v2.get(BITS, (8,)))
+    else:
+        bits = {"L;2": 2, "L;4": 4}.get(str(image.tile[0][3]), 8)
+    return 255 // (2**bits - 1)
 
 
 def is_grey(image: Image.Image) -> bool:
@@ -92,7 +148,9 @@ def bits_of(image: Image.Image) -> int:
     return 16 if declared(image).deep_colour else 8
 
 
-def eight_bit(image: Image.Image, file: Declared, value_range: Range | None = None, name: str = "") -> Image.Image:
+def eight_bit(
+    image: Image.Image, file: Declared, value_range: Range | None = None, name: str = "", in_chans: int = 3
+) -> Image.Image:
     """A loaded image of any Pillow mode -> one of 8 bits, whose transparency is 8-bit too.
 
     Args:
@@ -104,16 +162,21 @@ def eight_bit(image: Image.Image, file: Declared, value_range: Range | None = No
     """
     if file.content:
         if image.format == "TIFF":
-            return from_tiff(file.content, file, value_range)
+            return from_tiff(file.content, file, value_range, in_chans)
         return from_png(file.content, file, value_range)
-    if not is_grey(image):
+    if not is_grey(image) and not file.stored:
         if value_range is not None and file.deep_colour:
             raise Undecodable(f"--value_range and 16-bit colour of {image.format}: convert it to PNG or .npy")
+        if file.key is not None:
+            image.info["transparency"] = file.key
         return image
     values = np.asarray(image)
+    values = values.view(file.stored) if file.stored else values
+    if file.scale != 1 or file.offset:
+        values = np.rint(values / file.scale).astype(np.int32) - file.offset
     left_out = missing(values, file.no_data)
     sixteen = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
-    if value_range is None and sixteen:
+    if value_range is None and sixteen and not file.stored:
         bits = significant_bits(values[..., None], file.bits)
         value_range = (0, 2 ** bits[0] - 1 if bits else file.white)
     grey = scaled(values, value_range, left_out, name)
@@ -137,7 +200,7 @@ def scaled(
     Raises:
         Undecodable: values that are not finite.
     """
-    if value_range == (0, WHITE_16):
+    if value_range == (0, WHITE_16) and values.dtype.newbyteorder("=") == np.uint16:
         return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)  # the same in integers
     values = values.astype(np.float64)
     left_out = np.broadcast_to(left_out, values.shape)
@@ -246,36 +309,51 @@ def from_png(content: bytes, file: Declared, value_range: Range | None) -> Image
 # ---- Other formats ----
 
 
-def from_tiff(content: bytes, file: Declared, value_range: Range | None) -> Image.Image:
-    """The first page of a TIFF file of 16-bit colour -> RGB, or RGBA where it has a fourth channel.
+def from_tiff(content: bytes, file: Declared, value_range: Range | None, in_chans: int) -> Image.Image:
+    """The first page of a TIFF file of RGB -> RGB, or RGBA where it has alpha or, of 4 channels, any other fourth one.
 
     Raises:
         Undecodable: tifffile or the package of the file's compression isn't installed, or it is no RGB.
     """
+    what = "with --value_range, with a no-data value, in separate planes or with a fourth channel"
     try:
         from tifffile import PHOTOMETRIC as KINDS
         from tifffile import TiffFile
     except ImportError as error:
-        raise Undecodable("TIFF of 16-bit colour with --value_range or in separate planes: pip install tifffile "
-                          "imagecodecs, or convert it to PNG or .npy") from error
+        raise Undecodable(f"TIFF {what}: pip install tifffile imagecodecs, or convert it to PNG or .npy") from error
     with TiffFile(io.BytesIO(content)) as tiff:
         page = tiff.pages[0]
         if page.photometric != KINDS.RGB or page.axes not in ("YXS", "SYX"):
-            raise Undecodable(f"TIFF of 16-bit {page.photometric.name} ({page.axes}) with --value_range or in separate "
-                              "planes: convert it to PNG or .npy")
+            raise Undecodable(f"TIFF of 16-bit {page.photometric.name} ({page.axes}) {what}: convert it to PNG or .npy")
         try:
             values = page.asarray()
         except ValueError as error:  # names the codec
             raise Undecodable(f"{error}; pip install imagecodecs") from error
     values = values if page.axes == "YXS" else values.transpose(1, 2, 0)  # (H, W, C)
-    colours = values[..., :3]
-    left_out = missing(colours, file.no_data)
-    eight = scaled(colours, value_range, left_out) if value_range else colours >> 8  # as Pillow reads it
-    eight[left_out] = 0
-    alpha = [values[..., 3] >> 8] if values.shape[2] > 3 else []
-    image = Image.fromarray(np.dstack([eight, *alpha]).astype(np.uint8))
+    fourth = in_chans == 4 and file.extra == UNSPECIFIED
+    colours = values[..., : 4 if fourth else 3]
+    left_out = missing(colours, file.no_data) & (colours.dtype != np.uint8)
+    alpha = values[..., 3:4] if values.shape[2] > 3 and file.extra != UNSPECIFIED else None
+    if file.extra == PREMULTIPLIED:
+        colours = np.minimum(colours * (WHITE_16 / np.maximum(alpha, 1)), WHITE_16)
+    if colours.dtype == np.uint8:
+        eight = colours
+    elif value_range:
+        eight = scaled(colours, value_range, left_out)
+    else:
+        eight = colours.astype(np.uint16) >> 8  # as Pillow reads it
+    eight = np.where(left_out, 0, eight)
+    image = Image.fromarray(np.dstack([eight] if alpha is None else [eight, alpha >> 8]).astype(np.uint8))
     image.getexif()[ORIENTATION] = file.orientation
     return ImageOps.exif_transpose(image)
+
+
+def jpeg2000_bits(content: bytes) -> tuple[int, bool]:
+    """Bits of the first channel, and whether it is signed: Ssiz of the codestream's SIZ marker segment."""
+    start = content.find(b"\xff\x4f\xff\x51")
+    if start < 0 or len(content) < start + 43:
+        raise Undecodable("JPEG 2000 without a codestream")
+    return (content[start + 42] & 127) + 1, content[start + 42] > 127
 
 
 def wide_ppm(image: Image.Image) -> bool:

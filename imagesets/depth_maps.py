@@ -15,7 +15,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from imagesets import decode, masks, scenes, sources
+from imagesets import decode, lists, masks, scenes, sources
 from imagesets.annotated import (
     KEPT,
     KEPT_SIDE,
@@ -33,6 +33,7 @@ PLAIN = ("images", "depth")  # the folders of images and of depth maps, also in 
 SUFFIXES = (".png", ".npy")
 MILLIMETRES = 1000.0  # units per metre of depth maps in integers, unless a flag says otherwise
 MIN_DEPTH = 0.001  # metres
+LARGEST_MEASURED = 50_000.0  # metres; above it lie marks of the sky such as 65504 (float16's largest value) and 1e10
 NYU_MAX, NYU_SCALE, NYU_LISTS = 10.0, 1000.0, ("nyu_train.txt", "nyu_test.txt")
 KITTI_MAX, KITTI_SCALE, KITTI_LISTS = 80.0, 256.0, ("kitti_eigen_train.txt", "kitti_eigen_test.txt")
 CAMERAS = ("image_02", "image_03")  # KITTI's left and right colour camera
@@ -70,7 +71,7 @@ def open_depth_maps(
     folder with train/, val/     each with images/ and depth/; or a folder with these two and no test images. A depth
                                  map has its image's name and size. It is a 16-bit PNG file of integers, 1000 per metre
                                  unless the limits say otherwise, or a .npy file of floats in metres. 0, and in .npy
-                                 files what is not finite, is no depth
+                                 files what is not finite in float32, is no depth
     NYU Depth v2                 nyu_train.txt and nyu_test.txt with a line "image depth focal_length" per image; or
                                  sync/ for training and official_splits/test/ for the test, with folders of
                                  rgb_NUMBER.jpg and sync_depth_NUMBER.png. 1000 per metre, up to 10 m
@@ -151,6 +152,8 @@ def read_depth(path: Path, scale: float) -> np.ndarray:
         if values.ndim != 2 or values.dtype.kind != "f":
             raise Undecodable(f"{path}: {values.dtype} array {values.shape}; give floats (height, width) in metres, or "
                               "a 16-bit PNG file")
+        with np.errstate(over="ignore"):  # what float32 can't hold becomes infinite
+            values = values.astype(np.float32)
         values, scale = np.where(np.isfinite(values), values, 0), 1.0
     else:
         values = masks.read_values(path)
@@ -204,8 +207,19 @@ def open_plain(where: str, folder: Path, reading: decode.Reading, limits: Limits
 
 
 def largest_depth(pairs: list[tuple[Path, Path]], scale: float) -> float:
-    """The largest depth in metres, rounded up to the next centimetre, so that it is itself within the limits."""
-    return (math.floor(100 * max(float(read_depth(depth, scale).max()) for _, depth in pairs)) + 1) / 100
+    """The largest depth in metres, rounded up to the next centimetre, so that it is itself within the limits.
+
+    Raises:
+        Undecodable: it is more than LARGEST_MEASURED, and more likely a mark of pixels without depth.
+    """
+    largest = 0.0
+    for _, path in pairs:
+        depth = float(read_depth(path, scale).max())
+        if depth > LARGEST_MEASURED:
+            raise Undecodable(f"{path}: a depth of {depth:g} m; store 0 where there is no depth, or give --max_depth "
+                              "METRES, from which on pixels are left out")
+        largest = max(largest, depth)
+    return (math.floor(100 * largest) + 1) / 100
 
 
 def open_nyu(where: str, folder: Path, reading: decode.Reading, limits: Limits) -> list[DepthMaps]:
@@ -265,7 +279,7 @@ def listed_pairs(
     if not path.is_file():
         raise Refused(f"{where}: no list {path}; add it, or remove the other one to use the folders")
     pairs = []
-    for line in path.read_text().splitlines():
+    for line in lists.read_text(path).splitlines():
         image, depth = (name.lstrip("/") for name in [*line.split(), "", ""][:2])
         if image and depth != MISSING:
             image, depth = locate(image, depth)

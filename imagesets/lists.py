@@ -25,6 +25,17 @@ def read_rows(where: str, path: str) -> list[list[bytes]]:
     return rows
 
 
+def read_text(path: str | os.PathLike) -> str:
+    """A text file in UTF-8, with or without a byte order mark. Raises Refused for one in another encoding."""
+    with open(path, "rb") as file:
+        content = file.read()
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise Refused(f"{path}: line {line} is not in UTF-8; save the file as UTF-8") from error
+
+
 def check_repeated(where: str, rows: list[list[bytes]]) -> None:
     """Refuses an image with two labels, and tells of images that are listed more than once with the same one."""
     first: dict[bytes, int] = {}

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 import atomic
-from imagesets import decode, shapes, sources
+from imagesets import decode, deep, lists, shapes, sources
 from parallel import Refused
 
 VOID = 255  # the label of pixels that are not judged, in palette images of VOC and DAVIS
@@ -31,14 +31,35 @@ VOC_LIST = Path("ImageSets", "Segmentation", "val.txt")
 def read_values(path: str | os.PathLike) -> np.ndarray:
     """The values that a mask's file stores: (height, width), or (height, width, channels) for a colour image.
 
+    Of 16-bit colour they are 255 where the stored values aren't 0.
+
     Raises:
-        Undecodable: the file isn't an image.
+        Undecodable: the file isn't an image, or is one that can't be read to its last bit.
     """
+    return read_stored(path)[0]
+
+
+def read_stored(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray | None]:
+    """The values, and the colours of palette indices: uint8 (colours, 3), or None for a file without a palette."""
     try:
         with decode.pillow_limits(decode.MAX_PIXELS), Image.open(path) as mask:
+            step, file = deep.grey_step(mask), deep.declared(mask, (0, 1))
+            if file.deep_colour:  # of which Pillow reads the high byte
+                if "LA" in (mask.mode, str(mask.tile[0][3])[:2]):  # Pillow's mode of 16-bit grey with alpha is RGBA
+                    raise decode.Undecodable("16 bits and transparency; save it without transparency")
+                return np.asarray(deep.eight_bit(mask, file, (0, 1)))[..., :3], None
+            if file.inverted and mask.mode != "1":
+                raise decode.Undecodable("grey TIFF whose white is 0 (WhiteIsZero): it is uncertain whether 0 or black "
+                                         "is the background; save it as PNG")
             if mask.mode in ("RGBA", "LA", "La", "RGBa"):  # the colour of transparent pixels is arbitrary
                 mask = mask.convert("RGB" if mask.mode.startswith("RGB") else "L")
-            return np.asarray(mask)
+            if mask.mode not in ("P", "PA"):
+                values = np.asarray(mask)
+                if values.dtype.kind == "f" and not (values == np.floor(values)).all():
+                    raise decode.Undecodable("values that are not whole numbers; round them")
+                return values // step if step > 1 else values, None
+            colours = np.array(mask.getpalette(), np.uint8).reshape(-1, 3)
+            return np.asarray(mask.getchannel("P")), colours
     except Exception as error:  # on broken bytes, decoders raise nearly anything
         raise decode.Undecodable(f"{path}: {decode.reason(error)}") from error
 
@@ -47,12 +68,21 @@ def read_labels(path: str | os.PathLike) -> np.ndarray:
     """Integers (height, width): palette indices, grey values, or for a colour image 1 where it isn't black.
 
     Raises:
-        Refused: the file isn't an image.
+        Refused: the file isn't an image, or by the colours of its palette another part than index 0 is black, as a
+            reduction to few colours leaves it, so that the background is uncertain.
     """
     try:
-        values = read_values(path)
+        values, colours = read_stored(path)
     except decode.Undecodable as error:
         raise Refused(f"{error}; replace the file") from error
+    if colours is not None and colours[:1].any():
+        indices = np.unique(values)
+        black = indices[indices < len(colours)]
+        black = black[~colours[black].any(axis=-1)]
+        if 0 in indices or black.size:
+            raise Refused(f"{path}: index 0 of its palette is the colour {tuple(colours[0].tolist())}, so it is "
+                          "uncertain whether index 0 or black is the background; save it as grey, with 0 there, or "
+                          "with black as the palette's first colour")
     return values.any(axis=-1).astype(np.uint8) if values.ndim == 3 else values.astype(np.int32)
 
 
@@ -132,7 +162,8 @@ def open_masked(data_path: str, reading: decode.Reading = decode.PLAIN, flag: st
     """The images and masks that `data_path` names.
 
     shapes[:COUNT[xPIXELS]]     drawn images that no training set contains
-    folder with images/, masks/ all values of a mask but 0 are foreground
+    folder with images/, masks/ all values of a mask but 0 are foreground, of a colour image all but black; a palette
+                                has to begin with black
     folder of VOC               JPEGImages/ and SegmentationClass/: all classes are foreground, 255 is ignored; the
                                 images of ImageSets/Segmentation/val.txt if that file exists
 
@@ -181,7 +212,7 @@ def pair(
     images, masks = by_stem(where, folder / layout[0], suffixes), by_stem(where, folder / layout[1], SUFFIXES)
     both, notes = [stem for stem in images if stem in masks], []
     if names and names.is_file():
-        both = list(dict.fromkeys(names.read_text().split()))
+        both = list(dict.fromkeys(lists.read_text(names).split()))
         for stem in both:
             if stem not in images or stem not in masks:
                 missing = Path(layout[stem in images], stem)

@@ -94,6 +94,22 @@ def test_anything_but_zero_is_foreground(tmp_path, mode, value):
     assert image.shape == (3, 40, 56) and (truth == (square() > 0)).all() and not ignored.any()
 
 
+def test_a_palette_that_does_not_begin_with_black_has_no_certain_background(tmp_path):
+    """`quantize` may give the object index 0, which by the indices would be the background."""
+    write_pair(tmp_path, "a", square(), mode="RGB")
+    reduced = Image.open(tmp_path / "masks" / "a.png").quantize(2)
+    assert reduced.getpalette()[:3] == [255, 255, 255]
+    reduced.save(tmp_path / "masks" / "a.png")
+    with pytest.raises(parallel.Refused, match=r"a.png: index 0 .*\(255, 255, 255\).*save it as grey"):
+        masks.open_masked(str(tmp_path))
+    reduced.convert("L").save(tmp_path / "masks" / "a.png")  # the remedy
+    assert (masks.open_masked(str(tmp_path)).load(0)[1] == (square() > 0)).all()
+    black_first = Image.open(tmp_path / "masks" / "a.png").point(lambda v: v > 0).convert("L")
+    black_first.putpalette([0, 0, 0, 9, 200, 3])
+    black_first.save(tmp_path / "masks" / "a.png")
+    assert (masks.open_masked(str(tmp_path)).load(0)[1] == (square() > 0)).all()
+
+
 def test_voc(tmp_path):
     layout = "JPEGImages", "SegmentationClass"
     labels = square(15)

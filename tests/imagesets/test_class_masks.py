@@ -1,10 +1,13 @@
 """The layouts of sets with classes of pixels, on small trees with the published names and encodings."""
 
 import pickle
+import struct
 
 import numpy as np
 import pytest
 from PIL import Image
+from test_decode import png_bytes
+from test_deep import deep_png, tiff
 
 from imagesets import class_masks, decode, masks, shapes, sources
 from imagesets.class_masks import open_class_masks
@@ -48,6 +51,47 @@ def test_folders(tmp_path, palette):
     train, val = open_class_masks(str(tmp_path), foreground=True)
     assert (val.load(0)[1] == stripes(0, 1)).all() and (train.load(0)[1] == stripes(0, 1, 255)).all()
     assert train.classes == ["background", "object"]
+
+
+def test_names_of_classes_are_in_utf8(tmp_path):
+    plain(tmp_path)
+    (tmp_path / "classes.txt").write_bytes("\ufeffbackground\nété\ncar\n".encode())
+    assert open_class_masks(str(tmp_path))[0].classes == ["background", "été", "car"]
+    (tmp_path / "classes.txt").write_bytes("background\nété\ncar\n".encode("latin-1"))
+    with pytest.raises(Refused, match="classes.txt: line 2 .*save the file as UTF-8"):
+        open_class_masks(str(tmp_path))
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_masks_of_few_bits_have_the_values_that_are_stored(tmp_path, bits):
+    values = np.arange(8) % 2**bits
+    row = int("".join(f"{v:0{bits}b}" for v in values), 2).to_bytes(bits, "big")
+    (tmp_path / "a.png").write_bytes(png_bytes(struct.pack(">IIBBBBB", 8, 1, bits, 0, 0, 0, 0), [row]))
+    assert masks.read_labels(tmp_path / "a.png").tolist() == [values.tolist()]
+    (tmp_path / "a.tif").write_bytes(tiff(values[None].astype(np.uint8), bits, packed=row))
+    assert masks.read_labels(tmp_path / "a.tif").tolist() == [values.tolist()]
+
+
+@pytest.mark.parametrize("options, words", [
+    ({"sample_format": 3}, "not whole numbers; round"), ({"photometric": 0}, "WhiteIsZero.*save it as PNG")])
+def test_values_without_a_certain_meaning_are_refused(tmp_path, options, words):
+    values = np.array([[0, 1, 0.5]], np.float32) if "sample_format" in options else np.array([[0, 1, 1]], np.uint8)
+    (tmp_path / "a.tif").write_bytes(tiff(values, **options))
+    with pytest.raises(Refused, match=f"a.tif: .*{words}"):
+        masks.read_labels(tmp_path / "a.tif")
+    (tmp_path / "a.tif").write_bytes(tiff(np.floor(values), **{**options, "photometric": 1}))
+    assert masks.read_labels(tmp_path / "a.tif").tolist() == np.floor(values).tolist()
+
+
+def test_masks_of_16_bits_count_to_the_last_one(tmp_path):
+    path = tmp_path / "a.png"
+    path.write_bytes(deep_png(np.array([[[0, 0, 0], [0, 1, 0], [65535, 0, 0]]], np.uint16)))
+    assert masks.read_labels(path).tolist() == [[0, 1, 1]]
+    Image.fromarray(np.array([[0, 1, 300]], np.uint16)).save(path)
+    assert masks.read_labels(path).tolist() == [[0, 1, 300]]
+    path.write_bytes(deep_png(np.array([[[0, 65535], [3, 65535]]], np.uint16)))
+    with pytest.raises(Refused, match="a.png: 16 bits and transparency"):
+        masks.read_labels(path)
 
 
 def test_one_folder_and_images_from_elsewhere(tmp_path):

@@ -263,6 +263,16 @@ def test_arrays_that_do_not_fit(array, in_chans, message):
         from_array(array, in_chans, max_pixels=16)
 
 
+def test_four_channels_of_a_given_range_are_no_alpha():
+    bands = RNG.integers(10000, size=(5, 7, 4)).astype(np.float32)
+    for in_chans in (1, 3):
+        with pytest.raises(Undecodable, match=f"4 channels .* --in_chans is {in_chans}"):
+            from_array(bands, in_chans, value_range=(0, 10000))
+    expected = np.rint(bands.astype(float) * 0.0255)
+    assert (from_array(bands, 4, value_range=(0, 10000)).permute(1, 2, 0).numpy() == expected).all()
+    assert from_array(bands.astype(np.uint8), 3, value_range=(0, 10000)).shape == (3, 5, 7)
+
+
 def test_npy_never_unpickles(tmp_path):
     np.save(tmp_path / "a.npy", np.array([{"a": 1}], object), allow_pickle=True)
     with pytest.raises(Undecodable, match="a.npy: "):

@@ -138,6 +138,20 @@ def test_a_given_range_holds_for_every_depth_above_8(tmp_path):
         assert pixels(path, 1, value_range=(0, 2000))[..., 0].tolist() == [[7, 200]]
 
 
+@pytest.mark.parametrize("kind", ["i4", "u4", "f4", "f8", "i2", "u2"])
+def test_values_outside_of_all_16_bits_are_clipped(kind):
+    values = np.array([[-9999, 0, 1000, 30000, 65535, 100000, 2**31 - 1]], np.float64)
+    least, most = (-1e6, 1e10) if kind[0] == "f" else (np.iinfo(kind).min, np.iinfo(kind).max)
+    values = values[(values >= least) & (values <= most)][None].astype(kind)
+    file = io.BytesIO()
+    np.save(file, values)
+    expected = np.rint(np.clip(values.astype(float) / 257, 0, 255))
+    assert (pixels(file.getvalue(), 1, value_range=(0, 65535))[..., 0] == expected).all()
+    if kind in ("i4", "u4", "f4"):
+        content = tiff(values, sample_format="uif".index(kind[0]) + 1)
+        assert (pixels(content, 1, value_range=(0, 65535))[..., 0] == expected).all()
+
+
 def colour_tiff(array: np.ndarray, planes: bool = False, orientation: int = 1) -> bytes:
     """A little-endian TIFF file of 16-bit RGB (H, W, 3), written from the specification."""
     height, width = array.shape[:2]
@@ -160,6 +174,146 @@ def test_colour_tiff_of_16_bits(planes):
     assert (pixels(colour_tiff(colour, planes)) == colour >> 8).all()
     turned = pixels(colour_tiff(colour, planes, orientation=6), value_range=(0, 4095))  # a quarter turn clockwise
     assert (turned == np.rot90(expected, -1)).all()
+
+
+DEEP = RNG.integers(256, 65536, size=(5, 7, 4)).astype(np.uint16)
+
+
+def by_tifffile(array: np.ndarray, **options) -> bytes:
+    """A TIFF file of RGB by tifffile."""
+    tifffile = pytest.importorskip("tifffile", reason="needs tifffile: pip install tifffile")
+    file = io.BytesIO()
+    tifffile.imwrite(file, array, photometric="rgb", **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("planes", [False, True])
+@pytest.mark.parametrize("kind", ["u1", "u2"])
+def test_a_fourth_channel_that_is_no_alpha_is_not_composited(kind, planes):
+    values = (DEEP >> 8 if kind == "u1" else DEEP).astype(kind)
+    options = {"planarconfig": "separate", "compression": "zlib"} if planes else {}
+    file = by_tifffile(values.transpose(2, 0, 1) if planes else values, extrasamples=["unspecified"], **options)
+    assert (pixels(file, 4) == DEEP >> 8).all() and (pixels(file) == DEEP[..., :3] >> 8).all()
+    expected = DEEP >> 8 if kind == "u1" else np.rint(np.clip((DEEP - 1000.0) * (255 / 40000), 0, 255))
+    given = {"value_range": (1000, 41000)}
+    assert (pixels(file, 4, **given) == expected).all() and (pixels(file, **given) == expected[..., :3]).all()
+
+
+def test_channels_that_cannot_be_told_apart_are_refused(tmp_path, monkeypatch):
+    five = np.dstack([DEEP, DEEP[..., 0]]) >> 8
+    file = by_tifffile(five.astype(np.uint8), extrasamples=["unspecified"] * 2)
+    assert (pixels(file) == five[..., :3]).all()
+    with pytest.raises(Undecodable, match=r"5 channels where --in_chans is 4.*\.npy"):
+        pixels(file, 4)
+    import tifffile
+    bands = five[..., :3].astype(np.uint8).transpose(2, 0, 1)
+    tifffile.imwrite(tmp_path / "a.tif", bands, photometric="minisblack", planarconfig="separate", compression="zlib")
+    with pytest.raises(Undecodable, match=r"3 grey channels.*\.npy"):
+        pixels(tmp_path / "a.tif")
+    file = by_tifffile(five[..., :4].astype(np.uint8), extrasamples=["unspecified"])
+    monkeypatch.setitem(sys.modules, "tifffile", None)
+    with pytest.raises(Undecodable, match="pip install tifffile"):
+        pixels(file, 4)
+    assert (pixels(file) == five[..., :3]).all()
+
+
+@pytest.mark.parametrize("extra", ["assocalpha", "unassalpha"])
+def test_alpha_of_16_bit_tiff_by_its_kind(extra):
+    straight = np.maximum(DEEP, 0x8000)
+    alpha = straight[..., 3:] / 65535
+    stored = straight.copy()
+    if extra == "assocalpha":
+        stored[..., :3] = np.rint(straight[..., :3] * alpha)
+    file = by_tifffile(stored, extrasamples=[extra])
+    for value_range in (None, (0, 65535), (0, 100000)):  # the range is of the colours, not of alpha
+        colours = straight[..., :3] * (255 / (value_range or (0, 65535))[1])
+        white = colours * alpha + 255 * (1 - alpha)
+        assert abs(pixels(file, value_range=value_range) - white).max() <= 2.5
+        assert abs(pixels(file, 4, value_range=value_range) - np.dstack([colours, alpha * 255])).max() <= 3
+
+
+def test_no_data_of_16_bit_colour_is_black(monkeypatch):
+    values = DEEP[..., :3].copy()
+    values[1:3] = 65535, 1000, 65535
+    expected = np.where(values == 65535, 0, values >> 8)
+    file = by_tifffile(values, extratags=[(42113, "s", 0, "65535", True)])
+    assert (pixels(file) == expected).all()
+    near = by_tifffile(values, extratags=[(42113, "s", 0, "0", True)])
+    monkeypatch.setitem(sys.modules, "tifffile", None)
+    assert (pixels(near) == values >> 8).all()  # black in any case: needs no tifffile
+    with pytest.raises(Undecodable, match="no-data value.*pip install tifffile"):
+        pixels(file)
+
+
+def test_integers_that_pillow_takes_for_others():
+    """Unsigned 32 bits for signed, and signed 8 bits for unsigned."""
+    values = np.array([[0, 2**31 - 1, 2**31, 3_000_000_000, 2**32 - 1]], np.uint32)
+    expected = np.rint(values * (255 / (2**32 - 1)))
+    assert (pixels(tiff(values), 1, value_range=(0, 2**32 - 1))[..., 0] == expected).all()
+    assert (pixels(tiff(values), 1)[..., 0] == expected).all()  # stretched
+    values = np.array([[-128, -1, 0, 127]], np.int8)
+    expected = np.arange(-128, 128)[[0, 127, 128, 255]] + 128
+    assert (pixels(tiff(values, sample_format=2), 1)[0, :, 0] == expected).all()
+    assert pixels(tiff(values, sample_format=2), 1, value_range=(-1, 0))[0, :, 0].tolist() == [0, 0, 255, 255]
+
+
+@pytest.mark.parametrize("white", [1023, 4095, 65535])
+@pytest.mark.parametrize("plain", [False, True])
+def test_a_range_of_pgm_is_in_the_values_that_are_stored(white, plain):
+    values = np.append(RNG.integers(white + 1, size=34), white).reshape(5, 7)
+    body = " ".join(map(str, values.ravel())).encode() if plain else values.astype(">u2").tobytes()
+    file = b"P%d 7 5 %d\n" % (2 if plain else 5, white) + body
+    assert (pixels(file, 1, value_range=(100, 900))[..., 0] == np.rint(np.clip((values - 100) / 800, 0, 1) * 255)).all()
+    assert (pixels(file, 1)[..., 0] == np.rint(values * (255 / white))).all()
+
+
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("bare", [False, True])
+def test_a_range_of_jpeg_2000_is_in_the_values_that_are_stored(bare, signed):
+    """A lossless 16-bit file holds v - 2^15, one of 12 bits v - 2^11: the header alone makes it one of 12 bits."""
+    values = np.resize(TWELVE.astype(int), (32, 32))
+    file = io.BytesIO()
+    Image.fromarray((values + 2**15 - 2**11).astype(np.uint16)).save(file, "JPEG2000", no_jp2=bare)
+    content = bytearray(file.getvalue())
+    content[content.index(b"\xff\x4f\xff\x51") + 42] = 11 + 128 * signed
+    low = -(2**11) * signed
+    found = pixels(bytes(content), 1, value_range=(low + 1000, low + 3000))[..., 0]
+    assert (found == np.rint(np.clip((values - 1000) / 2000, 0, 1) * 255)).all()
+    assert (pixels(bytes(content), 1)[..., 0] == np.rint(values * (255 / 4095))).all()
+
+
+def test_16_bits_of_fits_are_signed():
+    def fits(values: np.ndarray, **cards: int) -> bytes:
+        cards = {"BITPIX": 16, "NAXIS": 2, "NAXIS1": values.shape[1], "NAXIS2": values.shape[0], **cards}
+        head = "".join(f"{name:8}= {value:>20}".ljust(80) for name, value in {"SIMPLE": "T", **cards}.items())
+        return (head + "END").ljust(2880).encode() + values.astype(">i2").tobytes().ljust(2880, b"\0")
+
+    values = np.array([[-100, 20, 60, 100]])
+    assert pixels(fits(values), 1, value_range=(0, 100))[0, :, 0].tolist() == [0, 51, 153, 255]
+    assert pixels(fits(values, BZERO=0, BSCALE=1), 1)[0, :, 0].tolist() == [0, 153, 204, 255]  # stretched
+    with pytest.raises(Undecodable, match=r"BZERO.*\.npy"):
+        pixels(fits(values, BZERO=32768), 1)
+
+
+def test_a_range_of_deep_colour_in_jpeg_2000_is_refused():
+    file = io.BytesIO()
+    Image.fromarray((DEEP[..., :3] >> 8).astype(np.uint8)).save(file, "JPEG2000")
+    content = bytearray(file.getvalue())
+    pixels(bytes(content), value_range=(0, 9))  # 8 bits: no range applies
+    content[content.index(b"\xff\x4f\xff\x51") + 42] = 9
+    with pytest.raises(Undecodable, match=r"--value_range.*JPEG2000.*\.npy"):
+        pixels(bytes(content), value_range=(0, 1023))
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_a_grey_colour_key_is_compared_at_the_files_own_depth(bits):
+    per_byte, step = 8 // bits, 255 // (2**bits - 1)
+    values = np.arange(8) % 2**bits
+    row = bytes(sum(int(v) << 8 - bits * (k + 1) for k, v in enumerate(values[i : i + per_byte]))
+                for i in range(0, 8, per_byte))
+    file = png_bytes(struct.pack(">IIBBBBB", 8, 1, bits, 0, 0, 0, 0), [row], tRNS=b"\0\1")
+    assert (pixels(file, 1)[0, :, 0] == np.where(values == 1, 255, values * step)).all()
+    assert (pixels(file, 4)[0, :, 3] == np.where(values == 1, 0, 255)).all()
 
 
 def test_without_tifffile_the_way_is_named(monkeypatch):

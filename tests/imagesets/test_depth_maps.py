@@ -63,6 +63,20 @@ def test_folders_of_floats(tmp_path):
     assert [part.limits.largest for part in other] == [3.01, 3.01]
 
 
+def test_marks_of_pixels_without_depth(tmp_path):
+    """What float32 can't hold is infinite; a mark that it can hold is no largest depth, unless that is given."""
+    plain(tmp_path, [(1.5, 3)], [(2.0,)], ".npy")
+    depth(tmp_path / "train" / "depth" / "0.npy", 1e39, 1.5, -1e300, 3, dtype=np.float64)
+    train = open_depth_maps(str(tmp_path))[0]
+    assert train.limits.largest == 3.01 and train.load(0)[1] == pytest.approx(stripes(0, 1.5, 0, 3, dtype=np.float64))
+    for mark in (1e30, 1e10, 65504):
+        depth(tmp_path / "train" / "depth" / "0.npy", mark, 1.5)
+        with pytest.raises(Refused, match=r"0.npy: a depth of .* m; store 0.*--max_depth"):
+            open_depth_maps(str(tmp_path))
+        limited = open_depth_maps(str(tmp_path), limits=Limits(largest=10))[0]
+        assert limited.load(0)[1] == pytest.approx(stripes(0, 1.5, dtype=np.float64))
+
+
 def test_nyu_depth(tmp_path):
     """By the lists, whose paths may start with a slash, and by the folders; up to 10 m, without 10 m itself."""
     for part, scene in (("sync", "basement_0001a"), ("official_splits/test", "bathroom")):
