@@ -42,9 +42,10 @@ from imagesets.listing import (
     passed_over,
 )
 from imagesets.lists import read_rows
-from imagesets.packages import open_hugging_face, open_parquet, open_torchvision
+from imagesets.packages import SPLITS, open_hugging_face, open_parquet, open_torchvision
+from imagesets.parts import class_folders, part_named
 from imagesets.shards import expand, named_by, open_folder_of_shards, open_shards
-from imagesets.zipped import open_zip
+from imagesets.zipped import open_zip, zip_folders
 from parallel import Refused
 
 
@@ -190,13 +191,7 @@ def open_folder(where: str, folder: str, split: str | None, reading: Reading) ->
                       + (f". {note}" if note else ""))
     if note:
         parallel.say(f"{where}: {note}")
-    strays, numbers = np.flatnonzero(labels < 0), np.unique(labels[labels >= 0])
-    if len(strays) and len(numbers) > 1:
-        parallel.say(f"{where}: no labels, because {len(strays)} of {len(labels)} images lie beside the class folders "
-                     f"(the first: {printable(paths[strays[0]])!r}); for labels move them into these")
-    if len(strays) or len(numbers) < 2:
-        return Files(folder, paths, None, [], reading)
-    classes = [printable(name) for name in Texts(table["classes"])]
+    labels, classes = class_folders(where, paths, labels, [printable(name) for name in Texts(table["classes"])])
     return Files(folder, paths, labels, classes, reading)
 
 
@@ -225,13 +220,32 @@ def folder_table(folder: bytes, known: frozenset[bytes], stamps: list[tuple]) ->
 
 
 def split_folder(where: str, folder: str, split: str | None) -> str:
-    names = {None: (), "train": ("train",), "val": ("val", "test")}[split]
-    for name in names:
-        if os.path.isdir(os.path.join(folder, name)):
-            return os.path.join(folder, name)
-    if split == "val":
+    part = part_named(where, folders_in(folder) if split else (), split)
+    if split == "val" and part is None:
         raise Refused(f"{where}: no folder val or test in it; give a folder that has one")
-    return folder
+    return folder if part is None else os.path.join(folder, part)
+
+
+def folders_in(folder: str) -> list[str]:
+    with os.scandir(folder) as entries:
+        return [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
+
+
+def has_test_part(data_path: str) -> bool:
+    """Whether `open_images` finds a validation part in it."""
+    if re.fullmatch(r"(shapes|scenes|torchvision)(:.*)?", data_path):
+        return True
+    where, path = f"--data_path {data_path!r}", os.path.expanduser(data_path.removeprefix("hf:"))
+    if data_path.startswith("hf:"):
+        return any(os.path.isdir(os.path.join(path, name)) for name in SPLITS["val"])
+    with parallel.refusing(where, "make it readable"):
+        if os.path.isdir(path):
+            names = folders_in(path)
+        elif os.path.isfile(path) and path.lower().endswith(".zip"):
+            names = zip_folders(where, path)
+        else:
+            names = ()
+    return part_named(where, names, "val") is not None
 
 
 def open_list(where: str, path: str, split: str | None, reading: Reading) -> Files:

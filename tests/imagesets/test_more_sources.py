@@ -14,7 +14,7 @@ from test_decode import pixels
 
 from imagesets import dicom, heif
 from imagesets.decode import Undecodable, decode
-from imagesets.sources import open_images
+from imagesets.sources import has_test_part, open_images
 from parallel import Refused
 
 COLOURS = {"cat/a b.png": 10, "cat/b.png": 20, "dog/c.png": 30}
@@ -149,6 +149,78 @@ def test_archives_that_cannot_be_read_are_refused(tmp_path):
     path.write_bytes(content)
     with pytest.raises(Undecodable, match="a.zip/a.png: "):
         open_images(path).load(0)
+
+
+# ---- Parts ----
+
+PARTS = {"cat/1.png": 10, "dog/2.png": 20, "cat/3.png": 30, "dog/4.png": 40}  # two of each part
+
+
+def write_parts(folder, kind, train, val, more=()):
+    names = [f"{train if i < 2 else val}/{name}" for i, name in enumerate(PARTS)] + list(more)
+    contents = [png(level) for level in PARTS.values()] + [png(99) for _ in more]
+    if kind == "zip":
+        with zipfile.ZipFile(folder / "a.zip", "w") as archive:
+            for name, content in zip(names, contents, strict=True):
+                archive.writestr(f"top/{name}", content)
+        return folder / "a.zip"
+    for name, content in zip(names, contents, strict=True):
+        (folder / "a" / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "a" / name).write_bytes(content)
+    return folder / "a"
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+@pytest.mark.parametrize("train, val", [("train", "test"), ("Train", "Test"), ("training", "validation"),
+                                        ("TRAIN", "valid"), ("training", "val")])  # fmt: skip
+def test_parts_by_their_usual_names(tmp_path, kind, train, val, capsys):
+    path = write_parts(tmp_path, kind, train, val)
+    assert has_test_part(str(path))
+    assert labelled(open_images(path, "train")) == [(10, "cat"), (20, "dog")]
+    assert labelled(open_images(path, "val")) == [(30, "cat"), (40, "dog")]
+    assert capsys.readouterr().out == ""
+    whole = open_images(path)  # parts are no classes
+    assert whole.labels is None and levels(whole) == [v for _, v in sorted(zip((train, train, val, val), PARTS.values(),
+                                                                             strict=True))]
+    said = capsys.readouterr().out
+    assert all(word in said for word in ("no labels", train, val, "rename"))
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+def test_classes_with_names_of_parts(tmp_path, kind, capsys):
+    """Among other classes, `training` and `Train` are classes."""
+    path = write_parts(tmp_path, kind, "training", "running")
+    assert not has_test_part(str(path)) and open_images(path, "train").classes == ["running", "training"]
+    (tmp_path / "b").mkdir()
+    path = write_parts(tmp_path / "b", kind, "running", "test")
+    with pytest.raises(Refused, match="'test' .*no 'train'.*rename"):
+        open_images(path, "train")
+
+
+def test_parts_that_differ_in_case_only(tmp_path):
+    path = write_parts(tmp_path, "folder", "Train", "Test", ["TRAIN/cat/5.png"])
+    with pytest.raises(Refused, match="TRAIN and Train .*rename"):
+        open_images(path, "train")
+
+
+def test_an_image_beside_the_folders_of_an_archive_is_named(tmp_path, capsys):
+    images = open_images(write_parts(tmp_path, "zip", "a", "b", ["stray.png"]))
+    assert images.labels is None and len(images) == 5
+    line = capsys.readouterr().out
+    assert "no labels" in line and "1 of 5 images" in line and "stray.png" in line and "move" in line
+
+
+def test_archives_with_backslashes(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        for name, level in COLOURS.items():
+            archive.writestr(name.replace("/", "\\"), png(level))
+    assert labelled(open_images(tmp_path / "a.zip")) == EXPECTED
+
+
+def test_class_folders_in_two_unicode_forms(tmp_path, capsys):
+    composed, apart = "caf\u00e9", "cafe\u0301"
+    images = open_images(write_parts(tmp_path / "two", "folder", composed, apart))
+    assert images.labels is None and "u0301" in (said := capsys.readouterr().out) and "join" in said
 
 
 # ---- Tables ----
