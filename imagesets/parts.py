@@ -1,4 +1,7 @@
-"""The training and the test part of a set, as folders, archives and tables name them."""
+"""How folders, archives and tables name the parts of a set (training and test) and its labels.
+
+Shapes: N images in all.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,8 @@ from parallel import Refused
 
 PARTS = {"train": ("train", "training"), "val": ("val", "test", "valid", "validation", "testing")}  # preferred first
 PUBLISHED = {"train", "val", "test"}  # names that are parts whatever lies beside them
+
+LABEL_COLUMNS = ("label", "labels", "class", "target", "category")  # columns of tables with these names are labels
 
 
 def is_part(name: str) -> bool:

@@ -41,7 +41,7 @@ from imagesets.listing import (
     pack,
     passed_over,
 )
-from imagesets.lists import read_rows
+from imagesets.lists import parts_in, read_rows
 from imagesets.packages import SPLITS, open_hugging_face, open_parquet, open_torchvision
 from imagesets.parts import class_folders, part_named
 from imagesets.shards import expand, named_by, open_folder_of_shards, open_shards
@@ -243,16 +243,16 @@ def has_test_part(data_path: str) -> bool:
             names = folders_in(path)
         elif os.path.isfile(path) and path.lower().endswith(".zip"):
             names = zip_folders(where, path)
+        elif os.path.isfile(path) and path.lower().endswith((".txt", ".csv")):
+            names = parts_in(where, path)
         else:
             names = ()
     return part_named(where, names, "val") is not None
 
 
 def open_list(where: str, path: str, split: str | None, reading: Reading) -> Files:
-    if split == "val":
-        raise Refused(f"{where}: a list has no validation part; give the validation images a list of their own")
     folder = os.path.dirname(path)
-    rows = read_rows(where, path)
+    rows = read_rows(where, path, split)
     labels, classes = numbered([printable(row[1]) for row in rows]) if len(rows[0]) == 2 else (None, [])
     files = Files(folder, Texts(pack(row[0] for row in rows)), labels, classes, reading)
     if not os.path.isfile(files.path(0)):  # catches the usual mistake; checking all would take long

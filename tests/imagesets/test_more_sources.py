@@ -113,6 +113,54 @@ def test_csv_files_that_are_refused(files, text, words):
     assert levels(open_images(files / "l.csv")) == [20]
 
 
+def test_labels_without_the_spaces_around_them(files):
+    (files / "l.txt").write_text("cat/a b.png\tcat \ncat/b.png\t cat\ndog/c.png\tdog\n")
+    assert labelled(open_images(files / "l.txt")) == EXPECTED
+    (files / "l.txt").write_text("cat/a b.png\tcaf\u00e9\ncat/b.png\tcafe\u0301\n")  # é of Linux, and of macOS
+    assert open_images(files / "l.txt").classes == ["caf\u00e9"]
+
+
+def test_comments_and_line_ends_of_old_macs(files, capsys):
+    (files / "#dog").mkdir()
+    (files / "#dog/c.png").write_bytes(png(30))
+    lines = ["# path\tand label", "cat/a b.png\tcat", "#", "cat/b.png\tcat", "#dog/c.png\tdog"]
+    for ends in ("\n", "\r\n", "\r"):
+        (files / "l.txt").write_bytes(ends.join(lines).encode())
+        assert labelled(open_images(files / "l.txt")) == EXPECTED
+        assert "2 of 5 lines are comments" in capsys.readouterr().out
+    (files / "l.txt").write_text("cat/b.png\tcat\ndog/c.png\n")
+    with pytest.raises(Refused, match="some lines.*'dog/c.png'.*write"):
+        open_images(files / "l.txt")
+
+
+TABLE = "path,{},{}\ncat/b.png,cat,{}\ndog/c.png,dog,{}\ncat/a b.png,cat,{}\n"
+
+
+@pytest.mark.parametrize("label, split, train, val", [
+    ("label", "split", "train", "val"), ("labels", "Subset", "Training", "TEST"),
+])  # fmt: skip
+def test_a_column_that_tells_the_part(files, label, split, train, val, capsys):
+    (files / "l.csv").write_text(TABLE.format(label, split, train, train, val))
+    assert has_test_part(str(files / "l.csv"))
+    assert labelled(open_images(files / "l.csv", "train")) == [(20, "cat"), (30, "dog")]
+    assert labelled(open_images(files / "l.csv", "val")) == [(10, "cat")] and capsys.readouterr().out == ""
+    assert len(open_images(files / "l.csv")) == 3 and "all parts" in capsys.readouterr().out
+
+
+def test_columns_that_do_not_help(files, capsys):
+    (files / "l.csv").write_text(TABLE.format("label", "split", "fold1", "fold1", "fold2"))
+    assert not has_test_part(str(files / "l.csv")) and len(open_images(files / "l.csv", "train")) == 3
+    assert "'split' is not used" in capsys.readouterr().out
+    (files / "l.csv").write_text(TABLE.format("label", "split", "train", "", "val"))
+    with pytest.raises(Refused, match="'' in the column 'split'.*write train, val"):
+        open_images(files / "l.csv", "train")
+    (files / "l.csv").write_text(TABLE.format("label", "split", "test", "test", "test"))  # a list of one part
+    assert not has_test_part(str(files / "l.csv")) and len(open_images(files / "l.csv", "train")) == 3
+    (files / "l.csv").write_text(TABLE.format("breed", "id", 1, 2, 3))
+    assert open_images(files / "l.csv").labels is None
+    assert "no labels" in (said := capsys.readouterr().out) and "breed" in said and "category" in said
+
+
 # ---- Archives ----
 
 
