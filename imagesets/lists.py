@@ -9,7 +9,7 @@ import re
 
 import parallel
 from imagesets.decode import printable
-from imagesets.parts import LABEL_COLUMNS, is_part, part_named
+from imagesets.parts import LABEL_COLUMNS, SPLIT_COLUMNS, is_part, part_named
 from parallel import Refused
 
 
@@ -96,7 +96,6 @@ def is_comment(folder: bytes, line: bytes) -> bool:
 
 
 PATH_COLUMNS = ("path", "image", "file", "filename", "file_name", "filepath", "image_path")
-SPLIT_COLUMNS = ("split", "subset", "partition", "set")
 
 
 def csv_table(where: str, content: bytes) -> tuple[list[str], list[list[str]]]:

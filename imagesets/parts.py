@@ -18,6 +18,7 @@ PARTS = {"train": ("train", "training"), "val": ("val", "test", "valid", "valida
 PUBLISHED = {"train", "val", "test"}  # names that are parts whatever lies beside them
 
 LABEL_COLUMNS = ("label", "labels", "class", "target", "category")  # columns of tables with these names are labels
+SPLIT_COLUMNS = ("split", "subset", "partition", "set")  # and with these, the part of each row
 
 
 def is_part(name: str) -> bool:

@@ -304,6 +304,51 @@ def test_labels_of_saved_data_sets_may_be_text(tmp_path):
     assert images.classes == ["ant", "zebra"] and images.labels.tolist() == [1, 0, 1]
 
 
+def saved(folder, **columns) -> str:
+    """A Hugging Face data set of three images; columns: (type, values)."""
+    datasets = pytest.importorskip("datasets")
+    kinds = {"class": datasets.ClassLabel(names=["ant", "bee"])}
+    features = datasets.Features({"image": datasets.Image()} | {
+        name: kinds.get(kind) or datasets.Value(kind) for name, (kind, _) in columns.items()})
+    cells = [{"bytes": png(level), "path": None} for level in COLOURS.values()]
+    rows = {"image": cells} | {name: values for name, (_, values) in columns.items()}
+    datasets.Dataset.from_dict(rows, features).save_to_disk(folder)
+    return f"hf:{folder}"
+
+
+FIRST, CODED = ("class", [0, 0, 1]), ("class", [1, 0, 0])
+
+
+@pytest.mark.parametrize("columns, labels, classes, words", [
+    ({"is_train": FIRST, "label": CODED}, [1, 0, 0], ["ant", "bee"], ("'label'", "is_train")),
+    ({"is_train": FIRST, "label": ("int64", [7, 5, 5])}, [1, 0, 0], ["5", "7"], ("'label'", "is_train")),
+    ({"Category": ("string", ["b", "a ", "a"])}, [1, 0, 0], ["a", "b"], ()),
+    ({"kind": CODED}, [1, 0, 0], ["ant", "bee"], ()),
+    ({"label": ("float64", [3.0, 1.0, 1.0])}, [1, 0, 0], ["1", "3"], ()),
+    ({"is_train": FIRST, "kind": CODED}, None, [], ("no labels", "is_train, kind", "rename_column")),
+    ({"label": ("float64", [0.5, 1.0, 2.0])}, None, [], ("no labels", "fractions")),
+    ({"label": ("class", [0, 1, -1])}, None, [], ("no labels", "1 of 3 rows", "'label'", "row 2")),
+    ({"label": ("class", [0, None, None])}, None, [], ("no labels", "2 of 3 rows", "row 1", "complete")),
+    ({"target": ("int64", [None, 1, 2])}, None, [], ("no labels", "1 of 3 rows", "'target'", "row 0")),
+    ({"labels": ("string", ["a", None, "b"])}, None, [], ("no labels", "1 of 3 rows", "'labels'", "row 1")),
+    ({"label": ("class", [-1, -1, -1])}, None, [], ()),  # a test set without labels
+])  # fmt: skip
+def test_the_column_of_labels(tmp_path, columns, labels, classes, words, capsys):
+    path = saved(tmp_path / "set", **columns)
+    capsys.readouterr()
+    images = open_images(path)
+    said = capsys.readouterr().out
+    assert (None if images.labels is None else images.labels.tolist()) == labels and images.classes == classes
+    assert all(word in said for word in words) and bool(said) == bool(words)
+
+
+def test_rows_of_several_parts_are_not_mixed(tmp_path):
+    path = saved(tmp_path / "set", split=("string", ["train", "Test", "train"]), label=CODED)
+    assert len(open_images(path)) == 3  # to train on without labels
+    with pytest.raises(Refused, match="'split' .*Test, train.*--val_data_path"):
+        open_images(path, "train")
+
+
 # ---- DICOM ----
 
 
