@@ -14,6 +14,7 @@ Shapes: N images in all, C channels.
 
 import os
 import re
+import stat
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -130,8 +131,21 @@ def open_images(
     except OSError as error:
         name = printable(os.fsencode(error.filename or path))
         raise Refused(f"{where}: {name!r}: {error.strerror or error}; make it readable or remove it") from error
-    raise Refused(f"{where}: no folder or .txt list has this name, nor a .csv or .zip; give one, or .tar shards, "
-                  ".parquet files, torchvision:NAME, hf:FOLDER, or shapes or scenes[:COUNT[xPIXELS]]")
+    raise Refused(f"{where}: {what_is_there(path)}; give a folder or .txt list, a .csv or .zip, .tar shards, .parquet "
+                  "files, torchvision:NAME, hf:FOLDER, or shapes or scenes[:COUNT[xPIXELS]]")
+
+
+def what_is_there(path: str) -> str:
+    """Where a path is no source of images, what it is instead."""
+    try:
+        mode = os.lstat(path).st_mode
+        if stat.S_ISLNK(mode) and not os.path.exists(path):
+            return f"it is a link to {os.readlink(path)!r}, which isn't there"
+        mode = os.stat(path).st_mode
+    except OSError:
+        return "no folder or .txt list has this name"
+    kinds = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
+    return f"it is {kinds.get(stat.S_IFMT(mode), 'a file of another kind')}, not a folder or .txt list"
 
 
 class Files:
