@@ -13,7 +13,8 @@ from PIL import Image
 from test_decode import pixels
 
 from imagesets import dicom, heif
-from imagesets.decode import Undecodable, decode
+from imagesets.decode import Reading, Undecodable, decode
+from imagesets.packages import Torchvision
 from imagesets.sources import has_test_part, open_images
 from parallel import Refused
 
@@ -339,6 +340,21 @@ def test_the_column_of_labels(tmp_path, columns, labels, classes, words, capsys)
     images = open_images(path)
     said = capsys.readouterr().out
     assert (None if images.labels is None else images.labels.tolist()) == labels and images.classes == classes
+    assert all(word in said for word in words) and bool(said) == bool(words)
+
+
+@pytest.mark.parametrize("targets, labels, words", [
+    ([4, 2, 4], [1, 0, 1], ()), ([0, -1, -1], None, ("no labels", "2 of 3", "image 1")), ([-1, -1, -1], None, ()),
+])  # fmt: skip
+def test_targets_of_torchvision_that_are_not_known(targets, labels, words, capsys):
+    class Three(list):
+        pass
+
+    dataset = Three(COLOURS)
+    dataset.targets = targets
+    images = Torchvision("torchvision:STL10", dataset, Reading())
+    assert (None if images.labels is None else images.labels.tolist()) == labels
+    said = capsys.readouterr().out
     assert all(word in said for word in words) and bool(said) == bool(words)
 
 
