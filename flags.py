@@ -87,6 +87,10 @@ def prepare_output(folder: str | os.PathLike, flag: str = "--output_dir") -> Pat
     """
     folder = Path(folder)
     with parallel.refusing(f"{flag} {folder}", "choose a folder you can write to"):
+        for path in (folder, *folder.parents):
+            if path.is_symlink() and not path.exists():
+                raise parallel.Refused(f"{flag} {folder}: {path} is a link to {os.readlink(path)!r}, which isn't "
+                                       "there; make that folder, or choose another one")
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
             raise PermissionError("not writable")

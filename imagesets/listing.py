@@ -10,6 +10,7 @@ import json
 import os
 import re
 import time
+import unicodedata
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -67,8 +68,10 @@ def pack(strings: Iterable[bytes]) -> np.ndarray:
 def numbered(labels: Sequence[str]) -> tuple[list[int], list[str]]:
     """Labels as text -> class numbers, and the names of the classes.
 
-    Labels are numbered in the order of their names; those that are all integers in numeric order, and 07 is 7.
+    Labels are numbered in the order of their names; those that are all integers in numeric order, and 07 is 7. Spaces
+    around a label, and the Unicode form that it is written in, do not tell classes apart.
     """
+    labels = [unicodedata.normalize("NFC", label.strip()) for label in labels]
     if all(re.fullmatch(r"[0-9]{1,18}", label) for label in labels):
         labels = [int(label) for label in labels]
     names = sorted(set(labels))

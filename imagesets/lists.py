@@ -5,32 +5,41 @@ from __future__ import annotations
 import csv
 import io
 import os
+import re
 
 import parallel
 from imagesets.decode import printable
+from imagesets.parts import LABEL_COLUMNS, SPLIT_COLUMNS, is_part, part_named
 from parallel import Refused
 
 
-def read_rows(where: str, path: str) -> list[list[bytes]]:
+def read_rows(where: str, path: str, split: str | None = None) -> list[list[bytes]]:
     """[path] or [path, label] of each image of a list.
 
+    Args:
+        split: None: of all rows; 'train': of that part, if a column says the part; 'val': of that part.
+
     Raises:
-        Refused: not a list, or one that gives an image two labels.
+        Refused: not a list, one that gives an image two labels, or one without the part.
     """
-    with open(path, "rb") as file:
-        content = file.read().removeprefix(b"\xef\xbb\xbf")
-    folder = os.fsencode(os.path.dirname(path))
-    rows = csv_rows(where, content) if path.lower().endswith(".csv") else text_rows(where, folder, content)
+    table = path.lower().endswith(".csv")
+    rows = csv_rows(where, read(path), split) if table else text_rows(where, path, read(path))
+    if split == "val" and not table:
+        raise Refused(f"{where}: a list has no validation part; give the validation images a list of their own")
     check_repeated(where, rows)
     return rows
 
 
+def read(path: str | os.PathLike) -> bytes:
+    with open(path, "rb") as file:
+        return file.read().removeprefix(b"\xef\xbb\xbf")
+
+
 def read_text(path: str | os.PathLike) -> str:
     """A text file in UTF-8, with or without a byte order mark. Raises Refused for one in another encoding."""
-    with open(path, "rb") as file:
-        content = file.read()
+    content = read(path)
     try:
-        return content.decode("utf-8-sig")
+        return content.decode("utf-8")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise Refused(f"{path}: line {line} is not in UTF-8; save the file as UTF-8") from error
@@ -55,16 +64,24 @@ def check_repeated(where: str, rows: list[list[bytes]]) -> None:
                      f"{printable(rows[repeated[0]][0])!r}) and count again; remove the lines to count each once")
 
 
-def text_rows(where: str, folder: bytes, content: bytes) -> list[list[bytes]]:
+def text_rows(where: str, list_path: str, content: bytes) -> list[list[bytes]]:
     """[path] or [path, label] of each line: "path", "path<TAB>label", or "path label" where the first line as a whole
-    is no file and its part before the last space is one."""
+    is no file and its part before the last space is one. Lines that begin with # and name no file are comments."""
+    folder = os.fsencode(os.path.dirname(list_path))
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):  # as PowerShell writes
         raise Refused(f"{where}: the list is in UTF-16; save it as UTF-8")
-    rows = [line.split(b"\t") for line in (line.rstrip(b"\r") for line in content.split(b"\n")) if line]
+    ends = b"\n" if b"\n" in content else b"\r"  # CR alone ended lines on old Macs
+    lines = [line for line in (line.rstrip(b"\r") for line in content.split(ends)) if line.strip()]
+    rows = [line.split(b"\t") for line in lines if not is_comment(folder, line)]
+    rows = [[row[0], *(label.strip() for label in row[1:])] for row in rows]
+    if len(rows) < len(lines):
+        parallel.say(f"{where}: {len(lines) - len(rows)} of {len(lines)} lines are comments, as they begin with # and "
+                     "name no file")
     if not rows:
         raise Refused(f"{where}: the list is empty; write one path per line")
-    if len({len(row) for row in rows}) > 1 or len(rows[0]) > 2:
-        raise Refused(f"{where}: some lines have a label and some don't; write 'path' or 'path<TAB>label' in all")
+    if odd := [row for row in rows if len(row) != len(rows[0]) or len(row) > 2]:
+        raise Refused(f"{where}: some lines have a label and some don't (the first that differs: "
+                      f"{printable(odd[0][0])!r}); write 'path' or 'path<TAB>label' in all")
     if bad := [row[0] for row in rows if not all(row)]:
         raise Refused(f"{where}: the path or the label of {printable(bad[0])!r} is empty; write both")
     first, space, _ = rows[0][0].rstrip().rpartition(b" ")
@@ -81,24 +98,90 @@ def text_rows(where: str, folder: bytes, content: bytes) -> list[list[bytes]]:
     return [[path.rstrip(), label] for path, _, label in split]
 
 
+def is_comment(folder: bytes, line: bytes) -> bool:
+    if not line.startswith(b"#"):
+        return False
+    names = (line.partition(b"\t")[0], line.rstrip().rpartition(b" ")[0].rstrip())
+    return not any(name and os.path.isfile(os.path.join(folder, name)) for name in names)
+
+
 PATH_COLUMNS = ("path", "image", "file", "filename", "file_name", "filepath", "image_path")
-LABEL_COLUMNS = ("label", "class", "target", "category")
 
 
-def csv_rows(where: str, content: bytes) -> list[list[bytes]]:
-    """[path] or [path, label] of each row of a CSV file, whose header names the columns."""
+def csv_table(where: str, content: bytes) -> tuple[list[str], list[list[str]]]:
+    """The names of the columns, in lower case, and the rows of a CSV file."""
     text = content.decode("utf-8", "surrogateescape")
-    head = text.partition("\n")[0]
+    head = re.split(r"[\r\n]", text, maxsplit=1)[0]
     rows = list(csv.reader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=head.count)))
     rows = [row for row in rows if any(cell.strip() for cell in row)]
     names = [cell.strip().lower() for cell in rows[0]] if rows else []
-    path = next((names.index(name) for name in PATH_COLUMNS if name in names), None)
-    if path is None or len(rows) < 2:
+    if not set(PATH_COLUMNS) & set(names) or len(rows) < 2:
         raise Refused(f"{where}: give a header with a column path, and label if there are labels, and a row per image; "
                       f"the first line is {head.strip()[:80]!r}")
-    label = next((names.index(name) for name in LABEL_COLUMNS if name in names), None)
+    return names, rows[1:]
+
+
+def csv_rows(where: str, content: bytes, split: str | None) -> list[list[bytes]]:
+    """[path] or [path, label] of each row of a CSV file, whose header names the columns."""
+    names, rows = csv_table(where, content)
+    path, label = (next((names.index(name) for name in known if name in names), None)
+                   for known in (PATH_COLUMNS, LABEL_COLUMNS))
     columns = [path] if label is None else [path, label]
-    for number, row in enumerate(rows[1:], 2):
+    for number, row in enumerate(rows, 2):
         if len(row) <= max(columns) or not all(row[c].strip() for c in columns):
             raise Refused(f"{where}: row {number} has no {' or no '.join(names[c] for c in columns)}; complete it")
-    return [[row[c].strip().encode("utf-8", "surrogateescape") for c in columns] for row in rows[1:]]
+    if label is None and len(names) > 1:
+        parallel.say(f"{where}: no labels, because no column is named {' or '.join(LABEL_COLUMNS)}; the columns are "
+                     f"{', '.join(names)}")
+    rows = rows_of_part(where, names, rows, split)
+    return [[row[c].strip().encode("utf-8", "surrogateescape") for c in columns] for row in rows]
+
+
+def rows_of_part(where: str, names: list[str], rows: list[list[str]], split: str | None) -> list[list[str]]:
+    """The rows of a split, as a column of the table tells it; all rows for None, or where there is no such column."""
+    column = split_column(names)
+    cells = [] if column is None else split_cells(where, names[column], rows, column)
+    part = part_named(where, several(cells), split)
+    if part is not None:
+        return [row for row, cell in zip(rows, cells, strict=True) if cell == part]
+    if split == "val":
+        raise Refused(f"{where}: a list has no validation part without a column split with the values train and val; "
+                      "give the validation images a list of their own")
+    if column is not None and not cells:
+        parallel.say(f"{where}: the column {names[column]!r} is not used, as its values are no parts (train, val)")
+    if parts := several(cells):
+        parallel.say(f"{where}: the rows of all parts are used ({', '.join(sorted(parts))})")
+    return rows
+
+
+def split_column(names: list[str]) -> int | None:
+    return next((names.index(name) for name in SPLIT_COLUMNS if name in names), None)
+
+
+def split_cells(where: str, name: str, rows: list[list[str]], column: int) -> list[str]:
+    """The part of each row, in lower case; [] if the column holds something else.
+
+    Raises:
+        Refused: some of the column's values are parts and others are not.
+    """
+    cells = [row[column].strip().lower() if column < len(row) else "" for row in rows]
+    others = sorted(cell for cell in set(cells) if not is_part(cell))
+    if others and len(others) < len(set(cells)):
+        raise Refused(f"{where}: {others[0]!r} in the column {name!r} is no part of a data set; write train, val or "
+                      "test in all rows, or rename the column")
+    return [] if others else cells
+
+
+def parts_in(where: str, path: str) -> set[str]:
+    """The parts that a list tells apart."""
+    if not path.lower().endswith(".csv"):
+        return set()
+    names, rows = csv_table(where, read(path))
+    column = split_column(names)
+    return set() if column is None else several(split_cells(where, names[column], rows, column))
+
+
+def several(cells: list[str]) -> set[str]:
+    """The parts, if there are two or more: a list of one part alone is a set of its own."""
+    parts = set(cells)
+    return parts if len(parts) > 1 else set()

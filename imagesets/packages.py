@@ -7,6 +7,7 @@ import difflib
 import hashlib
 import inspect
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property, partial
 from types import MappingProxyType
@@ -19,8 +20,10 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+import parallel
 from imagesets.decode import Reading, Reduction, Undecodable, decode, from_pil
 from imagesets.listing import files_hash, numbered
+from imagesets.parts import LABEL_COLUMNS, SPLIT_COLUMNS, is_part
 from parallel import Refused, import_optional
 
 # ---- torchvision ----
@@ -71,7 +74,13 @@ class Torchvision:
             labels = torch.as_tensor([self.dataset[i][1] for i in range(len(self))] if targets is None else targets)
         except (TypeError, ValueError, RuntimeError):  # targets such as boxes, masks or text
             return None, []
-        if labels.shape != (len(self),) or labels.is_floating_point() or labels.min() < 0:
+        if labels.shape != (len(self),) or labels.is_floating_point():
+            return None, []
+        if (missing := labels < 0).any():  # not known
+            if not missing.all():
+                parallel.say(f"{self._name}: no labels, because {int(missing.sum())} of {len(labels)} targets are "
+                             f"negative (the first: image {int(missing.int().argmax())}, counted from 0); for labels "
+                             "choose a labelled part")
             return None, []
         return with_names(labels, getattr(self.dataset, "classes", None))
 
@@ -161,18 +170,17 @@ def construct(make: partial, root: str | None, downloadable: bool) -> Any:
 # ---- Hugging Face ----
 
 SPLITS = {None: ("train",), "train": ("train",), "val": ("validation", "val", "valid", "test")}
-LABELS = ("label", "labels", "target")  # columns of integers or text of these names are labels
 
 
 class HuggingFace:
     """A data set with a column of images, which are decoded like files."""
 
-    def __init__(self, folder: str, dataset: Any, column: str, reading: Reading) -> None:
+    def __init__(self, where: str, folder: str, dataset: Any, column: str, reading: Reading) -> None:
         from datasets import Image as ImageFeature
 
         self.rows = dataset.select_columns([column]).cast_column(column, ImageFeature(decode=False))
         self.folder, self.column, self.reading = folder, column, reading
-        self.labels, self.classes = labels_of(dataset)
+        self.labels, self.classes = labels_of(where, dataset)
         self.fingerprint = dataset._fingerprint
 
     def __len__(self) -> int:
@@ -193,32 +201,63 @@ class HuggingFace:
         return decode(self.content(i), name=self.name(i), reduction=reduction, **self.reading.decoding())
 
 
-def labels_of(dataset: Any) -> tuple[Tensor | None, list[str]]:
-    """Labels and names of classes: of the first ClassLabel column, else of a column of integers, else of text, that is
-    named as in LABELS.
-    """
+def labels_of(where: str, dataset: Any) -> tuple[Tensor | None, list[str]]:
+    """Labels and names of classes, of the `label_column`. Where only some rows have a label, there are none."""
+    column = label_column(where, dataset.features)
+    if column is None:
+        return None, []
+    if "string" in str(dataset.features[column].dtype):
+        texts = [(text or "").strip() for text in dataset.select_columns([column])[:][column]]
+        missing = np.array([not text for text in texts])
+    else:
+        values = dataset.with_format("numpy", columns=[column])[:][column]
+        missing = np.isnan(values) | (values < 0)  # null or -1: not known
+        if not missing.all() and (values[~missing] % 1).any():
+            parallel.say(f"{where}: no labels, because the column {column!r} holds fractions")
+            return None, []
+    if missing.any():
+        if not missing.all():
+            parallel.say(f"{where}: no labels, because {missing.sum()} of {len(missing)} rows have none in the column "
+                         f"{column!r} (the first: row {missing.argmax()}, counted from 0); for labels complete these "
+                         "rows or leave them out")
+        return None, []
+    if "string" in str(dataset.features[column].dtype):
+        numbers, classes = numbered(texts)
+        return torch.tensor(numbers), classes
+    return with_names(torch.as_tensor(values.astype(np.int64)), getattr(dataset.features[column], "names", None))
+
+
+def label_column(where: str, features: Mapping) -> str | None:
+    """The first column of numbers, text or ClassLabel that is named as in LABEL_COLUMNS, else the only ClassLabel."""
     from datasets import ClassLabel
 
-    features = dataset.features
-    columns = [name for name, kind in features.items() if isinstance(kind, ClassLabel)]
-    columns += [name for name in LABELS if "int" in str(getattr(features.get(name), "dtype", ""))]
-    if not columns:
-        return text_labels(dataset)
-    values = dataset.with_format("numpy", columns=columns[:1])[:][columns[0]]
-    labels = torch.as_tensor(values)
-    if labels.is_floating_point() or labels.min() < 0:  # null or -1: not known
-        return None, []
-    return with_names(labels, getattr(features[columns[0]], "names", None))
+    named = [name for known in LABEL_COLUMNS for name, kind in features.items()
+             if name.lower() == known and re.fullmatch(r"u?int\d+|float\d+|(large_)?string", str(dtype(kind)))]
+    coded = [name for name, kind in features.items() if isinstance(kind, ClassLabel)]
+    remedy = "rename a column to 'label' (rename_column of datasets)"
+    if not named and len(coded) > 1:
+        parallel.say(f"{where}: no labels, because each of the columns {', '.join(coded)} could hold them; for labels "
+                     f"{remedy}")
+        return None
+    column, *others = dict.fromkeys(named + coded) or [None]
+    if others:
+        parallel.say(f"{where}: the labels are those of the column {column!r}, not of {', '.join(others)}; for others "
+                     f"{remedy}")
+    return column
 
 
-def text_labels(dataset: Any) -> tuple[Tensor | None, list[str]]:
-    """Labels of a column of text that is named as in LABELS, numbered in the order of their names."""
-    name = next((name for name in LABELS if "string" in str(getattr(dataset.features.get(name), "dtype", ""))), None)
-    values = [] if name is None else dataset.select_columns([name])[:][name]
-    if name is None or None in values:
-        return None, []
-    numbers, classes = numbered(list(values))
-    return torch.tensor(numbers), classes
+def check_parts(where: str, dataset: Any, split: str | None) -> None:
+    """Refuses an evaluation of rows of which a column says that they are training and test images."""
+    for name in SPLIT_COLUMNS if split else ():
+        if "string" in str(dtype(dataset.features.get(name))):
+            parts = sorted(filter(None, dataset.unique(name)))
+            if len(parts) > 1 and all(map(is_part, parts)):
+                raise Refused(f"{where}: its column {name!r} holds several parts ({', '.join(parts)}), which would be "
+                              "mixed; write each to a data set of its own, for --data_path and --val_data_path")
+
+
+def dtype(kind: Any) -> Any:
+    return getattr(kind, "dtype", "")
 
 
 def open_parquet(where: str, files: list[str], split: str | None, reading: Reading) -> HuggingFace:
@@ -234,11 +273,12 @@ def open_parquet(where: str, files: list[str], split: str | None, reading: Readi
         dataset = datasets.Dataset.from_parquet(files)
     except Exception as error:  # of Arrow, of datasets itself, of the file system
         raise Refused(f"{where}: {str(error)[:200]}; give parquet files that can be read") from error
+    check_parts(where, dataset, split)
     column = first_column(dataset, lambda kind: isinstance(kind, datasets.Image)) or first_column(dataset, holds_files)
     if column is None:
         raise Refused(f"{where}: no column of images among {', '.join(dataset.features)}; it has to hold the bytes of "
                       "image files, or {'bytes', 'path'}")
-    images = HuggingFace(files[0], dataset, column, reading)
+    images = HuggingFace(where, files[0], dataset, column, reading)
     images.fingerprint = files_hash(files)
     return images
 
@@ -250,7 +290,7 @@ def first_column(dataset: Any, fits: Callable[[Any], bool]) -> str | None:
 
 def holds_files(kind: Any) -> bool:
     """Whether a column holds the bytes of files, or dicts of bytes and path."""
-    return "binary" in str(getattr(kind, "dtype", "")) or isinstance(kind, dict) and "bytes" in kind
+    return "binary" in str(dtype(kind)) or isinstance(kind, dict) and "bytes" in kind
 
 
 def open_hugging_face(where: str, folder: str | None, split: str | None, reading: Reading) -> HuggingFace:
@@ -270,7 +310,9 @@ def open_hugging_face(where: str, folder: str | None, split: str | None, reading
         dataset = dataset[name]
     elif split == "val":
         raise Refused(f"{where}: it has no splits, so none for validation; give a DatasetDict")
+    else:
+        check_parts(where, dataset, split)
     column = first_column(dataset, lambda kind: isinstance(kind, datasets.Image))
     if column is None:
         raise Refused(f"{where}: no column of datasets.Image among {', '.join(dataset.features)}; cast one to it")
-    return HuggingFace(folder, dataset, column, reading)
+    return HuggingFace(where, folder, dataset, column, reading)

@@ -159,19 +159,24 @@ def read_shards(where: str, paths: Sequence[bytes], reading: Reading) -> Shards:
     known = frozenset(map(os.fsencode, suffixes(reading.in_chans)))
     real = [os.path.realpath(path) for path in paths]
     what = "\n".join(map(os.fsdecode, real))
-    table = listing.listed(what, known, lambda stamps: shards_table(where, real, known, stamps), ["note"])
+    table = listing.listed(what, known, lambda stamps: shards_table(where, real, known, stamps), ["note", "unlabelled"])
     if not table["left_out"] and not len(table["paths"]):
         raise Refused(f"{where}: no images in {len(paths)} shard(s); give shards that hold some, named key.jpg")
     if table["left_out"] and parallel.is_main():
         print(f"{where}: {table['left_out']} images are left out: only the first image of a sample is used", flush=True)
     if note := printable(table["note"].tobytes()):
         parallel.say(f"{where}: {note}")
-    return Shards(paths, table, reading)
+    images = Shards(paths, table, reading)
+    count, first = table["unlabelled"].tolist()
+    if 0 < count < len(images):
+        parallel.say(f"{where}: no labels, because {count} of {len(images)} samples have none (the first: "
+                     f"{images.name(first)!r}); for labels add key.cls to these samples, or leave them out")
+    return images
 
 
 def shards_table(where: str, paths: Sequence[bytes], known: frozenset[bytes], stamps: list[tuple]) -> listing.Table:
     """Columns: paths, shard, offset, size and (if all have one) labels of the images; classes; left_out, a count; note,
-    which samples have no image.
+    which samples have no image; unlabelled, the number of images without a label and the first of them.
 
     Raises:
         Refused: a shard can't be read, or the members of a sample don't follow each other.
@@ -197,11 +202,13 @@ def shards_table(where: str, paths: Sequence[bytes], known: frozenset[bytes], st
                 rows["offset"].append(image.offset)
                 rows["size"].append(image.size)
                 labels.append(label_of(where, path, sample))
-    numbers, classes = listing.numbered(labels) if None not in labels else ([], [])
+    missing = [i for i, label in enumerate(labels) if label is None]
+    numbers, classes = ([], []) if missing else listing.numbered(labels)
     note = listing.passed_over(others, "samples without an image")
     return {k: np.array(v) for k, v in rows.items()} | {
         "note": np.frombuffer(os.fsencode(note), np.uint8),
         "paths": np.frombuffer(names, np.uint8), "left_out": np.array(left_out),
+        "unlabelled": np.array([len(missing), missing[0] if missing else 0], np.int64),
         "labels": np.array(numbers, np.int64), "classes": listing.pack(name.encode() for name in classes),
     }
 
@@ -283,9 +290,11 @@ def label(tar: tarfile.TarFile, name: str, member: tarfile.TarInfo) -> str | Non
     """The text of a .cls member, or the field `label` or `cls` of a .json member; None for all others."""
     suffix = os.path.splitext(name)[1].lower()
     if suffix == ".cls":
-        return tar.extractfile(member).read().decode().strip()
+        return tar.extractfile(member).read().decode().strip() or None
     if suffix != ".json":
         return None
     fields = json.loads(tar.extractfile(member).read())
     value = next((fields[k] for k in ("label", "cls") if k in fields), None) if isinstance(fields, dict) else None
-    return str(value) if isinstance(value, (int, str)) and not isinstance(value, bool) else None
+    if isinstance(value, float) and value.is_integer():  # as tools write that know no integers
+        value = int(value)
+    return str(value).strip() or None if isinstance(value, (int, str)) and not isinstance(value, bool) else None

@@ -14,6 +14,7 @@ Shapes: N images in all, C channels.
 
 import os
 import re
+import stat
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -41,10 +42,11 @@ from imagesets.listing import (
     pack,
     passed_over,
 )
-from imagesets.lists import read_rows
-from imagesets.packages import open_hugging_face, open_parquet, open_torchvision
+from imagesets.lists import parts_in, read_rows
+from imagesets.packages import SPLITS, open_hugging_face, open_parquet, open_torchvision
+from imagesets.parts import class_folders, part_named
 from imagesets.shards import expand, named_by, open_folder_of_shards, open_shards
-from imagesets.zipped import open_zip
+from imagesets.zipped import open_zip, zip_folders
 from parallel import Refused
 
 
@@ -129,8 +131,21 @@ def open_images(
     except OSError as error:
         name = printable(os.fsencode(error.filename or path))
         raise Refused(f"{where}: {name!r}: {error.strerror or error}; make it readable or remove it") from error
-    raise Refused(f"{where}: no folder or .txt list has this name, nor a .csv or .zip; give one, or .tar shards, "
-                  ".parquet files, torchvision:NAME, hf:FOLDER, or shapes or scenes[:COUNT[xPIXELS]]")
+    raise Refused(f"{where}: {what_is_there(path)}; give a folder or .txt list, a .csv or .zip, .tar shards, .parquet "
+                  "files, torchvision:NAME, hf:FOLDER, or shapes or scenes[:COUNT[xPIXELS]]")
+
+
+def what_is_there(path: str) -> str:
+    """Where a path is no source of images, what it is instead."""
+    try:
+        mode = os.lstat(path).st_mode
+        if stat.S_ISLNK(mode) and not os.path.exists(path):
+            return f"it is a link to {os.readlink(path)!r}, which isn't there"
+        mode = os.stat(path).st_mode
+    except OSError:
+        return "no folder or .txt list has this name"
+    kinds = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
+    return f"it is {kinds.get(stat.S_IFMT(mode), 'a file of another kind')}, not a folder or .txt list"
 
 
 class Files:
@@ -190,13 +205,7 @@ def open_folder(where: str, folder: str, split: str | None, reading: Reading) ->
                       + (f". {note}" if note else ""))
     if note:
         parallel.say(f"{where}: {note}")
-    strays, numbers = np.flatnonzero(labels < 0), np.unique(labels[labels >= 0])
-    if len(strays) and len(numbers) > 1:
-        parallel.say(f"{where}: no labels, because {len(strays)} of {len(labels)} images lie beside the class folders "
-                     f"(the first: {printable(paths[strays[0]])!r}); for labels move them into these")
-    if len(strays) or len(numbers) < 2:
-        return Files(folder, paths, None, [], reading)
-    classes = [printable(name) for name in Texts(table["classes"])]
+    labels, classes = class_folders(where, paths, labels, [printable(name) for name in Texts(table["classes"])])
     return Files(folder, paths, labels, classes, reading)
 
 
@@ -225,20 +234,39 @@ def folder_table(folder: bytes, known: frozenset[bytes], stamps: list[tuple]) ->
 
 
 def split_folder(where: str, folder: str, split: str | None) -> str:
-    names = {None: (), "train": ("train",), "val": ("val", "test")}[split]
-    for name in names:
-        if os.path.isdir(os.path.join(folder, name)):
-            return os.path.join(folder, name)
-    if split == "val":
+    part = part_named(where, folders_in(folder) if split else (), split)
+    if split == "val" and part is None:
         raise Refused(f"{where}: no folder val or test in it; give a folder that has one")
-    return folder
+    return folder if part is None else os.path.join(folder, part)
+
+
+def folders_in(folder: str) -> list[str]:
+    with os.scandir(folder) as entries:
+        return [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
+
+
+def has_test_part(data_path: str) -> bool:
+    """Whether `open_images` finds a validation part in it."""
+    if re.fullmatch(r"(shapes|scenes|torchvision)(:.*)?", data_path):
+        return True
+    where, path = f"--data_path {data_path!r}", os.path.expanduser(data_path.removeprefix("hf:"))
+    if data_path.startswith("hf:"):
+        return any(os.path.isdir(os.path.join(path, name)) for name in SPLITS["val"])
+    with parallel.refusing(where, "make it readable"):
+        if os.path.isdir(path):
+            names = folders_in(path)
+        elif os.path.isfile(path) and path.lower().endswith(".zip"):
+            names = zip_folders(where, path)
+        elif os.path.isfile(path) and path.lower().endswith((".txt", ".csv")):
+            names = parts_in(where, path)
+        else:
+            names = ()
+    return part_named(where, names, "val") is not None
 
 
 def open_list(where: str, path: str, split: str | None, reading: Reading) -> Files:
-    if split == "val":
-        raise Refused(f"{where}: a list has no validation part; give the validation images a list of their own")
     folder = os.path.dirname(path)
-    rows = read_rows(where, path)
+    rows = read_rows(where, path, split)
     labels, classes = numbered([printable(row[1]) for row in rows]) if len(rows[0]) == 2 else (None, [])
     files = Files(folder, Texts(pack(row[0] for row in rows)), labels, classes, reading)
     if not os.path.isfile(files.path(0)):  # catches the usual mistake; checking all would take long

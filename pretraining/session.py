@@ -16,7 +16,7 @@ from imagesets.bad_images import BadImages
 from imagesets.pixels import Pixels
 from imagesets.sources import Images
 from parallel import Refused
-from pretraining import faults, monitor
+from pretraining import faults, monitor, same_images
 from pretraining.evaluation import KnnEvaluation
 from pretraining.faults import TO_BE_CONTINUED
 from pretraining.logs import Log
@@ -88,6 +88,7 @@ def carry_out(
         extend: the run may be longer than the checkpoint's, or on more images.
         train: trains from `run.step` to the end and returns True, or False if a signal ended it early.
     """
+    run.image_sample = same_images.sample(ends.images)
     latest = run.find_checkpoint(extend)
     flags.prepare_output(run.folder)
     with owned(run.folder):

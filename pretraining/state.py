@@ -16,6 +16,7 @@ from parallel import Refused
 from pretraining import failures, sharding
 from pretraining.meters import Meters, averaged
 from pretraining.plan import Plan
+from pretraining.same_images import differing
 from weights import checkpoints
 
 # Flags that may differ when a run resumes, because they do not change what it computes.
@@ -54,6 +55,7 @@ class Run:
     knn: dict[str, float] = field(default_factory=dict)  # latest and best accuracy, and the baselines
     last_saved: str = "none"
     watch: failures.Watch | None = None
+    image_sample: list[str] = field(default_factory=list)  # see `same_images`; empty: not compared
 
     def __post_init__(self) -> None:
         self.set_precision(self.dtype)
@@ -104,6 +106,7 @@ class Run:
             "rng": parallel.gather_objects(checkpoints.rng_state(self.device)),
             "meters": parallel.gather_objects(self.meters.state_dict()),
             "knn": self.knn,
+            "image_sample": self.image_sample,
             "best_checkpoint": checkpoints.BEST if "best" in self.knn else None,
         }
 
@@ -149,6 +152,7 @@ class Run:
         changed = self.changed(state)
         if not changed or extend and changed.keys() <= LENGTH:
             self.check_extension(state, changed)
+            self.check_images(state, path)
             return
         shown = ", ".join(f"{k} {old} -> {new}" for k, (old, new) in changed.items())
         remedy = "choose another folder, or the same flags to resume"
@@ -177,6 +181,22 @@ class Run:
             done = self.step_after(state) / (1 if flag == "steps" else unit)
             raise Refused(f"--extend: --{flag} {self.settings[flag]} is not more than the {done:g} done; raise it")
 
+    def check_images(self, state: Mapping, path: Path) -> None:
+        """Raise Refused if most images are others than the checkpoint's."""
+        others, compared = self.other_images(state)
+        if 2 * others > compared:
+            raise Refused(f"--output_dir {path.parent}: {path.name} belongs to a run on other images: {others} of "
+                          f"{compared} that were compared are not those that --data_path {self.settings['data_path']} "
+                          f"has in their places; give that run's images to resume, or start another run in another "
+                          f"folder (with --init_from {path} from its weights)")
+
+    def other_images(self, state: Mapping) -> tuple[int, int]:
+        """How many images differ from the checkpoint's, and how many could be compared: none where their number has
+        changed, or of a checkpoint from before they were stored."""
+        if state["args"]["images"] != self.settings["images"]:
+            return 0, 0
+        return differing(state.get("image_sample", ()), self.image_sample)
+
     def step_after(self, state: Mapping) -> int:
         """The step at which this run continues: as many epochs, of its own images, as the checkpoint's run has done."""
         before = steps_per_epoch_of(state)
@@ -202,6 +222,9 @@ class Run:
             self.meters.load_state_dict(averaged(state["meters"]), self.device)
             parallel.say(f"{len(state['rng'])} -> {parallel.world_size()} processes: equal up to rounding, not bit by "
                          "bit, and stochastic depth draws other random numbers")
+        others, compared = self.other_images(state)
+        if others:
+            parallel.say(f"{others} of {compared} images that were compared are not those of the run so far")
         if changed := self.changed(state):
             self.say_extended(state, changed)
 

@@ -8,6 +8,7 @@ Shapes: M test images, C classes, S settings.
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -243,6 +244,7 @@ def apply_classifier(network: Network, task: Task, training: Training, folder: P
         task.notes.append(f"--linear_weights {linear_weights}: its outputs have no names and are taken for the classes "
                           f"in {order}")
         parallel.say(task.notes[-1])
+    names = [unicodedata.normalize("NFC", name) for name in names]  # as `splits.match_classes` does
     number = {name: i for i, name in enumerate(task.classes)}
     if not number.keys() & set(names):
         raise Refused(f"--linear_weights {linear_weights}: none of its classes ({', '.join(names[:5])}, ...) is in "

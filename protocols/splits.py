@@ -5,8 +5,7 @@ Shapes: N images, D width.
 
 from __future__ import annotations
 
-import os
-import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -16,16 +15,8 @@ from torch import Tensor
 
 from imagesets.checking import Chosen, open_checked
 from imagesets.decode import PLAIN, Reading
-from imagesets.sources import Images
+from imagesets.sources import Images, has_test_part
 from parallel import Refused
-
-
-def has_test_part(data_path: str) -> bool:
-    if re.fullmatch(r"(shapes|scenes|torchvision)(:.*)?", data_path):
-        return True
-    names = ("validation", "val", "test") if data_path.startswith("hf:") else ("val", "test")
-    folder = os.path.expanduser(data_path.removeprefix("hf:"))
-    return any(os.path.isdir(os.path.join(folder, name)) for name in names)
 
 
 def open_parts(data_path: str, val_data_path: str = "", reading: Reading = PLAIN) -> list[Images]:
@@ -59,12 +50,16 @@ class Part(NamedTuple):
 def match_classes(train: Part, test: Part, flag: str = "--data_path") -> list[Part]:
     """Renumber the labels of both parts by one list of classes: the training set's, then those of the test set alone.
 
+    Names are compared in Unicode's form NFC, as macOS writes accents in another form than Linux.
+
     Args:
         flag: the flag that names the data, for messages.
 
     Raises:
         Refused: the lists differ, and one of them has two classes of the same name; or no class occurs in both parts.
     """
+    train, test = (part._replace(classes=[unicodedata.normalize("NFC", name) for name in part.classes])
+                   for part in (train, test))
     if train.classes != test.classes:
         for part in (train, test):
             if len(set(part.classes)) < len(part.classes):

@@ -26,6 +26,7 @@ import eval_knn
 import eval_semantic
 import flags
 import main_dino
+import parallel
 import visualize_attention
 from imagesets import loaders
 from pretraining import faults
@@ -582,3 +583,12 @@ def test_an_image_size_that_patches_do_not_divide_is_told(here, capsys):
         assert f"{flag} {size} is not a multiple of the patch size 16" in said and f"give {remedy}" in said
     features.load_network(str(here / "nano.pth"), crop_size=32)
     assert "multiple" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("below", ["", "/run"])
+def test_an_output_folder_that_is_a_link_to_nothing(tmp_path, below):
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    with pytest.raises(parallel.Refused, match=r"--output_dir .*link.* is a link to '.*gone'.*choose another"):
+        flags.prepare_output(f"{tmp_path}/link{below}")
+    (tmp_path / "gone").mkdir()
+    assert flags.prepare_output(f"{tmp_path}/link{below}").is_dir()

@@ -4,8 +4,10 @@ import math
 import shutil
 import subprocess
 import sys
+import zipfile
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
@@ -245,6 +247,47 @@ def test_a_run_of_some_steps_keeps_its_last_line(tmp_path):
     assert [line["step"] for line in json_lines(tmp_path / "log.txt")] == [8, 9]
     assert start_again(tmp_path, "--steps", "9") == 0
     assert (tmp_path / "log.txt").read_text() == before
+
+
+def write_images(folder, seed, n=16):
+    pixels = np.random.default_rng(seed).integers(0, 256, (n, 40, 40, 3), np.uint8)
+    for i in range(n):
+        path = folder / f"{'ab'[i % 2]}" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels[i]).save(path)
+    return folder
+
+
+def test_a_run_does_not_go_on_with_other_images(tmp_path, capsys):
+    """A folder may move, be packed, and have a file repaired; as many images of another set are refused."""
+    def resumed(data, *flags):
+        code = start_again(tmp_path / "run", "--steps", "2", "--data_path", str(data), *flags)
+        return code, capsys.readouterr()
+
+    assert resumed(write_images(tmp_path / "first", 0))[0] == 0
+    (tmp_path / "first").rename(tmp_path / "moved")
+    (tmp_path / "moved" / "a").rename(tmp_path / "moved" / "ant")
+    assert resumed(tmp_path / "moved")[0] == 0
+    with zipfile.ZipFile(tmp_path / "packed.zip", "w") as archive:
+        for path in sorted((tmp_path / "moved").rglob("*.png")):
+            archive.write(path, path.relative_to(tmp_path))
+    code, said = resumed(tmp_path / "packed.zip")
+    assert code == 0 and "compared" not in said.out
+    Image.new("RGB", (40, 40)).save(tmp_path / "moved" / "ant" / "0.png")
+    code, said = resumed(tmp_path / "moved")
+    assert code == 0 and "1 of 16 images that were compared" in said.out
+
+    for data, flags in ((write_images(tmp_path / "other", 1), ()), (tmp_path / "other", ("--steps", "3", "--extend")),
+                        ("shapes:16x32", ())):  # fmt: skip
+        code, said = resumed(data, *flags)
+        assert code == 2 and said.err.count("\n") == 1 and f"--data_path {data}" in said.err and "16 of 16" in said.err
+        assert "--init_from" in said.err
+
+    path = tmp_path / "run" / "checkpoint.pth"
+    state = torch.load(path, weights_only=True)
+    assert len(state.pop("image_sample")) == 16
+    torch.save(state, path)  # as older versions wrote it
+    assert resumed(tmp_path / "other")[0] == 0
 
 
 def test_a_part_of_a_checkpoint_is_no_resume(tmp_path):

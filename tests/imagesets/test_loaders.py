@@ -377,7 +377,9 @@ def test_torchvision_without_root_or_labels(monkeypatch):
     [
         ("nowhere", None, 3, "no folder or .txt list"),
         ("", None, 3, "no folder or .txt list"),
-        ("image.png", None, 3, "no folder or .txt list"),
+        ("image.png", None, 3, "a file of another kind, not a folder"),
+        ("fifo.txt", None, 3, "it is a pipe, not a folder or .txt list"),
+        ("dangling", None, 3, "it is a link to 'gone', which isn't there"),
         ("empty", None, 3, "no images .* give a folder that holds some"),
         ("texts", None, 3, "no images"),
         ("images", None, 7, r"no images .*\(.npy, as --in_chans is 7\)"),
@@ -413,6 +415,8 @@ def test_errors_are_one_line_with_flag_value_and_remedy(tmp_path, monkeypatch, d
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "image.png")
     write(tmp_path / "images" / "a.png")
+    os.mkfifo(tmp_path / "fifo.txt")
+    (tmp_path / "dangling").symlink_to("gone")
     (tmp_path / "empty").mkdir()
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.txt").write_text("a")

@@ -13,8 +13,9 @@ from PIL import Image
 from test_decode import pixels
 
 from imagesets import dicom, heif
-from imagesets.decode import Undecodable, decode
-from imagesets.sources import open_images
+from imagesets.decode import Reading, Undecodable, decode
+from imagesets.packages import Torchvision
+from imagesets.sources import has_test_part, open_images
 from parallel import Refused
 
 COLOURS = {"cat/a b.png": 10, "cat/b.png": 20, "dog/c.png": 30}
@@ -113,6 +114,54 @@ def test_csv_files_that_are_refused(files, text, words):
     assert levels(open_images(files / "l.csv")) == [20]
 
 
+def test_labels_without_the_spaces_around_them(files):
+    (files / "l.txt").write_text("cat/a b.png\tcat \ncat/b.png\t cat\ndog/c.png\tdog\n")
+    assert labelled(open_images(files / "l.txt")) == EXPECTED
+    (files / "l.txt").write_text("cat/a b.png\tcaf\u00e9\ncat/b.png\tcafe\u0301\n")  # é of Linux, and of macOS
+    assert open_images(files / "l.txt").classes == ["caf\u00e9"]
+
+
+def test_comments_and_line_ends_of_old_macs(files, capsys):
+    (files / "#dog").mkdir()
+    (files / "#dog/c.png").write_bytes(png(30))
+    lines = ["# path\tand label", "cat/a b.png\tcat", "#", "cat/b.png\tcat", "#dog/c.png\tdog"]
+    for ends in ("\n", "\r\n", "\r"):
+        (files / "l.txt").write_bytes(ends.join(lines).encode())
+        assert labelled(open_images(files / "l.txt")) == EXPECTED
+        assert "2 of 5 lines are comments" in capsys.readouterr().out
+    (files / "l.txt").write_text("cat/b.png\tcat\ndog/c.png\n")
+    with pytest.raises(Refused, match="some lines.*'dog/c.png'.*write"):
+        open_images(files / "l.txt")
+
+
+TABLE = "path,{},{}\ncat/b.png,cat,{}\ndog/c.png,dog,{}\ncat/a b.png,cat,{}\n"
+
+
+@pytest.mark.parametrize("label, split, train, val", [
+    ("label", "split", "train", "val"), ("labels", "Subset", "Training", "TEST"),
+])  # fmt: skip
+def test_a_column_that_tells_the_part(files, label, split, train, val, capsys):
+    (files / "l.csv").write_text(TABLE.format(label, split, train, train, val))
+    assert has_test_part(str(files / "l.csv"))
+    assert labelled(open_images(files / "l.csv", "train")) == [(20, "cat"), (30, "dog")]
+    assert labelled(open_images(files / "l.csv", "val")) == [(10, "cat")] and capsys.readouterr().out == ""
+    assert len(open_images(files / "l.csv")) == 3 and "all parts" in capsys.readouterr().out
+
+
+def test_columns_that_do_not_help(files, capsys):
+    (files / "l.csv").write_text(TABLE.format("label", "split", "fold1", "fold1", "fold2"))
+    assert not has_test_part(str(files / "l.csv")) and len(open_images(files / "l.csv", "train")) == 3
+    assert "'split' is not used" in capsys.readouterr().out
+    (files / "l.csv").write_text(TABLE.format("label", "split", "train", "", "val"))
+    with pytest.raises(Refused, match="'' in the column 'split'.*write train, val"):
+        open_images(files / "l.csv", "train")
+    (files / "l.csv").write_text(TABLE.format("label", "split", "test", "test", "test"))  # a list of one part
+    assert not has_test_part(str(files / "l.csv")) and len(open_images(files / "l.csv", "train")) == 3
+    (files / "l.csv").write_text(TABLE.format("breed", "id", 1, 2, 3))
+    assert open_images(files / "l.csv").labels is None
+    assert "no labels" in (said := capsys.readouterr().out) and "breed" in said and "category" in said
+
+
 # ---- Archives ----
 
 
@@ -151,6 +200,78 @@ def test_archives_that_cannot_be_read_are_refused(tmp_path):
         open_images(path).load(0)
 
 
+# ---- Parts ----
+
+PARTS = {"cat/1.png": 10, "dog/2.png": 20, "cat/3.png": 30, "dog/4.png": 40}  # two of each part
+
+
+def write_parts(folder, kind, train, val, more=()):
+    names = [f"{train if i < 2 else val}/{name}" for i, name in enumerate(PARTS)] + list(more)
+    contents = [png(level) for level in PARTS.values()] + [png(99) for _ in more]
+    if kind == "zip":
+        with zipfile.ZipFile(folder / "a.zip", "w") as archive:
+            for name, content in zip(names, contents, strict=True):
+                archive.writestr(f"top/{name}", content)
+        return folder / "a.zip"
+    for name, content in zip(names, contents, strict=True):
+        (folder / "a" / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "a" / name).write_bytes(content)
+    return folder / "a"
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+@pytest.mark.parametrize("train, val", [("train", "test"), ("Train", "Test"), ("training", "validation"),
+                                        ("TRAIN", "valid"), ("training", "val")])  # fmt: skip
+def test_parts_by_their_usual_names(tmp_path, kind, train, val, capsys):
+    path = write_parts(tmp_path, kind, train, val)
+    assert has_test_part(str(path))
+    assert labelled(open_images(path, "train")) == [(10, "cat"), (20, "dog")]
+    assert labelled(open_images(path, "val")) == [(30, "cat"), (40, "dog")]
+    assert capsys.readouterr().out == ""
+    whole = open_images(path)  # parts are no classes
+    assert whole.labels is None and levels(whole) == [v for _, v in sorted(zip((train, train, val, val), PARTS.values(),
+                                                                             strict=True))]
+    said = capsys.readouterr().out
+    assert all(word in said for word in ("no labels", train, val, "rename"))
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+def test_classes_with_names_of_parts(tmp_path, kind, capsys):
+    """Among other classes, `training` and `Train` are classes."""
+    path = write_parts(tmp_path, kind, "training", "running")
+    assert not has_test_part(str(path)) and open_images(path, "train").classes == ["running", "training"]
+    (tmp_path / "b").mkdir()
+    path = write_parts(tmp_path / "b", kind, "running", "test")
+    with pytest.raises(Refused, match="'test' .*no 'train'.*rename"):
+        open_images(path, "train")
+
+
+def test_parts_that_differ_in_case_only(tmp_path):
+    path = write_parts(tmp_path, "folder", "Train", "Test", ["TRAIN/cat/5.png"])
+    with pytest.raises(Refused, match="TRAIN and Train .*rename"):
+        open_images(path, "train")
+
+
+def test_an_image_beside_the_folders_of_an_archive_is_named(tmp_path, capsys):
+    images = open_images(write_parts(tmp_path, "zip", "a", "b", ["stray.png"]))
+    assert images.labels is None and len(images) == 5
+    line = capsys.readouterr().out
+    assert "no labels" in line and "1 of 5 images" in line and "stray.png" in line and "move" in line
+
+
+def test_archives_with_backslashes(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        for name, level in COLOURS.items():
+            archive.writestr(name.replace("/", "\\"), png(level))
+    assert labelled(open_images(tmp_path / "a.zip")) == EXPECTED
+
+
+def test_class_folders_in_two_unicode_forms(tmp_path, capsys):
+    composed, apart = "caf\u00e9", "cafe\u0301"
+    images = open_images(write_parts(tmp_path / "two", "folder", composed, apart))
+    assert images.labels is None and "u0301" in (said := capsys.readouterr().out) and "join" in said
+
+
 # ---- Tables ----
 
 
@@ -182,6 +303,66 @@ def test_labels_of_saved_data_sets_may_be_text(tmp_path):
     data.save_to_disk(tmp_path / "text")
     images = open_images(f"hf:{tmp_path / 'text'}")
     assert images.classes == ["ant", "zebra"] and images.labels.tolist() == [1, 0, 1]
+
+
+def saved(folder, **columns) -> str:
+    """A Hugging Face data set of three images; columns: (type, values)."""
+    datasets = pytest.importorskip("datasets")
+    kinds = {"class": datasets.ClassLabel(names=["ant", "bee"])}
+    features = datasets.Features({"image": datasets.Image()} | {
+        name: kinds.get(kind) or datasets.Value(kind) for name, (kind, _) in columns.items()})
+    cells = [{"bytes": png(level), "path": None} for level in COLOURS.values()]
+    rows = {"image": cells} | {name: values for name, (_, values) in columns.items()}
+    datasets.Dataset.from_dict(rows, features).save_to_disk(folder)
+    return f"hf:{folder}"
+
+
+FIRST, CODED = ("class", [0, 0, 1]), ("class", [1, 0, 0])
+
+
+@pytest.mark.parametrize("columns, labels, classes, words", [
+    ({"is_train": FIRST, "label": CODED}, [1, 0, 0], ["ant", "bee"], ("'label'", "is_train")),
+    ({"is_train": FIRST, "label": ("int64", [7, 5, 5])}, [1, 0, 0], ["5", "7"], ("'label'", "is_train")),
+    ({"Category": ("string", ["b", "a ", "a"])}, [1, 0, 0], ["a", "b"], ()),
+    ({"kind": CODED}, [1, 0, 0], ["ant", "bee"], ()),
+    ({"label": ("float64", [3.0, 1.0, 1.0])}, [1, 0, 0], ["1", "3"], ()),
+    ({"is_train": FIRST, "kind": CODED}, None, [], ("no labels", "is_train, kind", "rename_column")),
+    ({"label": ("float64", [0.5, 1.0, 2.0])}, None, [], ("no labels", "fractions")),
+    ({"label": ("class", [0, 1, -1])}, None, [], ("no labels", "1 of 3 rows", "'label'", "row 2")),
+    ({"label": ("class", [0, None, None])}, None, [], ("no labels", "2 of 3 rows", "row 1", "complete")),
+    ({"target": ("int64", [None, 1, 2])}, None, [], ("no labels", "1 of 3 rows", "'target'", "row 0")),
+    ({"labels": ("string", ["a", None, "b"])}, None, [], ("no labels", "1 of 3 rows", "'labels'", "row 1")),
+    ({"label": ("class", [-1, -1, -1])}, None, [], ()),  # a test set without labels
+])  # fmt: skip
+def test_the_column_of_labels(tmp_path, columns, labels, classes, words, capsys):
+    path = saved(tmp_path / "set", **columns)
+    capsys.readouterr()
+    images = open_images(path)
+    said = capsys.readouterr().out
+    assert (None if images.labels is None else images.labels.tolist()) == labels and images.classes == classes
+    assert all(word in said for word in words) and bool(said) == bool(words)
+
+
+@pytest.mark.parametrize("targets, labels, words", [
+    ([4, 2, 4], [1, 0, 1], ()), ([0, -1, -1], None, ("no labels", "2 of 3", "image 1")), ([-1, -1, -1], None, ()),
+])  # fmt: skip
+def test_targets_of_torchvision_that_are_not_known(targets, labels, words, capsys):
+    class Three(list):
+        pass
+
+    dataset = Three(COLOURS)
+    dataset.targets = targets
+    images = Torchvision("torchvision:STL10", dataset, Reading())
+    assert (None if images.labels is None else images.labels.tolist()) == labels
+    said = capsys.readouterr().out
+    assert all(word in said for word in words) and bool(said) == bool(words)
+
+
+def test_rows_of_several_parts_are_not_mixed(tmp_path):
+    path = saved(tmp_path / "set", split=("string", ["train", "Test", "train"]), label=CODED)
+    assert len(open_images(path)) == 3  # to train on without labels
+    with pytest.raises(Refused, match="'split' .*Test, train.*--val_data_path"):
+        open_images(path, "train")
 
 
 # ---- DICOM ----

@@ -105,6 +105,30 @@ def test_shards_without_labels(class_folder, tmp_path):
     assert found.labels is None and found.classes == [] and len(found) == N
 
 
+def write_samples(path: Path, labels: list) -> str:
+    """A shard of one image per label; bytes go to a .cls member, the rest, but None, to a .json one."""
+    with tarfile.open(path, "w") as tar:
+        for i, label in enumerate(labels):
+            add(tar, f"{i}.png", png(i))
+            if label is not None:
+                text = label if isinstance(label, bytes) else json.dumps({"label": label}).encode()
+                add(tar, f"{i}.cls" if isinstance(label, bytes) else f"{i}.json", text)
+    return str(path)
+
+
+@pytest.mark.parametrize("missing", [None, b" ", 1.5, True])
+def test_a_sample_without_a_label_is_named(tmp_path, missing, capsys):
+    images = open_images(write_samples(tmp_path / "a.tar", [b"1", 0, missing, b"1", missing]))
+    assert images.labels is None and images.classes == []
+    said = capsys.readouterr().out
+    assert all(word in said for word in ("no labels", "2 of 5 samples", "a.tar/2.png", "key.cls"))
+
+
+def test_labels_in_json_may_be_whole_floats(tmp_path):
+    images = open_images(write_samples(tmp_path / "a.tar", [b"1", 1.0, 0, 2.0]))
+    assert images.labels.tolist() == [1, 1, 0, 2] and images.classes == ["0", "1", "2"]
+
+
 def test_shards_of_webdataset_read_as_webdataset_does(class_folder, tmp_path):
     images = open_images(class_folder)
     pattern = by_webdataset(images, tmp_path / "a")

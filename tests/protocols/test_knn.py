@@ -202,6 +202,12 @@ def test_classes_are_matched_by_name():
     assert "no test images (ant)" in notes
 
 
+def test_classes_in_two_unicode_forms_are_matched():
+    train = Part(torch.eye(2), torch.tensor([0, 1]), ["bee", "cafe\u0301"])  # as macOS writes it
+    test = Part(torch.eye(2), torch.tensor([0, 1]), ["bee", "caf\u00e9"])
+    assert [part.classes for part in splits.match_classes(train, test)] == [["bee", "caf\u00e9"]] * 2
+
+
 def test_sets_without_a_common_class_are_refused():
     train, test = (Part(torch.eye(2), torch.tensor([0, 1]), names) for names in (["ant", "bee"], ["cat", "dog"]))
     with pytest.raises(Refused, match="--x: .*training: ant, bee; test: cat, dog.*same names"):
