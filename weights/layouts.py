@@ -480,8 +480,9 @@ RESNET_ALIAS = re.compile(r"((tv|ssl|swsl|gluon|ig)_)?(?P<arch>resnet\d+)(_v1b)?
 def configured(weights: Weights, state: Mapping[str, Tensor], config: Mapping) -> Weights:
     """The recognized network with what its configuration says and its tensors do not show.
 
-    Another number of heads becomes an option. A network of timm that computes something else than this project's of the
-    same tensors, such as another activation or pooling, becomes timm's own, with the names and arguments there.
+    Another number of heads becomes an option. A network of timm that this project does not have, or that computes
+    something else than this project's of the same tensors, such as another activation or pooling, becomes timm's own,
+    with the names and arguments there.
 
     Args:
         state: the tensors under the file's names.
@@ -490,13 +491,16 @@ def configured(weights: Weights, state: Mapping[str, Tensor], config: Mapping) -
     Raises:
         BadFile: a network of another library that computes something else.
     """
-    is_vit = weights.arch in VIT_SIZES.values()
-    if not config or not (is_vit or weights.arch in RESNETS.values()):
-        return weights
     arguments = config.get("model_args")
     arguments = {k: v for k, v in arguments.items() if v is not None} if isinstance(arguments, Mapping) else {}
     name = config.get("architecture")
     timm = name.split(".")[0] if isinstance(name, str) else None
+    own = {k: weights.options[k] for k in ("patch_size", "in_chans") if k in weights.options}
+    if weights.arch is None and timm and arguments:
+        return Weights("", timm, own | {"timm_args": timm_arguments(arguments, {})}, dict(state))
+    is_vit = weights.arch in VIT_SIZES.values()
+    if not config or not (is_vit or weights.arch in RESNETS.values()):
+        return weights
     shape = (config.get("pretrained_cfg") or config).get("input_size") if timm else None
     timm_fields = {"global_pool": config.get("global_pool"),
                    "input_size": shape[1:] if isinstance(shape, list) else None} | arguments
@@ -509,8 +513,7 @@ def configured(weights: Weights, state: Mapping[str, Tensor], config: Mapping) -
     other = {k: stated[k] for k, (is_ours, _) in fields.items() if stated.get(k) is not None and not is_ours(stated[k])}
     alias = RESNET_ALIAS.fullmatch(timm or "")
     if timm and (other or not is_vit and not (alias and alias["arch"] == weights.arch)):
-        return Weights("", timm, {"timm_args": timm_arguments(timm_fields, state)} | {
-            k: weights.options[k] for k in ("patch_size", "in_chans") if k in weights.options}, dict(state))
+        return Weights("", timm, own | {"timm_args": timm_arguments(timm_fields, state)}, dict(state))
     for field, value in other.items():
         raise BadFile(f"{config['source']} says {field} {value!r}, and {weights.arch} has {fields[field][1]}, so that "
                       "its features would be others; give other weights, or, if that file does not belong to these, "

@@ -330,6 +330,22 @@ def test_timms_configuration(tmp_path, arch, options, same_as_ours):
             assert_same(backbones.load_backbone(path)[0], theirs, *size)
 
 
+def test_arguments_of_timms_networks_that_this_project_does_not_have(tmp_path):
+    options = {"img_size": [32, 32], "depth": 2, "act_layer": "quick_gelu", "num_classes": 0, "in_chans": 3}
+    theirs = timm.create_model("vit_base_patch16_clip_224", **options).eval()
+    theirs.load_state_dict(random_like(theirs.state_dict()))
+    path = saved(theirs.state_dict(), tmp_path)
+    beside({"architecture": "vit_base_patch16_clip_224", "model_args": options, "pretrained_cfg": {}}, tmp_path)
+    for arch in (None, "vit_base_patch16_clip_224", "vit_base_patch16_clip_224.openai"):
+        assert_same(backbones.load_backbone(path, arch)[0], theirs, 32, 32)
+    other, _ = build_backbone("vit_base_patch16_clip_224", timm_args={"img_size": 32, "depth": 2})
+    with pytest.raises(Refused, match="act_layer quick_gelu"):
+        backbones.load_weights_into(other, path)
+    del options["act_layer"]
+    beside({"architecture": "vit_base_patch16_clip_224", "model_args": options, "pretrained_cfg": {}}, tmp_path)
+    backbones.load_weights_into(other, path)
+
+
 def test_exports_keep_what_tensors_do_not_show(tmp_path):
     import export
 
