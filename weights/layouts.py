@@ -443,17 +443,24 @@ def beside(path: str | os.PathLike, name: str) -> Mapping | None:
 
 
 def network_config(loaded: Mapping, path: str | os.PathLike) -> Mapping:
-    """What is known of a network besides its tensors: config.json beside the file (Hugging Face's, timm's), with its
-    place under `source`; of a checkpoint of MoCo v3, whose ViT-S has 12 heads, that.
+    """What is known of a network besides its tensors, with its place under `source`.
+
+    config.json beside the file (Hugging Face's, timm's); else the flags in a checkpoint of timm's training script, or
+    that the ViT-S of MoCo v3 has 12 heads.
 
     Raises:
         BadFile: config.json is damaged.
     """
-    if loaded.get("arch") == "vit_small" and isinstance(loaded.get("state_dict"), Mapping):
-        if any(re.match(r"(module\.)?(base|momentum)_encoder\.", str(name)) for name in loaded["state_dict"]):
-            return {"num_attention_heads": 12, "source": "MoCo v3's vit_small"}
-    config = beside(path, "config.json")
-    return {**config, "source": str(pathlib.Path(path).with_name("config.json"))} if config else {}
+    if config := beside(path, "config.json"):
+        return {**config, "source": str(pathlib.Path(path).with_name("config.json"))}
+    arch, args, state = loaded.get("arch"), stored_args(loaded), loaded.get("state_dict")
+    if isinstance(arch, str) and args.get("model") == arch:
+        arguments = args.get("model_kwargs") if isinstance(args.get("model_kwargs"), Mapping) else {}
+        pool = {"global_pool": args["gp"]} if "gp" in args else {}
+        return {"architecture": arch, "model_args": pool | dict(arguments), "source": "its args"}
+    is_moco = isinstance(state, Mapping) and any(
+        re.match(r"(module\.)?(base|momentum)_encoder\.", str(name)) for name in state)
+    return {"num_attention_heads": 12, "source": "MoCo v3"} if is_moco and arch == "vit_small" else {}
 
 
 def is_square(size: object) -> bool:

@@ -346,6 +346,19 @@ def test_arguments_of_timms_networks_that_this_project_does_not_have(tmp_path):
     backbones.load_weights_into(other, path)
 
 
+@pytest.mark.parametrize("arch, options", [
+    ("resnetblur18", {}), ("resnet18", {"act_layer": "silu"}), ("vit_tiny_patch16_224", {"num_heads": 12}),
+    ("resnet18", {}), ("vit_tiny_patch16_224", {})])
+def test_checkpoints_of_timms_training_script(tmp_path, arch, options):
+    theirs = timm.create_model(arch, num_classes=0, **options).eval()
+    theirs.load_state_dict(random_like(theirs.state_dict()))
+    args = argparse.Namespace(model=arch, model_kwargs=options, gp=None, img_size=None, mean=None, num_classes=None)
+    path = saved({"arch": arch, "epoch": 9, "state_dict": theirs.state_dict(), "args": args}, tmp_path)
+    model, info = backbones.load_backbone(path)
+    assert_same(model, theirs, 224, 224)
+    assert ("timm_args" in info["options"]) == ("blur" in arch or "act_layer" in options)
+
+
 def test_exports_keep_what_tensors_do_not_show(tmp_path):
     import export
 
