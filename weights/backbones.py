@@ -104,10 +104,9 @@ def check_function(model: nn.Module, options: Mapping, file: str) -> None:
     Args:
         options: of `build_backbone`, of the weights' network.
     """
-    if isinstance(model, VisionTransformer):
-        width, own = model.embed_dim, model.num_heads
-        if (heads := options.get("num_heads", width // 64)) != own:
-            raise Refused(f"{file}: weights of a network with {heads} attention heads, not {own}; give others")
+    if isinstance(model, VisionTransformer) and options.get("num_heads", model.num_heads) != model.num_heads:
+        raise Refused(f"{file}: weights of a network with {options['num_heads']} attention heads, not "
+                      f"{model.num_heads}; give others")
     arguments = options.get("timm_args")
     is_timm = type(model).__module__.startswith("timm.")  # of the same tensors; what they don't show is left to compare
     if arguments is not None and (not is_timm or {"act_layer", "num_heads"} & arguments.keys()):
