@@ -37,7 +37,7 @@ from protocols.features import weights_hash
 from protocols.formats import FORMATS, SUFFIXES, Differs, Run, same
 from vision_transformer import VisionTransformer
 from weights import backbones
-from weights.layouts import STORED_OPTIONS
+from weights.layouts import INTERPOLATION, STORED_OPTIONS
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -129,8 +129,9 @@ def describe(model: nn.Module, info: Mapping, image_size: int, resize_size: int)
     about = {k: list(v) if isinstance(v, tuple) else v for k, v in info.items() if k not in ("options", "sources")} | {
         "global_crops_size": size, "image_size": size, "resize_size": resize_size or round(size * 256 / 224),
         "weights_sha256": weights_hash(model)}  # fmt: skip
+    about |= {k: info["options"][k] for k in STORED_OPTIONS if k in info["options"]}
     if is_vit:
-        about |= {k: getattr(model, k) for k in STORED_OPTIONS}
+        about |= {k: getattr(model, k) for k in INTERPOLATION}
     return about
 
 

@@ -61,7 +61,8 @@ def _described(weights):
     state = layouts.backbone_state(loaded, "teacher", path)
     ours = (*vision_transformer.VITS, *vision_transformer.XCITS)
     try:
-        return path, layouts.describe(layouts.stored_args(loaded), state, ours)
+        config = layouts.network_config(loaded, path)
+        return path, layouts.describe(layouts.stored_args(loaded), state, ours, vision_transformer.is_network, config)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -674,10 +674,10 @@ def init_linear(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-def _vit(embed_dim: int, num_heads: int, patch_size: int, **kwargs) -> VisionTransformer:
+def _vit(embed_dim: int, heads: int, patch_size: int, **kwargs) -> VisionTransformer:
     return VisionTransformer(
-        patch_size=patch_size, embed_dim=embed_dim, num_heads=num_heads, qkv_bias=True,
-        norm_layer=partial(nn.LayerNorm, eps=1e-6), **kwargs,
+        patch_size=patch_size, embed_dim=embed_dim, qkv_bias=True, norm_layer=partial(nn.LayerNorm, eps=1e-6),
+        **{"num_heads": heads} | kwargs,
     )
 
 
@@ -780,7 +780,8 @@ XCITS = {
 
 
 def build_backbone(
-    arch: str, patch_size: int = 16, drop_path_rate: float = 0.0, in_chans: int = 3, img_size: int = 224, **kwargs
+    arch: str, patch_size: int = 16, drop_path_rate: float = 0.0, in_chans: int = 3, img_size: int = 224,
+    timm_args: Mapping | None = None, **kwargs,
 ) -> tuple[nn.Module, int]:
     """Build a randomly initialized backbone: images (B, in_chans, height, width) -> features (B, embed_dim).
 
@@ -789,6 +790,8 @@ def build_backbone(
             torchvision ResNet's name with `_cifar` has the stem for small images (see `small_stem`).
         patch_size: patch size of a ViT of `VITS`; ignored for other networks.
         img_size: side in pixels of the images that the position embeddings of a ViT of `VITS` are made for.
+        timm_args: arguments of timm's network under timm's names, patch_size and img_size included; given, even as {},
+            the network is timm's, whoever else has one of that name.
         kwargs: further arguments of the network's constructor.
 
     Returns:
@@ -797,6 +800,8 @@ def build_backbone(
     Raises:
         ValueError: the name is unknown (the message lists similar names), or the network has no such option.
     """
+    if timm_args is not None:
+        return _build_timm(arch, drop_path_rate, in_chans, **kwargs | timm_args)
     if arch in VITS:
         vit = VITS[arch](patch_size, drop_path_rate=drop_path_rate, in_chans=in_chans, img_size=img_size, **kwargs)
         return vit, vit.embed_dim
@@ -810,6 +815,16 @@ def build_backbone(
 
 
 CIFAR = "_cifar"
+
+
+def is_network(arch: str) -> bool:
+    """Whether `build_backbone` knows the name."""
+    if arch in (*VITS, *XCITS):
+        return True
+    import timm
+    import torchvision
+
+    return arch.removesuffix(CIFAR) in torchvision.models.list_models(module=torchvision.models) or timm.is_model(arch)
 
 
 def small_stem(model: nn.Module, arch: str) -> nn.Module:

@@ -190,7 +190,8 @@ def run_of(plan: Plan) -> dict:
     items = [item for part in (plan.train, plan.held, plan.test) if part for item in part.items]
     return {
         "data": files_hash(path for item in items if isinstance(item, tuple) for path in item),  # others are drawn
-        "weights": {name: network.about["weights_sha256"] for name, network in plan.networks.items()},
+        "weights": {name: f"{network.about['weights_sha256']}{network.about.get('network_options', '')}"
+                    for name, network in plan.networks.items()},
         "precision": next(iter(plan.networks.values())).about["precision"], "images": plan.sizes(),
         "settings": [list(s) for s in plan.settings], "crops": [plan.geometry.image_size, plan.geometry.crop],
         "recipe": {k: v for k, v in recipe.items() if k != "num_workers"}}

@@ -216,5 +216,6 @@ def fingerprint(network: Network, images: Images, about: Mapping, half: bool) ->
     return {
         "weights": str(about["weights_sha256"]), "images": images_hash(images),
         "transform": f"{about.get('resize_size')} {about['crop_size']} {network.info['mean']} {network.info['std']}",
-        "network": f"{about['arch']} {about['precision']}", "tokens": about["tokens"], "half": half,
+        "network": f"{about['arch']} {about['precision']}{about.get('network_options', '')}",
+        "tokens": about["tokens"], "half": half,
     }

@@ -34,11 +34,12 @@ from protocols.transforms import (
 )
 from vision_transformer import VITS, build_backbone
 from weights import checkpoints, load_backbone, preprocessing
-from weights.layouts import BadFile
+from weights.layouts import STORED_OPTIONS, BadFile
 from weights.preprocessing import Found
 
 PIXELS = "pixels"  # --arch of the baseline without a network: images of 32 x 32 pixels, flattened
 TRAINING_SCALE = (0.08, 1.0)  # VIEW_SCALE of the crops that classifiers are trained on
+NO_TIME = 315_705_600  # 1980-01-03, in seconds: archives without times have 0, 1, or 1980-01-01 in any time zone
 PRECISIONS = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -166,8 +167,8 @@ def images_hash(images: Images, numbers: Sequence[int] | None = None) -> str:
     """SHA-256 over the names of the images, sizes and times of their files where they are files, and the first image.
 
     The first image's pixels cover what names do not tell: channels, the size of drawn images, a changed decoder. Sets
-    whose names are not files have a `fingerprint` of their content (`imagesets.sources`). The time 0 says nothing, as
-    on mounts without times: the content of such files is hashed.
+    whose names are not files have a `fingerprint` of their content (`imagesets.sources`). Times up to NO_TIME say
+    nothing, as on mounts without times and from reproducible archives: the content of such files is hashed.
 
     Args:
         numbers: of the images whose names and files are hashed; all by default.
@@ -182,7 +183,7 @@ def images_hash(images: Images, numbers: Sequence[int] | None = None) -> str:
         try:
             status = os.stat(name)
             digest.update(f" {status.st_size} {status.st_mtime_ns}\n".encode())
-            if status.st_mtime_ns == 0:
+            if status.st_mtime < NO_TIME:
                 digest.update(Path(name).read_bytes())
         except OSError:  # no file of its own: drawn, or packed with others in one file
             digest.update(b"\n")
@@ -312,9 +313,17 @@ def load_network(
         "resize_size": resize_size or round(crop * 256 / 224), "crop_size": crop, "precision": precision,
         "mean": list(info["mean"]), "std": list(info["std"]), "normalization": info["sources"],
     }
+    if options := unseen_options(info["options"]):
+        about["network_options"] = options
     if resize_size == 0:
         say_stored_resize(info, crop, about["resize_size"])
     return Network(model.to(device), info, about, device)
+
+
+def unseen_options(options: Mapping) -> dict:
+    """Of the options of `build_backbone`, those that change features, not tensors, where they are not the default."""
+    default = {"interpolate_antialias": False, "interpolate_offset": 0.1}
+    return {k: options[k] for k in STORED_OPTIONS if k in options and options[k] != default.get(k)}
 
 
 def say_stored_resize(info: Mapping[str, Any], crop: int, size: int) -> None:
@@ -395,7 +404,7 @@ def dataset_features(
     about = network.about
     fingerprint = {
         "weights": str(about["weights_sha256"]), "images": images_hash(dataset.images), "transform": transform,
-        "network": f"{about['arch']} {about['precision']}{output}",
+        "network": f"{about['arch']} {about['precision']}{output}{about.get('network_options', '')}",
     }
     return cached_features(cache, fingerprint, lambda: extract_features(
         forward or network.forward, dataset, batch_size, num_workers, network.device, network.autocast()))

@@ -175,7 +175,8 @@ def to_safetensors(model: nn.Module, about: dict, path: Path) -> Run:
 
 def to_timm(model: nn.Module, about: dict, path: Path, license: str) -> Run:
     timm = need("timm", "timm")[0]
-    arch, kwargs, state = XCITS.get(about["arch"], about["arch"]), {}, dict(model.state_dict())
+    arch, kwargs = XCITS.get(about["arch"], about["arch"]), dict(about.get("timm_args", {}))
+    state = dict(model.state_dict())
     if isinstance(model, VisionTransformer):
         arch, kwargs, state = timm_vit(model, about)
     if not timm.is_model(arch):

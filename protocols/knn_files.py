@@ -2,8 +2,8 @@
 
 As published, the features have an L2 norm of 1. Beside them, trainnorms.pth and testnorms.pth hold the norms as the
 network computed them, without which a Euclidean metric and RankMe would differ, and features.json holds the names of
-the classes and what a report says about the network. A set without labels has no file of labels, and there is no test
-set where training images are classified leave-one-out.
+the classes, what a report says about the network, and hashes of the files of features that the norms belong to. A set
+without labels has no file of labels, and there is no test set where training images are classified leave-one-out.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from parallel import Refused
 from protocols.splits import Part, check_common_class, check_labels
 from weights import checkpoints
 from weights.layouts import BadFile
+from weights.published import sha256
 
 FILES = tuple(tuple(f"{part}{name}.pth" for name in ("feat", "labels", "norms")) for part in ("train", "test"))
 ABOUT = "features.json"
@@ -46,7 +47,8 @@ def dump(folder: str | Path, parts: Sequence[Part], about: Mapping) -> None:
             else:
                 checkpoints.save(value, folder / name)
     atomic.write_text(folder / ABOUT, json.dumps(
-        {"classes": parts[0].classes, "normalized": True, "about": dict(about)}, indent=2))
+        {"classes": parts[0].classes, "normalized": True, "about": dict(about),
+         "sha256": {names[0]: sha256(folder / names[0]) for names in FILES[: len(parts)]}}, indent=2))
 
 
 def load(folder: str | Path) -> tuple[list[Part], dict]:
@@ -60,7 +62,7 @@ def load(folder: str | Path) -> tuple[list[Part], dict]:
     where, folder = f"--load_features {folder}", Path(folder)
     if not (folder / "trainfeat.pth").is_file():
         raise Refused(f"{where}: no trainfeat.pth in it; write one with --dump_features")
-    classes, about = read_about(folder / ABOUT, where)
+    classes, about, hashes = read_about(folder / ABOUT, where)
     parts = []
     for names in FILES:
         features, labels, norms = (read_tensor(folder / name, where) for name in names)
@@ -71,6 +73,7 @@ def load(folder: str | Path) -> tuple[list[Part], dict]:
             if not isinstance(norms, Tensor) or norms.shape != features.shape[:1]:
                 raise Refused(f"{where}: {names[2]} does not hold a norm per image; remove it, or write all files with "
                               "--dump_features")
+            check_belongs(folder, names, hashes, where)
             features = features * norms[:, None]
         parts.append(Part(features, None if labels is None else labels.long(), classes))
     if len({part.features.shape[1] for part in parts}) > 1:
@@ -102,13 +105,27 @@ def read_tensor(path: Path, where: str) -> object:
         raise Refused(f"{where}: {error}; write it again with --dump_features") from error
 
 
-def read_about(path: Path, where: str) -> tuple[list[str], dict]:
-    """Classes and `about` in features.json; empty without the file, which the published script does not write."""
+def check_belongs(folder: Path, names: Sequence[str], hashes: Mapping, where: str) -> None:
+    """Refuses norms of other features, which another program has overwritten since.
+
+    An older version wrote no hashes: it wrote the norms after the features.
+    """
+    file, norms = folder / names[0], folder / names[2]
+    belongs = (hashes[names[0]] == sha256(file) if names[0] in hashes
+               else norms.stat().st_mtime_ns >= file.stat().st_mtime_ns)
+    if not belongs:
+        raise Refused(f"{where}: {names[2]} and {ABOUT} belong to other features than {names[0]}; remove the norms and "
+                      f"{ABOUT} to use the features as they are, or write all files with --dump_features")
+
+
+def read_about(path: Path, where: str) -> tuple[list[str], dict, dict]:
+    """Classes, `about` and hashes in features.json; empty without the file, which the published script does not write.
+    """
     if not path.is_file():
-        return [], {}
+        return [], {}, {}
     try:
         content = json.loads(path.read_text())
-        return list(content["classes"]), dict(content["about"])
+        return list(content["classes"]), dict(content["about"]), dict(content.get("sha256", {}))
     except (ValueError, KeyError, TypeError) as error:
         raise Refused(f"{where}: {path.name} is damaged; remove it to do without names of classes") from error
 

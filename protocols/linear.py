@@ -266,6 +266,7 @@ def run_of(about: Mapping, task: Task, training: Training) -> dict:
         about: of the network.
     """
     network = {k: about.get(k) for k in ("weights_sha256", "resize_size", "crop_size", "precision")}
+    network |= {k: about[k] for k in ("network_options",) if k in about}
     parts = [part for part in (task.train, task.held, task.test) if part]
     data = hashlib.sha256("".join(f"{images_hash(part)} {part.labels.tolist()}" for part in parts).encode())
     return network | {"data": data.hexdigest(), "epochs": training.epochs, "seed": training.seed,

@@ -12,16 +12,19 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import parallel
 from parallel import Refused
-from vision_transformer import VITS, XCITS, VisionTransformer, build_backbone
+from vision_transformer import VITS, XCITS, VisionTransformer, build_backbone, is_network
 from weights import preprocessing
 from weights.checkpoints import refusing
 from weights.layouts import (
+    RESNETS,
     UNUSED,
     Weights,
     backbone_state,
     check_stated,
+    configured,
     describe,
     misfit,
+    network_config,
     read,
     recognize,
     rename,
@@ -70,9 +73,13 @@ def load_weights_into(
     with refusing(flag):
         loaded = read(path)
         state = backbone_state(loaded, checkpoint_key, path)
-        found = preprocessing.stored(path, stored_args(loaded))
+        args, config = stored_args(loaded), network_config(loaded, path)
+        found = preprocessing.stored(path, args)
     with refusing(f"{flag} {path}:"):
         recognized = recognize(state)
+        check_stated(args, ("num_heads", "timm_args"))
+        check_function(model, {k: args[k] for k in ("num_heads", "timm_args") if k in args}
+                       or configured(recognized, state, config).options, f"{flag} {path}")
     if isinstance(model, VisionTransformer):
         state = recognized.state if recognized.arch else rename(state)[1]
     elif misfit(model.state_dict(), state):  # else names of the model's library
@@ -89,6 +96,22 @@ def load_weights_into(
     if normalization := {key: found[key] for key in ("mean", "std") if key in found}:
         parallel.say(f"{path}: its images were normalized with {preprocessing.sentence(normalization)}; this run uses "
                      "its own --mean and --std")
+
+
+def check_function(model: nn.Module, options: Mapping, file: str) -> None:
+    """Refuses to copy weights into a network that computes something else than theirs with the same tensors.
+
+    Args:
+        options: of `build_backbone`, of the weights' network.
+    """
+    if isinstance(model, VisionTransformer) and options.get("num_heads", model.num_heads) != model.num_heads:
+        raise Refused(f"{file}: weights of a network with {options['num_heads']} attention heads, not "
+                      f"{model.num_heads}; give others")
+    arguments = options.get("timm_args")
+    is_timm = type(model).__module__.startswith("timm.")  # of the same tensors; what they don't show is left to compare
+    if arguments is not None and (not is_timm or {"act_layer", "num_heads"} & arguments.keys()):
+        raise Refused(f"{file}: weights of a network of timm that computes something else than this one "
+                      f"({', '.join(f'{k} {v}' for k, v in arguments.items()) or 'by its name'}); give others")
 
 
 def with_channels(model: nn.Module, state: Mapping[str, Tensor], init_in_chans: str, file: str) -> dict[str, Tensor]:
@@ -205,12 +228,13 @@ def read_backbone(path: str, checkpoint_key: str, flag: str) -> tuple[dict, Weig
     """The training flags stored in a file of weights, and what it says of its backbone. Raises Refused."""
     with refusing(flag):
         loaded = read(path)
+        config = network_config(loaded, path)
     args = stored_args(loaded)
     with refusing(f"--checkpoint_key {checkpoint_key}:"):
         state = backbone_state(loaded, checkpoint_key, path)
     with refusing(f"{flag} {path}:"):
         check_stated(args, ["value_range"])
-        return args, describe(args, state, (*VITS, *XCITS))
+        return args, describe(args, state, (*VITS, *XCITS), is_network, config)
 
 
 def check_asked(asked: str | int | None, stored: str | int | None, flag: str, path: str) -> None:
@@ -223,6 +247,19 @@ def check_asked(asked: str | int | None, stored: str | int | None, flag: str, pa
     size = stored.split("_")[1] if stored in VITS else str(stored)
     if asked in VITS or size not in str(asked):
         raise Refused(f"{flag} {asked}: {path} holds {stored}; leave {flag} out, or give the weights of {asked}")
+
+
+def holds(arch: str, described: Weights) -> bool:
+    """Whether a file has exactly the tensors of timm's network `arch`, which may compute something else than another
+    of the same tensors: resnetaa50 filters before its strides, resnet50 does not."""
+    if arch in VITS or not is_network(arch):
+        return False
+    try:
+        with torch.device("meta"):
+            model, _ = build_backbone(arch, in_chans=described.options.get("in_chans", 3), timm_args={})
+    except ValueError:  # not timm's
+        return False
+    return not misfit(model.state_dict(), described.state)
 
 
 def load_backbone(
@@ -265,6 +302,9 @@ def load_backbone(
         "in_chans": channels or in_chans or 3,
         "global_crops_size": found["image_size"].value if "image_size" in found else 224,
     }
+    if described.arch in RESNETS.values() and arch not in (None, described.arch) and holds(arch, described):
+        described = described._replace(arch=arch, options=described.options | {"timm_args": {}})
+        info["arch"] = arch
     check_asked(arch, described.arch, "--arch", weights)
     if described.arch in (*VITS, *XCITS):
         check_asked(patch_size, described.options.get("patch_size"), "--patch_size", weights)

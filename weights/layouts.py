@@ -15,8 +15,10 @@ import math
 import os
 import pathlib
 import re
+import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping
 from numbers import Real
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -26,7 +28,7 @@ from torch import Tensor, nn
 
 # Prefixes that wrappers add to the names of all parameters.
 PREFIXES = ("module.", "model.", "encoder.", "net.", "network.", "vit.", "trunk.", "base_model.", "feature_extractor.",
-            "image_encoder.")  # fmt: skip
+            "image_encoder.", "timm_model.", "visual.trunk.")  # fmt: skip
 # Parts that torch's wrappers add anywhere in a name.
 WRAPPERS = re.compile(r"(?<![^.])_(orig_mod|forward_module|fsdp_wrapped_module|checkpoint_wrapped_module)\.")
 # Names of student and teacher (--checkpoint_key), as entries of a file and as prefixes in one flat file; other methods
@@ -36,6 +38,9 @@ NETWORKS = {
     "student": re.compile(rf"(student{_PART}|online_(backbone|encoder|network)|base_encoder|encoder_q)(_state_dict)?"),
     "teacher": re.compile(rf"(teacher{_PART}|(momentum|target)_(backbone|encoder|network)|encoder_k)(_state_dict)?"),
 }
+# Prefixes of an average of weights in one flat file: the teacher, and what stands beside it is the student.
+AVERAGES = re.compile(r"((model|net)_)?ema(_model)?|shadow")
+BESIDE_TEACHER = ("backbone.", "encoder.", "model.", "net.", "network.")
 # Entries of a file that hold its only network.
 CONTAINERS = ("state_dict", "model", "model_state_dict", "model_state", "network", "net", "module", "backbone",
               "encoder", "weights", "params")  # fmt: skip
@@ -67,12 +72,22 @@ ALLOWED = [
       for pure, names in ((pathlib.PurePosixPath, ("PosixPath", "PurePosixPath")),
                           (pathlib.PureWindowsPath, ("WindowsPath", "PureWindowsPath"))) for name in names),
 ]  # fmt: skip
-# Options of a ViT that its tensors do not show: export.py stores them with the weights.
-STORED_OPTIONS = ("interpolate_antialias", "interpolate_offset")
+# Options of a network that its tensors do not show: export.py stores them with the weights.
+INTERPOLATION = ("interpolate_antialias", "interpolate_offset")
+STORED_OPTIONS = (*INTERPOLATION, "num_heads", "timm_args")
 # Names in one process's file of a run under FSDP, which holds a part of each flattened parameter.
 SHARD = re.compile(r".*_flat_param")
 SHARD_REMEDY = ("one process's part of a run that was sharded over GPUs (FSDP), not the whole weights: give the run's "
                 "teacher_checkpoint.pth, in eval/training_N/")
+# (how a file starts, what it is and what to do), for files that are no weights.
+OTHER_FILES = (
+    (re.compile(rb"version https://git-lfs"), "a pointer of Git LFS, not the file itself: run git lfs pull there"),
+    (re.compile(rb"\s*<(!doctype|html)", re.I), "a web page: download the file itself"),
+    (re.compile(rb'\s*\{(?=.*"(metadata|weight_map)")', re.S),
+     "an index of weights that are split into several files: save them as one file, as model.save_pretrained(PATH, "
+     "max_shard_size='100GB') of transformers does"),
+    (re.compile(rb"\s*[{\[]"), "JSON, not weights: give the file of weights"),
+)  # fmt: skip
 # What is read of the metadata of a safetensors file; each value is JSON.
 METADATA = ("arch", "patch_size", "in_chans", "mean", "std", "value_range", "global_crops_size",
             *STORED_OPTIONS)  # fmt: skip
@@ -97,6 +112,8 @@ STATED: dict[str, tuple[Callable[[object], bool], str]] = {
     **dict.fromkeys(("patch_size", "in_chans", "global_crops_size"), (is_count, "a whole number above 0")),
     "interpolate_antialias": (lambda value: isinstance(value, (bool, np.bool_)), "true or false"),
     "interpolate_offset": (is_number, "a number"),
+    "num_heads": (is_count, "a whole number above 0"),
+    "timm_args": (lambda value: isinstance(value, Mapping), "arguments by name"),
     "value_range": (is_range, "two numbers LOW HIGH with LOW < HIGH"),
 }  # fmt: skip
 
@@ -132,10 +149,14 @@ def read(path: str | os.PathLike, kind: type = dict) -> dict:
         raise FileNotFoundError(f"{path}: a folder; give the file of weights in it")
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path}: no such file of weights")
+    start = b""
     try:
-        if str(path).endswith(".safetensors"):
+        with open(path, "rb") as file:
+            start = file.read(256)
+        if start[8:9] == b"{" or str(path).endswith(".safetensors"):  # after the length of its header
             return read_safetensors(path)
-        with torch.serialization.safe_globals(ALLOWED):
+        with torch.serialization.safe_globals(ALLOWED), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*TorchScript archive")
             loaded = torch.load(path, map_location="cpu", weights_only=True)
     except (ImportError, BadFile):
         raise
@@ -144,6 +165,11 @@ def read(path: str | os.PathLike, kind: type = dict) -> dict:
         reason = "damaged or cut short, or not a file of weights: copy or download it again"
         if isinstance(error, PermissionError):
             reason = "no permission to read it"
+        elif other := next((remedy for mark, remedy in OTHER_FILES if mark.match(start)), None):
+            reason = other
+        elif "TorchScript" in str(error):
+            reason = ("TorchScript, a program, and only data is read: save its weights by torch.save(torch.jit.load("
+                      "PATH).state_dict(), OTHER_PATH)")
         named = re.search(r"(?:GLOBAL |got <class ')([\w.]+)", str(error))
         if named and "_shard" in named[1]:
             reason = SHARD_REMEDY
@@ -213,6 +239,13 @@ def network_of(name: str) -> str | None:
     return next((key for key, pattern in NETWORKS.items() if pattern.fullmatch(name.split(".")[0])), None)
 
 
+def network_of_tensor(name: str) -> str | None:
+    """student or teacher, by the prefix of a tensor's name."""
+    if "." not in name:
+        return None
+    return network_of(name) or ("teacher" if AVERAGES.fullmatch(name.split(".")[0]) else None)
+
+
 def is_unmarked(networks: set[str], checkpoint_key: str) -> bool:
     """Whether names without a mark are the network that is wanted: all are, or the student beside a marked teacher."""
     return not networks or (networks == {"teacher"} and checkpoint_key == "student")
@@ -223,19 +256,19 @@ def strip_prefixes(state: Mapping[str, Tensor], checkpoint_key: str = "teacher")
 
     A prefix of `PREFIXES` is stripped if all names have it, heads excepted, so that a part of that name which a
     network really has keeps it. If there are names with `backbone.`, or with the prefix of student or teacher, the
-    tensors with other names belong to something else and are left out. Beside a teacher, `backbone.` or `encoder.` is
-    the student.
+    tensors with other names belong to something else and are left out. Beside a teacher, `BESIDE_TEACHER` are the
+    student.
 
     Raises:
         BadFile: the names mark student or teacher, but not `checkpoint_key`.
     """
     state = {WRAPPERS.sub("", name): value for name, value in state.items()}
     while True:
-        networks = {network_of(name) for name in state if "." in name} - {None}
+        networks = {network_of_tensor(name) for name in state} - {None}
         if is_unmarked(networks, checkpoint_key):
-            chosen = [name for name in state if name.startswith(("backbone.", "encoder.") if networks else "backbone.")]
+            chosen = [name for name in state if name.startswith(BESIDE_TEACHER if networks else "backbone.")]
         else:
-            chosen = [name for name in state if "." in name and network_of(name) == checkpoint_key]
+            chosen = [name for name in state if network_of_tensor(name) == checkpoint_key]
         if networks and not chosen:
             raise BadFile(f"no part {checkpoint_key!r} in this checkpoint; it has {', '.join(sorted(networks))}")
         if chosen:
@@ -357,24 +390,162 @@ def recognize(state: Mapping[str, Tensor]) -> Weights:
     return Weights("", None, {}, dict(state))
 
 
-def describe(args: Mapping, state: Mapping[str, Tensor], ours: Collection[str]) -> Weights:
+def describe(
+    args: Mapping, state: Mapping[str, Tensor], ours: Collection[str], is_network: Callable[[str], bool],
+    config: Mapping = MappingProxyType({}),
+) -> Weights:
     """The network of a file: as its flags name it, else recognized; `options` hold what either tells.
+
+    A name in its flags that is no network's belongs to the program that wrote the file, and does not count.
 
     Args:
         args, state: of `stored_args` and `backbone_state`.
         ours: architectures whose tensors have this project's names, or are renamed to them. The networks of timm and
             torchvision keep the names that these libraries give.
+        is_network: whether `build_backbone` knows a name.
+        config: what `network_config` returns, for files whose flags don't name the network.
 
     Raises:
-        BadFile: see `check_stated` and `recognize`; the message has no path.
+        BadFile: see `check_stated`, `recognize` and `configured`; the message has no path.
     """
     check_stated(args, ("arch", "global_crops_size", *STORED_OPTIONS))
+    if "arch" in args and not is_network(args["arch"]):
+        args = {k: v for k, v in args.items() if k != "arch"}
     weights = recognize(state) if args.get("arch") in (None, *ours) else Weights("", None, {}, dict(state))
+    if "arch" not in args:
+        weights = configured(weights, state, config)
     check_stated(args, {"patch_size", "in_chans"} - weights.options.keys())  # the tensors tell better
     options = {"img_size": int(args["global_crops_size"])} if "global_crops_size" in args else {}
     options |= {k: args[k] for k in ("patch_size", "in_chans") if k in args}
     options |= weights.options | stored_options(args)
+    if "num_heads" in args:
+        del options["num_heads"]
+        options |= heads_option(args["num_heads"], weights.state, "num_heads in its args") if "arch" in args else {}
     return weights._replace(arch=args.get("arch") or weights.arch, options=options)
+
+
+# ---- What tensors do not show ----
+
+
+def beside(path: str | os.PathLike, name: str) -> Mapping | None:
+    """The JSON object in the file of that name beside a file of weights; None: there is none. Raises BadFile."""
+    file = pathlib.Path(path).with_name(name)
+    if not file.is_file():
+        return None
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(content, Mapping):
+            raise ValueError("no object")
+        return content
+    except (OSError, ValueError) as error:
+        raise BadFile(f"{file}, which says how images are made for {pathlib.Path(path).name}, can't be read ({error}); "
+                      "repair it, or move the weights to another folder and give --mean and --std") from error
+
+
+def network_config(loaded: Mapping, path: str | os.PathLike) -> Mapping:
+    """What is known of a network besides its tensors, with its place under `source`.
+
+    config.json beside the file (Hugging Face's, timm's); else the flags in a checkpoint of timm's training script, or
+    that the ViT-S of MoCo v3 has 12 heads.
+
+    Raises:
+        BadFile: config.json is damaged.
+    """
+    if config := beside(path, "config.json"):
+        return {**config, "source": str(pathlib.Path(path).with_name("config.json"))}
+    arch, args, state = loaded.get("arch"), stored_args(loaded), loaded.get("state_dict")
+    if isinstance(arch, str) and args.get("model") == arch:
+        arguments = args.get("model_kwargs") if isinstance(args.get("model_kwargs"), Mapping) else {}
+        pool = {"global_pool": args["gp"]} if "gp" in args else {}
+        return {"architecture": arch, "model_args": pool | dict(arguments), "source": "its args"}
+    is_moco = isinstance(state, Mapping) and any(
+        re.match(r"(module\.)?(base|momentum)_encoder\.", str(name)) for name in state)
+    return {"num_attention_heads": 12, "source": "MoCo v3"} if is_moco and arch == "vit_small" else {}
+
+
+def is_square(size: object) -> bool:
+    return not isinstance(size, (list, tuple)) or len(set(size)) == 1
+
+
+# What this project's networks compute where tensors do not tell: {field of a configuration: (is it so, as what)}.
+GELU = (lambda value: str(value).lower() in ("gelu", "gelu_python"), "GELU")
+SQUARE = (is_square, "a square")
+VIT_FIELDS: dict[str, tuple[Callable[[object], bool], str]] = {
+    "hidden_act": GELU, "act_layer": GELU, "image_size": SQUARE, "img_size": SQUARE, "input_size": SQUARE,
+    "layer_norm_eps": (lambda value: is_number(value) and 0 <= value <= 1e-5, "1e-6"),
+    "global_pool": (lambda value: value in ("", "token"), "the class token"),
+}  # fmt: skip
+RESNET_FIELDS: dict[str, tuple[Callable[[object], bool], str]] = {
+    "act_layer": (lambda value: str(value).lower() == "relu", "ReLU"),
+    "global_pool": (lambda value: value in ("", "avg"), "the average"),
+    "output_stride": (lambda value: value == 32, "32"), "aa_layer": (lambda value: value == "", "none"),
+}  # fmt: skip
+# timm's names of ResNets that are this project's, whose names end in what they start with here.
+RESNET_ALIAS = re.compile(r"((tv|ssl|swsl|gluon|ig)_)?(?P<arch>resnet\d+)(_v1b)?")
+
+
+def configured(weights: Weights, state: Mapping[str, Tensor], config: Mapping) -> Weights:
+    """The recognized network with what its configuration says and its tensors do not show.
+
+    Another number of heads becomes an option. A network of timm that this project does not have, or that computes
+    something else than this project's of the same tensors, such as another activation or pooling, becomes timm's own,
+    with the names and arguments there.
+
+    Args:
+        state: the tensors under the file's names.
+        config: what `network_config` returns.
+
+    Raises:
+        BadFile: a network of another library that computes something else.
+    """
+    arguments = config.get("model_args")
+    arguments = {k: v for k, v in arguments.items() if v is not None} if isinstance(arguments, Mapping) else {}
+    name = config.get("architecture")
+    timm = name.split(".")[0] if isinstance(name, str) else None
+    own = {k: weights.options[k] for k in ("patch_size", "in_chans") if k in weights.options}
+    if weights.arch is None and timm and arguments:
+        return Weights("", timm, own | {"timm_args": timm_arguments(arguments, {})}, dict(state))
+    is_vit = weights.arch in VIT_SIZES.values()
+    if not config or not (is_vit or weights.arch in RESNETS.values()):
+        return weights
+    shape = (config.get("pretrained_cfg") or config).get("input_size") if timm else None
+    timm_fields = {"global_pool": config.get("global_pool"),
+                   "input_size": shape[1:] if isinstance(shape, list) else None} | arguments
+    stated = timm_fields if timm else {
+        k: config.get(k) for k in ("num_attention_heads", "hidden_act", "layer_norm_eps", "image_size")}
+    options = {}
+    if is_vit and (heads := stated.get("num_heads" if timm else "num_attention_heads")) is not None:
+        options = heads_option(heads, weights.state, config["source"])
+    fields = VIT_FIELDS if is_vit else RESNET_FIELDS
+    other = {k: stated[k] for k, (is_ours, _) in fields.items() if stated.get(k) is not None and not is_ours(stated[k])}
+    alias = RESNET_ALIAS.fullmatch(timm or "")
+    if timm and (other or not is_vit and not (alias and alias["arch"] == weights.arch)):
+        return Weights("", timm, own | {"timm_args": timm_arguments(timm_fields, state)}, dict(state))
+    for field, value in other.items():
+        raise BadFile(f"{config['source']} says {field} {value!r}, and {weights.arch} has {fields[field][1]}, so that "
+                      "its features would be others; give other weights, or, if that file does not belong to these, "
+                      "move them to another folder")
+    return weights._replace(options=weights.options | options)
+
+
+def heads_option(heads: object, state: Mapping[str, Tensor], source: str) -> dict:
+    """{} for heads of width 64, which are this project's own. Raises BadFile."""
+    width = state["blocks.0.norm1.weight"].shape[0] if "blocks.0.norm1.weight" in state else 0
+    if not is_count(heads) or width % heads:
+        raise BadFile(f"{heads!r} attention heads ({source}), which do not divide the width {width}; correct it there")
+    return {"num_heads": int(heads)} if heads * 64 != width else {}
+
+
+def timm_arguments(fields: Mapping, state: Mapping[str, Tensor]) -> dict:
+    """Arguments of timm's network from what a configuration of timm's says."""
+    ignored = ("num_classes", "in_chans", "input_size", "pretrained", "dynamic_img_size")
+    arguments = {k: v for k, v in fields.items() if v is not None and k not in ignored}
+    if "blocks.0.attn.qkv.weight" in state:
+        if fields.get("input_size"):
+            arguments = {"img_size": fields["input_size"]} | arguments
+        if arguments.get("global_pool", "token") not in ("", "token"):
+            arguments = {"fc_norm": "fc_norm.weight" in state} | arguments
+    return arguments
 
 
 def shape(state: Mapping[str, Tensor], name: str, ndim: int) -> torch.Size:

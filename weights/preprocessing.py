@@ -7,7 +7,6 @@ In this order: flags, what the file of weights itself says (`args` of a checkpoi
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any, NamedTuple
 
 from method.photometric import IMAGENET_MEAN, IMAGENET_STD
 from parallel import Refused
-from weights.layouts import BadFile, is_count, is_number
+from weights.layouts import BadFile, beside, is_count, is_number
 
 PILLOW_FILTERS = {"0": "nearest", "1": "lanczos", "2": "bilinear", "3": "bicubic"}  # by number, as text
 DEFAULTS = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
@@ -46,7 +45,8 @@ def from_processor(config: Mapping) -> dict:
         raise ValueError(f"rescale_factor is {factor!r}")
     white = 255 * factor
     if config.get("do_normalize", True):
-        mean, std = (scaled(config.get(key), white) for key in ("image_mean", "image_std"))
+        mean, std = (scaled(config[key] if config.get(key) is not None else default(config, key), white)
+                     for key in ("image_mean", "image_std"))
     else:
         mean, std = 0.0, 1 / white
     crop = side(config.get("crop_size")) if config.get("do_center_crop", True) else None
@@ -54,6 +54,24 @@ def from_processor(config: Mapping) -> dict:
     return {"mean": mean, "std": std, "image_size": crop or size,
             "resize_ratio": size / (crop or size) if size and config.get("do_resize", True) and size >= (crop or 0)
             else None, "interpolation": PILLOW_FILTERS.get(str(config.get("resample")))}
+
+
+def default(config: Mapping, key: str) -> Any:
+    """What transformers takes for an entry that a processor's file lacks; None where the file names no processor.
+
+    Where that is not known, a text, for `per_channel` to refuse unless a flag gives the value.
+    """
+    name = config.get("image_processor_type") or config.get("feature_extractor_type")
+    if not isinstance(name, str):
+        return None
+    name = name.removesuffix("Fast").replace("FeatureExtractor", "ImageProcessor")
+    try:
+        import transformers
+
+        value = getattr(getattr(transformers, name)(), key)
+    except (ImportError, AttributeError, TypeError, ValueError):  # not installed, no such class, or it needs arguments
+        value = None
+    return f"of {name}, which is not stated," if value is None else list(value)
 
 
 def scaled(values: Any, white: float) -> Any:
@@ -101,12 +119,13 @@ def stored(path: str, args: Mapping) -> dict[str, Found]:
         BadFile: a configuration beside the file is damaged.
     """
     sources = [(f"stored in {Path(path).name}", from_args(args))] if path else []
-    for name, parse in BESIDE.items():
-        file = Path(path).with_name(name) if path else None
-        if file and file.is_file():
+    for name, parse in BESIDE.items() if path else ():
+        content = beside(path, name)
+        if content is not None:
+            file = Path(path).with_name(name)
             try:
-                sources.append((str(file), parse(json.loads(file.read_text(encoding="utf-8")))))
-            except (OSError, ValueError, AttributeError) as error:  # ValueError: not JSON; AttributeError: no object
+                sources.append((str(file), parse(content)))
+            except ValueError as error:
                 raise BadFile(f"{file}, which says how images are made for {Path(path).name}, can't be read ({error}); "
                               "repair it, or move the weights to another folder and give --mean and --std") from error
     found: dict[str, Found] = {}
@@ -165,5 +184,7 @@ def per_channel(key: str, value: Any, in_chans: int, where: str) -> tuple[float,
 
 
 def sentence(chosen: Mapping[str, Found]) -> str:
-    """`mean 0.5 0.5 0.5 (config.json), std 0.2 0.2 0.2 (--std)`."""
-    return ", ".join(f"{key} {' '.join(f'{v:g}' for v in value)} ({source})" for key, (value, source) in chosen.items())
+    """`mean 0.5 0.5 0.5 (config.json), std 0.2 0.2 0.2 (--std)`; what is no list of numbers as it is."""
+    texts = {key: " ".join(f"{v:g}" for v in value) if isinstance(value, (list, tuple)) and all(map(is_number, value))
+             else value for key, (value, _) in chosen.items()}
+    return ", ".join(f"{key} {texts[key]} ({source})" for key, (_, source) in chosen.items())

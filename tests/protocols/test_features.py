@@ -14,8 +14,9 @@ from torch.utils.data import Dataset
 from imagesets.decode import Undecodable
 from imagesets.sources import open_images
 from parallel import Refused
-from protocols import features, splits
+from protocols import extraction, features, splits
 from protocols.features import cached_features, extract_features, images_hash, load_network, weights_hash
+from vision_transformer import build_backbone
 
 
 class Numbers(Dataset):
@@ -183,6 +184,23 @@ def test_weights_hash_is_of_names_and_values():
     assert weights_hash(one) != weights_hash(nn.Sequential(nn.Identity(), *one)) != weights_hash(one.half())
 
 
+@pytest.mark.parametrize("option", [{"interpolate_offset": 0.0}, {"interpolate_antialias": True}])
+def test_options_that_tensors_do_not_show_are_part_of_the_fingerprint(tmp_path, option):
+    """The same tensors, from images of another size than the positions are for."""
+    state = build_backbone("vit_nano", 8, img_size=16)[0].state_dict()
+    images, found = open_images("shapes:4x24"), []
+    for args in ({}, option):
+        torch.save({"teacher": state, "args": {"arch": "vit_nano", "patch_size": 8} | args}, tmp_path / "w.pth")
+        network = load_network(str(tmp_path / "w.pth"), crop_size=24)
+        cached, exact = (features.network_features(network, images, num_workers=0, cache=folder)
+                         for folder in (tmp_path / "cache", None))
+        assert torch.equal(cached, exact)
+        about = extraction.describe(network, "", "cls", 0, "fp32")
+        found.append((exact, extraction.fingerprint(network, images, about, False)))
+    assert not torch.equal(found[0][0], found[1][0])
+    assert extraction.differences(found[0][1], found[1][1]) == "different network"
+
+
 def test_images_hash_follows_the_files(tmp_path):
     def drawn(pixels):
         return open_images(f"shapes:4x{pixels}")
@@ -261,7 +279,8 @@ def test_images_hash_covers_files_with_odd_names_and_without_times(tmp_path):
         return images_hash(open_images(tmp_path))
 
     assert written(b"\xff.bmp", 1, 10**18) != written(b"\xff.bmp", 1, 10**18 + 1)
-    assert written(b"1.bmp", 1, 0) == written(b"1.bmp", 1, 0) != written(b"1.bmp", 2, 0)
+    for ns in (0, 10**9, 315_532_800 * 10**9):  # reproducible archives have 1, or 1980-01-01 as zip's first day
+        assert written(b"1.bmp", 1, ns) == written(b"1.bmp", 1, ns) != written(b"1.bmp", 2, ns)
 
 
 def test_images_hash_of_a_subset_covers_its_set(tmp_path):

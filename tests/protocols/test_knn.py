@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections import defaultdict
 
 import numpy as np
@@ -396,6 +397,31 @@ def test_dumped_features_are_normalized_as_published(tmp_path):
         assert torch.equal(again.labels, part.labels) and again.classes == part.classes
     (tmp_path / "trainnorms.pth").unlink()
     torch.testing.assert_close(knn_files.load(tmp_path)[0][0].features, torch.load(tmp_path / "trainfeat.pth"))
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_norms_of_other_features_are_not_used(tmp_path, older):
+    """The published script wrote into a folder of --dump_features; an older version of this one wrote no hashes."""
+    train, y, test, z = clusters(dtype=torch.float32)
+    knn_files.dump(tmp_path, [Part(9 * train, y, []), Part(3 * test, z, [])], {})
+    if older:
+        about = json.loads((tmp_path / "features.json").read_text())
+        del about["sha256"]
+        (tmp_path / "features.json").write_text(json.dumps(about))
+        torch.testing.assert_close(knn_files.load(tmp_path)[0][0].features, 9 * train)
+    torch.save(test, tmp_path / "trainfeat.pth")
+    if older:
+        later = (tmp_path / "trainnorms.pth").stat().st_mtime_ns + 10**9
+        os.utime(tmp_path / "trainfeat.pth", ns=(later, later))
+    torch.save(z, tmp_path / "trainlabels.pth")
+    (tmp_path / "trainnorms.pth").write_bytes((tmp_path / "testnorms.pth").read_bytes())
+    if older:
+        os.utime(tmp_path / "trainnorms.pth", ns=(later - 1, later - 1))
+    with pytest.raises(Refused, match=f"--load_features {tmp_path}: trainnorms.pth .*remove"):
+        knn_files.load(tmp_path)
+    for name in ("trainnorms.pth", "testnorms.pth", "features.json"):
+        (tmp_path / name).unlink()
+    assert torch.equal(knn_files.load(tmp_path)[0][0].features, test)
 
 
 def test_files_of_the_published_script(tmp_path):

@@ -255,6 +255,153 @@ def test_hugging_face(tmp_path, name):
         assert_same(model, lambda x: body(x).last_hidden_state[:, 0], 24, 48)
 
 
+def beside(content, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("name, heads", [("ViTModel", 12), ("Dinov2Model", 6)])
+def test_heads_of_hugging_faces_configuration(tmp_path, name, heads):
+    transformers = pytest.importorskip("transformers")
+    kind = getattr(transformers, name)
+    mlp = {"intermediate_size": 768} if "ViT" in name else {}
+    theirs = kind(kind.config_class(hidden_size=192, num_hidden_layers=4, num_attention_heads=heads, image_size=32,
+                                    patch_size=8, layer_norm_eps=1e-6, **mlp)).eval()
+    theirs.load_state_dict(random_like(theirs.state_dict()))
+    theirs.save_pretrained(tmp_path)
+    path = str(tmp_path / "model.safetensors")
+    model, info = backbones.load_backbone(path)
+    assert_same(model, lambda x: theirs(x).last_hidden_state[:, 0], 32, 32)
+    assert info["arch"] == "vit_nano" and info["options"]["num_heads"] == heads
+    method = {"init_values": 1.0, "method": "dinov2"} if "Dinov2" in name else {}
+    other, _ = build_backbone("vit_nano", 8, img_size=32, **method)
+    with pytest.raises(Refused, match=f"^--init_from {path}: .*{heads} attention heads, not 3"):
+        backbones.load_weights_into(other, path, flag="--init_from")
+
+
+@pytest.mark.parametrize("field, value", [
+    ("hidden_act", "relu"), ("hidden_act", "quick_gelu"), ("layer_norm_eps", 1e-3), ("image_size", [16, 64]),
+    ("num_attention_heads", 5), ("num_attention_heads", "3")])
+def test_a_configuration_that_this_project_does_not_compute_is_refused(tmp_path, field, value):
+    path = saved(build_backbone("vit_nano", 8, img_size=32)[0].state_dict(), tmp_path)
+    ours = {"num_attention_heads": 3, "hidden_act": "gelu", "layer_norm_eps": 1e-12, "image_size": [32, 32]}
+    beside(ours, tmp_path)
+    assert "num_heads" not in backbones.load_backbone(path)[1]["options"]
+    beside(ours | {field: value}, tmp_path)
+    for load in (backbones.load_backbone, lambda path: backbones.load_weights_into(
+            build_backbone("vit_nano", 8, img_size=32)[0], path)):
+        with pytest.raises(Refused) as raised:
+            load(path)
+        message = str(raised.value)
+        assert message.startswith(f"--pretrained_weights {path}: ") and "config.json" in message
+        assert repr(value) in message and ("attention heads" if "heads" in field else field) in message
+
+
+@pytest.mark.parametrize("arch, options, same_as_ours", [
+    ("vit_tiny_patch16_224", {"img_size": [32, 32], "num_heads": 12}, True),
+    ("vit_tiny_patch16_224", {"img_size": [32, 32], "act_layer": "relu"}, False),
+    ("vit_tiny_patch16_224", {"img_size": [32, 32], "global_pool": "avg", "fc_norm": False}, False),
+    ("vit_tiny_patch16_224", {"img_size": [48, 80]}, False), ("resnetblur18", {}, False),
+    ("resnet18", {"act_layer": "silu"}, False), ("resnet18", {}, True)])
+def test_timms_configuration(tmp_path, arch, options, same_as_ours):
+    """48 x 80 pixels have 15 patches and 16 positions, as many as 4 x 4 patches without a class position."""
+    theirs = timm.create_model(arch, num_classes=0, **options).eval()
+    theirs.load_state_dict(random_like(theirs.state_dict()))
+    path, size = saved(theirs.state_dict(), tmp_path), options.get("img_size", [32, 32])
+    config = {"architecture": arch, "global_pool": theirs.global_pool if "vit" in arch else "avg",
+              "model_args": options, "pretrained_cfg": {"input_size": [3, *size]}}
+    for content in (config, config | {"architecture": f"{arch}.tag"}):
+        beside(content, tmp_path)
+        model, info = backbones.load_backbone(path)
+        assert_same(model, theirs, *size)
+        assert ("timm_args" in info["options"]) != same_as_ours
+        assert info["arch"] == ("vit_tiny" if same_as_ours and "vit" in arch else arch)
+    again, _ = build_backbone(info["arch"], **info["options"])  # the baseline without training
+    assert again.state_dict().keys() == model.state_dict().keys()
+    ours, _ = build_backbone("vit_tiny" if "vit" in arch else "resnet18", 16, img_size=32)
+    if same_as_ours and "num_heads" not in options:
+        backbones.load_weights_into(ours, path)
+    else:
+        with pytest.raises(Refused, match=r"^--init_from .*weights.pth: .*give others"):
+            backbones.load_weights_into(ours, path, flag="--init_from")
+    if "vit" in arch:
+        del config["model_args"]
+        beside(config, tmp_path)
+        if not {"act_layer", "num_heads"} & options.keys():  # known from the rest
+            assert_same(backbones.load_backbone(path)[0], theirs, *size)
+
+
+def test_arguments_of_timms_networks_that_this_project_does_not_have(tmp_path):
+    options = {"img_size": [32, 32], "depth": 2, "act_layer": "quick_gelu", "num_classes": 0, "in_chans": 3}
+    theirs = timm.create_model("vit_base_patch16_clip_224", **options).eval()
+    theirs.load_state_dict(random_like(theirs.state_dict()))
+    path = saved(theirs.state_dict(), tmp_path)
+    beside({"architecture": "vit_base_patch16_clip_224", "model_args": options, "pretrained_cfg": {}}, tmp_path)
+    for arch in (None, "vit_base_patch16_clip_224", "vit_base_patch16_clip_224.openai"):
+        assert_same(backbones.load_backbone(path, arch)[0], theirs, 32, 32)
+    other, _ = build_backbone("vit_base_patch16_clip_224", timm_args={"img_size": 32, "depth": 2})
+    with pytest.raises(Refused, match="act_layer quick_gelu"):
+        backbones.load_weights_into(other, path)
+    del options["act_layer"]
+    beside({"architecture": "vit_base_patch16_clip_224", "model_args": options, "pretrained_cfg": {}}, tmp_path)
+    backbones.load_weights_into(other, path)
+
+
+@pytest.mark.parametrize("arch, options", [
+    ("resnetblur18", {}), ("resnet18", {"act_layer": "silu"}), ("vit_tiny_patch16_224", {"num_heads": 12}),
+    ("resnet18", {}), ("vit_tiny_patch16_224", {})])
+def test_checkpoints_of_timms_training_script(tmp_path, arch, options):
+    theirs = timm.create_model(arch, num_classes=0, **options).eval()
+    theirs.load_state_dict(random_like(theirs.state_dict()))
+    args = argparse.Namespace(model=arch, model_kwargs=options, gp=None, img_size=None, mean=None, num_classes=None)
+    path = saved({"arch": arch, "epoch": 9, "state_dict": theirs.state_dict(), "args": args}, tmp_path)
+    model, info = backbones.load_backbone(path)
+    assert_same(model, theirs, 224, 224)
+    assert ("timm_args" in info["options"]) == ("blur" in arch or "act_layer" in options)
+
+
+def test_exports_keep_what_tensors_do_not_show(tmp_path):
+    import export
+
+    theirs = timm.create_model("vit_tiny_patch16_224", num_classes=0, num_heads=12, img_size=32, depth=4).eval()
+    theirs.load_state_dict(random_like(theirs.state_dict()))
+    path = saved(theirs.state_dict(), tmp_path)
+    beside({"num_attention_heads": 12}, tmp_path)
+    for kind, name, file in (("published", "out.pth", "out.pth"), ("timm", "timm", "timm/model.safetensors")):
+        args = ["--pretrained_weights", path, "--format", kind, "--output", str(tmp_path / "out" / name)]
+        (tmp_path / "out").mkdir(exist_ok=True)
+        assert export.main(export.get_args_parser().parse_args(args)) == 0
+        assert_same(backbones.load_backbone(str(tmp_path / "out" / file))[0], theirs, 32, 32)
+
+
+def test_moco_v3s_small_network_has_twelve_heads(tmp_path):
+    theirs = timm.create_model("vit_small_patch16_224", num_classes=0, num_heads=12, img_size=32).eval()
+    theirs.load_state_dict(random_like(theirs.state_dict()))
+    state = {f"module.{part}_encoder.{k}": v for part in ("base", "momentum") for k, v in theirs.state_dict().items()}
+    path = saved({"arch": "vit_small", "epoch": 300, "state_dict": state}, tmp_path)
+    assert_same(backbones.load_backbone(path)[0], theirs, 32, 32)
+    with pytest.raises(Refused, match="12 attention heads, not 6"):
+        backbones.load_weights_into(build_backbone("vit_small", img_size=32)[0], path)
+
+
+def test_a_resnet_by_timms_name_is_timms(tmp_path):
+    theirs = timm.create_model("resnetblur18", num_classes=0).eval()
+    theirs.load_state_dict(random_like(theirs.state_dict()))
+    path = saved(theirs.state_dict(), tmp_path)
+    model, info = backbones.load_backbone(path, "resnetblur18")
+    assert_same(model, theirs, 64, 64)
+    assert info["arch"] == "resnetblur18"
+    with pytest.raises(Refused, match="--arch resnetblur50: .*holds resnet18"):
+        backbones.load_backbone(path, "resnetblur50")
+
+
+def test_a_name_of_another_program_does_not_count(tmp_path, two_networks):
+    file = {"model": two_networks[1], "args": argparse.Namespace(arch="ViT-T", patch_size=14)}
+    for arch in (None, "vit_nano"):
+        model, info = backbones.load_backbone(saved(file, tmp_path), arch)
+        assert torch.equal(model.state_dict()["pos_embed"], two_networks[1]["pos_embed"])
+        assert (info["arch"], info["patch_size"]) == ("vit_nano", 8)
+
+
 def test_what_is_not_known_is_left_as_it_is():
     state = {"norm_pre.weight": torch.zeros(1), "reg_token": torch.zeros(1, 4, 8), "pos_embed": torch.zeros(1, 16, 8),
              "blocks.0.attn.qkv.weight": torch.zeros(24, 8), "patch_embed.proj.weight": torch.zeros(8, 3, 4, 4)}
@@ -427,6 +574,24 @@ def test_wrong_files_are_named(tmp_path):
         layouts.read(tmp_path)
 
 
+def test_files_are_read_by_their_content(tmp_path, two_networks):
+    from safetensors.torch import save_file
+
+    for name in ("w.bin", "w.SAFETENSORS"):
+        save_file(two_networks[0], tmp_path / name)
+        assert torch.equal(layouts.read(tmp_path / name)["pos_embed"], two_networks[0]["pos_embed"])
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "script.pt")
+    (tmp_path / "index.json").write_text(json.dumps({"metadata": {"total_size": 9}, "weight_map": {"a": "b"}}))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit"}))
+    (tmp_path / "pointer.pth").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n")
+    (tmp_path / "page.pth").write_text("<!DOCTYPE html><html></html>")
+    for name, words in (("script.pt", "TorchScript.*state_dict"), ("index.json", "split into several.*save them as"),
+                        ("config.json", "JSON.*give the file of weights"), ("pointer.pth", "git lfs pull"),
+                        ("page.pth", "web page: download")):
+        with pytest.raises(layouts.BadFile, match=f"{name}: .*{words}"):
+            layouts.read(tmp_path / name)
+
+
 def test_a_stored_timm_network_keeps_its_names(tmp_path):
     arch = "vit_small_patch14_reg4_dinov2"
     trained, _ = build_backbone(arch, depth=1)
@@ -455,7 +620,8 @@ def read_back(content, tmp_path, key="teacher"):
 @pytest.mark.parametrize("prefix", [
     "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "module.backbone.", "model.backbone.", "net.",
     "network.", "vit.", "trunk.", "base_model.", "feature_extractor.", "image_encoder.", "_forward_module.model.",
-    "backbone._fsdp_wrapped_module.", "module.teacher.module.backbone._orig_mod.", "model.teacher_backbone."])
+    "backbone._fsdp_wrapped_module.", "module.teacher.module.backbone._orig_mod.", "model.teacher_backbone.",
+    "ema.", "net_ema.", "ema_model.module.", "model_ema.module.", "shadow.", "timm_model.", "visual.trunk."])
 def test_files_with_prefixes_of_wrappers(tmp_path, two_networks, prefix):
     assert torch.equal(read_back(prefixed(two_networks[1], prefix), tmp_path), two_networks[1]["pos_embed"])
 
@@ -494,6 +660,15 @@ def test_student_and_teacher_are_never_confused(tmp_path, two_networks, student,
     for file in (other, {"state_dict": other}):
         with pytest.raises(parallel.Refused, match="no part 'student'.*it has teacher"):
             read_back(file, tmp_path, "student")
+
+
+@pytest.mark.parametrize("student, teacher", [
+    ("model.", "ema."), ("model.", "model_ema.module."), ("net.", "net_ema."), ("network.", "ema_model.module.")])
+def test_an_average_in_a_flat_file_is_the_teacher(tmp_path, two_networks, student, teacher):
+    content = prefixed(two_networks[0], student) | prefixed(two_networks[1], teacher)
+    for file in (content, {"state_dict": content, "epoch": 3}):
+        for key, state in zip(("student", "teacher"), two_networks, strict=True):
+            assert torch.equal(read_back(file, tmp_path, key), state["pos_embed"])
 
 
 def test_entries_that_are_not_known_are_named(tmp_path, two_networks):

@@ -141,6 +141,34 @@ def test_transformers_and_ours_normalize_alike(tmp_path):
     torch.testing.assert_close((image / 255 - mean) / std, theirs.float(), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["ViT", "Bit", "DeiT", "CLIP", "Beit"])
+def test_what_a_processors_file_lacks_is_the_librarys_default(tmp_path, kind):
+    """The library reads the same file, and its output is compared with ours."""
+    transformers = pytest.importorskip("transformers")
+    path = plain(tmp_path, preprocessor_config={"image_processor_type": f"{kind}ImageProcessor", "size": 8})
+    options = {"do_resize": False, "do_center_crop": False}
+    theirs = getattr(transformers, f"{kind}ImageProcessor").from_pretrained(tmp_path)
+    image = torch.randint(0, 256, (3, 8, 8), dtype=torch.uint8)
+    expected = torch.as_tensor(np.asarray(theirs(images=image, return_tensors="np", **options)["pixel_values"][0]))
+    info = backbones.load_backbone(path)[1]
+    mean, std = (torch.tensor(info[key]).view(3, 1, 1) for key in ("mean", "std"))
+    torch.testing.assert_close((image / 255 - mean) / std, expected.float(), rtol=1e-4, atol=1e-4)
+
+
+def test_a_default_that_is_not_known_is_refused(tmp_path):
+    path = plain(tmp_path, preprocessor_config={"image_processor_type": "MyImageProcessor"})
+    with pytest.raises(Refused, match="mean of MyImageProcessor, which is not stated.*processor_config.json.*--mean"):
+        backbones.load_backbone(path)
+    assert backbones.load_backbone(path, mean=MEAN, std=STD)[1]["mean"] == tuple(MEAN)
+
+
+@pytest.mark.parametrize("content", [{"do_normalize": False}, {"image_processor_type": "MyImageProcessor"}])
+def test_init_from_says_any_form_of_mean(tmp_path, capsys, content):
+    path = plain(tmp_path, preprocessor_config=content)
+    backbones.load_weights_into(build_backbone("vit_nano", 8, img_size=32)[0], path)
+    assert "preprocessor_config.json" in capsys.readouterr().out
+
+
 def test_metadata_of_a_safetensors_file(tmp_path):
     from safetensors.torch import save_file
 
