@@ -142,6 +142,8 @@ def compute_part(
 
 
 def save_part(job: Job, number: int, array: np.ndarray) -> None:
+    if not job.parts.exists() and job.output.exists():
+        raise Refused(f"{job.flag} {job.output}: another process has written it meanwhile; start again to compare it")
     with parallel.refusing(f"{job.flag} {job.output}", f"the parts in {job.parts} are kept: make room and start again"):
         with atomic.replacing(job.part(number)) as temporary, open(temporary, "wb") as file:
             np.save(file, array)
