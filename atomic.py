@@ -75,7 +75,7 @@ def outputs_in(folder: str | bytes | os.PathLike) -> set[bytes]:
 
 
 def check_own(path: str | os.PathLike) -> None:
-    """Raise FileExistsError for a file that the project has not written: an input, or the only copy of something."""
+    """Raise FileExistsError for a file that isn't known to be the project's: an input, or somebody's only copy."""
     folder, name = os.path.split(os.path.abspath(path))
     if os.path.isfile(path) and os.fsencode(name) not in outputs_in(folder):
-        raise FileExistsError(errno.EEXIST, "exists, and was not written by this project")
+        raise FileExistsError(errno.EEXIST, "exists, and is not known to be written by this project")

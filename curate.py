@@ -116,7 +116,7 @@ def curate(args: argparse.Namespace) -> dict:
         args.duplicate_threshold, args.against_threshold, args.neighbors, args.from_clusters, args.cluster_votes,
         args.keep, tuple(args.clusters), args.iterations, args.resampling_steps, args.seed)
     curation.check_settings(settings, len(images))
-    curation_report.check_names(images)
+    curation_report.check_names(images, folder)
     folder = flags.prepare_output(folder)
     work = (args.batch_size_per_gpu, args.num_workers)
     if not args.features:

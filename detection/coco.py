@@ -22,6 +22,7 @@ from protocols.progress import progress
 PIXEL = 1.0  # boxes may reach as far beyond the image, rounded as some tools do
 FIELDS = {"images": {"id", "file_name", "height", "width"}, "annotations": {"image_id", "category_id", "bbox"},
           "categories": {"id", "name"}}
+NUMBERS = ("id", "image_id", "category_id", "height", "width")
 
 
 class Objects:
@@ -102,6 +103,12 @@ def read(path: str, flag: str) -> dict:
         rows = content.get(name) if isinstance(content, dict) else None
         if not isinstance(rows, list) or not all(isinstance(row, dict) and row.keys() >= fields for row in rows):
             raise Refused(f"{flag} {path}: not in COCO format: give a list {name}, of entries with {sorted(fields)}")
+        for n, row in enumerate(rows, 1):
+            one = f"{flag} {path}: number {n} of its {name}"
+            if wrong := [key for key in NUMBERS if key in fields and type(row[key]) not in (int, float)]:
+                raise Refused(f"{one} has {wrong[0]} {row[wrong[0]]!r}; give a number")
+            if not isinstance(row.get("file_name", ""), str):
+                raise Refused(f"{one} has file_name {row['file_name']!r}; give a text")
         ids = Counter(row["id"] for row in rows) if "id" in fields else {"": 1}
         if not ids or max(ids.values()) > 1:
             reason = f"id {max(ids, key=ids.get)} occurs twice among its" if ids else "it has no"
@@ -122,7 +129,8 @@ def checked_annotations(content: Mapping, where: str, skip_bad: bool) -> list[di
         if unknown := [key for key, ids in known.items() if row[key] not in ids]:
             raise Refused(f"{name} has {unknown[0]} {row[unknown[0]]}, which the file lacks; add or remove it")
         if not (reason := why_bad(row["bbox"], *sizes[row["image_id"]])):
-            rows.append({"area": row["bbox"][2] * row["bbox"][3], "iscrowd": 0} | row | {"id": n})
+            rows.append({"area": row["bbox"][2] * row["bbox"][3], "iscrowd": 0}
+                        | {key: value for key, value in row.items() if value is not None} | {"id": n})
         elif not skip_bad:
             raise Refused(f"{name} has the box {row['bbox']}: {reason}; correct it, or give --skip_bad_boxes")
     return rows

@@ -140,9 +140,11 @@ def csv_rows(where: str, content: bytes, split: str | None) -> list[list[bytes]]
 def rows_of_part(where: str, names: list[str], rows: list[list[str]], split: str | None) -> list[list[str]]:
     """The rows of a split, as a column of the table tells it; all rows for None, or where there is no such column."""
     column = split_column(names)
-    cells = [] if column is None else split_cells(where, names[column], rows, column)
+    cells = [] if column is None else split_cells(rows, column)
     part = part_named(where, several(cells), split)
     if part is not None:
+        if others := sorted({cell for cell in cells if not is_part(cell)}):
+            parallel.say(f"{where}: rows whose {names[column]!r} is {' or '.join(map(repr, others))} are left out")
         return [row for row, cell in zip(rows, cells, strict=True) if cell == part]
     if split == "val":
         raise Refused(f"{where}: a list has no validation part without a column split with the values train and val; "
@@ -158,18 +160,10 @@ def split_column(names: list[str]) -> int | None:
     return next((names.index(name) for name in SPLIT_COLUMNS if name in names), None)
 
 
-def split_cells(where: str, name: str, rows: list[list[str]], column: int) -> list[str]:
-    """The part of each row, in lower case; [] if the column holds something else.
-
-    Raises:
-        Refused: some of the column's values are parts and others are not.
-    """
+def split_cells(rows: list[list[str]], column: int) -> list[str]:
+    """The part of each row, in lower case; [] if no value of the column is a part."""
     cells = [row[column].strip().lower() if column < len(row) else "" for row in rows]
-    others = sorted(cell for cell in set(cells) if not is_part(cell))
-    if others and len(others) < len(set(cells)):
-        raise Refused(f"{where}: {others[0]!r} in the column {name!r} is no part of a data set; write train, val or "
-                      "test in all rows, or rename the column")
-    return [] if others else cells
+    return cells if any(map(is_part, cells)) else []
 
 
 def parts_in(where: str, path: str) -> set[str]:
@@ -178,7 +172,7 @@ def parts_in(where: str, path: str) -> set[str]:
         return set()
     names, rows = csv_table(where, read(path))
     column = split_column(names)
-    return set() if column is None else several(split_cells(where, names[column], rows, column))
+    return set() if column is None else several(split_cells(rows, column))
 
 
 def several(cells: list[str]) -> set[str]:

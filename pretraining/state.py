@@ -152,7 +152,7 @@ class Run:
         changed = self.changed(state)
         if not changed or extend and changed.keys() <= LENGTH:
             self.check_extension(state, changed)
-            self.check_images(state, path)
+            self.check_images(state, path, extend)
             return
         shown = ", ".join(f"{k} {old} -> {new}" for k, (old, new) in changed.items())
         remedy = "choose another folder, or the same flags to resume"
@@ -181,14 +181,14 @@ class Run:
             done = self.step_after(state) / (1 if flag == "steps" else unit)
             raise Refused(f"--extend: --{flag} {self.settings[flag]} is not more than the {done:g} done; raise it")
 
-    def check_images(self, state: Mapping, path: Path) -> None:
-        """Raise Refused if most images are others than the checkpoint's."""
+    def check_images(self, state: Mapping, path: Path, extend: bool) -> None:
+        """Raise Refused if most images are others than the checkpoint's, unless the run is to be extended."""
         others, compared = self.other_images(state)
-        if 2 * others > compared:
+        if 2 * others > compared and not extend:
             raise Refused(f"--output_dir {path.parent}: {path.name} belongs to a run on other images: {others} of "
                           f"{compared} that were compared are not those that --data_path {self.settings['data_path']} "
-                          f"has in their places; give that run's images to resume, or start another run in another "
-                          f"folder (with --init_from {path} from its weights)")
+                          "has in their places; give that run's images to resume, or go on with these by --extend, or "
+                          f"in another folder from its weights by --init_from {path}")
 
     def other_images(self, state: Mapping) -> tuple[int, int]:
         """How many images differ from the checkpoint's, and how many could be compared: none where their number has

@@ -6,7 +6,6 @@ Shapes: N images of the pile.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -28,10 +27,14 @@ CELL = 96  # pixels
 # ---- The list ----
 
 
-def check_names(images: Joined) -> None:
-    """Raises Refused: a path that a line of a list can't hold."""
+def check_names(images: Joined, folder: Path) -> None:
+    """Raises Refused: a path that a line of a list can't hold, or images to be written into a folder of the user's."""
+    own = not (folder / "images").exists() or b"images" in atomic.outputs_in(folder)
     for i in range(len(images)):
         path = images.path(i)
+        if not path and not own:
+            raise Refused(f"--output_dir {folder}: images/ in it was not written by this script, which would write "
+                          f"{printable(images.name(i).encode())} and others there; choose another folder")
         if path and (b"\n" in path or b"\t" in path or b"\r" in path):
             raise Refused(f"--data_path: {printable(path)!r} has a tab or line break in its name, which a list can't "
                           "hold; rename it")
@@ -40,7 +43,8 @@ def check_names(images: Joined) -> None:
 def write_kept(images: Joined, kept: np.ndarray, folder: Path) -> None:
     """list.txt: a line per image, its absolute path and, if the pile has labels, its class.
 
-    Images without a file of their own, drawn or packed with others, are written to `folder`/images as PNG.
+    Images without a file of their own, drawn or packed with others, are written to `folder`/images as PNG. What earlier
+    runs wrote there stays.
     """
     lines = []
     for i in kept.tolist():
@@ -48,10 +52,6 @@ def write_kept(images: Joined, kept: np.ndarray, folder: Path) -> None:
         name = "" if images.labels is None else images.classes[int(images.labels[i])]
         lines.append(path + (b"\t" + name.encode() if name else b""))
     write_list(str(folder / "list.txt"), lines, "--output_dir")
-    listed = {os.fsdecode(line.partition(b"\t")[0]) for line in lines}
-    for file in (folder / "images").glob("[0-9]" * 8 + ".png"):  # of a run with other settings
-        if str(file.absolute()) not in listed:
-            file.unlink()
 
 
 def written(images: Joined, i: int, folder: Path) -> bytes:

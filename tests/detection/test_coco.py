@@ -46,6 +46,13 @@ def test_a_file(folder):
         coco.open_objects(write(folder, CONTENT), str(folder / "elsewhere"), "--train")
 
 
+def test_null_is_nothing(folder):
+    content = copy.deepcopy(CONTENT)
+    content["annotations"][0] |= {"iscrowd": None, "area": None}
+    (row, _), _ = coco.open_objects(write(folder, content), "", "--train").rows
+    assert (row["iscrowd"], row["area"]) == (0, 200)
+
+
 def change(path: str, value):
     """A change of CONTENT: "annotations.0.bbox" -> value."""
     def apply(content):
@@ -66,6 +73,11 @@ def change(path: str, value):
     (change("annotations.0.bbox", [40.1, 5, 0.5, 2]), ("annotation 1", "outside")),  # all of it
     (change("annotations.0.bbox", [1, 2, 3]), ("annotation 1", "four numbers")),
     (change("annotations.0.bbox", [float("nan"), 0, 1, 1]), ("annotation 1",)),
+    (change("images.0.width", None), ("number 1 of its images", "width None", "number")),
+    (change("images.0.height", "30"), ("number 1 of its images", "height '30'")),
+    (change("images.0.id", "7"), ("number 1 of its images", "id '7'")),
+    (change("images.1.file_name", 5), ("number 2 of its images", "file_name 5")),
+    (change("annotations.0.image_id", [7]), ("number 1 of its annotations", "image_id [7]")),
     (change("categories.1.name", "fish "), ("'fish'", "twice", "rename")),
     (change("categories.1.id", 3), ("id 3", "twice")),
     (change("categories.1.name", " . "), ("no words", "rename")),

@@ -152,9 +152,10 @@ def test_columns_that_do_not_help(files, capsys):
     (files / "l.csv").write_text(TABLE.format("label", "split", "fold1", "fold1", "fold2"))
     assert not has_test_part(str(files / "l.csv")) and len(open_images(files / "l.csv", "train")) == 3
     assert "'split' is not used" in capsys.readouterr().out
-    (files / "l.csv").write_text(TABLE.format("label", "split", "train", "", "val"))
-    with pytest.raises(Refused, match="'' in the column 'split'.*write train, val"):
-        open_images(files / "l.csv", "train")
+    (files / "l.csv").write_text(TABLE.format("label", "split", "train", "gallery", "val"))
+    assert len(open_images(files / "l.csv")) == 3 and "left out" not in capsys.readouterr().out
+    assert len(open_images(files / "l.csv", "train")) == 1
+    assert "rows whose 'split' is 'gallery' are left out" in capsys.readouterr().out
     (files / "l.csv").write_text(TABLE.format("label", "split", "test", "test", "test"))  # a list of one part
     assert not has_test_part(str(files / "l.csv")) and len(open_images(files / "l.csv", "train")) == 3
     (files / "l.csv").write_text(TABLE.format("breed", "id", 1, 2, 3))
