@@ -61,7 +61,7 @@ def _described(weights):
     state = layouts.backbone_state(loaded, "teacher", path)
     ours = (*vision_transformer.VITS, *vision_transformer.XCITS)
     try:
-        config = layouts.network_config(loaded, path)
+        config = layouts.network_config(loaded, path, vision_transformer.is_network)
         return path, layouts.describe(layouts.stored_args(loaded), state, ours, vision_transformer.is_network, config)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error

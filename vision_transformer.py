@@ -873,10 +873,10 @@ def _build_timm(arch: str, drop_path_rate: float, in_chans: int, **kwargs) -> tu
         options["drop_path_rate"] = drop_path_rate
     try:  # dynamic_img_size: without it, a timm ViT accepts one input size only and fails on local crops
         model = timm.create_model(name, dynamic_img_size=True, **options)
-    except TypeError:
+    except (TypeError, AssertionError):
         try:
             model = timm.create_model(name, **options)
-        except TypeError as error:
+        except (TypeError, AssertionError) as error:
             raise ValueError(f"--arch {arch}: {error}; leave the option out for this network") from error
     if name.startswith("xcit_"):
         model.register_load_state_dict_pre_hook(take_published_xcit)

@@ -322,7 +322,8 @@ def load_network(
 
 def unseen_options(options: Mapping) -> dict:
     """Of the options of `build_backbone`, those that change features, not tensors, where they are not the default."""
-    default = {"interpolate_antialias": False, "interpolate_offset": 0.1}
+    registers = bool(options.get("num_register_tokens"))  # for networks with which these are other defaults
+    default = {"interpolate_antialias": registers, "interpolate_offset": 0.0 if registers else 0.1}
     return {k: options[k] for k in STORED_OPTIONS if k in options and options[k] != default.get(k)}
 
 

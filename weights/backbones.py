@@ -73,7 +73,7 @@ def load_weights_into(
     with refusing(flag):
         loaded = read(path)
         state = backbone_state(loaded, checkpoint_key, path)
-        args, config = stored_args(loaded), network_config(loaded, path)
+        args, config = stored_args(loaded), network_config(loaded, path, is_network)
         found = preprocessing.stored(path, args)
     with refusing(f"{flag} {path}:"):
         recognized = recognize(state)
@@ -228,7 +228,7 @@ def read_backbone(path: str, checkpoint_key: str, flag: str) -> tuple[dict, Weig
     """The training flags stored in a file of weights, and what it says of its backbone. Raises Refused."""
     with refusing(flag):
         loaded = read(path)
-        config = network_config(loaded, path)
+        config = network_config(loaded, path, is_network)
     args = stored_args(loaded)
     with refusing(f"--checkpoint_key {checkpoint_key}:"):
         state = backbone_state(loaded, checkpoint_key, path)

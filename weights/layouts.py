@@ -239,11 +239,13 @@ def network_of(name: str) -> str | None:
     return next((key for key, pattern in NETWORKS.items() if pattern.fullmatch(name.split(".")[0])), None)
 
 
+def is_average(name: str) -> bool:
+    return "." in name and AVERAGES.fullmatch(name.split(".")[0]) is not None
+
+
 def network_of_tensor(name: str) -> str | None:
     """student or teacher, by the prefix of a tensor's name."""
-    if "." not in name:
-        return None
-    return network_of(name) or ("teacher" if AVERAGES.fullmatch(name.split(".")[0]) else None)
+    return ("teacher" if is_average(name) else network_of(name)) if "." in name else None
 
 
 def is_unmarked(networks: set[str], checkpoint_key: str) -> bool:
@@ -263,6 +265,9 @@ def strip_prefixes(state: Mapping[str, Tensor], checkpoint_key: str = "teacher")
         BadFile: the names mark student or teacher, but not `checkpoint_key`.
     """
     state = {WRAPPERS.sub("", name): value for name, value in state.items()}
+    averages = sum(map(is_average, state))
+    if 3 * averages < len(state):  # the rate of an average or an average of a part, not of a network
+        state = {name: value for name, value in state.items() if not is_average(name)}
     while True:
         networks = {network_of_tensor(name) for name in state} - {None}
         if is_unmarked(networks, checkpoint_key):
@@ -442,18 +447,22 @@ def beside(path: str | os.PathLike, name: str) -> Mapping | None:
                       "repair it, or move the weights to another folder and give --mean and --std") from error
 
 
-def network_config(loaded: Mapping, path: str | os.PathLike) -> Mapping:
-    """What is known of a network besides its tensors, with its place under `source`.
+def network_config(loaded: Mapping, path: str | os.PathLike, is_network: Callable[[str], bool]) -> Mapping:
+    """What is known of a network besides its tensors, with its place under `source`; {} where the file names it.
 
-    config.json beside the file (Hugging Face's, timm's); else the flags in a checkpoint of timm's training script, or
-    that the ViT-S of MoCo v3 has 12 heads.
+    config.json beside the file (Hugging Face's of a Vision Transformer, timm's); else the flags in a checkpoint of
+    timm's training script, or that the ViT-S of MoCo v3 has 12 heads.
 
     Raises:
         BadFile: config.json is damaged.
     """
-    if config := beside(path, "config.json"):
-        return {**config, "source": str(pathlib.Path(path).with_name("config.json"))}
     arch, args, state = loaded.get("arch"), stored_args(loaded), loaded.get("state_dict")
+    if isinstance(args.get("arch"), str) and is_network(args["arch"]):
+        return {}
+    config = beside(path, "config.json") or {}
+    name, kind = config.get("architecture"), f"{config.get('model_type')} {config.get('architectures')}"
+    if is_network(name.split(".")[0]) if isinstance(name, str) else TRANSFORMER.search(kind):  # else another program's
+        return {**config, "source": str(pathlib.Path(path).with_name("config.json"))}
     if isinstance(arch, str) and args.get("model") == arch:
         arguments = args.get("model_kwargs") if isinstance(args.get("model_kwargs"), Mapping) else {}
         pool = {"global_pool": args["gp"]} if "gp" in args else {}
@@ -463,8 +472,11 @@ def network_config(loaded: Mapping, path: str | os.PathLike) -> Mapping:
     return {"num_attention_heads": 12, "source": "MoCo v3"} if is_moco and arch == "vit_small" else {}
 
 
+TRANSFORMER = re.compile(r"vit|dino|deit|beit", re.IGNORECASE)  # in Hugging Face's names of kinds of networks
+
+
 def is_square(size: object) -> bool:
-    return not isinstance(size, (list, tuple)) or len(set(size)) == 1
+    return not isinstance(size, (list, tuple)) or len(set(map(str, size))) == 1
 
 
 # What this project's networks compute where tensors do not tell: {field of a configuration: (is it so, as what)}.
@@ -508,7 +520,8 @@ def configured(weights: Weights, state: Mapping[str, Tensor], config: Mapping) -
     is_vit = weights.arch in VIT_SIZES.values()
     if not config or not (is_vit or weights.arch in RESNETS.values()):
         return weights
-    shape = (config.get("pretrained_cfg") or config).get("input_size") if timm else None
+    described = config["pretrained_cfg"] if isinstance(config.get("pretrained_cfg"), Mapping) else config
+    shape = described.get("input_size") if timm else None
     timm_fields = {"global_pool": config.get("global_pool"),
                    "input_size": shape[1:] if isinstance(shape, list) else None} | arguments
     stated = timm_fields if timm else {

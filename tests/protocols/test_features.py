@@ -184,6 +184,14 @@ def test_weights_hash_is_of_names_and_values():
     assert weights_hash(one) != weights_hash(nn.Sequential(nn.Identity(), *one)) != weights_hash(one.half())
 
 
+def test_the_options_of_networks_with_registers_are_their_default():
+    """Features that were cached before options counted stay valid."""
+    published = {"num_register_tokens": 4, "interpolate_antialias": True, "interpolate_offset": 0.0}
+    assert features.unseen_options(published) == {} == features.unseen_options({"interpolate_offset": 0.1})
+    assert features.unseen_options(published | {"interpolate_offset": 0.1}) == {"interpolate_offset": 0.1}
+    assert features.unseen_options({"num_heads": 12}) == {"num_heads": 12}
+
+
 @pytest.mark.parametrize("option", [{"interpolate_offset": 0.0}, {"interpolate_antialias": True}])
 def test_options_that_tensors_do_not_show_are_part_of_the_fingerprint(tmp_path, option):
     """The same tensors, from images of another size than the positions are for."""

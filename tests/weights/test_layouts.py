@@ -283,7 +283,8 @@ def test_heads_of_hugging_faces_configuration(tmp_path, name, heads):
     ("num_attention_heads", 5), ("num_attention_heads", "3")])
 def test_a_configuration_that_this_project_does_not_compute_is_refused(tmp_path, field, value):
     path = saved(build_backbone("vit_nano", 8, img_size=32)[0].state_dict(), tmp_path)
-    ours = {"num_attention_heads": 3, "hidden_act": "gelu", "layer_norm_eps": 1e-12, "image_size": [32, 32]}
+    ours = {"model_type": "vit", "num_attention_heads": 3, "hidden_act": "gelu", "layer_norm_eps": 1e-12,
+            "image_size": [32, 32]}
     beside(ours, tmp_path)
     assert "num_heads" not in backbones.load_backbone(path)[1]["options"]
     beside(ours | {field: value}, tmp_path)
@@ -294,6 +295,37 @@ def test_a_configuration_that_this_project_does_not_compute_is_refused(tmp_path,
         message = str(raised.value)
         assert message.startswith(f"--pretrained_weights {path}: ") and "config.json" in message
         assert repr(value) in message and ("attention heads" if "heads" in field else field) in message
+
+
+@pytest.mark.parametrize("config", [
+    {"lr": 1, "arch": "foo", "hidden_act": "relu", "num_attention_heads": 5}, {"dataset": "x", "image_size": [64, 32]},
+    {"model_type": "llama", "hidden_act": "silu"}, {"architecture": "ResNet18", "num_classes": 10},
+    {"architecture": "ViT", "model_args": {"num_heads": 5}}, {"image_size": [[1], [2]]},
+    {"architecture": "vit_tiny_patch16_224", "pretrained_cfg": "a"}])
+def test_a_configuration_of_something_else_is_passed_over(tmp_path, config):
+    """It may be of a data set, of another program, or of a network of another kind."""
+    network = build_backbone("vit_nano", 8, img_size=32)[0]
+    path = saved(network.state_dict(), tmp_path)
+    beside(config, tmp_path)
+    assert_same(backbones.load_backbone(path)[0], network.eval(), 32, 32)
+    backbones.load_weights_into(build_backbone("vit_nano", 8, img_size=32)[0], path)
+
+
+def test_a_file_that_names_its_network_needs_no_configuration(tmp_path):
+    network = build_backbone("vit_nano", 8, img_size=32)[0]
+    path = saved({"teacher": network.state_dict(), "args": {"arch": "vit_nano", "patch_size": 8}}, tmp_path)
+    beside({"model_type": "vit", "num_attention_heads": 6}, tmp_path)
+    assert_same(backbones.load_backbone(path)[0], network.eval(), 32, 32)
+    backbones.load_weights_into(build_backbone("vit_nano", 8, img_size=32)[0], path)
+
+
+@pytest.mark.parametrize("average", [["decay"], ["decay", "num_updates", "blocks.0.norm1.weight"]])
+@pytest.mark.parametrize("prefix", ["backbone.", "model.", ""])
+def test_a_part_of_an_average_is_no_network(tmp_path, prefix, average):
+    network = build_backbone("vit_nano", 8, img_size=32)[0]
+    state = {prefix + name: value for name, value in network.state_dict().items()}
+    path = saved(state | {f"ema.{name}": torch.ones(1) for name in average}, tmp_path)
+    assert_same(backbones.load_backbone(path)[0], network.eval(), 32, 32)
 
 
 @pytest.mark.parametrize("arch, options, same_as_ours", [
@@ -365,7 +397,7 @@ def test_exports_keep_what_tensors_do_not_show(tmp_path):
     theirs = timm.create_model("vit_tiny_patch16_224", num_classes=0, num_heads=12, img_size=32, depth=4).eval()
     theirs.load_state_dict(random_like(theirs.state_dict()))
     path = saved(theirs.state_dict(), tmp_path)
-    beside({"num_attention_heads": 12}, tmp_path)
+    beside({"model_type": "vit", "num_attention_heads": 12}, tmp_path)
     for kind, name, file in (("published", "out.pth", "out.pth"), ("timm", "timm", "timm/model.safetensors")):
         args = ["--pretrained_weights", path, "--format", kind, "--output", str(tmp_path / "out" / name)]
         (tmp_path / "out").mkdir(exist_ok=True)
