@@ -87,10 +87,7 @@ def prepare_output(folder: str | os.PathLike, flag: str = "--output_dir") -> Pat
     """
     folder = Path(folder)
     with parallel.refusing(f"{flag} {folder}", "choose a folder you can write to"):
-        for path in (folder, *folder.parents):
-            if path.is_symlink() and not path.exists():
-                raise parallel.Refused(f"{flag} {folder}: {path} is a link to {os.readlink(path)!r}, which isn't "
-                                       "there; make that folder, or choose another one")
+        check_links(folder, flag)
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
             raise PermissionError("not writable")
@@ -206,12 +203,21 @@ def check_folder(path: str | os.PathLike, flag: str = "--output_dir") -> Path:
     """The path of a folder that exists or may be created.
 
     Raises:
-        Refused: the path or one of its parents is a file.
+        Refused: the path or one of its parents is a file, or a link to nothing.
     """
+    check_links(Path(path), flag)
     for folder in (Path(path), *Path(path).parents):
         if folder.exists() and not folder.is_dir():
             raise Refused(f"{flag} {path}: {folder} is a file; give a folder")
     return Path(path)
+
+
+def check_links(path: Path, flag: str) -> None:
+    """Raises Refused: the path or one of its parents is a link to nothing, in whose place no folder can be made."""
+    for folder in (path, *path.parents):
+        if folder.is_symlink() and not folder.exists():
+            raise Refused(f"{flag} {path}: {folder} is a link to {os.readlink(folder)!r}, which isn't there; make that "
+                          "folder, or choose another one")
 
 
 class Range(argparse.Action):

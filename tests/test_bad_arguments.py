@@ -588,7 +588,8 @@ def test_an_image_size_that_patches_do_not_divide_is_told(here, capsys):
 @pytest.mark.parametrize("below", ["", "/run"])
 def test_an_output_folder_that_is_a_link_to_nothing(tmp_path, below):
     (tmp_path / "link").symlink_to(tmp_path / "gone")
-    with pytest.raises(parallel.Refused, match=r"--output_dir .*link.* is a link to '.*gone'.*choose another"):
-        flags.prepare_output(f"{tmp_path}/link{below}")
+    for check in (flags.prepare_output, flags.check_folder):  # the latter before any work, also of files below
+        with pytest.raises(parallel.Refused, match=r"--output_dir .*link.* is a link to '.*gone'.*choose another"):
+            check(f"{tmp_path}/link{below}")
     (tmp_path / "gone").mkdir()
     assert flags.prepare_output(f"{tmp_path}/link{below}").is_dir()
