@@ -98,7 +98,10 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
     """Adds the default to a flag's help, unless it is empty."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        empty = action.default is False or action.default in ("", None) or action.default == []
+        default = action.default
+        if isinstance(default, (list, tuple)) and default:  # as it is given, not as Python prints it
+            return f"{action.help} (default: {' '.join(map(str, default))})"
+        empty = default is False or default in ("", None, [], ())
         return action.help if empty else super()._get_help_string(action)
 
 
