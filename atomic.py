@@ -1,5 +1,5 @@
-"""Files that are either complete or absent: written beside their final name, flushed to disk, then renamed. And which
-files of a folder the project wrote, so that it doesn't read them as data.
+"""Write files atomically, beside their final name, flushed to disk, then renamed, so that they are complete or absent;
+and record which files of a folder the project wrote, so that it does not read them as data.
 """
 
 from __future__ import annotations

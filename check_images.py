@@ -1,4 +1,4 @@
-"""What a set of images holds, before training on it: every image is decoded once.
+"""Check a set of images before training: decode every image once and report what the set contains.
 
     python check_images.py /path/to/images
     python check_images.py /path/to/images --write good.txt && python main_dino.py --data_path good.txt ...

@@ -1,4 +1,4 @@
-"""A training set from a pile of images: without duplicates, near to trusted images, balanced over its contents.
+"""Make a training list from a pile of images: drop duplicates, keep images near trusted ones, balance the contents.
 
     python curate.py --pretrained_weights output/run/checkpoint.pth --data_path photos more_photos --keep 100000 \\
         --output_dir output/curated

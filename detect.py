@@ -1,4 +1,4 @@
-"""Detection of what a text names, with Grounding DINO (arXiv 2303.05499) of the transformers library.
+"""Detect the objects that a text names, with Grounding DINO (arXiv 2303.05499) from the transformers library.
 
     python detect.py --model IDEA-Research/grounding-dino-tiny --images photo.jpg --text "cat . remote control ."
     python detect.py @presets/detect_scenes.txt --train scenes:3000x96 --eval scenes:200x96

@@ -1,4 +1,4 @@
-"""Every evaluation that the given data allow, in one process, with one feature cache, on one page.
+"""Run every evaluation that the given data allow, in one process with one feature cache, and write one report.
 
     python evaluate.py --pretrained_weights output/run/checkpoint.pth --data_path images --segmentation_data ecssd
 

@@ -5,8 +5,8 @@
     model = torch.hub.load("/path/to/this/folder", "dino", source="local", weights="output/shapes/checkpoint.pth")
 
 Every entry takes `pretrained` (False: random weights), `weights` (a file or URL instead of the published one, in any
-layout that weights/layouts.py knows; a full checkpoint gives its teacher) and the options of the network; `dino` only
-the last two, and finds the network in the file.
+layout that weights/layouts.py knows; a full checkpoint gives its teacher) and the options of the network; `dino`
+takes only the last two and reads the network from the file.
 """
 
 import importlib.machinery as _machinery
