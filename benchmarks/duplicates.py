@@ -4,7 +4,8 @@
 
 --data_path is a folder with database/, queries/ and ground_truth.csv, or Copydays (imagesets/copies.py). All images are
 in one pile. True pairs are an image and its copies, and copies of one image. Pairs above the threshold are measured,
-and the groups into which curate.py joins them. With --quick, drawn images and their mirror images.
+the groups into which curate.py joins them, and the average precision over all thresholds. With --quick, drawn images
+and their mirror images.
 """
 
 import os
@@ -21,7 +22,7 @@ import flags
 from imagesets import shapes
 from imagesets.copies import read_copies
 from imagesets.sources import open_files
-from protocols.duplicates import threshold_curve
+from protocols.duplicates import average_precision, threshold_curve
 from protocols.features import load_network, network_features
 
 THRESHOLDS = (0.99, 0.98, 0.97, 0.96, 0.95, 0.93, 0.9, 0.85, 0.8, 0.7)
@@ -48,7 +49,7 @@ def draw(folder: Path) -> None:
     (folder / "ground_truth.csv").write_text("\n".join(lines))
 
 
-def measure(data_path: str, args) -> list[dict]:
+def measure(data_path: str, args) -> tuple[list[dict], float, list[float]]:
     copies = read_copies(data_path)
     network = load_network(args.pretrained_weights, args.arch, args.patch_size, args.checkpoint_key, args.device,
                            args.crop_size, args.resize_size, seed=args.seed, mean=args.mean, std=args.std,
@@ -58,7 +59,8 @@ def measure(data_path: str, args) -> list[dict]:
     print(f"{len(copies.database)} images and {len(copies.queries)} copies; {network.about['arch']}, "
           f"{network.about['crop_size']} pixels, "
           f"{network.about['weights'] or 'no weights'}")
-    return threshold_curve(features, sources(copies), args.thresholds)
+    source = sources(copies)
+    return threshold_curve(features, source, args.thresholds), *average_precision(features, source)
 
 
 def main(args) -> int:
@@ -68,9 +70,10 @@ def main(args) -> int:
         if args.quick:
             args.arch = "pixels"
             draw(Path(folder))
-        rows = measure(folder if args.quick else args.data_path, args)
+        rows, area, interval = measure(folder if args.quick else args.data_path, args)
     bench.table(COLUMNS, [list(row.values()) for row in rows])
-    bench.record(args, "duplicates", rows=rows)
+    print(f"average precision over all pairs {area:.1f} % [{interval[0]:.1f}, {interval[1]:.1f}]")
+    bench.record(args, "duplicates", rows=rows, average_precision=area, interval=interval)
     return 0
 
 

@@ -165,6 +165,21 @@ def test_precision_and_recall_against_loops():
             assert row[f"{name}precision"] == (expected if expected is None else pytest.approx(expected))
 
 
+def test_average_precision_is_that_of_scikit_learn():
+    from sklearn.metrics import average_precision_score
+
+    x, source = clumped(60, 6, spread=0.9), np.repeat(np.arange(15), 4)
+    source[5] = source[6] = -1
+    one, other = np.triu_indices(60, 1)
+    unit = torch.nn.functional.normalize(x, dim=1)
+    right = (source[one] == source[other]) & (source[one] >= 0)
+    area, (low, high) = duplicates.average_precision(x, source)
+    assert area == pytest.approx(100 * average_precision_score(right, (unit[one] * unit[other]).sum(1)), abs=1e-4)
+    assert 0 < low < area < high < 100
+    assert duplicates.average_precision(x, source)[1] == [low, high]
+    assert duplicates.average_precision(torch.eye(4)[[0, 0, 1, 1]], np.array([0, 0, 1, 1])) == (100, [100, 100])
+
+
 def test_a_cosine_at_the_threshold_counts():
     x = torch.tensor([[1.0, 0.0], [0.0, 1.0], [2.0, 0.0]])
     assert [b.tolist() for b in neighbours.similar_pairs(x, 1.0)] == [[[0, 2]]]
