@@ -17,11 +17,10 @@ from torch import Tensor, nn
 
 import parallel
 from imagesets.annotated import Annotated
-from imagesets.decode import Undecodable
 from parallel import Refused
 from protocols import tokens, transforms
 from protocols.dense_training import Read, Setting
-from protocols.features import Network, refused_image
+from protocols.features import Network, images_refused
 from protocols.progress import progress
 
 LARGEST_CROP = 512  # pixels, unless a flag says otherwise
@@ -138,7 +137,5 @@ def per_image(images: Annotated, measure: Callable[[Tensor, np.ndarray], np.ndar
         next(steps)
         return measure(*images.load(i))
 
-    try:
+    with images_refused():
         return np.stack(parallel.map_shared(work, len(images.items)))
-    except Undecodable as error:
-        raise refused_image(error) from error

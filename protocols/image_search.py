@@ -16,11 +16,11 @@ from torch import Tensor
 
 import parallel
 from imagesets.checking import Chosen
-from imagesets.decode import Reading, Undecodable, decode
+from imagesets.decode import Reading, decode
 from imagesets.sources import Images, open_files, open_images
 from parallel import Refused
 from protocols import embeddings
-from protocols.features import Network, load_network, network_features, refused_image
+from protocols.features import Network, images_refused, load_network, network_features
 from protocols.knn import nearest
 
 LONGEST_TITLE = 24  # characters
@@ -144,14 +144,12 @@ def open_named(data_path: str, names: Sequence[str], reading: Reading, left_out:
 def sheet_rows(result: Neighbours) -> list[list[tuple[Tensor, str]]]:
     """Per query, (image, title) of the query and of its neighbours, for `charts.draw_sheet`."""
     sheet = []
-    try:
+    with images_refused():
         for query, row, neighbours in zip(result.queries, result.rows, result.nearest, strict=True):
             image = decode(query, **result.reading.decoding()) if row is None else result.images.load(row)
             name = query if row is None else result.names[row]
             sheet.append([(image, f"query\n{short(name)}")] + [
                 (result.images.load(i), f"{cosine:.3f}\n{short(result.names[i])}") for i, cosine in neighbours])
-    except Undecodable as error:
-        raise refused_image(error) from error
     return sheet
 
 
