@@ -16,7 +16,7 @@ import atomic
 from imagesets.checking import write_list
 from imagesets.decode import printable
 from imagesets.joined import Joined
-from parallel import Refused
+from parallel import Refused, refusing
 from protocols import report, sheets
 from protocols.curation import EXACT, NEAR, Curated
 from protocols.features import images_refused
@@ -86,10 +86,8 @@ def write_json(path: Path, images: Joined, curated: Curated, about: Mapping) -> 
     dropped = [{"image": images.name(i), "reason": reason}
                | ({} if keeper is None else {"duplicates": images.name(keeper)})
                for i, (reason, keeper) in sorted(curated.reasons.items())]
-    try:
+    with refusing(f"--output_dir {path.parent}", "make room, or give another"):
         atomic.write_text(path, json.dumps(figures | {"dropped": dropped}, indent=1))
-    except OSError as error:
-        raise Refused(f"--output_dir {path.parent}: {error.strerror or error}; make room, or give another") from error
     return figures
 
 
