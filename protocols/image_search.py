@@ -54,14 +54,13 @@ def nearest_images(
     array, names, about = embeddings.read(features)
     array = class_tokens(array, about)
     rows = [row_of(query, len(array)) for query in queries]
-    reading = Reading(**{"in_chans": about["in_chans"]} | about.get("reading", {}))  # not in files of older versions
-    images = open_named(data_path or about["data_path"], names, reading, about.get("left_out", ()))
+    images = open_named(data_path or about["data_path"], names, about)
     files = [query for query, row in zip(queries, rows, strict=True) if row is None]
     embedded = iter(embed(files, about, weights, device, batch_size) if files else ())
     vectors = torch.stack([next(embedded) if row is None else tensor(array[row]).float() for row in rows])
     cosines, candidates = nearest(vectors, tensor(array), k + 1)  # one more, in case the query itself is among them
     neighbours = [without(row, c.tolist(), i.tolist(), k) for row, c, i in zip(rows, cosines, candidates, strict=True)]
-    return Neighbours(queries, rows, neighbours, names, images, reading)
+    return Neighbours(queries, rows, neighbours, names, images, stored_reading(about))
 
 
 def tensor(array: np.ndarray) -> Tensor:
@@ -125,11 +124,20 @@ def stored_network(about: dict, weights: str, device: torch.device | str) -> Net
     return network
 
 
-def open_named(data_path: str, names: Sequence[str], reading: Reading, left_out: Sequence[int] = ()) -> Images:
-    """The images at `data_path`, without those left out, refused unless they have these names in this order."""
-    images = open_images(data_path, None, **reading.decoding())
-    if left_out:
-        images = Chosen(images, sorted(set(range(len(images))) - set(left_out)))
+def stored_reading(about: dict) -> Reading:
+    """How the images of a file of embeddings were decoded, by what the file says."""
+    return Reading(**{"in_chans": about["in_chans"]} | about.get("reading", {}))  # not in files of older versions
+
+
+def open_stored(data_path: str, about: dict) -> Images:
+    """The images at `data_path`, decoded as those of a file of embeddings were, without those that it left out."""
+    images, left_out = open_images(data_path, None, **stored_reading(about).decoding()), about.get("left_out")
+    return Chosen(images, sorted(set(range(len(images))) - set(left_out))) if left_out else images
+
+
+def open_named(data_path: str, names: Sequence[str], about: dict) -> Images:
+    """`open_stored`, refused unless the images have these names in this order."""
+    images = open_stored(data_path, about)
     same = len(images) == len(names) and all(
         os.path.basename(images.name(i)) == os.path.basename(name) for i, name in enumerate(names))
     if not same:
