@@ -253,7 +253,7 @@ def submit(tasks: list[argparse.Namespace]) -> list:
     if len(folders) < len(tasks) and "%j" not in args.output_dir and array(sbatch_options(args.slurm))[1] > 1:
         raise Refused(f"--output_dir {args.output_dir}: the tasks of the array would write to it at the same time; "
                       "put %a into its name, or run one task at a time with array=0-N%1")
-    submitit = parallel.import_optional("submitit", "run_with_submitit.py", "submitit")
+    submitit = parallel.import_optional("submitit", f"--cluster {args.cluster}", "submitit")
     job_dir = args.job_dir or os.path.join(os.path.commonpath(folders), "jobs")
     timeouts = {} if args.cluster == "debug" else {f"{args.cluster}_max_num_timeout": args.max_timeouts}
     try:
