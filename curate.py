@@ -22,7 +22,7 @@ import flags
 import parallel
 from parallel import Refused
 from protocols import curation, curation_report, extraction, neighbours
-from protocols.features import Network, load_network
+from protocols.features import load_network
 from protocols.image_search import stored_network
 
 
@@ -88,13 +88,6 @@ def check_args(args: argparse.Namespace) -> None:
         raise Refused(f"--from_clusters {args.from_clusters}: the clusters are those of --trusted images; give some")
 
 
-def flags_network(args: argparse.Namespace, device) -> Network:
-    return load_network(
-        args.pretrained_weights, args.arch, args.patch_size, args.checkpoint_key, device, args.crop_size,
-        args.resize_size, args.precision, args.seed, mean=args.mean, std=args.std, in_chans=args.in_chans,
-        max_pixels=args.max_pixels, value_range=args.value_range, skip_bad=args.skip_bad)
-
-
 def curate(args: argparse.Namespace) -> dict:
     """Curate what the flags name; returns the figures of curation.json. Raises Refused for bad input."""
     check_args(args)
@@ -108,7 +101,8 @@ def curate(args: argparse.Namespace) -> dict:
         images, features, about = curation.read_embeddings(args.features, args.data_path)
         network = stored_network(about, args.pretrained_weights, device) if any(others.values()) else None
     else:
-        network = flags_network(args, device)
+        network = load_network(device=device, crop_size=args.crop_size, resize_size=args.resize_size,
+                               **flags.network_values(args))
         images = curation.open_pile(args.data_path, network.reading)
         about = extraction.describe(network, "", "cls", args.seed, args.precision)
     sets = {name: curation.open_pile(paths, network.reading, f"--{name}") for name, paths in others.items() if paths}

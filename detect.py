@@ -20,11 +20,11 @@ import atomic
 import flags
 import parallel
 from detection import coco, files, inference, networks, prompts, training
-from imagesets.decode import MAX_PIXELS, Undecodable
+from imagesets.decode import MAX_PIXELS
 from parallel import Refused
 from pretraining import faults
 from pretraining.owner import owned
-from protocols.features import refused_image
+from protocols.features import images_refused
 from weights import checkpoints
 
 SETTINGS = ("model", "image_size", "train", "train_images", "skip_bad_boxes")  # what a run that resumes must share
@@ -185,10 +185,8 @@ def run_training(args: argparse.Namespace, detector: networks.Detector, objects:
 def work(args: argparse.Namespace) -> int | None:
     check_args(args)
     device = parallel.start(args.device)
-    try:
+    with images_refused():
         return detect(args, device) if args.images else train_and_evaluate(args, device)
-    except Undecodable as error:
-        raise refused_image(error) from error
 
 
 def main(args: argparse.Namespace) -> int:

@@ -50,7 +50,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--n_blocks", type=flags.positive_int, nargs="+", default=[1],
         help="number of blocks whose tokens are concatenated: 1, the last one, or 4, evenly spaced; several make a "
              "sweep")
-    dense_flags.add_training_flags(group, 1e-2, "0.0001 with --batch_norm false", "38,400")
+    dense_flags.add_training_flags(group, "0.0001 with --batch_norm false", "38,400")
     add("--batch_norm", type=flags.boolean, default=True,
         help="normalize the tokens before the linear layer; false for the published recipe, whose learning rate suits "
              "the sizes of the tokens")

@@ -43,7 +43,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add = group.add_argument
     add("--n_last_blocks", type=flags.positive_int, nargs="+", default=[1],
         help="number of last blocks whose tokens are concatenated, 1 or 4; several make a sweep")
-    dense_flags.add_training_flags(group, 1e-2, "0.001 for tens of thousands of steps", "40,000")
+    dense_flags.add_training_flags(group, "0.001 for tens of thousands of steps", "40,000")
     add("--dropout", type=flags.number(float, 0, 0.99), default=0.0,
         help="share of the channels of the tokens that are zeroed in training")
 

@@ -30,8 +30,8 @@ def exit_code(
 
     Args:
         work: does the script's job; an int that it returns is the exit code.
-        explain: maps an exception to its reason in one line if that lies outside the code (a lost process, a full
-            disk), else to None.
+        explain: maps an exception to its reason in one line if that lies outside the code (a lost process, memory that
+            ran out), else to None. Full disks are explained before it is asked.
 
     Returns:
         0 if the work is done, 2 for bad input, 1 if the work stopped for a reason outside the code, 130 on Ctrl-C.

@@ -26,7 +26,6 @@ import parallel
 from imagesets.sources import open_images
 from parallel import Refused
 from pretraining.faults import TO_BE_CONTINUED
-from weights.backbones import supported_drop_path_rate
 
 SCRIPTS = {"main_dino.py": main_dino, "main_dinov2.py": main_dinov2}
 
@@ -179,12 +178,11 @@ def check(args: argparse.Namespace) -> None:
     """
     script = SCRIPTS[args.script]
     script.check_args(args)
-    rate = supported_drop_path_rate(args.arch, float(args.drop_path_rate), args.in_chans,
-                                    isinstance(args.drop_path_rate, flags.Default))
+    supported = main_dino.with_supported_rate(args)
     if args.init_from:
-        script.make_networks(argparse.Namespace(**vars(args) | {"drop_path_rate": rate}))
+        script.make_networks(supported)
     else:  # the backbone alone: the host that submits may have little memory
-        script.make_backbone(args, rate)
+        script.make_backbone(args, supported.drop_path_rate)
     if getattr(args, "distill_from", ""):  # of main_dinov2.py
         script.matching_teacher(args)
     if args.device != "auto" and parallel.named_device(args.device).index is not None and args.ngpus > 1:
@@ -255,10 +253,7 @@ def submit(tasks: list[argparse.Namespace]) -> list:
     if len(folders) < len(tasks) and "%j" not in args.output_dir and array(sbatch_options(args.slurm))[1] > 1:
         raise Refused(f"--output_dir {args.output_dir}: the tasks of the array would write to it at the same time; "
                       "put %a into its name, or run one task at a time with array=0-N%1")
-    try:
-        import submitit
-    except ImportError as error:
-        raise Refused(f"submitit: {error}; pip install submitit") from error
+    submitit = parallel.import_optional("submitit", f"--cluster {args.cluster}", "submitit")
     job_dir = args.job_dir or os.path.join(os.path.commonpath(folders), "jobs")
     timeouts = {} if args.cluster == "debug" else {f"{args.cluster}_max_num_timeout": args.max_timeouts}
     try:

@@ -53,7 +53,7 @@ def search(args: argparse.Namespace) -> list[list[tuple[int, float]]]:
         atomic.check_own(output)
     result = image_search.nearest_images(args.features, args.query, args.k, args.data_path, args.pretrained_weights,
                                          args.device, args.batch_size_per_gpu)
-    charts.draw_sheet(image_search.sheet_rows(result), output, "--output")
+    charts.draw_sheet(image_search.sheet_rows(result), output)
     for query, row, neighbours in zip(result.queries, result.rows, result.nearest, strict=True):
         print(query if row is None else f"{query}: {result.names[row]}")
         for neighbour, cosine in neighbours:

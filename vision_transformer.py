@@ -805,10 +805,8 @@ def build_backbone(
     if arch in VITS:
         vit = VITS[arch](patch_size, drop_path_rate=drop_path_rate, in_chans=in_chans, img_size=img_size, **kwargs)
         return vit, vit.embed_dim
-    import torchvision  # takes seconds to import; ViTs do not need it
-
     plain = arch.removesuffix(CIFAR)
-    if plain in torchvision.models.list_models(module=torchvision.models):
+    if plain in torchvision_names():
         model, width = _build_torchvision(plain, drop_path_rate, in_chans, **kwargs)
         return model if plain == arch else small_stem(model, arch), width
     return _build_timm(arch, drop_path_rate, in_chans, **kwargs)
@@ -817,14 +815,19 @@ def build_backbone(
 CIFAR = "_cifar"
 
 
+def torchvision_names() -> list[str]:
+    import torchvision  # takes seconds to import; ViTs do not need it
+
+    return torchvision.models.list_models(module=torchvision.models)
+
+
 def is_network(arch: str) -> bool:
     """Whether `build_backbone` knows the name."""
     if arch in (*VITS, *XCITS):
         return True
     import timm
-    import torchvision
 
-    return arch.removesuffix(CIFAR) in torchvision.models.list_models(module=torchvision.models) or timm.is_model(arch)
+    return arch.removesuffix(CIFAR) in torchvision_names() or timm.is_model(arch)
 
 
 def small_stem(model: nn.Module, arch: str) -> nn.Module:
@@ -893,8 +896,7 @@ def take_published_xcit(model: nn.Module, state: dict[str, Tensor], prefix: str,
 
 def near_names(arch: str) -> str:
     import timm
-    import torchvision
 
-    known = [*VITS, *XCITS, *torchvision.models.list_models(module=torchvision.models), *timm.list_models()]
+    known = [*VITS, *XCITS, *torchvision_names(), *timm.list_models()]
     near = difflib.get_close_matches(arch, known, n=5, cutoff=0.5) or list(VITS)
     return "similar names: " + ", ".join(dict.fromkeys(near))

@@ -51,9 +51,8 @@ def draw(folder: Path) -> None:
 
 def measure(data_path: str, args) -> tuple[list[dict], float, list[float]]:
     copies = read_copies(data_path)
-    network = load_network(args.pretrained_weights, args.arch, args.patch_size, args.checkpoint_key, args.device,
-                           args.crop_size, args.resize_size, seed=args.seed, mean=args.mean, std=args.std,
-                           in_chans=args.in_chans)
+    network = load_network(device=args.device, crop_size=args.crop_size, resize_size=args.resize_size,
+                           **flags.network_values(args))
     images = open_files(os.path.expanduser(data_path), copies.database + copies.queries, network.reading)
     features = network_features(network, images, args.batch_size_per_gpu, args.workers)
     print(f"{len(copies.database)} images and {len(copies.queries)} copies; {network.about['arch']}, "

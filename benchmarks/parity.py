@@ -10,19 +10,18 @@ import sys
 import bench
 import numpy as np
 import ours
-import packed
 import torch
 
 import utils
 
-WAYS = {  # name: (arguments of ours.Trainer, packed, tolerated relative error of the gradient)
-    "fp32": ({}, False, 1e-3), "fp32, packed": ({}, True, 1e-3),
-    "fp32, blocks checkpointed": ({"checkpointed": "blocks"}, False, 1e-3),
-    "fp32, layers checkpointed": ({"checkpointed": "layers"}, False, 1e-3),
-    "bf16": ({"dtype": torch.bfloat16}, False, 0.1), "bf16, packed": ({"dtype": torch.bfloat16}, True, 0.1),
-    "bf16, layers checkpointed": ({"dtype": torch.bfloat16, "checkpointed": "layers"}, False, 0.1),
-    "bf16, compiled": ({"dtype": torch.bfloat16, "compiled": "default"}, False, 0.1),
-    "bf16, CUDA graphs": ({"dtype": torch.bfloat16, "compiled": "reduce-overhead"}, False, 0.1),
+WAYS = {  # name: (arguments of ours.Trainer, tolerated relative error of the gradient)
+    "fp32": ({}, 1e-3),
+    "fp32, blocks checkpointed": ({"checkpointed": "blocks"}, 1e-3),
+    "fp32, layers checkpointed": ({"checkpointed": "layers"}, 1e-3),
+    "bf16": ({"dtype": torch.bfloat16}, 0.1),
+    "bf16, layers checkpointed": ({"dtype": torch.bfloat16, "checkpointed": "layers"}, 0.1),
+    "bf16, compiled": ({"dtype": torch.bfloat16, "compiled": "default"}, 0.1),
+    "bf16, CUDA graphs": ({"dtype": torch.bfloat16, "compiled": "reduce-overhead"}, 0.1),
 }
 
 
@@ -51,15 +50,13 @@ def compare(args) -> list[list]:
     """
     weights, crops, expected = reference()
     rows = []
-    for name, (options, pack, worst) in WAYS.items():
+    for name, (options, worst) in WAYS.items():
         if args.quick and "compiled" in options:
             continue
         bench.start_anew(args.device)
         trainer = ours.Trainer(**SMALL, **options, device=args.device)
         for network in (trainer.student, trainer.teacher):
             network.load_state_dict(weights)
-        if pack:
-            packed.pack(trainer.student)
         actual = gradient(trainer, [c.to(args.device) for c in crops])
         off = ((actual - expected).norm() / expected.norm()).item()
         rows.append([name, off])

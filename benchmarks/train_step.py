@@ -23,7 +23,6 @@ import kinds
 import model
 import naive
 import ours
-import packed
 import torch
 
 RESNETS = ("resnet18", "resnet50", "resnet18_cifar")
@@ -58,9 +57,6 @@ def trainers(args) -> dict:
     if args.grad_checkpointing:
         for what in ("layers", "blocks"):
             variants[f"ours, {what} checkpointed"] = ours.Trainer(**shared, local=args.local, checkpointed=what)
-    if args.packed:
-        variants["ours, packed"] = ours.Trainer(**shared, local=args.local)
-        packed.pack(variants["ours, packed"].student)
     if args.compile:
         variants["ours, compiled"] = ours.Trainer(**shared, local=args.local, compiled=args.compile)
     return variants
@@ -165,7 +161,6 @@ def get_args_parser():
                         help="also time our step with all tokens in the last block")
     parser.add_argument("--grad_checkpointing", action="store_true",
                         help="also time our step with recomputed layers, and with recomputed blocks")
-    parser.add_argument("--packed", action="store_true", help="also time all crops in one pass (packed.py)")
     parser.add_argument("--cpu_time", action="store_true",
                         help="measure CPU time instead of wall time; use it with one thread on a busy machine")
     parser.add_argument("--profile", nargs="?", const="-", default="", metavar="FILE",
@@ -176,7 +171,7 @@ def get_args_parser():
 def main(args) -> int:
     if args.quick:
         args.arch, args.sizes, args.local, args.out_dim, args.batch, args.rounds = "vit_nano", (32, 16), 2, 64, [2], 1
-        args.packed = args.grad_checkpointing = args.all_tokens = True
+        args.grad_checkpointing = args.all_tokens = True
     torch.manual_seed(0)
     bench.header(f"training step of {args.arch}/{args.patch}, {args.precision}", args.device)
     rate = bench.matmul_rate(args.device, PRECISIONS[args.precision] or torch.float32, 64 if args.quick else 0)

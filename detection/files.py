@@ -30,26 +30,26 @@ class Frame(NamedTuple):
     fps: float = 0.0
 
 
-def open_frames(paths: Sequence[str], max_pixels: int = decode.MAX_PIXELS, flag: str = "--images") -> Iterator[Frame]:
+def open_frames(paths: Sequence[str], max_pixels: int = decode.MAX_PIXELS) -> Iterator[Frame]:
     """Images of files and folders, frames of videos, and drawn scenes, decoded when they are asked for.
 
     Raises Refused, at once, for a path that doesn't exist or holds no images; later Undecodable.
     """
     reading = decode.Reading(max_pixels=max_pixels)
-    return itertools.chain.from_iterable([open_path(path, reading, flag) for path in paths])
+    return itertools.chain.from_iterable([open_path(path, reading) for path in paths])
 
 
-def open_path(path: str, reading: decode.Reading, flag: str) -> Iterator[Frame]:
+def open_path(path: str, reading: decode.Reading) -> Iterator[Frame]:
     suffix = Path(path).suffix.lower()
     if suffix in VIDEOS:
-        frames, _, fps = attention_video.open_video(path, None, reading, flag)
+        frames, _, fps = attention_video.open_video(path, None, reading, "--images")
         return (Frame(f"{path}#{name}", image, path, fps) for name, image in frames)
     if path.split(":")[0] == "scenes":
-        objects = coco.open_objects(path, "", flag)
+        objects = coco.open_objects(path, "", "--images")
         return (Frame(about["file_name"], objects.load(i)) for i, about in enumerate(objects.images))
     one = suffix in decode.suffixes() and Path(path).is_file()
     images = (sources.open_files(Path(path).parent, [Path(path).name], reading) if one else
-              sources.open_images(path, flag=flag, **reading.decoding()))
+              sources.open_images(path, flag="--images", **reading.decoding()))
     return (Frame(images.name(i), images.load(i)) for i in range(len(images)))
 
 

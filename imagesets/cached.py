@@ -78,7 +78,7 @@ class Cached:
         return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
-def cached(images: Images, reduction: Reduction | None, num_workers: int, flag: str = "--cache_images") -> Cached:
+def cached(images: Images, reduction: Reduction | None, num_workers: int) -> Cached:
     """Decode all images once, on the first process of each host, and share them. Says before how much memory it takes.
 
     The file lies in the temporary folder ($TMPDIR). On Linux it has no name once all processes have mapped it, and is
@@ -88,10 +88,10 @@ def cached(images: Images, reduction: Reduction | None, num_workers: int, flag: 
         Refused: that is more than the host's free memory, or than the temporary folder's free space.
     """
     size, folder = estimated_bytes(images, reduction), tempfile.gettempdir()
-    parallel.say(f"{flag}: {len(images)} decoded images take about {size / 1e9:.3g} GB of each host's memory")
+    parallel.say(f"--cache_images: {len(images)} decoded images take about {size / 1e9:.3g} GB of each host's memory")
     free, what = min((free_memory(), "of memory"), (shutil.disk_usage(folder).free, f"in {folder}"))
-    agree(f"{flag}: {size / 1e9:.3g} GB are needed, and {free / 1e9:.3g} GB {what} are free; leave it out, or store "
-          "smaller images" if size > free else "")
+    agree(f"--cache_images: {size / 1e9:.3g} GB are needed, and {free / 1e9:.3g} GB {what} are free; leave it out, or "
+          "store smaller images" if size > free else "")
     hosts = parallel.gather_objects(socket.gethostname())
     first = hosts.index(hosts[parallel.rank()])
     shared, reason = None, ""
@@ -99,7 +99,8 @@ def cached(images: Images, reduction: Reduction | None, num_workers: int, flag: 
         try:
             shared = write(images, reduction, num_workers)
         except OSError as error:
-            reason = f"{flag}: {folder}: {error.strerror or error}; set TMPDIR to another folder, or leave it out"
+            reason = (f"--cache_images: {folder}: {error.strerror or error}; set TMPDIR to another folder, or leave it "
+                      "out")
     agree(reason)
     shared = parallel.gather_objects(shared)[first]
     result = Cached(images, *shared)

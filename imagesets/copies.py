@@ -98,7 +98,8 @@ def read_copydays(folder: Path, where: str) -> Copies:
                           "remove one")
         below = folder / (present or names)[0]
         count = len(queries)
-        for kind in [below] if group == "strong" else sorted(below.glob("*/"), key=by_number):
+        kinds = [below] if group == "strong" else sorted(below.glob("*/"), key=lambda kind: natural_order(kind.name))
+        for kind in kinds:
             for name in images_in(kind, where) if kind.is_dir() else ():
                 queries.append(f"{kind.relative_to(folder)}/{name}")
                 matches.append([row[name[:4]]] if name[:4] in row else [])
@@ -107,10 +108,6 @@ def read_copydays(folder: Path, where: str) -> Copies:
             searched = " or ".join(f"{name}/" + "*/" * (group != "strong") for name in names)
             notes.append(f"no {group} queries: no image in {searched}; the figures of all queries are without them")
     return Copies([f"original/{name}" for name in database], queries, matches, attacks, notes)
-
-
-def by_number(folder: Path) -> list[str | int]:
-    return natural_order(folder.name)
 
 
 def images_in(folder: Path, where: str) -> list[str]:

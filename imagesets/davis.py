@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from torch import Tensor
 
 import atomic
 from imagesets import decode, lists, masks
@@ -118,11 +117,6 @@ def open_video(name: str, folder: Path, annotated: Path, reading: decode.Reading
     if not objects and masks.VOID not in labels:
         raise Refused(f"sequence {name}: {annotations[0]} has no object in it; give another annotation")
     return Video(name, frames, annotations, objects or [masks.VOID], masks.VOID if objects else None)
-
-
-def read_frame(video: Video, frame: int, reading: decode.Reading) -> Tensor:
-    """uint8 (C, height, width). Raises Refused for a file that can't be decoded."""
-    return masks.read_image(video.frames[frame], reading, f"sequence {video.name}")
 
 
 def read_annotation(video: Video, frame: int) -> tuple[np.ndarray, np.ndarray]:

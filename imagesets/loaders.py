@@ -62,7 +62,7 @@ class GlobalBatches(Sampler):
         images: N.
         batch_size: B.
         batches_per_epoch: at most N // G, the default.
-        first_batch, last_batch: m runs from first_batch to last_batch - 1; None: without end.
+        first_batch, last_batch: m runs from first_batch to last_batch - 1; by default, without end.
         numbered: also yield the number m of the micro-batch and the image's row in it, 0 ... G - 1.
 
     Raises:
@@ -78,7 +78,7 @@ class GlobalBatches(Sampler):
         world_size: int = 1,
         batches_per_epoch: int | None = None,
         first_batch: int = 0,
-        last_batch: int | None = None,
+        last_batch: int = sys.maxsize,
         numbered: bool = False,
     ) -> None:
         most = images // (batch_size * world_size)
@@ -96,14 +96,11 @@ class GlobalBatches(Sampler):
         self.first_batch, self.last_batch, self.numbered = first_batch, last_batch, numbered
 
     def __len__(self) -> int:
-        if self.last_batch is None:
-            raise TypeError("a run without a last batch has no length")
         return max(0, self.last_batch - self.first_batch)
 
     def __iter__(self) -> Iterator[list[tuple[int, ...]]]:
         permutation = lru_cache(1)(self.permutation)
-        numbers = itertools.count(self.first_batch)
-        for m in numbers if self.last_batch is None else range(self.first_batch, self.last_batch):
+        for m in range(self.first_batch, self.last_batch):
             epoch, s = divmod(m, self.batches_per_epoch)
             start, row = (s * self.world_size + self.rank) * self.batch_size, self.rank * self.batch_size
             indices = permutation(epoch)[start : start + self.batch_size].tolist()
@@ -213,7 +210,7 @@ def batches(
     world_size: int = 1,
     batches_per_epoch: int | None = None,
     first_batch: int = 0,
-    last_batch: int | None = None,
+    last_batch: int = sys.maxsize,
     pin_memory: bool = False,
     masks: Masks | None = None,
     kept: Kept | None = None,

@@ -22,12 +22,13 @@ class Pixels:
         Refused: they do not fit the free memory of the GPU.
     """
 
-    def __init__(self, images: Sequence[Tensor], device: torch.device, flag: str = "--crop_on_device") -> None:
+    def __init__(self, images: Sequence[Tensor], device: torch.device) -> None:
         height, width, channels = (max(sizes) for sizes in zip(*(image.shape for image in images), strict=True))
         size = len(images) * height * width * channels
         if device.type == "cuda" and size > (free := torch.cuda.mem_get_info(device)[0]):
-            raise Refused(f"{flag}: {len(images)} images of up to {width} x {height} pixels take {size / 1e9:.3g} GB, "
-                          f"and {free / 1e9:.3g} GB of the GPU are free; leave it out, or store smaller images")
+            raise Refused(f"--crop_on_device: {len(images)} images of up to {width} x {height} pixels take "
+                          f"{size / 1e9:.3g} GB, and {free / 1e9:.3g} GB of the GPU are free; leave it out, or store "
+                          "smaller images")
         self.pixels = torch.zeros(len(images), height, width, channels, dtype=torch.uint8, device=device)
         for place, image in zip(self.pixels, images, strict=True):
             if image.numel():

@@ -11,6 +11,7 @@ import torch
 
 import parallel
 from imagesets import listing
+from pretraining.logs import installed
 from vision_transformer import VITS
 from weights import checkpoints
 
@@ -68,19 +69,13 @@ def decide(setting: str, folder: str | os.PathLike, device: torch.device, arch: 
     if setting == "auto" and device.type == "cuda" and (latest := checkpoints.read_latest(folder)):
         stored = latest[0].get("args", {}).get("compile") or "off"  # older runs stored None
         stored = None if stored == "auto" else stored
-    value, why = decided(setting, stored, device.type, arch, sharded, steps, has_triton())
+    value, why = decided(setting, stored, device.type, arch, sharded, steps, installed("triton"))
     value = parallel.gather_objects(value)[0]
     if why:
         parallel.say(why)
     if mode(value):
         prepare()
     return value
-
-
-def has_triton() -> bool:
-    from importlib.util import find_spec
-
-    return find_spec("triton") is not None
 
 
 def prepare() -> None:

@@ -79,7 +79,7 @@ class Watch:
     def begin(self, step: int) -> None:
         self.step = step
         # No copy is needed: updates replace the centre, and never change it in place.
-        self.beginnings[step] = Beginning(torch_rng(self.device), self.dino_loss.state_dict())
+        self.beginnings[step] = Beginning(checkpoints.torch_rng_state(self.device), self.dino_loss.state_dict())
 
     def judge(self, losses: Mapping[str, Tensor], grad_norms: Sequence[Tensor]) -> None:
         """Test the current step, before its update. Gradients are ignored with a gradient scaler, which handles them.
@@ -139,9 +139,3 @@ def without_updates(teacher: dict, student: dict, names: list[str], momenta: np.
     before = {k: (student[k].double() + (teacher[k].double() - student[k].double()) / m).to(teacher[k].dtype)
               for k in names}
     return teacher | before
-
-
-def torch_rng(device: torch.device) -> dict[str, Tensor]:
-    """torch's random state on the CPU and on this device, which determines stochastic depth and dropout."""
-    state = {"torch": torch.get_rng_state()}
-    return state | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})

@@ -79,7 +79,7 @@ class Requests:
 
 def explain(error: Exception, output_dir: str) -> parallel.Stopped | str | None:
     """Why a run stopped, if the cause lies outside its code; None for a bug."""
-    if reason := parallel.worker_death(error) or out_of_memory(error) or parallel.full_disk(error):
+    if reason := parallel.worker_death(error) or out_of_memory(error):
         return reason
     if reason := lost_process(error):
         # Two processes print the line, because one of them may be the lost one.

@@ -20,7 +20,7 @@ from imagesets.pixels import Pixels
 from imagesets.sources import open_images
 from method import masking
 from parallel import Refused
-from pretraining import compiling, networks, session
+from pretraining import compiling, networks
 from pretraining.evaluation import open_evaluation
 from pretraining.logs import installed
 from pretraining.plan import Plan
@@ -211,9 +211,23 @@ def in_memory(args: argparse.Namespace, ends: Ends, device: torch.device) -> End
 
 def description(args: argparse.Namespace, run: Run, plan: Plan, prototypes: str, n_images: int) -> list[str]:
     """What is about to run, in a few lines."""
-    crops = f"2 x {args.global_crops_size} + {args.local_crops_number} x {args.local_crops_size} pixels"
-    lines = session.description(run, plan, args.arch, prototypes, args.data_path, n_images, images_per_step(args),
-                                crops, args.num_workers)
+    n_params, batch = sum(p.numel() for p in run.student.backbone.parameters()), images_per_step(args)
+    used = plan.steps_per_epoch * batch
+    lines = [
+        f"{args.arch}: {n_params / 1e6:.1f} M parameters; {prototypes}; {run.device}, "
+        f"{str(run.dtype or torch.float32).removeprefix('torch.')}, {parallel.world_size()} process(es)"
+        + (", networks sharded" if run.make_backbone else ""),
+        f"{args.data_path}: {n_images} images, {used} used per epoch; 2 x {args.global_crops_size} + "
+        f"{args.local_crops_number} x {args.local_crops_size} pixels"]
+    if args.num_workers > (cores := loaders.available_cores()):
+        lines.append(f"{cores} data-loading workers per process instead of --num_workers {args.num_workers}, as this "
+                     f"process has {cores} core(s)")
+    if used < n_images:
+        lines.append(
+            f"{n_images - used} of {n_images} images are left out of each epoch, different ones each time, as they do "
+            f"not fill a step of {batch}; a --batch_size_per_gpu that divides {n_images} uses all")
+    lines.append(f"{plan.steps} steps of {batch} images, {plan.steps_per_epoch} per epoch; peak learning rate "
+                 f"{plan.lr.max():.2e}")
     lines += networks.cut_pixels(args.arch, args.patch_size, **crop_sizes(args))
     return lines + plan.less_work((args.global_crops_size, args.local_crops_size), early_sizes(args))
 

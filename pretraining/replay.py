@@ -77,9 +77,7 @@ def compute(failure: Mapping, build: Build, device: torch.device, dtype: torch.d
     for module, state in ((student, "student"), (teacher, "teacher"), (dino_loss, "dino_loss")):
         module.load_state_dict(failure[state])
         module.to(device)
-    torch.set_rng_state(failure["rng"]["torch"])
-    if device.type == "cuda" and "cuda" in failure["rng"]:
-        torch.cuda.set_rng_state(failure["rng"]["cuda"], device)
+    checkpoints.set_torch_rng_state(failure["rng"], device)
     outputs = {"teacher": watch_outputs(teacher), "student": watch_outputs(student)}
     student_outputs: list = []  # of each micro-batch
     student.register_forward_hook(lambda module, inputs, output: student_outputs.append(output))

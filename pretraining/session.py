@@ -6,12 +6,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 import flags
 import parallel
-from imagesets import loaders
 from imagesets.bad_images import BadImages
 from imagesets.pixels import Pixels
 from imagesets.sources import Images
@@ -53,28 +51,6 @@ def memory_refused():
         if not (reason := faults.out_of_memory(error)):
             raise
         raise Refused(reason) from error
-
-
-def description(
-    run: Run, plan: Plan, arch: str, prototypes: str, data_path: str, n_images: int, batch: int, crops: str,
-    num_workers: int,
-) -> list[str]:
-    """What is about to run, in a few lines. `batch`: images per step, over all processes."""
-    n_params, used = sum(p.numel() for p in run.student.backbone.parameters()), plan.steps_per_epoch * batch
-    lines = [
-        f"{arch}: {n_params / 1e6:.1f} M parameters; {prototypes}; {run.device}, "
-        f"{str(run.dtype or torch.float32).removeprefix('torch.')}, {parallel.world_size()} process(es)"
-        + (", networks sharded" if run.make_backbone else ""),
-        f"{data_path}: {n_images} images, {used} used per epoch; {crops}"]
-    if num_workers > (cores := loaders.available_cores()):
-        lines.append(f"{cores} data-loading workers per process instead of --num_workers {num_workers}, as this "
-                     f"process has {cores} core(s)")
-    if used < n_images:
-        lines.append(
-            f"{n_images - used} of {n_images} images are left out of each epoch, different ones each time, as they do "
-            f"not fill a step of {batch}; a --batch_size_per_gpu that divides {n_images} uses all")
-    return [*lines, f"{plan.steps} steps of {batch} images, {plan.steps_per_epoch} per epoch; peak learning rate "
-                    f"{plan.lr.max():.2e}"]
 
 
 def carry_out(

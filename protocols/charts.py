@@ -261,12 +261,8 @@ def feature_map(features: np.ndarray, labels: np.ndarray, classes: Sequence[str]
 # ---------------------------------------------------------------- results of a search
 
 
-def draw_sheet(rows: Sequence[Sequence[tuple[Tensor, str]]], path: str | Path, flag: str) -> None:
-    """Draw rows of (uint8 (C, H, W) image, title) in one figure; the first image of a row, the query, is framed.
-
-    Args:
-        flag: the flag that errors about `path` name.
-    """
+def draw_sheet(rows: Sequence[Sequence[tuple[Tensor, str]]], path: str | Path) -> None:
+    """Draw rows of (uint8 (C, H, W) image, title) in one figure; the first image of a row, the query, is framed."""
     from matplotlib.figure import Figure
 
     columns = max(map(len, rows))
@@ -282,4 +278,4 @@ def draw_sheet(rows: Sequence[Sequence[tuple[Tensor, str]]], path: str | Path, f
                 axes.set(xticks=[], yticks=[])
                 for spine in axes.spines.values():
                     spine.set(color=COLORS[1], linewidth=2.5)
-    save(figure, path, flag)
+    save(figure, path, "--output")

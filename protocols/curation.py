@@ -19,14 +19,14 @@ import torch
 from torch import Tensor
 
 import parallel
-from imagesets.checking import Chosen, open_checked
+from imagesets.checking import open_checked
 from imagesets.decode import Reading
 from imagesets.joined import Joined
-from imagesets.sources import Images, open_images
+from imagesets.sources import Images
 from parallel import Refused
 from protocols import clustering, duplicates, embeddings, extraction, neighbours, sampling
 from protocols.features import Network, images_hash
-from protocols.image_search import class_tokens, tensor
+from protocols.image_search import class_tokens, open_stored, tensor
 from protocols.progress import duration
 
 EXACT, NEAR, AGAINST, FAR, SURPLUS = (
@@ -87,7 +87,7 @@ def embed(
     return torch.cat(arrays) if len(arrays) > 1 else arrays[0]
 
 
-def read_embeddings(files: Sequence[str], data_paths: Sequence[str], skip_bad: str = "") -> tuple[Joined, Tensor, dict]:
+def read_embeddings(files: Sequence[str], data_paths: Sequence[str]) -> tuple[Joined, Tensor, dict]:
     """The pile and its (N, D) embeddings from files of extract_features.py, one per data path; what they say.
 
     Raises:
@@ -99,8 +99,7 @@ def read_embeddings(files: Sequence[str], data_paths: Sequence[str], skip_bad: s
     parts, arrays, abouts = [], [], []
     for file, path in zip(files, data_paths, strict=True):
         array, names, about = embeddings.read(file)
-        reading = Reading(**{"in_chans": about["in_chans"]} | about.get("reading", {}))
-        parts.append(belonging(path, reading, file, names, about))
+        parts.append(belonging(path, file, names, about))
         arrays.append(tensor(class_tokens(array, about)))
         abouts.append(about)
         if about["weights_sha256"] != abouts[0]["weights_sha256"] or arrays[-1].shape[1:] != arrays[0].shape[1:]:
@@ -109,15 +108,13 @@ def read_embeddings(files: Sequence[str], data_paths: Sequence[str], skip_bad: s
     return Joined(parts), torch.cat(arrays) if len(arrays) > 1 else arrays[0], abouts[0]
 
 
-def belonging(path: str, reading: Reading, file: str, names: Sequence[str], about: dict) -> Images:
+def belonging(path: str, file: str, names: Sequence[str], about: dict) -> Images:
     """The images at `path`, without those that the extraction left out, if they are those of the file.
 
     Where the images are at the same place, sizes and times of the files have to be the same too; in another place,
     names are all that can be compared.
     """
-    images, left_out = open_images(path, None, **reading.decoding()), about.get("left_out", ())
-    if left_out:
-        images = Chosen(images, sorted(set(range(len(images))) - set(left_out)))
+    images = open_stored(path, about)
     own = [images.name(i) for i in range(len(images))]
     where = f"--features {file}: not the embeddings of --data_path {path}"
     remedy = "extract them again, or leave --features out"
@@ -205,9 +202,8 @@ def curate(
         features: (N, D). against, trusted: (., D) embeddings by the same network; None leaves the stage out.
 
     Raises:
-        Refused: bad settings, or nothing is left.
+        Refused: nothing is left.
     """
-    check_settings(settings, len(images))
     stages, group, levels, clustered = Stages(len(images)), None, [], np.zeros(0, np.int64)
     group = drop_duplicates(stages, images, features, settings, engine, device)
     if against is not None:

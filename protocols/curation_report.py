@@ -14,12 +14,12 @@ from PIL import Image
 
 import atomic
 from imagesets.checking import write_list
-from imagesets.decode import Undecodable, printable
+from imagesets.decode import printable
 from imagesets.joined import Joined
-from parallel import Refused
+from parallel import Refused, refusing
 from protocols import report, sheets
 from protocols.curation import EXACT, NEAR, Curated
-from protocols.features import refused_image
+from protocols.features import images_refused
 
 COLUMNS = 8  # images per row of a sheet
 CELL = 96  # pixels
@@ -57,10 +57,8 @@ def write_kept(images: Joined, kept: np.ndarray, folder: Path) -> None:
 def written(images: Joined, i: int, folder: Path) -> bytes:
     """The absolute path of a PNG file of the image, in `folder`; grey, colour or with transparency by its channels."""
     path = folder.absolute() / f"{i:08d}.png"
-    try:
+    with images_refused():
         pixels = images.load(i).numpy()  # (C, H, W)
-    except Undecodable as error:
-        raise refused_image(error) from error
     if not folder.exists():
         atomic.mark_output(folder)  # a pile that --output_dir lies in does not grow by these
         folder.mkdir()
@@ -88,10 +86,8 @@ def write_json(path: Path, images: Joined, curated: Curated, about: Mapping) -> 
     dropped = [{"image": images.name(i), "reason": reason}
                | ({} if keeper is None else {"duplicates": images.name(keeper)})
                for i, (reason, keeper) in sorted(curated.reasons.items())]
-    try:
+    with refusing(f"--output_dir {path.parent}", "make room, or give another"):
         atomic.write_text(path, json.dumps(figures | {"dropped": dropped}, indent=1))
-    except OSError as error:
-        raise Refused(f"--output_dir {path.parent}: {error.strerror or error}; make room, or give another") from error
     return figures
 
 
@@ -100,10 +96,8 @@ def write_json(path: Path, images: Joined, curated: Curated, about: Mapping) -> 
 
 def show(images: Joined, rows: Sequence[Sequence[int]], captions: Sequence[Sequence[str]], path: Path) -> None:
     """Draw rows of images into a PNG file."""
-    try:
+    with images_refused():
         figures = [[sheets.as_picture(images.load(int(i))) for i in row] for row in rows]
-    except Undecodable as error:
-        raise refused_image(error) from error
     sheets.save_picture(sheets.contact_sheet(figures, cell=CELL, captions=captions), path)
 
 

@@ -20,16 +20,15 @@ def add_part_flags(group: argparse._ActionsContainer) -> None:
         help="of crops, layers, what is held out, and untrained weights; change it to see how much the table varies")
 
 
-def add_training_flags(group: argparse._ActionsContainer, lr: float, lr_help: str, published: str) -> None:
+def add_training_flags(group: argparse._ActionsContainer, lr_help: str, published: str) -> None:
     """Rate and length of the training.
 
     Args:
-        lr: the default.
-        lr_help: when to change it.
+        lr_help: when to change the learning rate.
         published: how many steps the published evaluations take.
     """
     add = group.add_argument
-    add("--lr", type=flags.positive, nargs="+", default=[lr],
+    add("--lr", type=flags.positive, nargs="+", default=[1e-2],
         help=f"peak learning rate of AdamW; {lr_help}; several make a sweep")
     add("--steps", type=flags.positive_int, default=400,
         help=f"training steps; raise it for large data: the published evaluations take {published}")

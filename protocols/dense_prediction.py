@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from itertools import repeat
 from typing import NamedTuple
 
 import numpy as np
@@ -15,14 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import parallel
 from imagesets.annotated import Annotated
-from imagesets.decode import Undecodable
 from parallel import Refused
 from protocols import tokens, transforms
 from protocols.dense_training import Read, Setting
-from protocols.features import Network, refused_image
-from protocols.progress import progress
+from protocols.features import Network, images_refused
+from protocols.progress import map_shared
 
 LARGEST_CROP = 512  # pixels, unless a flag says otherwise
 MEASURED = 100  # training images whose sizes decide the crop
@@ -132,13 +129,5 @@ def per_image(images: Annotated, measure: Callable[[Tensor, np.ndarray], np.ndar
     Raises:
         Refused: an image can't be decoded.
     """
-    steps = progress(repeat(None), len(images.items), what, size=parallel.world_size())
-
-    def work(i: int) -> np.ndarray:
-        next(steps)
-        return measure(*images.load(i))
-
-    try:
-        return np.stack(parallel.map_shared(work, len(images.items)))
-    except Undecodable as error:
-        raise refused_image(error) from error
+    with images_refused():
+        return np.stack(map_shared(lambda i: measure(*images.load(i)), len(images.items), what))

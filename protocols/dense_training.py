@@ -20,11 +20,10 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 import parallel
 from imagesets.annotated import Annotated
-from imagesets.decode import Undecodable
 from imagesets.loaders import worker_options
 from parallel import Refused
 from protocols import tokens, transforms
-from protocols.features import Network, refused_image
+from protocols.features import Network, images_refused
 from protocols.linear import unfinished
 from protocols.progress import progress
 from utils import cosine_scheduler
@@ -112,10 +111,8 @@ def batches(
             for i in range(step * batch_size + rank, (step + 1) * batch_size, world_size)]
     workers = min(num_workers, steps)
     loader = DataLoader(Subset(crops, mine), batch_size // world_size, **worker_options(workers))
-    try:
+    with images_refused():
         yield from loader
-    except Undecodable as error:
-        raise refused_image(error) from error
 
 
 # ---- Training ----

@@ -26,7 +26,7 @@ from imagesets.decode import MAX_PIXELS, Undecodable, formats, pillow_limits
 from imagesets.joined import Joined
 from imagesets.loaders import available_cores
 from protocols import neighbours
-from protocols.features import refused_image
+from protocols.features import images_refused
 from protocols.progress import progress
 
 MOST_PAIRS = 1 << 22  # that wait to be joined
@@ -86,12 +86,9 @@ def exact_groups(images: Joined) -> np.ndarray:
     _, inverse, counts = np.unique(sizes, return_inverse=True, return_counts=True)
     candidates = np.flatnonzero((counts[inverse] > 1) | (min(sizes) < 0))
     digests = np.array([f"{i:064d}" for i in range(len(images))])  # of no other image
-    with ThreadPoolExecutor(available_cores()) as threads:
-        try:
-            hashes = threads.map(lambda i: digest(images, int(i)), candidates)
-            digests[candidates] = list(progress(hashes, len(candidates), "files compared"))
-        except Undecodable as error:
-            raise refused_image(error) from error
+    with images_refused(), ThreadPoolExecutor(available_cores()) as threads:
+        hashes = threads.map(lambda i: digest(images, int(i)), candidates)
+        digests[candidates] = list(progress(hashes, len(candidates), "files compared"))
     return first_members(digests)
 
 

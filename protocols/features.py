@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -122,17 +122,20 @@ def image_batches(
     workers = min(num_workers, -(-len(order) // batch_size))
     loader = DataLoader(
         Subset(dataset, order), batch_size, pin_memory=device.type == "cuda", **worker_options(workers))
-    try:
+    with images_refused():
         for images, _ in loader:
             yield images.to(device, non_blocking=True)
+
+
+@contextmanager
+def images_refused() -> Iterator[None]:
+    """Turns an image that can't be decoded in the block, or in one of its workers, into Refused."""
+    try:
+        yield
     except Undecodable as error:
-        raise refused_image(error) from error
-
-
-def refused_image(error: Undecodable) -> Refused:
-    # From a worker, torch raises the exception with the worker's traceback as its message, which ends in this name.
-    reason = str(error).rpartition(f"{Undecodable.__module__}.{Undecodable.__qualname__}: ")[2].strip()
-    return Refused(f"{reason}; repair or remove that file, then start again")
+        # torch raises a worker's exception with the traceback as its message, which ends in this name.
+        reason = str(error).rpartition(f"{Undecodable.__module__}.{Undecodable.__qualname__}: ")[2].strip()
+        raise Refused(f"{reason}; repair or remove that file, then start again") from error
 
 
 # ---- Raw pixels, the baseline ----
@@ -194,10 +197,8 @@ def images_hash(images: Images, numbers: Sequence[int] | None = None) -> str:
     if value_range := getattr(getattr(whole, "reading", None), "value_range", None):  # the first image may have 8 bits
         digest.update("value_range {:g} {:g}".format(*value_range).encode())
     if len(images):
-        try:
+        with images_refused():
             first = images.load(0)
-        except Undecodable as error:
-            raise refused_image(error) from error
         digest.update(f"{tuple(first.shape)}".encode() + first.numpy().tobytes())
     return digest.hexdigest()
 

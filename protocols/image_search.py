@@ -16,11 +16,11 @@ from torch import Tensor
 
 import parallel
 from imagesets.checking import Chosen
-from imagesets.decode import Reading, Undecodable, decode
+from imagesets.decode import Reading, decode
 from imagesets.sources import Images, open_files, open_images
 from parallel import Refused
 from protocols import embeddings
-from protocols.features import Network, load_network, network_features, refused_image
+from protocols.features import Network, images_refused, load_network, network_features
 from protocols.knn import nearest
 
 LONGEST_TITLE = 24  # characters
@@ -54,14 +54,13 @@ def nearest_images(
     array, names, about = embeddings.read(features)
     array = class_tokens(array, about)
     rows = [row_of(query, len(array)) for query in queries]
-    reading = Reading(**{"in_chans": about["in_chans"]} | about.get("reading", {}))  # not in files of older versions
-    images = open_named(data_path or about["data_path"], names, reading, about.get("left_out", ()))
+    images = open_named(data_path or about["data_path"], names, about)
     files = [query for query, row in zip(queries, rows, strict=True) if row is None]
     embedded = iter(embed(files, about, weights, device, batch_size) if files else ())
     vectors = torch.stack([next(embedded) if row is None else tensor(array[row]).float() for row in rows])
     cosines, candidates = nearest(vectors, tensor(array), k + 1)  # one more, in case the query itself is among them
     neighbours = [without(row, c.tolist(), i.tolist(), k) for row, c, i in zip(rows, cosines, candidates, strict=True)]
-    return Neighbours(queries, rows, neighbours, names, images, reading)
+    return Neighbours(queries, rows, neighbours, names, images, stored_reading(about))
 
 
 def tensor(array: np.ndarray) -> Tensor:
@@ -125,11 +124,20 @@ def stored_network(about: dict, weights: str, device: torch.device | str) -> Net
     return network
 
 
-def open_named(data_path: str, names: Sequence[str], reading: Reading, left_out: Sequence[int] = ()) -> Images:
-    """The images at `data_path`, without those left out, refused unless they have these names in this order."""
-    images = open_images(data_path, None, **reading.decoding())
-    if left_out:
-        images = Chosen(images, sorted(set(range(len(images))) - set(left_out)))
+def stored_reading(about: dict) -> Reading:
+    """How the images of a file of embeddings were decoded, by what the file says."""
+    return Reading(**{"in_chans": about["in_chans"]} | about.get("reading", {}))  # not in files of older versions
+
+
+def open_stored(data_path: str, about: dict) -> Images:
+    """The images at `data_path`, decoded as those of a file of embeddings were, without those that it left out."""
+    images, left_out = open_images(data_path, None, **stored_reading(about).decoding()), about.get("left_out")
+    return Chosen(images, sorted(set(range(len(images))) - set(left_out))) if left_out else images
+
+
+def open_named(data_path: str, names: Sequence[str], about: dict) -> Images:
+    """`open_stored`, refused unless the images have these names in this order."""
+    images = open_stored(data_path, about)
     same = len(images) == len(names) and all(
         os.path.basename(images.name(i)) == os.path.basename(name) for i, name in enumerate(names))
     if not same:
@@ -144,14 +152,12 @@ def open_named(data_path: str, names: Sequence[str], reading: Reading, left_out:
 def sheet_rows(result: Neighbours) -> list[list[tuple[Tensor, str]]]:
     """Per query, (image, title) of the query and of its neighbours, for `charts.draw_sheet`."""
     sheet = []
-    try:
+    with images_refused():
         for query, row, neighbours in zip(result.queries, result.rows, result.nearest, strict=True):
             image = decode(query, **result.reading.decoding()) if row is None else result.images.load(row)
             name = query if row is None else result.names[row]
             sheet.append([(image, f"query\n{short(name)}")] + [
                 (result.images.load(i), f"{cosine:.3f}\n{short(result.names[i])}") for i, cosine in neighbours])
-    except Undecodable as error:
-        raise refused_image(error) from error
     return sheet
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import repeat
 from typing import TypeVar
 
 import parallel
 
-Item = TypeVar("Item")
+Item, Result = TypeVar("Item"), TypeVar("Result")
 FIRST, MOST = 3.0, 60.0  # seconds to the first line; between two lines at most
 
 
@@ -30,6 +31,17 @@ def progress(items: Iterable[Item], total: int, what: str, size: int = 1, first:
             due = min(2 * passed, passed + MOST)
             left = f" of {total}, eta {duration(passed / (done * size) * total - passed)}" if total else ""
             parallel.say(f"{what}: {done * size}{left}")
+
+
+def map_shared(work: Callable[[int], Result], total: int, what: str) -> list[Result]:
+    """`parallel.map_shared(work, total)` with progress lines."""
+    steps = progress(repeat(None), total, what, size=parallel.world_size())
+
+    def counted(i: int) -> Result:
+        next(steps)
+        return work(i)
+
+    return parallel.map_shared(counted, total)
 
 
 def duration(seconds: float) -> str:

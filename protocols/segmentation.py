@@ -26,7 +26,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from itertools import repeat
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,7 +38,7 @@ from imagesets import masks
 from parallel import Refused, import_optional
 from protocols import dense, scores, segmentation_scores, sheets
 from protocols.features import Network, untrained
-from protocols.progress import progress
+from protocols.progress import map_shared
 from protocols.transforms import TooManyPatches
 
 BOX_SIDES = tuple(round(0.3 + 0.05 * i, 2) for i in range(15))  # share of the image's sides: 0.3 to 1
@@ -213,14 +212,11 @@ def check_sizes(images: masks.MaskedImages, image_size: int, patch: int, flag: s
 
 def score_images(images: masks.MaskedImages, find_masks: Callable[[Tensor], Candidates]) -> Measured:
     """MEASURES (N, candidates, 3) of the masks that `find_masks` makes of each image; the processes share them."""
-    steps = progress(repeat(None), len(images.names), "images segmented", size=parallel.world_size())
-
     def work(i: int) -> Measured:
-        next(steps)
         image, truth, ignored = images.load(i)
         return measure(find_masks(image), truth, ignored)
 
-    per_image = parallel.map_shared(work, len(images.names))
+    per_image = map_shared(work, len(images.names), "images segmented")
     return {key: np.stack([one[key] for one in per_image]) for key in per_image[0]}
 
 

@@ -96,8 +96,9 @@ def frame_features(
     """Patch features float32 (h, w, D) of each frame; `batch_size` frames are in memory."""
     shrink = resize if arithmetic == flags.OWN else resize_as_opencv
     for first in range(0, len(video.frames), batch_size):
-        numbers = range(len(video.frames))[first : first + batch_size]
-        batch = torch.stack([shrink(davis.read_frame(video, i, network.reading), size) for i in numbers])
+        images = (masks.read_image(frame, network.reading, f"sequence {video.name}")
+                  for frame in video.frames[first : first + batch_size])
+        batch = torch.stack([shrink(image, size) for image in images])
         yield from network.forward(dense.normalize(batch, network.info, network.device)).float()
 
 

@@ -114,14 +114,11 @@ def test_xcit_takes_the_published_state_dict(tmp_path):
 def test_addresses():
     row = published.PUBLISHED["dino_vits16"]
     assert row.url == ("https://dl.fbaipublicfiles.com/dino/dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth")
-    assert row.linear_url.endswith("/dino_deitsmall16_pretrain/dino_deitsmall16_linearweights.pth")
-    assert row.full_checkpoint_url.endswith("/dino_deitsmall16_pretrain_full_checkpoint.pth")
     folder = "https://dl.fbaipublicfiles.com/dinov2"
     for size in ("vits14", "vitb14", "vitl14", "vitg14"):
         plain, registers = (published.PUBLISHED[f"dinov2_{size}{suffix}"] for suffix in ("", "_reg"))
         assert plain.url == f"{folder}/dinov2_{size}/dinov2_{size}_pretrain.pth"
         assert registers.url == f"{folder}/dinov2_{size}/dinov2_{size}_reg4_pretrain.pth"
-        assert registers.linear_url == f"{folder}/dinov2_{size}/dinov2_{size}_reg4_linear_head.pth"
 
 
 def test_random_networks():

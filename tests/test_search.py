@@ -101,7 +101,7 @@ def test_rows_and_image_files(photos, tmp_path, capsys, suffix, more):
 def test_sheet(tmp_path):
     image = torch.tensor([200, 30, 30], dtype=torch.uint8)[:, None, None].expand(3, 60, 90)
     rows = [[(image, "query\na"), (image, "0.9\nb")], [(image[:, :, :20], "query\nc")]]
-    charts.draw_sheet(rows, tmp_path / "s.png", "--output")
+    charts.draw_sheet(rows, tmp_path / "s.png")
     with Image.open(tmp_path / "s.png") as sheet:
         red = (np.asarray(sheet.convert("RGB")) == (200, 30, 30)).all(-1)
     height, width = red.shape

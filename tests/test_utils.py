@@ -382,14 +382,3 @@ def test_networks_of_convolutions_get_channels_last_in_memory():
     backbone, crops = Seen(), [torch.randn(2, 3, 8, 8), torch.randn(3, 3, 4, 4)]
     found = utils.MultiCropWrapper(backbone, torch.nn.Identity())(crops)
     assert backbone.last and torch.allclose(found, torch.cat([c.mean((2, 3)) for c in crops]))
-
-
-def test_all_tokens_of_crops_of_two_sizes():
-    torch.manual_seed(0)
-    backbone = VisionTransformer(16, 8, embed_dim=192, depth=1, num_heads=3)
-    crops = [torch.randn(2, 3, 16, 16), torch.randn(3, 3, 8, 8), torch.randn(1, 3, 16, 16)]
-    wrapper = utils.MultiCropWrapper(backbone, torch.nn.Identity())
-    tokens = wrapper.tokens(crops)
-    assert [t.shape for t in tokens] == [(2, 5, 192), (3, 2, 192), (1, 5, 192)]
-    torch.testing.assert_close(torch.cat([t[:, 0] for t in tokens]), wrapper(crops))
-    torch.testing.assert_close(tokens[2], backbone.get_intermediate_layers(crops[2])[0])

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import parallel
 from parallel import Refused
-from vision_transformer import VITS, XCITS, VisionTransformer, build_backbone, is_network
+from vision_transformer import VITS, XCITS, VisionTransformer, build_backbone, is_network, torchvision_names
 from weights import preprocessing
 from weights.checkpoints import refusing
 from weights.layouts import (
@@ -183,7 +183,7 @@ def supported_drop_path_rate(arch: str, rate: float, in_chans: int = 3, is_defau
         return rate
     import torchvision  # takes seconds to import; ViTs do not need it
 
-    known = arch in torchvision.models.list_models(module=torchvision.models)
+    known = arch in torchvision_names()
     try:
         model, _ = build_backbone(arch, drop_path_rate=rate, in_chans=in_chans)
         supported = not known or any(isinstance(m, torchvision.ops.StochasticDepth) for m in model.modules())

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 import atomic
 import parallel
@@ -108,14 +109,10 @@ def rng_state(device: torch.device) -> dict:
     """Random state of this process in plain types: Python's, NumPy's, torch's on the CPU, and the CUDA device's."""
     version, internal, gauss = random.getstate()
     kind, keys, pos, has_gauss, cached = np.random.get_state()
-    state = {
+    return {
         "python": [version, list(internal), gauss],
         "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), pos, has_gauss, cached],
-        "torch": torch.get_rng_state(),
-    }
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
+    } | torch_rng_state(device)
 
 
 def set_rng_state(state: Mapping, device: torch.device) -> None:
@@ -124,6 +121,16 @@ def set_rng_state(state: Mapping, device: torch.device) -> None:
     random.setstate((version, tuple(internal), gauss))
     kind, keys, pos, has_gauss, cached = state["numpy"]
     np.random.set_state((kind, keys.numpy().astype(np.uint32), pos, has_gauss, cached))
+    set_torch_rng_state(state, device)
+
+
+def torch_rng_state(device: torch.device) -> dict[str, Tensor]:
+    """torch's random state on the CPU and on this device, which determines stochastic depth and dropout."""
+    state = {"torch": torch.get_rng_state()}
+    return state | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+
+
+def set_torch_rng_state(state: Mapping, device: torch.device) -> None:
     torch.set_rng_state(state["torch"])
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)

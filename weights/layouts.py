@@ -432,8 +432,12 @@ def describe(
 # ---- What tensors do not show ----
 
 
-def beside(path: str | os.PathLike, name: str) -> Mapping | None:
-    """The JSON object in the file of that name beside a file of weights; None: there is none. Raises BadFile."""
+def beside(path: str | os.PathLike, name: str, parse: Callable[[Mapping], dict] = dict) -> dict | None:
+    """The JSON object in the file of that name beside a file of weights, parsed; None: there is none.
+
+    Raises:
+        BadFile: the file is damaged, or `parse` raised a ValueError.
+    """
     file = pathlib.Path(path).with_name(name)
     if not file.is_file():
         return None
@@ -441,7 +445,7 @@ def beside(path: str | os.PathLike, name: str) -> Mapping | None:
         content = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(content, Mapping):
             raise ValueError("no object")
-        return content
+        return parse(content)
     except (OSError, ValueError) as error:
         raise BadFile(f"{file}, which says how images are made for {pathlib.Path(path).name}, can't be read ({error}); "
                       "repair it, or move the weights to another folder and give --mean and --std") from error

@@ -120,14 +120,8 @@ def stored(path: str, args: Mapping) -> dict[str, Found]:
     """
     sources = [(f"stored in {Path(path).name}", from_args(args))] if path else []
     for name, parse in BESIDE.items() if path else ():
-        content = beside(path, name)
-        if content is not None:
-            file = Path(path).with_name(name)
-            try:
-                sources.append((str(file), parse(content)))
-            except ValueError as error:
-                raise BadFile(f"{file}, which says how images are made for {Path(path).name}, can't be read ({error}); "
-                              "repair it, or move the weights to another folder and give --mean and --std") from error
+        if (values := beside(path, name, parse)) is not None:
+            sources.append((str(Path(path).with_name(name)), values))
     found: dict[str, Found] = {}
     for source, values in sources:
         for key, value in values.items():

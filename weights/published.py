@@ -23,7 +23,6 @@ class Published(NamedTuple):
     arch: str
     patch_size: int
     path: str  # of the backbone's file, below BASE
-    linear_path: str  # of the linear classifier
     knn_top1: float  # of DINO 20-NN; of DINOv2 the k is not stated
     linear_top1: float
     options: Mapping[str, object] = MappingProxyType({})  # further arguments of build_backbone
@@ -32,21 +31,11 @@ class Published(NamedTuple):
     def url(self) -> str:
         return f"{BASE}/{self.path}"
 
-    @property
-    def full_checkpoint_url(self) -> str:
-        """Student and teacher with their heads, optimizer state and flags. Exists for DINO's networks."""
-        return self.url.removesuffix(".pth") + "_full_checkpoint.pth"
-
-    @property
-    def linear_url(self) -> str:
-        return f"{BASE}/{self.linear_path}"
-
 
 def _dino(arch: str, patch_size: int, short: str, knn_top1: float, linear_top1: float) -> Published:
     """A network of arXiv 2104.14294."""
-    folder = f"dino/dino_{short}_pretrain"
-    return Published(arch, patch_size, f"{folder}/dino_{short}_pretrain.pth",
-                     f"{folder}/dino_{short}_linearweights.pth", knn_top1, linear_top1)
+    file = f"dino_{short}_pretrain"
+    return Published(arch, patch_size, f"dino/{file}/{file}.pth", knn_top1, linear_top1)
 
 
 def _dinov2(arch: str, short: str, knn_top1: float, linear_top1: float, registers: int = 0) -> Published:
@@ -55,8 +44,7 @@ def _dinov2(arch: str, short: str, knn_top1: float, linear_top1: float, register
     options = {"img_size": 518, "init_values": 1.0, "method": "dinov2"}
     if registers:
         options |= {"num_register_tokens": registers, "interpolate_antialias": True, "interpolate_offset": 0.0}
-    return Published(arch, 14, f"{file}_pretrain.pth", f"{file}_linear_head.pth", knn_top1, linear_top1,
-                     MappingProxyType(options))
+    return Published(arch, 14, f"{file}_pretrain.pth", knn_top1, linear_top1, MappingProxyType(options))
 
 
 PUBLISHED = {
