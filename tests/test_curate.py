@@ -267,3 +267,26 @@ def test_long_tail(tmp_path, piles):
     with open(tmp_path / "list.txt") as file:
         rows = list(csv.reader(file, delimiter="\t"))
     assert [row[1] for row in rows] == 30 * ["one"] + 3 * ["two"]
+
+
+def test_evenness(tmp_path, capsys):
+    """benchmarks/evenness.py: the number of equally large classes of the same entropy, beside that of random lists."""
+    import evenness
+
+    assert evenness.evenness(np.array([5, 5, 0, 5])) == pytest.approx(3)
+    assert evenness.evenness(np.array([1, 3])) == pytest.approx(4 / 3**0.75)
+    labels = np.repeat([0, 1], [90, 10])
+    median, low, high = evenness.random_range(labels, 20, 200, 0)
+    assert 1 <= low < median < high <= 2 and evenness.random_range(labels, 100, 5, 0) == pytest.approx(
+        [evenness.evenness(np.array([90, 10]))] * 3)
+    for name, rows in (("pile", "aaab"), ("curated", "ab"), ("other", "ac")):
+        for i, label in enumerate(rows):
+            Image.new("RGB", (8, 8)).save(tmp_path / f"{i}{label}.png")
+        (tmp_path / f"{name}.txt").write_text("".join(f"{tmp_path}/{i}{c}.png\t{c}\n" for i, c in enumerate(rows)))
+    flags = ["--pile", str(tmp_path / "pile.txt"), "--curated", str(tmp_path / "curated.txt")]
+    assert evenness.main(evenness.get_args_parser().parse_args(flags)) == 0
+    printed = capsys.readouterr().out
+    assert "3 1" in printed and "1.75" in printed and "2.00" in printed
+    flags[3] = str(tmp_path / "other.txt")
+    assert evenness.main(evenness.get_args_parser().parse_args(flags)) == 2
+    assert "--curated" in capsys.readouterr().err
