@@ -18,7 +18,7 @@ from pretraining import sharding
 from vision_transformer import VITS, VisionTransformer, build_backbone
 from weights.backbones import load_weights_into, normalizes_single_values
 from weights.checkpoints import refusing
-from weights.layouts import backbone_state, head_states, read, recognize, stored_args
+from weights.layouts import backbone_state, head_states, read, recognize, stored_args, stored_options
 
 
 def pair(
@@ -204,7 +204,8 @@ def read_heads(path: str, flag: str) -> tuple[dict, dict[str, Tensor]]:
     if "dino_head.last_layer.weight_v" not in heads:
         raise Refused(f"{flag} {path}: it has no heads, as published backbones; train heads first: main_dinov2.py "
                       f"--init_from {path} with --freeze_backbone_epochs as long as the run (docs/dinov2.md)")
-    options = recognized.options
+    stored = stored_args(loaded)
+    options = recognized.options | stored_options(stored)
     settings = {
         "arch": recognized.arch, "patch_size": options["patch_size"], "in_chans": options["in_chans"],
         "global_crops_size": options["img_size"], "num_register_tokens": options.get("num_register_tokens", 0),
@@ -222,7 +223,7 @@ def read_heads(path: str, flag: str) -> tuple[dict, dict[str, Tensor]]:
             if len(layers) > 1:
                 settings[f"{prefix}head_hidden_dim"] = layers[0].shape[0]
     state = {f"backbone.{k}": v for k, v in recognized.state.items()} | heads
-    return settings | {k: v for k, v in stored_args(loaded).items() if k in settings}, state
+    return settings | {k: v for k, v in stored.items() if k in settings}, state
 
 
 def fill(network: nn.Module, state: Mapping[str, Tensor], path: str, flag: str, heads_only: bool = False) -> None:

@@ -207,9 +207,9 @@ def test_continue_with_heads_and_with_another_size(finished, tmp_path, monkeypat
     folder, _ = finished
     for extra in ([], ["--global_crops_size", 24, "--local_crops_size", 12]):
         out = tmp_path / str(len(extra))
-        run = Run(*ARGS, *extra, "--init_from", folder / checkpoints.NAME, "--init_heads", "--steps", 2,
-                  "--freeze_backbone_epochs", 1, "--warmup_epochs", 0, "--warmup_teacher_temp_epochs", 0,
-                  "--eval_knn_every", 3, "--output_dir", out)  # fmt: skip
+        args = [*ARGS, *extra, "--steps", 2, "--freeze_backbone_epochs", 1, "--warmup_epochs", 0,
+                "--warmup_teacher_temp_epochs", 0, "--eval_knn_every", 3, "--output_dir", out]
+        run = Run(*args, "--init_from", folder / checkpoints.NAME, "--init_heads")
         assert run.wait() == [0], run.output()
         before, after = checkpoints.read(folder / checkpoints.NAME)["teacher"], checkpoints.read(out / "checkpoint.pth")
         assert torch.equal(before["backbone.mask_token"], after["student"]["backbone.mask_token"])  # frozen
@@ -219,6 +219,8 @@ def test_continue_with_heads_and_with_another_size(finished, tmp_path, monkeypat
         assert "weights it starts from" in run.output() and "starting weights" in run.output()
         size = int(extra[1]) if extra else 16
         assert after["student"]["backbone.pos_embed"].shape[1] == 1 + (size // 4) ** 2
+    again = Run(*args)  # not needed any more
+    assert again.wait() == [0] and "resuming" in again.output(), again.output()
 
 
 def test_start_from_weights_of_other_channels(tmp_path):
@@ -294,6 +296,18 @@ def test_bad_input(tmp_path, capsys, extra, words):
     said = capsys.readouterr().err
     assert len(said.strip().splitlines()) == 1 and all(word in said for word in words)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("stored", [{}, {"interpolate_antialias": True, "interpolate_offset": 0.0}])
+def test_a_frozen_teacher_interpolates_as_it_was_trained(tmp_path, stored):
+    """Tensors of a run with registers have the names of the published weights, which were trained in another way."""
+    args = main_dinov2.get_args_parser().parse_args([str(a) for a in ARGS])
+    teacher = main_dinov2.make_network(args).state_dict()
+    torch.save({"teacher": teacher, "args": {"arch": "vit_nano", "method": "dinov2"} | stored}, tmp_path / "w.pth")
+    network, _ = main_dinov2.read_teacher(str(tmp_path / "w.pth"))
+    assert network.backbone.num_register_tokens == 2
+    assert (network.backbone.interpolate_antialias, network.backbone.interpolate_offset) == (
+        (True, 0.0) if stored else (False, 0.1))
 
 
 def test_heads_of_a_plain_backbone_are_refused(finished, tmp_path, capsys):
