@@ -240,8 +240,8 @@ def make_networks(args: argparse.Namespace) -> tuple[BackboneAndHeads, BackboneA
     student, teacher = networks.pair(partial(make_network, args), args.drop_path_rate, args.init_from,
                                      args.init_in_chans)
     if args.init_heads:
-        networks.fill(student, networks.read_heads(args.init_from, "--init_from")[1], args.init_from, "--init_heads",
-                      heads_only=True)
+        settings, state = networks.read_heads(args.init_from, "--init_from")
+        networks.fill(student, state, settings, args.init_from, "--init_heads", heads_only=True)
         teacher.load_state_dict(student.state_dict())
     if args.distill_from or not args.mask_probability:
         student.backbone.mask_token.requires_grad_(False)  # nothing is masked
@@ -284,7 +284,11 @@ def make_run(args: argparse.Namespace, plan: Plan, n_images: int, device: torch.
     groups = parameter_groups(dict(student.named_children()), args.layer_decay, args.patch_embed_lr_mult)
     optimizer = torch.optim.AdamW(groups, betas=(args.adamw_beta1, args.adamw_beta2), fused=True)
     settings = plain_settings(vars(args), n_images) | {"method": "dinov2"}
-    return Run(student, teacher, make_loss(args).to(device), optimizer, device, dtype, plan.steps_per_epoch, settings,
+    objective = make_loss(args)
+    if args.centering == "centering" and (args.distill_from or args.init_heads):
+        flag = "distill_from" if args.distill_from else "init_from"
+        networks.fill_centers(objective, getattr(args, flag), f"--{flag}")
+    return Run(student, teacher, objective.to(device), optimizer, device, dtype, plan.steps_per_epoch, settings,
                Path(args.output_dir), args.keep_checkpoints,
                make_backbone=(lambda: make_backbone(args)[0]) if sharded else None)
 
@@ -318,7 +322,7 @@ def read_teacher(path: str) -> tuple[BackboneAndHeads, argparse.Namespace]:
     settings, state = networks.read_heads(path, "--distill_from")
     stored = argparse.Namespace(**vars(get_args_parser().parse_args([])) | settings)
     teacher = make_network(stored)
-    networks.fill(teacher, state, path, "--distill_from")
+    networks.fill(teacher, state, settings, path, "--distill_from")
     return teacher.eval().requires_grad_(False), stored
 
 

@@ -19,6 +19,7 @@ import vision_transformer
 from imagesets import loaders
 from method import dinov2, masking
 from method.targets import Targets
+from parallel import Refused
 from pretraining import replay
 from pretraining.health import health_dinov2
 from weights import checkpoints
@@ -298,10 +299,51 @@ def test_bad_input(tmp_path, capsys, extra, words):
     assert not (tmp_path / "out").exists()
 
 
+def parsed(*extra):
+    """Without registers, with which a file that has no `args` would be taken for a published one."""
+    extra = "--num_register_tokens", 0, *extra
+    return main_dinov2.get_args_parser().parse_args([str(a) for a in (*ARGS, *extra)])
+
+
+@pytest.mark.parametrize("theirs, ours, words", [
+    ([], CENTERING, ["ibot_head.", "nothing in the network", "--ibot_separate_head true", "--ibot_out_dim 24"]),
+    (CENTERING, [], ["ibot_head.", "nothing there", "--ibot_separate_head false"]),
+    (["--head_hidden_dim", 16], ["--head_hidden_dim", 16, "--head_nlayers", 2],
+     ["dino_head.mlp.4", "--head_nlayers 3"]),
+    ([], ["--out_dim", 16], ["dino_head.last_layer", "(32, ", "(16, ", "--out_dim 32"]),
+])
+@pytest.mark.parametrize("stored", [True, False])
+def test_heads_of_other_shapes_are_refused(tmp_path, monkeypatch, theirs, ours, words, stored):
+    """No trained layer is left out in silence."""
+    make_small_in(monkeypatch)
+    args, file = parsed(*theirs), tmp_path / "w.pth"
+    flags = {"args": vars(args) | {"method": "dinov2"}} if stored else {}
+    torch.save({"teacher": main_dinov2.make_network(args).state_dict()} | flags, file)
+    with pytest.raises(Refused) as raised:
+        main_dinov2.make_networks(parsed(*ours, "--init_from", file, "--init_heads"))
+    assert all(word in str(raised.value) for word in ("--init_heads", str(file), *words)), raised.value
+
+
+@pytest.mark.parametrize("flags", [["--init_heads", "--init_from"], ["--drop_path_rate", 0, "--distill_from"]])
+@pytest.mark.parametrize("centres", ["of a run", "unused", "absent"])
+def test_centres_come_with_the_heads(tmp_path, monkeypatch, capsys, flags, centres):
+    make_small_in(monkeypatch)
+    args, file = parsed(*CENTERING), tmp_path / "w.pth"
+    old = main_dinov2.make_loss(args).state_dict()
+    if centres == "of a run":
+        old = {k: torch.randn(v.shape) for k, v in old.items()}
+    stored = {} if centres == "absent" else {"dino_loss": old, "args": vars(args) | {"method": "dinov2"}}
+    torch.save({"teacher": main_dinov2.make_network(args).state_dict()} | stored, file)
+    args = parsed(*CENTERING, *flags, file)
+    new = main_dinov2.make_run(args, main_dinov2.make_plan(args, 64), 64, torch.device("cpu")).dino_loss.state_dict()
+    assert all(torch.equal(v, old[k]) for k, v in new.items()) and len(new) == 2
+    assert ("starts at zero" in capsys.readouterr().out) == (centres != "of a run")
+
+
 @pytest.mark.parametrize("stored", [{}, {"interpolate_antialias": True, "interpolate_offset": 0.0}])
 def test_a_frozen_teacher_interpolates_as_it_was_trained(tmp_path, stored):
     """Tensors of a run with registers have the names of the published weights, which were trained in another way."""
-    args = main_dinov2.get_args_parser().parse_args([str(a) for a in ARGS])
+    args = parsed("--num_register_tokens", 2)
     teacher = main_dinov2.make_network(args).state_dict()
     torch.save({"teacher": teacher, "args": {"arch": "vit_nano", "method": "dinov2"} | stored}, tmp_path / "w.pth")
     network, _ = main_dinov2.read_teacher(str(tmp_path / "w.pth"))
