@@ -220,6 +220,7 @@ def timm_vit(model: VisionTransformer, about: dict) -> tuple[str, dict, dict[str
         state = to_timm_registers(state)
     if isinstance(model.blocks[0].mlp, SwiGLU):
         kwargs["mlp_ratio"] = model.blocks[0].mlp.w12.out_features / model.embed_dim
+        kwargs.setdefault("init_values", 0.0)  # timm's network has LayerScale unless told otherwise; it ignores None
         state = {k.replace(".w12.", ".fc1.").replace(".w3.", ".fc2."): v for k, v in state.items()}
         return "vit_giant_patch14_dinov2", kwargs, state
     size = {192: "tiny", 384: "small", 1024: "large"}.get(model.embed_dim, "base")
