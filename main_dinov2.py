@@ -491,7 +491,7 @@ def replay_step(args: argparse.Namespace) -> None:
 
         return Method(student, average, objective, make_augmentation(stored).finish, losses, details)
 
-    replay(args.replay, parallel.pick_device(args.device), build)
+    replay(args.replay, parallel.pick_device(args.device), build, "dinov2")
 
 
 def main(args: argparse.Namespace) -> int:
