@@ -171,7 +171,9 @@ def check_args(args: argparse.Namespace) -> None:
                       f"{', '.join(VITS)}, or main_dino.py for other networks")
     options.check(args, "main_dinov2.py @presets/dinov2_shapes.txt --output_dir output/shapes2", "mask_ratio")
     options.check_files(distill_from=args.distill_from)
-    if args.compile not in ("auto", "off", "default"):
+    if args.compile == "auto":
+        raise Refused("--compile auto: whether compiling pays was not measured for DINOv2; give --compile on or off")
+    if args.compile not in ("off", "default"):
         raise Refused(f"--compile {args.compile}: the number of masked patches differs from step to step, which CUDA "
                       "graphs do not allow; give --compile default")
     if args.token_drop and all_patches(args):

@@ -280,6 +280,7 @@ def test_every_script_reads_its_checkpoints(finished, tmp_path, monkeypatch, scr
 BAD = [
     (["--arch", "resnet50"], ["--arch resnet50", "main_dino.py"]),
     (["--compile", "reduce-overhead"], ["--compile reduce-overhead", "--compile default"]),
+    (["--compile", "auto"], ["--compile auto", "--compile on"]),
     (["--ibot_out_dim", "7", "--ibot_separate_head", "false"], ["--ibot_out_dim 7", "--ibot_separate_head true"]),
     (["--init_heads"], ["--init_heads", "--init_from"]),
     (["--init_in_chans", "tile"], ["--init_in_chans tile", "--init_from"]),
