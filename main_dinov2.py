@@ -75,7 +75,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--interpolate_antialias", type=flags.boolean, default=False,
         help="interpolate position embeddings with antialiasing; give true and --interpolate_offset 0 to continue from "
              "published weights with registers")
-    add("--interpolate_offset", type=flags.non_negative, default=0.1,
+    add("--interpolate_offset", type=flags.number(float, 0, 0.99), default=0.1,
         help="patches added to the size in the scale factor of that interpolation; 0: none")
     options.add_init_flags(add)
     add("--init_heads", action="store_true",
@@ -139,8 +139,8 @@ def get_args_parser() -> argparse.ArgumentParser:
              "[optim.layerwise_decay]")
     add("--patch_embed_lr_mult", type=flags.non_negative, default=0.2,
         help="factor of the patch embedding's learning rate")
-    add("--adamw_beta1", type=flags.fraction, default=0.9, help="decay of AdamW's first moments")
-    add("--adamw_beta2", type=flags.fraction, default=0.999,
+    add("--adamw_beta1", type=flags.number(float, 0, 0.999999), default=0.9, help="decay of AdamW's first moments")
+    add("--adamw_beta2", type=flags.number(float, 0, 0.999999), default=0.999,
         help="decay of AdamW's second moments; use 0.99 for unstable runs")
     add("--clip_grad", type=flags.non_negative, default=3.0,
         help="largest gradient norm of the backbone and of each head; 0 turns clipping off")
@@ -182,6 +182,8 @@ def check_args(args: argparse.Namespace) -> None:
     if args.token_drop and args.mask_probability and args.token_drop[0] + args.mask_ratio[1] >= 1:
         raise Refused(f"--token_drop {options.text(args.token_drop)}: masked patches are kept, and with --mask_ratio "
                       f"{options.text(args.mask_ratio)} no visible one may be left; lower either, to a sum below 1")
+    if 0 < args.interpolate_offset < 1e-6:  # rounding would lose a row of patches
+        raise Refused(f"--interpolate_offset {args.interpolate_offset:g}: give 0, or at least 1e-6")
     if args.init_heads and not args.init_from:
         raise Refused("--init_heads: give the checkpoint that has the heads as --init_from")
     if not args.ibot_separate_head and args.ibot_out_dim not in (0, args.out_dim):
