@@ -302,6 +302,17 @@ def check_asked(asked: str | int | None, stored: str | int | None, flag: str, pa
         raise Refused(f"{flag} {asked}: {path} holds {stored}; leave {flag} out, or give the weights of {asked}")
 
 
+def trained_with(args: Mapping, described: Weights) -> str | None:
+    """The method that made the weights of a file, dino or dinov2, if it tells.
+
+    Checkpoints of main_dino.py state none. Those of other programs, and of fine-tuned networks, may be of any method.
+    """
+    if not args:
+        return described.options.get("method")  # published files of DINOv2 have a mask token
+    method = args.get("method", "dino" if "global_batch" in args else None)
+    return method if method in ("dino", "dinov2") else None
+
+
 def holds(arch: str, described: Weights) -> bool:
     """Whether a file has exactly the tensors of timm's network `arch`, which may compute something else than another
     of the same tensors: resnetaa50 filters before its strides, resnet50 does not."""
@@ -337,7 +348,7 @@ def load_backbone(
     Returns:
         The network, and {arch, patch_size, embed_dim, in_chans, mean, std, global_crops_size, options: the arguments
         of `build_backbone`, sources: where mean and std come from}, and, if stored, value_range of the training
-        images, and resize_ratio and interpolation (see `preprocessing.stored`).
+        images, resize_ratio and interpolation (see `preprocessing.stored`), and method: dino or dinov2.
 
     Raises:
         Refused (a ValueError): no such file, not a checkpoint, no such part in it, unknown architecture, another than
@@ -361,6 +372,8 @@ def load_backbone(
     check_asked(arch, described.arch, "--arch", weights)
     if described.arch in (*VITS, *XCITS):
         check_asked(patch_size, described.options.get("patch_size"), "--patch_size", weights)
+    if method := trained_with(args, described):
+        info["method"] = method
     if "value_range" in args:
         info["value_range"] = tuple(args["value_range"])
     file = f"{flag} {weights}" if weights else f"--in_chans {in_chans}"
