@@ -204,14 +204,14 @@ def read_heads(path: str, flag: str) -> tuple[dict, dict[str, Tensor]]:
     if "dino_head.last_layer.weight_v" not in heads:
         raise Refused(f"{flag} {path}: it has no heads, as published backbones; train heads first: main_dinov2.py "
                       f"--init_from {path} with --freeze_backbone_epochs as long as the run (docs/dinov2.md)")
-    stored = stored_args(loaded)
-    options = recognized.options | stored_options(stored)
+    stored, options = stored_args(loaded), recognized.options
+    told = stored_options(stored)  # as a file with heads is of training, unlike the published backbones
     settings = {
         "arch": recognized.arch, "patch_size": options["patch_size"], "in_chans": options["in_chans"],
         "global_crops_size": options["img_size"], "num_register_tokens": options.get("num_register_tokens", 0),
         "layerscale": options.get("init_values", 0), "ffn_layer": options.get("ffn_layer", ""),
-        "interpolate_antialias": options.get("interpolate_antialias", False),
-        "interpolate_offset": options.get("interpolate_offset", 0.1),
+        "interpolate_antialias": told.get("interpolate_antialias", False),
+        "interpolate_offset": told.get("interpolate_offset", 0.1),
         "ibot_separate_head": "ibot_head.last_layer.weight_v" in heads,
     }
     for prefix, head in (("", "dino_head."), ("ibot_", "ibot_head.")):

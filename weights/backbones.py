@@ -26,6 +26,7 @@ from weights.layouts import (
     check_stated,
     configured,
     describe,
+    head_states,
     misfit,
     network_config,
     read,
@@ -89,6 +90,8 @@ def load_weights_into(
         check_stated(args, STORED_OPTIONS)
         described = recognized if {"num_heads", "timm_args"} & args.keys() else configured(recognized, state, config)
         options = described.options | stored_options(args)
+        if not args and head_states(loaded, checkpoint_key, path):  # of training, unlike the published backbones
+            options = {k: v for k, v in options.items() if k not in INTERPOLATION}
         check_function(model, options, f"{flag} {path}")
     remedy = remedy_for(model, recognized.arch, options)
     if isinstance(model, VisionTransformer) and any(options.get(k, getattr(model, k)) != getattr(model, k)
