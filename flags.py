@@ -175,8 +175,14 @@ def boolean(text: str) -> bool:
     return words[text.lower()]
 
 
+LARGEST = 1e30  # of a flag's fractions, as products of two should be float32 numbers
+
+
 def number(kind: Callable, low: float = -math.inf, high: float = math.inf, above: bool = False) -> Callable:
-    """A `type` for argparse: finite numbers of `kind` (int or float) in [low, high], or (low, high] with `above`."""
+    """A `type` for argparse: finite numbers of `kind` (int or float) in [low, high], or (low, high] with `above`.
+
+    Fractions are at most LARGEST in magnitude.
+    """
     bounds = f"{'above' if above else 'at least'} {low}" if low > -math.inf else ""
     bounds += (" and " if bounds else "") + f"at most {high}" if high < math.inf else ""
     remedy = f"give a value {bounds or 'that is finite'}"
@@ -189,6 +195,8 @@ def number(kind: Callable, low: float = -math.inf, high: float = math.inf, above
             raise argparse.ArgumentTypeError(f"{text!r} is not {what}; {remedy}") from error
         if not (low < value if above else low <= value) or value > high or not math.isfinite(value):
             raise argparse.ArgumentTypeError(f"{text} is out of range; {remedy}")
+        if isinstance(value, float) and abs(value) > LARGEST:
+            raise argparse.ArgumentTypeError(f"{text} is out of range; {remedy}, and at most {LARGEST:g}")
         return value
 
     return parse

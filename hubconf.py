@@ -87,7 +87,8 @@ def _make(name, pretrained, weights, kwargs):
     aliases = (None, network.arch, network.arch.replace("vit_", "deit_"), vision_transformer.XCITS.get(network.arch))
     if described.arch not in aliases:
         raise ValueError(f"{name}: {path} holds the weights of a {described.arch}, not of a {network.arch}")
-    options = network.options | {k: v for k, v in described.options.items() if k != "patch_size"}
+    options = {k: v for k, v in network.options.items() if k != "init_values"}  # of LayerScale: as in the file
+    options |= {k: v for k, v in described.options.items() if k != "patch_size"}
     model, _ = vision_transformer.build_backbone(network.arch, network.patch_size, **options | kwargs)
     return _filled(name, path, model, described.state)
 

@@ -75,7 +75,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--interpolate_antialias", type=flags.boolean, default=False,
         help="interpolate position embeddings with antialiasing; give true and --interpolate_offset 0 to continue from "
              "published weights with registers")
-    add("--interpolate_offset", type=flags.non_negative, default=0.1,
+    add("--interpolate_offset", type=flags.number(float, 0, 0.99), default=0.1,
         help="patches added to the size in the scale factor of that interpolation; 0: none")
     options.add_init_flags(add)
     add("--init_heads", action="store_true",
@@ -139,8 +139,8 @@ def get_args_parser() -> argparse.ArgumentParser:
              "[optim.layerwise_decay]")
     add("--patch_embed_lr_mult", type=flags.non_negative, default=0.2,
         help="factor of the patch embedding's learning rate")
-    add("--adamw_beta1", type=flags.fraction, default=0.9, help="decay of AdamW's first moments")
-    add("--adamw_beta2", type=flags.fraction, default=0.999,
+    add("--adamw_beta1", type=flags.number(float, 0, 0.999999), default=0.9, help="decay of AdamW's first moments")
+    add("--adamw_beta2", type=flags.number(float, 0, 0.999999), default=0.999,
         help="decay of AdamW's second moments; use 0.99 for unstable runs")
     add("--clip_grad", type=flags.non_negative, default=3.0,
         help="largest gradient norm of the backbone and of each head; 0 turns clipping off")
@@ -171,7 +171,9 @@ def check_args(args: argparse.Namespace) -> None:
                       f"{', '.join(VITS)}, or main_dino.py for other networks")
     options.check(args, "main_dinov2.py @presets/dinov2_shapes.txt --output_dir output/shapes2", "mask_ratio")
     options.check_files(distill_from=args.distill_from)
-    if args.compile not in ("auto", "off", "default"):
+    if args.compile == "auto":
+        raise Refused("--compile auto: whether compiling pays was not measured for DINOv2; give --compile on or off")
+    if args.compile not in ("off", "default"):
         raise Refused(f"--compile {args.compile}: the number of masked patches differs from step to step, which CUDA "
                       "graphs do not allow; give --compile default")
     if args.token_drop and all_patches(args):
@@ -180,6 +182,8 @@ def check_args(args: argparse.Namespace) -> None:
     if args.token_drop and args.mask_probability and args.token_drop[0] + args.mask_ratio[1] >= 1:
         raise Refused(f"--token_drop {options.text(args.token_drop)}: masked patches are kept, and with --mask_ratio "
                       f"{options.text(args.mask_ratio)} no visible one may be left; lower either, to a sum below 1")
+    if 0 < args.interpolate_offset < 1e-6:  # rounding would lose a row of patches
+        raise Refused(f"--interpolate_offset {args.interpolate_offset:g}: give 0, or at least 1e-6")
     if args.init_heads and not args.init_from:
         raise Refused("--init_heads: give the checkpoint that has the heads as --init_from")
     if not args.ibot_separate_head and args.ibot_out_dim not in (0, args.out_dim):
@@ -240,8 +244,8 @@ def make_networks(args: argparse.Namespace) -> tuple[BackboneAndHeads, BackboneA
     student, teacher = networks.pair(partial(make_network, args), args.drop_path_rate, args.init_from,
                                      args.init_in_chans)
     if args.init_heads:
-        networks.fill(student, networks.read_heads(args.init_from, "--init_from")[1], args.init_from, "--init_heads",
-                      heads_only=True)
+        settings, state = networks.read_heads(args.init_from, "--init_from")
+        networks.fill(student, state, settings, args.init_from, "--init_heads", heads_only=True)
         teacher.load_state_dict(student.state_dict())
     if args.distill_from or not args.mask_probability:
         student.backbone.mask_token.requires_grad_(False)  # nothing is masked
@@ -284,7 +288,11 @@ def make_run(args: argparse.Namespace, plan: Plan, n_images: int, device: torch.
     groups = parameter_groups(dict(student.named_children()), args.layer_decay, args.patch_embed_lr_mult)
     optimizer = torch.optim.AdamW(groups, betas=(args.adamw_beta1, args.adamw_beta2), fused=True)
     settings = plain_settings(vars(args), n_images) | {"method": "dinov2"}
-    return Run(student, teacher, make_loss(args).to(device), optimizer, device, dtype, plan.steps_per_epoch, settings,
+    objective = make_loss(args)
+    if args.centering == "centering" and (args.distill_from or args.init_heads):
+        flag = "distill_from" if args.distill_from else "init_from"
+        networks.fill_centers(objective, getattr(args, flag), f"--{flag}")
+    return Run(student, teacher, objective.to(device), optimizer, device, dtype, plan.steps_per_epoch, settings,
                Path(args.output_dir), args.keep_checkpoints,
                make_backbone=(lambda: make_backbone(args)[0]) if sharded else None)
 
@@ -318,7 +326,7 @@ def read_teacher(path: str) -> tuple[BackboneAndHeads, argparse.Namespace]:
     settings, state = networks.read_heads(path, "--distill_from")
     stored = argparse.Namespace(**vars(get_args_parser().parse_args([])) | settings)
     teacher = make_network(stored)
-    networks.fill(teacher, state, path, "--distill_from")
+    networks.fill(teacher, state, settings, path, "--distill_from")
     return teacher.eval().requires_grad_(False), stored
 
 
@@ -487,7 +495,7 @@ def replay_step(args: argparse.Namespace) -> None:
 
         return Method(student, average, objective, make_augmentation(stored).finish, losses, details)
 
-    replay(args.replay, parallel.pick_device(args.device), build)
+    replay(args.replay, parallel.pick_device(args.device), build, "dinov2")
 
 
 def main(args: argparse.Namespace) -> int:

@@ -147,7 +147,8 @@ class MultiCrop(Dataset):
         bad, chosen = [], index
         while len(bad) < self.TRIES:
             try:
-                image = self.images.load(chosen, augmentation.reduction)
+                # Also in early epochs: decoded images that are kept in memory are these.
+                image = self.images.load(chosen, self.augmentation.reduction)
             except Undecodable as error:
                 name = self.images.name(chosen)
                 bad.append((name, str(error).removeprefix(f"{name}: ")))

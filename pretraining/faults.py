@@ -99,12 +99,18 @@ def lost_process(error: Exception) -> str | None:
     return f"another process of the run has ended ({reason}); its own message says why"
 
 
+# Messages of NumPy, torch and Python for sizes that they can't count.
+TOO_LARGE = ("Maximum allowed size exceeded", "array is too big", "Overflow when unpacking long",
+             "Storage size calculation overflowed", "index-sized integer")
+
+
 def out_of_memory(error: Exception) -> str | None:
     """A line if memory of the device or the host ran out, else None."""
     what = str(error).splitlines()[0] if str(error) else "MemoryError"
     signs = ("can't allocate memory", "out of memory", "ALLOC_FAILED")  # messages of the host, CUDA and cuBLAS
     if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not (
-            isinstance(error, RuntimeError) and any(sign in what for sign in signs)):
+            isinstance(error, RuntimeError) and any(sign in what for sign in signs)
+            or any(sign in what for sign in TOO_LARGE)):
         return None
     return (f"memory ran out ({what[:200]}): lower --batch_size_per_gpu, the size or number of crops, --out_dim, "
             "--epochs or --steps, choose a smaller --arch, or give --grad_checkpointing")

@@ -16,9 +16,9 @@ import parallel
 from parallel import Refused
 from pretraining import sharding
 from vision_transformer import VITS, VisionTransformer, build_backbone
-from weights.backbones import load_weights_into, normalizes_single_values
+from weights.backbones import as_flags, load_weights_into, normalizes_single_values
 from weights.checkpoints import refusing
-from weights.layouts import backbone_state, head_states, read, recognize, stored_args
+from weights.layouts import backbone_state, head_states, read, recognize, stored_args, stored_options
 
 
 def pair(
@@ -204,13 +204,14 @@ def read_heads(path: str, flag: str) -> tuple[dict, dict[str, Tensor]]:
     if "dino_head.last_layer.weight_v" not in heads:
         raise Refused(f"{flag} {path}: it has no heads, as published backbones; train heads first: main_dinov2.py "
                       f"--init_from {path} with --freeze_backbone_epochs as long as the run (docs/dinov2.md)")
-    options = recognized.options
+    stored, options = stored_args(loaded), recognized.options
+    told = stored_options(stored)  # as a file with heads is of training, unlike the published backbones
     settings = {
         "arch": recognized.arch, "patch_size": options["patch_size"], "in_chans": options["in_chans"],
         "global_crops_size": options["img_size"], "num_register_tokens": options.get("num_register_tokens", 0),
         "layerscale": options.get("init_values", 0), "ffn_layer": options.get("ffn_layer", ""),
-        "interpolate_antialias": options.get("interpolate_antialias", False),
-        "interpolate_offset": options.get("interpolate_offset", 0.1),
+        "interpolate_antialias": told.get("interpolate_antialias", False),
+        "interpolate_offset": told.get("interpolate_offset", 0.1),
         "ibot_separate_head": "ibot_head.last_layer.weight_v" in heads,
     }
     for prefix, head in (("", "dino_head."), ("ibot_", "ibot_head.")):
@@ -222,19 +223,43 @@ def read_heads(path: str, flag: str) -> tuple[dict, dict[str, Tensor]]:
             if len(layers) > 1:
                 settings[f"{prefix}head_hidden_dim"] = layers[0].shape[0]
     state = {f"backbone.{k}": v for k, v in recognized.state.items()} | heads
-    return settings | {k: v for k, v in stored_args(loaded).items() if k in settings}, state
+    return settings | {k: v for k, v in stored.items() if k in settings}, state
 
 
-def fill(network: nn.Module, state: Mapping[str, Tensor], path: str, flag: str, heads_only: bool = False) -> None:
+def fill(
+    network: nn.Module, state: Mapping[str, Tensor], settings: Mapping, path: str, flag: str, heads_only: bool = False
+) -> None:
     """Copy the tensors of `read_heads` into a network, or those of the heads.
 
+    Args:
+        settings: of `read_heads`, for messages.
+
     Raises:
-        Refused: a tensor is missing, or has another shape.
+        Refused: a tensor is missing, has another shape, or has no place in the network.
     """
-    own = {k: v for k, v in network.state_dict().items() if not (heads_only and k.startswith("backbone."))}
-    wrong = [k for k, v in own.items() if k not in state or state[k].shape != v.shape]
-    if wrong:
-        has = tuple(state[wrong[0]].shape) if wrong[0] in state else "nothing"
-        raise Refused(f"{flag} {path}: {wrong[0]} is {has} there, and {tuple(own[wrong[0]].shape)} in the network; "
-                      "give the flags of the heads that the file has")
-    network.load_state_dict({k: state[k] for k in own}, strict=False)
+    own, theirs = ({k: v for k, v in tensors.items() if not (heads_only and k.startswith("backbone."))}
+                   for tensors in (network.state_dict(), state))
+    shapes, their_shapes = ({k: tuple(v.shape) for k, v in tensors.items()} for tensors in (own, theirs))
+    for name in shapes | their_shapes:
+        if shapes.get(name) != their_shapes.get(name):
+            heads = as_flags({k: v for k, v in settings.items() if "head" in k or "out_dim" in k})
+            remedy = (f"give {heads}, or another file; a run that has begun resumes without {flag}" if heads_only else
+                      "its args are not those of its tensors; give another file")
+            raise Refused(f"{flag} {path}: {name} is {their_shapes.get(name, 'nothing')} there, and "
+                          f"{shapes.get(name, 'nothing')} in the network; {remedy}")
+    network.load_state_dict(theirs, strict=False)
+
+
+def fill_centers(objective: nn.Module, path: str, flag: str) -> None:
+    """Copy the centres in a checkpoint of main_dinov2.py, which belong to its teacher's heads; those that it lacks, or
+    that its run did not use, start at zero, which is printed. Raises Refused.
+    """
+    with refusing(flag):
+        stored = read(path).get("dino_loss")
+    stored = stored if isinstance(stored, Mapping) else {}
+    own = objective.state_dict()
+    fitting = {k: stored[k] for k, v in own.items()
+               if isinstance(stored.get(k), Tensor) and stored[k].shape == v.shape and stored[k].any()}
+    objective.load_state_dict(fitting, strict=False)
+    if missing := [k for k in own if k not in fitting]:
+        parallel.say(f"{flag} {path}: it has no {' and '.join(missing)} of these heads; the centring starts at zero")

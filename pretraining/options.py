@@ -129,19 +129,27 @@ def add_output_flags(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=flags.seed, default=0, help="of the weights, the order of images and their views")
 
 
+# {default of --compile: (its choices, what they do)}
+COMPILE = {
+    "auto": ("auto|on|off|reduce-overhead|max-autotune",
+             "torch.compile networks and colour operations: faster steps after minutes of compiling. auto: on for our "
+             f"ViTs and ResNets on a CUDA GPU in runs of {compiling.STEPS} steps or more; reduce-overhead uses CUDA "
+             "graphs, for small networks"),
+    "off": ("on|off", "on: torch.compile the backbones and colour operations, with minutes of compiling before the "
+                      "first steps; the gain was not measured, so compare both on your GPU"),
+}
+
+
 def add_hardware_flags(parser: argparse.ArgumentParser, compile: str = "auto") -> None:
-    """Args: compile: default of --compile."""
+    """Args: compile: default of --compile, in COMPILE."""
     group = parser.add_argument_group("hardware")
     add = group.add_argument
     flags.add_precision_flags(group)
     add("--parallel", choices=("ddp", "fsdp"), default="ddp",
         help="with several processes: each holds the networks (ddp), or its part of them (fsdp) for networks that do "
              "not fit one GPU")
-    add("--compile", nargs="?", const="default", default=compile, type=compiling.setting,
-        metavar="auto|on|off|reduce-overhead|max-autotune",
-        help="torch.compile networks and colour operations: faster steps after minutes of compiling. auto: on for "
-             f"our ViTs and ResNets on a CUDA GPU in runs of {compiling.STEPS} steps or more; reduce-overhead uses "
-             "CUDA graphs, for small networks")
+    choices, what = COMPILE[compile]
+    add("--compile", nargs="?", const="default", default=compile, type=compiling.setting, metavar=choices, help=what)
     add("--grad_checkpointing", nargs="?", const="blocks", choices=("blocks", "layers"),
         help="keep less memory for the backward pass and recompute it, so that larger batches fit: whole blocks for a "
              "fifth of the time, or layers (norms and GELU, a third of the memory) for a few percent")

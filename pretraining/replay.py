@@ -1,6 +1,6 @@
 """Recomputes a step whose loss or gradient was not finite (failures.py), and prints where it fails.
 
-    python main_dino.py --replay output/failure.pt
+    python main_dino.py --replay output/failure.pt      # or main_dinov2.py, which names it when a run fails
 
 Shapes: B images per process and micro-batch, L local crops, V = 2 + L views, K prototypes.
 """
@@ -32,26 +32,34 @@ class Method(NamedTuple):
 
 
 Build = Callable[[Mapping, Mapping], Method]
+SCRIPTS = {"dino": "main_dino.py", "dinov2": "main_dinov2.py"}
 
 
-def replay(path: str, device: torch.device, build: Build) -> None:
+def replay(path: str, device: torch.device, build: Build, method: str = "dino") -> None:
     """Recompute the step in its own precision (without torch.compile) and in float32, and print the first output that
     is not finite.
 
     Args:
         build: makes the method from (flags, {"epochs", "steps_per_epoch"}), as stored in failure.pt.
+        method: that `build` makes, of SCRIPTS.
 
     Raises:
-        Refused: the file does not exist, or it is no failure.pt.
+        Refused: the file does not exist, it is no failure.pt, or that of the other method.
     """
     try:
         failure = checkpoints.read(path)
     except (FileNotFoundError, ValueError) as error:
         raise Refused(f"--replay {error}; give the {NAME} that a run wrote") from error
     if "crops" not in failure:
-        raise Refused(f"--replay {path}: not a {NAME} of main_dino.py; give the one that a run wrote")
+        raise Refused(f"--replay {path}: not a {NAME}; give the one that a run of {SCRIPTS[method]} wrote")
+    script = SCRIPTS[failure["args"].get("method", "dino")]
+    if script != SCRIPTS[method]:
+        raise Refused(f"--replay {path}: a run of {script} wrote it; python {script} --replay {path}")
     print(f"step {failure['step']} of rank {failure['rank']}, images {failure['index'][0].tolist()}"
           + (" ..." if len(failure["index"]) > 1 else ""))
+    if alone := over_processes(failure):
+        print(f"WARNING: {alone} saw the images of all {failure['args']['world_size']} processes in the run, and sees "
+              "those of this rank here: what follows may differ from the step of the run")
     for name in ("student", "teacher"):
         largest, bad = largest_of(failure[name])
         print(f"{name}'s parameters before the step: max |w| {largest:g}"
@@ -62,6 +70,15 @@ def replay(path: str, device: torch.device, build: Build) -> None:
         print("\nthe same in float32")
         failed = compute(failure, build, device, None)
     print(f"\nin float32 the step is {'not finite either' if failed else 'finite'}")
+
+
+def over_processes(failure: Mapping) -> str:
+    """What a run of several processes computed over the images of all of them; "": nothing."""
+    args = failure["args"]
+    used = {"Sinkhorn-Knopp": args.get("centering") == "sinkhorn_knopp",
+            "KoLeo (--koleo_all_processes)": args.get("koleo_all_processes") and args["koleo_loss_weight"],
+            "batch norm": "cuda" in failure["rng"] and any(k.endswith("running_mean") for k in failure["student"])}
+    return ", ".join(name for name, is_used in used.items() if is_used) if args.get("world_size", 1) > 1 else ""
 
 
 def largest_of(tensors: Mapping[str, Tensor]) -> tuple[float, list[str]]:

@@ -24,8 +24,8 @@ FREE_FLAGS = {
     "data_path", "output_dir", "saveckp_freq", "saveckp_every_steps", "saveckp_every_minutes", "keep_checkpoints",
     "eval_knn_every", "eval_data_path", "log_every", "pictures_every", "tensorboard", "wandb", "device",
     "num_workers", "dist_url", "dist_timeout", "local_rank", "compile", "grad_checkpointing", "max_bad_images",
-    "init_from", "init_in_chans", "batch_size_per_gpu", "grad_accum_steps", "world_size", "replay", "max_pixels",
-    "parallel", "extend", "cache_images",
+    "init_from", "init_in_chans", "init_heads", "batch_size_per_gpu", "grad_accum_steps", "world_size", "replay",
+    "max_pixels", "parallel", "extend", "cache_images",
 }
 
 LENGTH = {"epochs", "steps", "images"}  # what a run may change with --extend: its length and its images

@@ -220,6 +220,7 @@ def timm_vit(model: VisionTransformer, about: dict) -> tuple[str, dict, dict[str
         state = to_timm_registers(state)
     if isinstance(model.blocks[0].mlp, SwiGLU):
         kwargs["mlp_ratio"] = model.blocks[0].mlp.w12.out_features / model.embed_dim
+        kwargs.setdefault("init_values", 0.0)  # timm's network has LayerScale unless told otherwise; it ignores None
         state = {k.replace(".w12.", ".fc1.").replace(".w3.", ".fc2."): v for k, v in state.items()}
         return "vit_giant_patch14_dinov2", kwargs, state
     size = {192: "tiny", 384: "small", 1024: "large"}.get(model.embed_dim, "base")
@@ -308,21 +309,27 @@ def hf_state(model: VisionTransformer, names: dict[str, str]) -> dict[str, Tenso
     return renamed
 
 
+METHODS = {"dino": ("DINO", "2104.14294"), "dinov2": ("DINOv2", "2304.07193")}  # name, arXiv number
+
+
 def model_card(about: dict, kind: str, license: str, training_data: str, results: Sequence[tuple[str, dict]]) -> str:
     """README.md of a Hugging Face folder: origin of the weights, usage, and measured accuracies only.
 
     Args:
         results: (path, content) of evaluations' results files.
     """
+    method, paper = METHODS.get(about.get("method"), ("", ""))  # else nothing is said of it
+    what = f"Self-supervised backbone (arXiv {paper})" if method else "Backbone"
+    pooler = " (versions of transformers that do not read `pooler_act` apply tanh to it)" if kind == "ViTModel" else ""
     card = f"""---
 {f"license: {license}" if license else "# license: not stated"}
 library_name: transformers
 pipeline_tag: image-feature-extraction
-tags: [dino, self-supervised, vision]
+tags: [{f"{method.lower()}, self-supervised, " if method else ""}vision]
 ---
-# {about['arch']}, patch {about['patch_size']}, trained with DINO
+# {about['arch']}, patch {about['patch_size']}{f", trained with {method}" if method else ""}
 
-Self-supervised backbone (arXiv 2104.14294). Training data: {' '.join(training_data.split())}.
+{what}. Training data: {' '.join(training_data.split())}.
 Weights (SHA-256 over the network's tensors): `{about['weights_sha256']}`
 
 ```python
@@ -332,8 +339,8 @@ processor, model = AutoImageProcessor.from_pretrained("."), {kind}.from_pretrain
 features = model(**processor(images=image, return_tensors="pt")).last_hidden_state[:, 0]  # (1, {about['embed_dim']})
 ```
 
-The feature is the class token of `last_hidden_state`, after the last norm. `pooler_output` is the same vector
-(versions of transformers that do not read `pooler_act` apply tanh to it); it is not trained separately.
+The feature is the class token of `last_hidden_state`, after the last norm. `pooler_output` is the same \
+vector{pooler}; it is not trained separately.
 Images: {about['in_chans']} channels, {about['image_size']} x {about['image_size']} pixels, mean {about['mean']}, \
 std {about['std']}.
 

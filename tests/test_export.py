@@ -140,13 +140,15 @@ def test_another_size_than_the_trained_one(weights, tmp_path):
     assert_same(weights, timm.create_model(f"local-dir:{tmp_path / 'folder'}", pretrained=True).eval(), 56, 56)
 
 
-@pytest.mark.parametrize("registers, gated", [(0, False), (4, False), (0, True), (4, True)])
-def test_dinov2_goes_round(tmp_path, registers, gated):
+@pytest.mark.parametrize("registers, gated, scaled", [
+    (0, False, True), (4, False, True), (0, True, True), (4, True, True), (0, False, False), (4, True, False)])
+def test_dinov2_goes_round(tmp_path, registers, gated, scaled):
     """Registers, LayerScale, gated MLP: a DINOv2 file, exported for timm and for transformers."""
     import timm
 
     transformers = pytest.importorskip("transformers")
-    torch.save(dinov2_file(registers, gated=gated), tmp_path / "w.pth")
+    state = dinov2_file(registers, gated=gated)
+    torch.save({k: v for k, v in state.items() if scaled or ".ls" not in k}, tmp_path / "w.pth")
     assert run(tmp_path / "w.pth", tmp_path / "timm", "timm") == 0
     theirs = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True).eval()
     assert_same(tmp_path / "w.pth", theirs, 56, 56)
@@ -182,6 +184,32 @@ def test_hugging_face(weights, tmp_path):
     assert f"`{command}`, in %" in card and "| 20 | 0.07 | 61.25 [60.00, 62.50] |" in card
     assert report["weights_sha256"] in card
     assert "The feature is the class token of `last_hidden_state`" in card and "`pooler_output`" in card
+
+
+@pytest.mark.parametrize("args, options, method", [
+    ({"method": "dinov2", "global_batch": 8}, {"method": "dinov2", "init_values": 0.1}, "DINOv2"),
+    ({"method": "dinov2", "global_batch": 8}, {"method": "dinov2"}, "DINOv2"),
+    (None, {"method": "dinov2", "init_values": 0.1, "num_register_tokens": 2}, "DINOv2"),  # as published
+    ({"global_batch": 8}, {}, "DINO"), ({"global_batch": 8, "method": "other"}, {}, ""),
+    (None, {}, ""), (None, {"init_values": 0.1}, ""),  # DeiT III has LayerScale too
+    ({}, {"method": "dinov2", "init_values": 0.1}, ""),  # fine-tuned
+])
+def test_exports_name_the_method_that_made_the_weights(tmp_path, args, options, method):
+    pytest.importorskip("transformers")
+    model, _ = build_backbone("vit_nano", 8, img_size=32, **options)
+    stored = {} if args is None else {"args": {"arch": "vit_nano", "patch_size": 8} | args}
+    torch.save({"teacher": random_like(model.state_dict())} | stored, tmp_path / "w.pth")
+    for kind, name in (("safetensors", "w.safetensors"), ("timm", "timm"), ("published", "p.pth"), ("hf", "hf")):
+        assert run(tmp_path / "w.pth", tmp_path / name, kind) == 0
+    assert run(tmp_path / "w.safetensors", tmp_path / "again", "hf") == 0
+    about = json.loads((tmp_path / "timm/config.json").read_text())["about"]
+    assert about.get("method", "") == method.lower()
+    for name in ("w.pth", "w.safetensors", "timm/model.safetensors", "p.pth", "hf/model.safetensors"):
+        assert backbones.load_backbone(str(tmp_path / name))[1].get("method", "") == method.lower()
+    for card in ((tmp_path / name / "README.md").read_text() for name in ("hf", "again")):
+        paper = {"DINOv2": "arXiv 2304.07193", "DINO": "arXiv 2104.14294"}.get(method, "Backbone")
+        assert paper in card and (f", trained with {method}\n" in card if method else ", trained" not in card)
+        assert ("self-supervised" in card) == bool(method)
 
 
 def test_figures_of_other_weights_are_refused(weights, tmp_path, capsys):

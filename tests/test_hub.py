@@ -210,6 +210,19 @@ def test_own_weights(tmp_path):
         assert all(torch.equal(v, trained.state_dict()[k]) for k, v in loaded.state_dict().items())
 
 
+@pytest.mark.parametrize("name, options", [
+    ("dinov2_vits14", {}), ("dinov2_vits14", {"init_values": 0.1, "num_register_tokens": 2}),
+    ("dinov2_vits14_reg", {"num_register_tokens": 4}), ("dino_vits16", {"init_values": 0.1})])
+def test_own_weights_of_another_kind_than_the_published(tmp_path, name, options):
+    """Without LayerScale, with registers, or of DINOv2 where the entry is DINO's: the file tells."""
+    patch = 16 if name == "dino_vits16" else 14
+    trained, _ = build_backbone("vit_small", patch, img_size=28, method="dinov2", **options)
+    args = {"arch": "vit_small", "patch_size": patch, "global_crops_size": 28, "method": "dinov2"}
+    torch.save({"teacher": trained.state_dict(), "args": args}, tmp_path / "w.pth")
+    loaded, x = load(name, weights=tmp_path / "w.pth").eval(), torch.randn(2, 3, 42, 28)
+    assert torch.equal(loaded(x), trained.eval()(x))
+
+
 def test_downloads_of_equal_names_stay_apart(tmp_path, monkeypatch):
     urls = []
     for part in "ab":

@@ -12,32 +12,42 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import parallel
 from parallel import Refused
-from vision_transformer import VITS, XCITS, VisionTransformer, build_backbone, is_network, torchvision_names
+from vision_transformer import VITS, XCITS, SwiGLU, VisionTransformer, build_backbone, is_network, torchvision_names
 from weights import preprocessing
 from weights.checkpoints import refusing
 from weights.layouts import (
+    INTERPOLATION,
     RESNETS,
+    STORED_OPTIONS,
     UNUSED,
+    VIT_SIZES,
     Weights,
     backbone_state,
     check_stated,
     configured,
     describe,
+    head_states,
     misfit,
     network_config,
     read,
     recognize,
     rename,
     stored_args,
+    stored_options,
 )
 
+REMEDY = "give the --arch, --patch_size and --in_chans of its network, or another file"
 
-def load_matching(model: nn.Module, state: Mapping[str, Tensor], path: str, flag: str = "--pretrained_weights") -> None:
+
+def load_matching(
+    model: nn.Module, state: Mapping[str, Tensor], path: str, flag: str = "--pretrained_weights", remedy: str = REMEDY,
+) -> None:
     """Copy a file's tensors into the model, and print `N of N tensors matched`.
 
     Args:
         path: the file, for messages.
         flag: the flag that names the file, for messages.
+        remedy: what to do about a file that does not fit, for messages.
 
     Raises:
         Refused: the file does not hold exactly the tensors of the model; see `layouts.misfit`.
@@ -47,8 +57,7 @@ def load_matching(model: nn.Module, state: Mapping[str, Tensor], path: str, flag
     fitting = {k: state[k] for k in expected if k in state and own[k].shape == state[k].shape}
     report = f"{path}: {len(fitting)} of {len(expected)} tensors matched"
     if problems := misfit(own, state):
-        raise Refused(f"{flag} {report}; {problems}; give the --arch, --patch_size and --in_chans of its network, or "
-                      "another file")
+        raise Refused(f"{flag} {report}; {problems}; {remedy}")
     model.load_state_dict(fitting, strict=False)
     if parallel.is_main():
         print(report, flush=True)
@@ -68,7 +77,8 @@ def load_weights_into(
             another number of channels is refused.
 
     Raises:
-        Refused: no such file, not a checkpoint, no such part in it, or weights of another network.
+        Refused: no such file, not a checkpoint, no such part in it, or weights of another network, or of the same that
+            interpolates its position embeddings in another way.
     """
     with refusing(flag):
         loaded = read(path)
@@ -77,9 +87,17 @@ def load_weights_into(
         found = preprocessing.stored(path, args)
     with refusing(f"{flag} {path}:"):
         recognized = recognize(state)
-        check_stated(args, ("num_heads", "timm_args"))
-        check_function(model, {k: args[k] for k in ("num_heads", "timm_args") if k in args}
-                       or configured(recognized, state, config).options, f"{flag} {path}")
+        check_stated(args, STORED_OPTIONS)
+        described = recognized if {"num_heads", "timm_args"} & args.keys() else configured(recognized, state, config)
+        options = described.options | stored_options(args)
+        if not args and head_states(loaded, checkpoint_key, path):  # of training, unlike the published backbones
+            options = {k: v for k, v in options.items() if k not in INTERPOLATION}
+        check_function(model, options, f"{flag} {path}")
+    remedy = remedy_for(model, recognized.arch, options)
+    if isinstance(model, VisionTransformer) and any(options.get(k, getattr(model, k)) != getattr(model, k)
+                                                    for k in INTERPOLATION):
+        raise Refused(f"{flag} {path}: its network interpolates position embeddings in another way than this one; "
+                      f"{remedy}; a run that has begun resumes without this file")
     if isinstance(model, VisionTransformer):
         state = recognized.state if recognized.arch else rename(state)[1]
     elif misfit(model.state_dict(), state):  # else names of the model's library
@@ -89,10 +107,14 @@ def load_weights_into(
     if isinstance(model, VisionTransformer) and positions is not None:
         state = state | {"pos_embed": resized_positions(model, positions)}
     size = f", patch size {recognized.options['patch_size']}" if "patch_size" in recognized.options else ""
-    load_matching(model, state, f"{path} ({recognized.arch}{size})" if recognized.arch else path, flag)
+    load_matching(model, state, f"{path} ({recognized.arch}{size})" if recognized.arch else path, flag, remedy)
     if positions is not None and positions.shape != state["pos_embed"].shape:
         grids = (f"{math.isqrt(p.shape[1] - 1)} x {math.isqrt(p.shape[1] - 1)}" for p in (positions, model.pos_embed))
         parallel.say(f"{path}: position embeddings interpolated from {' to '.join(grids)} patches")
+    if isinstance(model, VisionTransformer) and model.method == "dinov2" and not set(INTERPOLATION) <= options.keys():
+        own = {k: getattr(model, k) for k in INTERPOLATION}
+        parallel.say(f"{path}: it doesn't tell how its position embeddings were interpolated in training; this run "
+                     f"does it by {as_flags(own)}")
     if normalization := {key: found[key] for key in ("mean", "std") if key in found}:
         parallel.say(f"{path}: its images were normalized with {preprocessing.sentence(normalization)}; this run uses "
                      "its own --mean and --std")
@@ -112,6 +134,40 @@ def check_function(model: nn.Module, options: Mapping, file: str) -> None:
     if arguments is not None and (not is_timm or {"act_layer", "num_heads"} & arguments.keys()):
         raise Refused(f"{file}: weights of a network of timm that computes something else than this one "
                       f"({', '.join(f'{k} {v}' for k, v in arguments.items()) or 'by its name'}); give others")
+
+
+def remedy_for(model: nn.Module, arch: str | None, options: Mapping) -> str:
+    """What to do about weights that do not fit the model: the flags of a training script that would make their network.
+
+    Args:
+        arch: of the weights, None: not recognized.
+        options: of `build_backbone`, of the weights' network.
+    """
+    if not isinstance(model, VisionTransformer):
+        return REMEDY
+    own = {k: getattr(model, k) for k in INTERPOLATION}
+    wanted = {k: options.get(k, own[k]) for k in INTERPOLATION}
+    if arch:
+        own |= {"arch": VIT_SIZES.get((model.embed_dim, model.n_blocks))}
+        wanted |= {"arch": arch}
+    if arch in VIT_SIZES.values():
+        own |= {"patch_size": model.patch_size, "num_register_tokens": model.num_register_tokens,
+                "layerscale": 0 if isinstance(model.blocks[0].ls1, nn.Identity) else 1e-5,
+                "ffn_layer": "swiglu" if isinstance(model.blocks[0].mlp, SwiGLU) else "mlp"}
+        wanted |= {"patch_size": options["patch_size"], "num_register_tokens": options.get("num_register_tokens", 0),
+                   "layerscale": 1e-5 if options.get("init_values") else 0,
+                   "ffn_layer": options.get("ffn_layer", "mlp")}
+    given = {k: wanted[k] for k in own if wanted[k] != own[k]}
+    if not given:
+        return REMEDY
+    if model.method == "dinov2" or given.keys() <= {"arch", "patch_size"}:
+        return f"give {as_flags(given)}, or another file"
+    return f"main_dinov2.py trains such networks, with {as_flags(given)}; or give another file"
+
+
+def as_flags(values: Mapping) -> str:
+    """Values by the names of their flags, as a command line has them."""
+    return " ".join(f"--{k} {f'{v:g}' if isinstance(v, float) else str(v).lower()}" for k, v in values.items())
 
 
 def with_channels(model: nn.Module, state: Mapping[str, Tensor], init_in_chans: str, file: str) -> dict[str, Tensor]:
@@ -249,6 +305,17 @@ def check_asked(asked: str | int | None, stored: str | int | None, flag: str, pa
         raise Refused(f"{flag} {asked}: {path} holds {stored}; leave {flag} out, or give the weights of {asked}")
 
 
+def trained_with(args: Mapping, described: Weights) -> str | None:
+    """The method that made the weights of a file, dino or dinov2, if it tells.
+
+    Checkpoints of main_dino.py state none. Those of other programs, and of fine-tuned networks, may be of any method.
+    """
+    if not args:
+        return described.options.get("method")  # published files of DINOv2 have a mask token
+    method = args.get("method", "dino" if "global_batch" in args else None)
+    return method if method in ("dino", "dinov2") else None
+
+
 def holds(arch: str, described: Weights) -> bool:
     """Whether a file has exactly the tensors of timm's network `arch`, which may compute something else than another
     of the same tensors: resnetaa50 filters before its strides, resnet50 does not."""
@@ -284,7 +351,7 @@ def load_backbone(
     Returns:
         The network, and {arch, patch_size, embed_dim, in_chans, mean, std, global_crops_size, options: the arguments
         of `build_backbone`, sources: where mean and std come from}, and, if stored, value_range of the training
-        images, and resize_ratio and interpolation (see `preprocessing.stored`).
+        images, resize_ratio and interpolation (see `preprocessing.stored`), and method: dino or dinov2.
 
     Raises:
         Refused (a ValueError): no such file, not a checkpoint, no such part in it, unknown architecture, another than
@@ -308,6 +375,8 @@ def load_backbone(
     check_asked(arch, described.arch, "--arch", weights)
     if described.arch in (*VITS, *XCITS):
         check_asked(patch_size, described.options.get("patch_size"), "--patch_size", weights)
+    if method := trained_with(args, described):
+        info["method"] = method
     if "value_range" in args:
         info["value_range"] = tuple(args["value_range"])
     file = f"{flag} {weights}" if weights else f"--in_chans {in_chans}"

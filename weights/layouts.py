@@ -89,7 +89,7 @@ OTHER_FILES = (
     (re.compile(rb"\s*[{\[]"), "JSON, not weights: give the file of weights"),
 )  # fmt: skip
 # What is read of the metadata of a safetensors file; each value is JSON.
-METADATA = ("arch", "patch_size", "in_chans", "mean", "std", "value_range", "global_crops_size",
+METADATA = ("arch", "patch_size", "in_chans", "mean", "std", "value_range", "global_crops_size", "method",
             *STORED_OPTIONS)  # fmt: skip
 
 

@@ -31,11 +31,12 @@ def folder(tmp_path):
 AUGMENTATION = utils.DataAugmentationDINO((0.4, 1.0), (0.1, 0.4), 2, 32, 16)
 
 
-def batches(images, workers):
-    return list(loaders.batches(images, AUGMENTATION, 2, workers, seed=3, last_batch=8))
+def batches(images, workers, early):
+    return list(loaders.batches(images, AUGMENTATION, 2, workers, seed=3, last_batch=8, early=early))
 
 
-def test_crops_are_those_without_a_cache(folder, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("early", [None, loaders.Early(1, AUGMENTATION.resized(16, 8))])
+def test_crops_are_those_without_a_cache(folder, tmp_path, monkeypatch, capsys, early):
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
     images = open_images(folder)
@@ -47,11 +48,11 @@ def test_crops_are_those_without_a_cache(folder, tmp_path, monkeypatch, capsys):
         assert torch.equal(cache.load(i), expected) and cache.load(i).stride() == expected.stride()
     with pytest.raises(Undecodable, match="7.jpg"):
         cache.load(7)
-    expected = batches(images, 0)
+    expected = batches(images, 0, early)
     for path in folder.iterdir():
         path.unlink()
     assert not list((tmp_path / "temporary").glob("decoded*"))  # the cache has no name, and needs none
-    for batch, other in zip(batches(cache, 1), expected, strict=True):
+    for batch, other in zip(batches(cache, 1, early), expected, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(batch["crops"], other["crops"], strict=True))
         assert torch.equal(batch["params"], other["params"]) and batch["bad"] == other["bad"]
     assert any(batch["bad"] for batch in expected)

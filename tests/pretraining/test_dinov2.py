@@ -19,6 +19,7 @@ import vision_transformer
 from imagesets import loaders
 from method import dinov2, masking
 from method.targets import Targets
+from parallel import Refused
 from pretraining import replay
 from pretraining.health import health_dinov2
 from weights import checkpoints
@@ -207,9 +208,9 @@ def test_continue_with_heads_and_with_another_size(finished, tmp_path, monkeypat
     folder, _ = finished
     for extra in ([], ["--global_crops_size", 24, "--local_crops_size", 12]):
         out = tmp_path / str(len(extra))
-        run = Run(*ARGS, *extra, "--init_from", folder / checkpoints.NAME, "--init_heads", "--steps", 2,
-                  "--freeze_backbone_epochs", 1, "--warmup_epochs", 0, "--warmup_teacher_temp_epochs", 0,
-                  "--eval_knn_every", 3, "--output_dir", out)  # fmt: skip
+        args = [*ARGS, *extra, "--steps", 2, "--freeze_backbone_epochs", 1, "--warmup_epochs", 0,
+                "--warmup_teacher_temp_epochs", 0, "--eval_knn_every", 3, "--output_dir", out]
+        run = Run(*args, "--init_from", folder / checkpoints.NAME, "--init_heads")
         assert run.wait() == [0], run.output()
         before, after = checkpoints.read(folder / checkpoints.NAME)["teacher"], checkpoints.read(out / "checkpoint.pth")
         assert torch.equal(before["backbone.mask_token"], after["student"]["backbone.mask_token"])  # frozen
@@ -219,6 +220,8 @@ def test_continue_with_heads_and_with_another_size(finished, tmp_path, monkeypat
         assert "weights it starts from" in run.output() and "starting weights" in run.output()
         size = int(extra[1]) if extra else 16
         assert after["student"]["backbone.pos_embed"].shape[1] == 1 + (size // 4) ** 2
+    again = Run(*args)  # not needed any more
+    assert again.wait() == [0] and "resuming" in again.output(), again.output()
 
 
 def test_start_from_weights_of_other_channels(tmp_path):
@@ -277,6 +280,7 @@ def test_every_script_reads_its_checkpoints(finished, tmp_path, monkeypatch, scr
 BAD = [
     (["--arch", "resnet50"], ["--arch resnet50", "main_dino.py"]),
     (["--compile", "reduce-overhead"], ["--compile reduce-overhead", "--compile default"]),
+    (["--compile", "auto"], ["--compile auto", "--compile on"]),
     (["--ibot_out_dim", "7", "--ibot_separate_head", "false"], ["--ibot_out_dim 7", "--ibot_separate_head true"]),
     (["--init_heads"], ["--init_heads", "--init_from"]),
     (["--init_in_chans", "tile"], ["--init_in_chans tile", "--init_from"]),
@@ -284,16 +288,75 @@ BAD = [
     (["--mask_probability", "0"], ["--mask_probability 0", "--ibot_separate_head false"]),
     (["--distill_from", "/absent"], ["--distill_from /absent", "no such file"]),
     (["--warmup_epochs", "9"], ["--warmup_epochs 9", "--epochs 3"]),
+    (["--adamw_beta1", "1"], ["--adamw_beta1", "1 is out of range", "at most 0.999999"]),
+    (["--adamw_beta2", "1"], ["--adamw_beta2", "1 is out of range", "at most 0.999999"]),
+    (["--interpolate_offset", "1"], ["--interpolate_offset", "1 is out of range", "at most 0.99"]),
+    (["--interpolate_offset", "1e-17"], ["--interpolate_offset 1e-17", "give 0"]),
+    (["--layerscale", "1e300"], ["--layerscale", "1e300 is out of range", "at most 1e+30"]),
+    (["--head_nlayers", "9" * 30], ["memory ran out"]), (["--num_register_tokens", "9" * 30], ["memory ran out"]),
 ]
+
+
+def parsed(*extra):
+    return main_dinov2.get_args_parser().parse_args([str(a) for a in (*ARGS, *extra)])
 
 
 @pytest.mark.parametrize("extra, words", BAD, ids=lambda x: " ".join(x))
 def test_bad_input(tmp_path, capsys, extra, words):
-    args = main_dinov2.get_args_parser().parse_args([str(a) for a in (*ARGS, *extra, "--output_dir", tmp_path / "out")])
-    assert main_dinov2.main(args) == 2
+    try:
+        code = main_dinov2.main(parsed(*extra, "--output_dir", tmp_path / "out"))
+    except SystemExit as error:
+        code = error.code
+    assert code == 2
     said = capsys.readouterr().err
     assert len(said.strip().splitlines()) == 1 and all(word in said for word in words)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("theirs, ours, words", [
+    ([], CENTERING, ["ibot_head.", "nothing in the network", "--ibot_separate_head true", "--ibot_out_dim 24"]),
+    (CENTERING, [], ["ibot_head.", "nothing there", "--ibot_separate_head false"]),
+    (["--head_hidden_dim", 16], ["--head_hidden_dim", 16, "--head_nlayers", 2],
+     ["dino_head.mlp.4", "--head_nlayers 3"]),
+    ([], ["--out_dim", 16], ["dino_head.last_layer", "(32, ", "(16, ", "--out_dim 32"]),
+])
+@pytest.mark.parametrize("stored", [True, False])
+def test_heads_of_other_shapes_are_refused(tmp_path, monkeypatch, theirs, ours, words, stored):
+    """No trained layer is left out in silence."""
+    make_small_in(monkeypatch)
+    args, file = parsed(*theirs), tmp_path / "w.pth"
+    flags = {"args": vars(args) | {"method": "dinov2"}} if stored else {}
+    torch.save({"teacher": main_dinov2.make_network(args).state_dict()} | flags, file)
+    with pytest.raises(Refused) as raised:
+        main_dinov2.make_networks(parsed(*ours, "--init_from", file, "--init_heads"))
+    assert all(word in str(raised.value) for word in ("--init_heads", str(file), *words)), raised.value
+
+
+@pytest.mark.parametrize("flags", [["--init_heads", "--init_from"], ["--drop_path_rate", 0, "--distill_from"]])
+@pytest.mark.parametrize("centres", ["of a run", "unused", "absent"])
+def test_centres_come_with_the_heads(tmp_path, monkeypatch, capsys, flags, centres):
+    make_small_in(monkeypatch)
+    args, file = parsed(*CENTERING), tmp_path / "w.pth"
+    old = main_dinov2.make_loss(args).state_dict()
+    if centres == "of a run":
+        old = {k: torch.randn(v.shape) for k, v in old.items()}
+    stored = {} if centres == "absent" else {"dino_loss": old, "args": vars(args) | {"method": "dinov2"}}
+    torch.save({"teacher": main_dinov2.make_network(args).state_dict()} | stored, file)
+    args = parsed(*CENTERING, *flags, file)
+    new = main_dinov2.make_run(args, main_dinov2.make_plan(args, 64), 64, torch.device("cpu")).dino_loss.state_dict()
+    assert all(torch.equal(v, old[k]) for k, v in new.items()) and len(new) == 2
+    assert ("starts at zero" in capsys.readouterr().out) == (centres != "of a run")
+
+
+@pytest.mark.parametrize("stored", [None, {}, {"interpolate_antialias": True, "interpolate_offset": 0.0}])
+def test_a_frozen_teacher_interpolates_as_it_was_trained(tmp_path, stored):
+    """Tensors of a run with registers have the names of the published weights, which were trained in another way."""
+    flags = {} if stored is None else {"args": {"arch": "vit_nano", "method": "dinov2"} | stored}
+    torch.save({"teacher": main_dinov2.make_network(parsed()).state_dict()} | flags, tmp_path / "w.pth")
+    network, _ = main_dinov2.read_teacher(str(tmp_path / "w.pth"))
+    assert network.backbone.num_register_tokens == 2
+    assert (network.backbone.interpolate_antialias, network.backbone.interpolate_offset) == (
+        (True, 0.0) if stored else (False, 0.1))
 
 
 def test_heads_of_a_plain_backbone_are_refused(finished, tmp_path, capsys):

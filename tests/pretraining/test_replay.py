@@ -7,6 +7,7 @@ import torch
 from forks import SMALLEST, Started
 
 import main_dino
+import main_dinov2
 import utils
 from imagesets import loaders
 from pretraining import failures, replay
@@ -70,6 +71,31 @@ def test_only_a_failure_is_replayed(tmp_path, capsys):
         assert main_dino.main(args) == 2
         said = capsys.readouterr().err
         assert str(path) in said and len(said.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("script, other", [(main_dino, main_dinov2), (main_dinov2, main_dino)])
+def test_a_failure_of_the_other_script_is_refused(tmp_path, capsys, script, other):
+    path, method = tmp_path / "failure.pt", {} if other is main_dino else {"method": "dinov2"}
+    checkpoints.save({"crops": [], "args": method}, path)
+    assert script.main(script.get_args_parser().parse_args(["--replay", str(path), "--device", "cpu"])) == 2
+    said = capsys.readouterr().err
+    assert f"python {other.__name__}.py --replay {path}" in said and len(said.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("args, cuda, words", [
+    ({"world_size": 2, "centering": "sinkhorn_knopp"}, False, "Sinkhorn-Knopp saw"),
+    ({"world_size": 2, "centering": "sinkhorn_knopp", "koleo_all_processes": True, "koleo_loss_weight": 0.1}, True,
+     "Sinkhorn-Knopp, KoLeo (--koleo_all_processes), batch norm saw"),
+    ({"world_size": 2, "centering": "centering", "koleo_all_processes": False}, False, ""),
+    ({"world_size": 1, "centering": "sinkhorn_knopp"}, True, ""), ({"world_size": 2}, True, "batch norm saw")])
+def test_what_the_run_computed_over_all_processes_is_said(tmp_path, monkeypatch, capsys, args, cuda, words):
+    monkeypatch.setattr(replay, "compute", lambda *args: False)
+    failure = {"step": 5, "rank": 1, "index": [torch.arange(2)], "crops": [], "dtype": "None", "args": args,
+               "student": {"head.mlp.1.running_mean": torch.ones(1)}, "teacher": {}, "rng": {"cuda": 0} if cuda else {}}
+    checkpoints.save(failure, tmp_path / "failure.pt")
+    replay.replay(str(tmp_path / "failure.pt"), torch.device("cpu"), None)
+    said = capsys.readouterr().out
+    assert f"{words} the images of all 2 processes" in said if words else "WARNING" not in said
 
 
 def test_view_losses_add_up_to_the_loss():

@@ -94,6 +94,74 @@ def test_init_from_refuses_what_does_not_fit(tmp_path, capsys):
     assert not capsys.readouterr().out
 
 
+LAYERSCALE = {"init_values": 1.0, "method": "dinov2"}
+
+
+@pytest.mark.parametrize("kind, network, flags", [
+    ("dino", LAYERSCALE, "give --layerscale 0"), ("no layerscale", LAYERSCALE, "give --layerscale 0"),
+    ("dino", {"patch_size": 16}, "give --patch_size 14"), ("dino", {"depth": 12}, "give --arch vit_nano"),
+    ("plain", {"method": "dinov2"}, "give --layerscale 1e-05"), ("plain", {}, "main_dinov2.py.* --layerscale 1e-05"),
+    ("swiglu", LAYERSCALE, "give --ffn_layer swiglu"),
+    ("swiglu", {}, "main_dinov2.py.* --layerscale 1e-05 --ffn_layer swiglu"),
+    ("plain", LAYERSCALE | {"ffn_layer": "swiglu"}, "give --ffn_layer mlp"),
+    ("run", LAYERSCALE, "give --num_register_tokens 4"),
+    ("run", {}, "main_dinov2.py.* --num_register_tokens 4 --layerscale 1e-05"),
+    ("plain", LAYERSCALE | {"num_register_tokens": 2}, "give --num_register_tokens 0"),
+])
+def test_the_remedy_names_the_flags_of_the_weights(tmp_path, kind, network, flags):
+    from test_layouts import dinov2_file
+
+    state = dinov2_file(registers=4 if kind == "run" else 0, gated=kind == "swiglu")
+    if kind in ("dino", "no layerscale"):
+        state = {k: v for k, v in state.items() if ".ls" not in k and (kind != "dino" or k != "mask_token")}
+    args = {"args": {"method": "dinov2"}} if kind == "run" else {}
+    torch.save({"teacher": state} | args, tmp_path / "w.pth")
+    model, _ = build_backbone("vit_nano", **{"patch_size": 14, "img_size": 56} | network)
+    with pytest.raises(Refused, match=f"^--init_from .*w.pth .*; {flags}[,;]"):
+        backbones.load_weights_into(model, str(tmp_path / "w.pth"), flag="--init_from")
+
+
+@pytest.mark.parametrize("args, options, flags", [
+    (None, {}, "give --interpolate_antialias true --interpolate_offset 0,"),  # published weights with registers
+    ({"interpolate_antialias": True, "interpolate_offset": 0.0}, {"interpolate_offset": 0.0},
+     "give --interpolate_antialias true,"),
+    ({}, {"interpolate_antialias": True, "interpolate_offset": 0.0},
+     "give --interpolate_antialias false --interpolate_offset 0.1,"),
+])
+def test_weights_that_interpolate_in_another_way_are_refused(tmp_path, args, options, flags):
+    """Training would resize positions, and its small crops' positions, as the weights never were."""
+    from test_layouts import dinov2_file
+
+    args = {} if args is None else {"args": {"method": "dinov2"} | args}
+    torch.save({"teacher": dinov2_file(registers=4)} | args, tmp_path / "w.pth")
+    made = {"patch_size": 14, "img_size": 28, "num_register_tokens": 4} | LAYERSCALE
+    for more in ({}, {"num_register_tokens": 0}):
+        model, _ = build_backbone("vit_nano", **made | options | more)
+        with pytest.raises(Refused, match=f"^--init_from .*w.pth: .*{flags.strip(',')}.*without this file$"):
+            backbones.load_weights_into(model, str(tmp_path / "w.pth"), flag="--init_from")
+    with pytest.raises(Refused, match=flags):
+        backbones.load_weights_into(build_backbone("vit_nano", **made | options)[0], str(tmp_path / "w.pth"))
+    theirs = backbones.load_backbone(str(tmp_path / "w.pth"))[0]
+    same = {k: getattr(theirs, k) for k in layouts.INTERPOLATION}
+    backbones.load_weights_into(build_backbone("vit_nano", **made | same)[0], str(tmp_path / "w.pth"))
+
+
+def test_main_dino_has_no_flags_of_interpolation(tmp_path):
+    model, _ = build_backbone("vit_nano", 8, img_size=16)
+    args = {"method": "dinov2", "interpolate_antialias": True, "interpolate_offset": 0.0}
+    torch.save({"teacher": model.state_dict(), "args": args}, tmp_path / "w.pth")
+    with pytest.raises(Refused, match="main_dinov2.py .*--interpolate_antialias true --interpolate_offset 0;"):
+        backbones.load_weights_into(model, str(tmp_path / "w.pth"), flag="--init_from")
+
+
+@pytest.mark.parametrize("method, said", [("dino", False), ("dinov2", True)])
+def test_an_unknown_interpolation_is_said(tmp_path, capsys, method, said):
+    model, _ = build_backbone("vit_nano", 8, img_size=16, method=method, interpolate_antialias=said)
+    torch.save(model.state_dict(), tmp_path / "w.pth")
+    backbones.load_weights_into(model, str(tmp_path / "w.pth"), flag="--init_from")
+    assert ("--interpolate_antialias true --interpolate_offset 0.1" in capsys.readouterr().out) == said
+
+
 def test_position_embeddings_of_another_image_size_are_interpolated(tmp_path, capsys):
     """At its own image size, the new network computes what the old one computes there."""
     old, _ = build_backbone("vit_nano", 8, img_size=32)
