@@ -475,17 +475,17 @@ def replay_step(args: argparse.Namespace) -> None:
             "init_from": "", "init_in_chans": "", "init_heads": False, "compile": "off"})
         student, average = make_networks(stored)
         objective, device = make_loss(stored), parallel.pick_device(args.device)
-        teacher = read_teacher(stored.distill_from)[0].to(device) if stored.distill_from else average
+        frozen = read_teacher(stored.distill_from)[0].to(device) if stored.distill_from else None
 
         def losses(crops: list[Tensor], batch: Mapping, step: int) -> tuple[Tensor, dict]:
-            return dinov2.losses(student, teacher, crops, batch["masks"], objective, float(about["teacher_temp"][step]),
-                                 batch.get("kept"))
+            return dinov2.losses(student, frozen or average, crops, batch["masks"], objective,
+                                 float(about["teacher_temp"][step]), batch.get("kept"))
 
         def details(output: dinov2.Outputs, parts: Mapping, step: int) -> str:
             terms = ("dino_global", "dino_local", "ibot", "koleo")
             return "  ".join(f"{name} {parts[name].item():g}" for name in terms)
 
-        return Method(student, average, objective, make_augmentation(stored).finish, losses, details)
+        return Method(student, average, objective, make_augmentation(stored).finish, losses, details, frozen)
 
     replay(args.replay, parallel.pick_device(args.device), build)
 

@@ -26,6 +26,15 @@ from weights import checkpoints
 ARGS = [*SMALLEST_DINOV2, "--saveckp_freq", 1]
 Run = partial(Started, script="main_dinov2.py")
 CENTERING = ["--centering", "centering", "--ibot_separate_head", "false", "--ibot_out_dim", 0]
+QUICK = ["--steps", 1, "--warmup_epochs", 0, "--warmup_teacher_temp_epochs", 0, "--num_workers", 0]
+
+
+@pytest.fixture
+def run_here(monkeypatch):
+    """Runs in this process: flags -> exit code."""
+    make_small_in(monkeypatch)
+    parse = main_dinov2.get_args_parser().parse_args
+    return lambda *argv: main_dinov2.main(parse([str(a) for a in (*ARGS, *QUICK, *argv)]))
 
 
 def state(folder, name: str = checkpoints.NAME) -> dict:
@@ -249,6 +258,15 @@ def test_distillation(finished, tmp_path):
         assert not made["student"]["backbone.mask_token"].any()  # nothing is masked
     refused = Run(*args, "--out_dim", 48, "--output_dir", tmp_path / "other")
     assert refused.wait() == [2] and "--out_dim 32" in refused.output() and not (tmp_path / "other").exists()
+
+
+def test_replay_of_a_distillation_looks_into_the_frozen_network(finished, tmp_path, run_here, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr(dinov2, "koleo", lambda tokens, *args: tokens.sum() * float("nan"))
+        assert run_here("--distill_from", finished[0] / checkpoints.NAME, "--output_dir", tmp_path) == 1
+    assert run_here("--replay", tmp_path / replay.NAME) == 0
+    said = capsys.readouterr().out
+    assert "frozen network: all outputs are finite" in said and "in float32 the step is finite" in said
 
 
 @pytest.mark.parametrize("script, extra", [
