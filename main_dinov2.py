@@ -301,24 +301,33 @@ def make_teacher(args: argparse.Namespace, run: Run) -> nn.Module:
 
 def matching_teacher(args: argparse.Namespace) -> BackboneAndHeads:
     """The frozen network of --distill_from. Raises Refused if the student can't learn its targets."""
-    teacher, stored = read_teacher(args.distill_from)
-    for name in ("patch_size", "in_chans", "out_dim", "ibot_separate_head"):
-        theirs, ours = getattr(stored, name), getattr(args, name)
-        if theirs != ours:
-            raise Refused(f"--distill_from {args.distill_from}: it has --{name} {theirs}, and the student {ours}; give "
-                          f"--{name} {theirs}")
-    if patch_prototypes(stored) != patch_prototypes(args):
-        raise Refused(f"--distill_from {args.distill_from}: it has {patch_prototypes(stored)} prototypes for patches, "
-                      f"and the student {patch_prototypes(args)}; give --ibot_out_dim {patch_prototypes(stored)}")
+    teacher, stored = read_teacher(args)
+    theirs, ours = shared_flags(stored), shared_flags(args)
+    differing = [name for name in theirs if theirs[name] != ours[name]]
+    if differing:
+        has, given = (" ".join(f"--{name} {values[name]}" if values[name] else f"no --{name}" for name in differing)
+                      for values in (theirs, ours))
+        raise Refused(f"--distill_from {args.distill_from}: it was trained with {has}, and the student has {given}; "
+                      "give the former")
     return teacher
 
 
-def read_teacher(path: str) -> tuple[BackboneAndHeads, argparse.Namespace]:
-    """The frozen network with its heads in a checkpoint, and its flags."""
-    settings, state = networks.read_heads(path, "--distill_from")
-    stored = argparse.Namespace(**vars(get_args_parser().parse_args([])) | settings)
+def shared_flags(args: argparse.Namespace) -> dict[str, str]:
+    """Flags that a student has in common with its frozen network: {name: value as it is given, "" if it is not}."""
+    values = {name: getattr(args, name) for name in ("patch_size", "in_chans", "out_dim", "ibot_separate_head", "mean",
+                                                     "std", "value_range")}
+    values["ibot_out_dim"] = patch_prototypes(args)
+    return {name: options.text(value) if isinstance(value, list | tuple) else "" if value is None else str(value)
+            for name, value in values.items()}
+
+
+def read_teacher(args: argparse.Namespace) -> tuple[BackboneAndHeads, argparse.Namespace]:
+    """The frozen network of --distill_from with its heads, and its flags; what the file doesn't state is as in `args`.
+    """
+    settings, state = networks.read_heads(args.distill_from, "--distill_from")
+    stored = argparse.Namespace(**vars(args) | settings)
     teacher = make_network(stored)
-    networks.fill(teacher, state, path, "--distill_from")
+    networks.fill(teacher, state, args.distill_from, "--distill_from")
     return teacher.eval().requires_grad_(False), stored
 
 
@@ -475,7 +484,7 @@ def replay_step(args: argparse.Namespace) -> None:
             "init_from": "", "init_in_chans": "", "init_heads": False, "compile": "off"})
         student, average = make_networks(stored)
         objective, device = make_loss(stored), parallel.pick_device(args.device)
-        frozen = read_teacher(stored.distill_from)[0].to(device) if stored.distill_from else None
+        frozen = read_teacher(stored)[0].to(device) if stored.distill_from else None
 
         def losses(crops: list[Tensor], batch: Mapping, step: int) -> tuple[Tensor, dict]:
             return dinov2.losses(student, frozen or average, crops, batch["masks"], objective,

@@ -19,6 +19,7 @@ import vision_transformer
 from imagesets import loaders
 from method import dinov2, masking
 from method.targets import Targets
+from parallel import Refused
 from pretraining import replay
 from pretraining.health import health_dinov2
 from weights import checkpoints
@@ -258,6 +259,28 @@ def test_distillation(finished, tmp_path):
         assert not made["student"]["backbone.mask_token"].any()  # nothing is masked
     refused = Run(*args, "--out_dim", 48, "--output_dir", tmp_path / "other")
     assert refused.wait() == [2] and "--out_dim 32" in refused.output() and not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("stored, extra, words", [
+    ({}, ["--mean", 0.5, 0.5, 0.5], ["--mean 0.5 0.5 0.5", "--mean 0.485 0.456 0.406"]),
+    ({"std": [0.2] * 3, "value_range": [0.0, 1000.0]}, [], ["--std 0.2 0.2 0.2 --value_range 0 1000"]),
+    ({}, ["--value_range", 0, 1000], ["--value_range 0 1000", "no --value_range", "give the former"]),
+    ({"mean": 0.5}, ["--mean", 0.1, 0.1, 0.1], ["--mean 0.1 0.1 0.1", "--mean 0.5,"]),
+    ({"args": {"arch": "vit_nano"}}, ["--mean", 0.5, 0.5, 0.5, "--value_range", 0, 1000], []),
+], ids=["mean", "std and range", "no range", "one number", "not stored"])  # fmt: skip
+def test_the_frozen_network_must_see_images_as_it_was_trained_on(finished, tmp_path, monkeypatch, stored, extra, words):
+    make_small_in(monkeypatch)
+    loaded = checkpoints.read(finished[0] / checkpoints.NAME)
+    loaded["args"] = stored["args"] if "args" in stored else loaded["args"] | stored
+    torch.save(loaded, tmp_path / "teacher.pth")
+    argv = [*ARGS, "--distill_from", tmp_path / "teacher.pth", *extra]
+    args = main_dinov2.get_args_parser().parse_args([str(a) for a in argv])
+    if not words:
+        assert main_dinov2.matching_teacher(args)
+        return
+    with pytest.raises(Refused) as refused:
+        main_dinov2.matching_teacher(args)
+    assert all(word in str(refused.value) for word in ("--distill_from", *words))
 
 
 def test_replay_of_a_distillation_looks_into_the_frozen_network(finished, tmp_path, run_here, monkeypatch, capsys):
