@@ -173,9 +173,14 @@ def make_run(args: argparse.Namespace, plan: Plan, n_images: int, device: torch.
     dtype = networks.half_precision(args.precision, args.use_fp16, device)
     sharded = networks.shard(student, teacher, device, dtype, args.precision) if args.parallel == "fsdp" else False
     optimizer = utils.build_optimizer(args.optimizer, student)
+    computed_over = {}
+    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in student.modules()):
+        # Several processes normalize together on GPUs only (networks.on_device).
+        computed_over["batch norm"] = "grad_accum_steps" if device.type == "cuda" else "batch_size_per_gpu"
     return Run(student, teacher, make_loss(args, plan.epochs).to(device), optimizer, device, dtype,
                plan.steps_per_epoch, plain_settings(vars(args), n_images), Path(args.output_dir),
-               args.keep_checkpoints, make_backbone=(lambda: make_backbone(args)[0]) if sharded else None)
+               args.keep_checkpoints, make_backbone=(lambda: make_backbone(args)[0]) if sharded else None,
+               computed_over=computed_over)
 
 
 def describe(args: argparse.Namespace, run: Run, plan: Plan, n_images: int) -> str:

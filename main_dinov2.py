@@ -286,7 +286,21 @@ def make_run(args: argparse.Namespace, plan: Plan, n_images: int, device: torch.
     settings = plain_settings(vars(args), n_images) | {"method": "dinov2"}
     return Run(student, teacher, make_loss(args).to(device), optimizer, device, dtype, plan.steps_per_epoch, settings,
                Path(args.output_dir), args.keep_checkpoints,
-               make_backbone=(lambda: make_backbone(args)[0]) if sharded else None)
+               make_backbone=(lambda: make_backbone(args)[0]) if sharded else None, computed_over=computed_over(args))
+
+
+def computed_over(args: argparse.Namespace) -> dict[str, str]:
+    """Run.computed_over: what depends on the images of one process and micro-batch, or of all in a micro-batch."""
+    parts = {}
+    if args.koleo_loss_weight:
+        parts["KoLeo"] = "grad_accum_steps" if args.koleo_all_processes else "batch_size_per_gpu"
+    if args.centering == "sinkhorn_knopp":
+        parts["Sinkhorn-Knopp"] = "grad_accum_steps"
+    elif args.ibot_loss_weight and args.mask_probability and not all_patches(args):  # unequal numbers of masked patches
+        parts["the centre of patches"] = "batch_size_per_gpu"
+    if args.drop_path_rate:  # a block leaves out whole images of a batch
+        parts["drop path"] = "batch_size_per_gpu"
+    return parts
 
 
 def make_teacher(args: argparse.Namespace, run: Run) -> nn.Module:

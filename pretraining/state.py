@@ -24,9 +24,11 @@ FREE_FLAGS = {
     "data_path", "output_dir", "saveckp_freq", "saveckp_every_steps", "saveckp_every_minutes", "keep_checkpoints",
     "eval_knn_every", "eval_data_path", "log_every", "pictures_every", "tensorboard", "wandb", "device",
     "num_workers", "dist_url", "dist_timeout", "local_rank", "compile", "grad_checkpointing", "max_bad_images",
-    "init_from", "init_in_chans", "batch_size_per_gpu", "grad_accum_steps", "world_size", "replay", "max_pixels",
-    "parallel", "extend", "cache_images",
+    "init_from", "init_in_chans", "replay", "max_pixels", "parallel", "extend", "cache_images",
 }
+
+# How the images of a step are shared out. May differ too, as long as a step has as many; see `Run.computed_over`.
+SPLIT = ("batch_size_per_gpu", "grad_accum_steps", "world_size")
 
 LENGTH = {"epochs", "steps", "images"}  # what a run may change with --extend: its length and its images
 
@@ -50,6 +52,8 @@ class Run:
     folder: Path
     keep_checkpoints: int = 0
     make_backbone: Callable[[], nn.Module] | None = None  # for sharded networks: builds the module to gather into
+    # {what is computed over a part of a step's images: the setting of SPLIT that determines how many these are}
+    computed_over: Mapping[str, str] = field(default_factory=dict)
     step: int = 0
     meters: Meters = field(default_factory=Meters)  # means over the current epoch
     knn: dict[str, float] = field(default_factory=dict)  # latest and best accuracy, and the baselines
@@ -165,7 +169,7 @@ class Run:
         """{flag: (the checkpoint's value, this run's)} of the flags that determine what a run computes."""
         before = state["args"]  # a flag that is newer than the checkpoint was off
         return {k: (before.get(k), v) for k, v in self.settings.items()
-                if k not in FREE_FLAGS and before.get(k) != v and (v or k in before)}
+                if k not in {*FREE_FLAGS, *SPLIT} and before.get(k) != v and (v or k in before)}
 
     def check_extension(self, state: Mapping, changed: Mapping[str, tuple]) -> None:
         """Raise Refused if the run that `changed` describes is not longer, or has fewer images for each epoch."""
@@ -220,13 +224,29 @@ class Run:
         else:
             seed_everything(self.settings["seed"] + self.step + parallel.rank())
             self.meters.load_state_dict(averaged(state["meters"]), self.device)
-            parallel.say(f"{len(state['rng'])} -> {parallel.world_size()} processes: equal up to rounding, not bit by "
-                         "bit, and stochastic depth draws other random numbers")
+        self.say_split(state)
         others, compared = self.other_images(state)
         if others:
             parallel.say(f"{others} of {compared} images that were compared are not those of the run so far")
         if changed := self.changed(state):
             self.say_extended(state, changed)
+
+    def say_split(self, state: Mapping) -> None:
+        """Whether another split of the images of a step changes what the run computes."""
+        before = self.settings | state["args"] | {"world_size": len(state["rng"])}
+        changed = [name for name in SPLIT if before[name] != self.settings[name]]
+        if not changed:
+            return
+        shown = ", ".join(f"{before[name]} -> {self.settings[name]} processes" if name == "world_size" else
+                          f"{name} {before[name]} -> {self.settings[name]}" for name in changed)
+        if others := [what for what, setting in self.computed_over.items() if setting in changed]:
+            effect = (f"from here on {', '.join(others)} see other numbers of images at a time, so losses and "
+                      "gradients are not what they would have been; give the earlier values to keep them")
+        else:
+            effect = "equal up to rounding, not bit by bit"
+        if self.settings["drop_path_rate"]:
+            effect += "; stochastic depth draws other random numbers"
+        parallel.say(f"{shown}: {effect}")
 
     def say_extended(self, state: Mapping, changed: Mapping[str, tuple]) -> None:
         shown = ", ".join(f"{k} {old} -> {new}" for k, (old, new) in changed.items())

@@ -231,6 +231,32 @@ def test_continue_with_heads_and_with_another_size(finished, tmp_path, monkeypat
         assert after["student"]["backbone.pos_embed"].shape[1] == 1 + (size // 4) ** 2
 
 
+EQUAL = ["--koleo_loss_weight", 0, "--drop_path_rate", 0, *CENTERING]
+
+
+@pytest.mark.parametrize("flags, words, absent", [
+    ([], ["KoLeo", "Sinkhorn-Knopp", "drop path"], ["rounding", "centre of patches"]),
+    ([*EQUAL, "--drop_path_rate", 0.3], ["drop path", "centre of patches"], ["KoLeo", "Sinkhorn"]),
+    ([*EQUAL, "--ibot_loss_weight", 0], ["rounding"], ["KoLeo", "Sinkhorn", "drop path", "centre of patches"]),
+    (["--koleo_all_processes"], ["drop path"], ["KoLeo", "Sinkhorn", "rounding"]),
+], ids=["accumulated", "centring", "equal", "processes"])  # fmt: skip
+def test_a_resume_says_what_another_split_of_the_images_changes(tmp_path, run_here, capsys, flags, words, absent):
+    args = [*flags, "--output_dir", tmp_path]
+    assert run_here(*args) == 0 and run_here(*args) == 0
+    assert "rounding" not in capsys.readouterr().out
+    if "--koleo_all_processes" in flags:  # as if two processes had written it
+        written = checkpoints.read(tmp_path / checkpoints.NAME)
+        written["args"] |= {"batch_size_per_gpu": 4, "world_size": 2}
+        checkpoints.save(written | {key: 2 * written[key] for key in ("rng", "meters")}, tmp_path / checkpoints.NAME)
+        change = ["2 -> 1 processes", "batch_size_per_gpu 4 -> 8"]
+    else:
+        args += ["--batch_size_per_gpu", 4, "--grad_accum_steps", 2]
+        change = ["batch_size_per_gpu 8 -> 4", "grad_accum_steps 1 -> 2"]
+    assert run_here(*args) == 0
+    line, = (line for line in capsys.readouterr().out.splitlines() if change[0] in line)
+    assert all(word in line for word in (*change, *words)) and not any(word in line for word in absent)
+
+
 def test_start_from_weights_of_other_channels(tmp_path):
     """Both networks start from the file, its patch embedding averaged over the three channels."""
     old = vision_transformer.build_backbone(
