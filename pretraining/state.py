@@ -202,9 +202,12 @@ class Run:
         return differing(state.get("image_sample", ()), self.image_sample)
 
     def step_after(self, state: Mapping) -> int:
-        """The step at which this run continues: as many epochs, of its own images, as the checkpoint's run has done."""
+        """The step at which this run continues: as many epochs, of its own images, as the checkpoint's run has done.
+
+        Where the flags count the run's length in steps, so do its schedules, and the step is the checkpoint's.
+        """
         before = steps_per_epoch_of(state)
-        if before == self.steps_per_epoch:
+        if before == self.steps_per_epoch or self.settings["steps"] or self.settings.get("epoch_steps"):
             return state["step"]
         return round(state["step"] * self.steps_per_epoch / before)
 
@@ -250,11 +253,13 @@ class Run:
 
     def say_extended(self, state: Mapping, changed: Mapping[str, tuple]) -> None:
         shown = ", ".join(f"{k} {old} -> {new}" for k, (old, new) in changed.items())
-        counted = "" if self.step == state["step"] else (
-            f"; after {state['step'] / steps_per_epoch_of(state):.4g} epochs, step {state['step']} is now counted as "
-            f"step {self.step}")
-        if counted:
+        before, counted = steps_per_epoch_of(state), ""
+        if before != self.steps_per_epoch:
             self.meters = Meters()  # of an epoch of other images
+            counted = (f"; after {state['step'] / before:.4g} epochs, step {state['step']} is now counted as step "
+                       f"{self.step}") if self.step != state["step"] else (
+                f"; step {self.step} is kept, after {self.step % self.steps_per_epoch} of the {self.steps_per_epoch} "
+                f"steps of pass {self.epoch} over the images")
         parallel.say(
             f"--extend: {shown}{counted}. Weights, optimizer and centre continue; learning rate, weight decay, teacher "
             "momentum and temperature, crop sizes and dropped patches are from here on those of the longer run. It is "
