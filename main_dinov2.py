@@ -38,7 +38,8 @@ from pretraining.meters import Clock, Meters
 from pretraining.plan import Plan, check_warmups, drop_by_epoch, early_epochs, steps_per_epoch
 from pretraining.replay import Method, replay
 from pretraining.session import Ends, add_gradients
-from pretraining.state import Run, plain_settings, seed_everything
+from pretraining.state import FROZEN, Run, plain_settings, seed_everything
+from protocols.features import weights_hash
 from vision_transformer import FFN_LAYERS, VITS, DINOHead
 from weights import checkpoints
 
@@ -283,7 +284,7 @@ def make_run(args: argparse.Namespace, plan: Plan, n_images: int, device: torch.
     sharded = networks.shard(student, teacher, device, dtype, args.precision) if args.parallel == "fsdp" else False
     groups = parameter_groups(dict(student.named_children()), args.layer_decay, args.patch_embed_lr_mult)
     optimizer = torch.optim.AdamW(groups, betas=(args.adamw_beta1, args.adamw_beta2), fused=True)
-    settings = plain_settings(vars(args), n_images) | {"method": "dinov2"}
+    settings = plain_settings(vars(args), n_images) | {"method": "dinov2", FROZEN: ""}
     return Run(student, teacher, make_loss(args).to(device), optimizer, device, dtype, plan.steps_per_epoch, settings,
                Path(args.output_dir), args.keep_checkpoints,
                make_backbone=(lambda: make_backbone(args)[0]) if sharded else None, computed_over=computed_over(args))
@@ -304,10 +305,15 @@ def computed_over(args: argparse.Namespace) -> dict[str, str]:
 
 
 def make_teacher(args: argparse.Namespace, run: Run) -> nn.Module:
-    """The network whose targets the student learns: its own moving average, or a frozen one (distillation)."""
+    """The network whose targets the student learns: its own moving average, or a frozen one (distillation).
+
+    A resume needs the same frozen network: its hash becomes a setting of the run.
+    """
     if not args.distill_from:
         return run.teacher
-    teacher = matching_teacher(args).to(run.device)
+    teacher = matching_teacher(args)
+    run.settings[FROZEN] = frozen_hash(teacher)
+    teacher = teacher.to(run.device)
     if run.make_backbone:
         sharding.shard(teacher, run.device)
     return teacher
@@ -324,6 +330,10 @@ def matching_teacher(args: argparse.Namespace) -> BackboneAndHeads:
         raise Refused(f"--distill_from {args.distill_from}: it was trained with {has}, and the student has {given}; "
                       "give the former")
     return teacher
+
+
+def frozen_hash(teacher: nn.Module) -> str:
+    return weights_hash(teacher)[:12]
 
 
 def shared_flags(args: argparse.Namespace) -> dict[str, str]:
@@ -499,6 +509,9 @@ def replay_step(args: argparse.Namespace) -> None:
         student, average = make_networks(stored)
         objective, device = make_loss(stored), parallel.pick_device(args.device)
         frozen = read_teacher(stored)[0].to(device) if stored.distill_from else None
+        if frozen and settings.get(FROZEN) not in (None, frozen_hash(frozen)):
+            raise Refused(f"--replay {args.replay}: the run's --distill_from {stored.distill_from} has other weights "
+                          "by now; put back those that it had")
 
         def losses(crops: list[Tensor], batch: Mapping, step: int) -> tuple[Tensor, dict]:
             return dinov2.losses(student, frozen or average, crops, batch["masks"], objective,

@@ -24,13 +24,15 @@ FREE_FLAGS = {
     "data_path", "output_dir", "saveckp_freq", "saveckp_every_steps", "saveckp_every_minutes", "keep_checkpoints",
     "eval_knn_every", "eval_data_path", "log_every", "pictures_every", "tensorboard", "wandb", "device",
     "num_workers", "dist_url", "dist_timeout", "local_rank", "compile", "grad_checkpointing", "max_bad_images",
-    "init_from", "init_in_chans", "replay", "max_pixels", "parallel", "extend", "cache_images",
+    "init_from", "init_in_chans", "init_heads", "replay", "max_pixels", "parallel", "extend", "cache_images",
 }
 
 # How the images of a step are shared out. May differ too, as long as a step has as many; see `Run.computed_over`.
 SPLIT = ("batch_size_per_gpu", "grad_accum_steps", "world_size")
 
 LENGTH = {"epochs", "steps", "images"}  # what a run may change with --extend: its length and its images
+
+FROZEN = "distill_from_weights"  # beside the flags: the hash of the network of --distill_from, "" without one
 
 NEEDED = {
     "student", "teacher", "optimizer", "fp16_scaler", "dino_loss", "step", "precision", "args", "rng", "meters", "knn",
@@ -168,8 +170,12 @@ class Run:
     def changed(self, state: Mapping) -> dict[str, tuple]:
         """{flag: (the checkpoint's value, this run's)} of the flags that determine what a run computes."""
         before = state["args"]  # a flag that is newer than the checkpoint was off
+        # A frozen network is known by its weights; in checkpoints from before these were stored, by its file.
+        free = {*FREE_FLAGS, *SPLIT, "distill_from" if FROZEN in before else FROZEN}
+        if not self.settings.get("distill_from"):
+            free.add("ibot_tokens")  # has no effect
         return {k: (before.get(k), v) for k, v in self.settings.items()
-                if k not in {*FREE_FLAGS, *SPLIT} and before.get(k) != v and (v or k in before)}
+                if k not in free and before.get(k) != v and (v or k in before)}
 
     def check_extension(self, state: Mapping, changed: Mapping[str, tuple]) -> None:
         """Raise Refused if the run that `changed` describes is not longer, or has fewer images for each epoch."""

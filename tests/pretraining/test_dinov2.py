@@ -4,6 +4,7 @@ import importlib
 import math
 import signal
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from method import dinov2, masking
 from method.targets import Targets
 from parallel import Refused
 from pretraining import replay
+from pretraining import state as state_of_runs
 from pretraining.health import health_dinov2
 from weights import checkpoints
 
@@ -309,13 +311,54 @@ def test_the_frozen_network_must_see_images_as_it_was_trained_on(finished, tmp_p
     assert all(word in str(refused.value) for word in ("--distill_from", *words))
 
 
+def test_the_frozen_network_is_known_by_its_weights(finished, tmp_path, run_here, capsys):
+    """Its file may move, and nothing else: other weights there are refused."""
+    loaded, out = checkpoints.read(finished[0] / checkpoints.NAME), tmp_path / "out"
+
+    def resumed(name: str) -> tuple[int, str]:
+        return run_here("--distill_from", tmp_path / name, "--output_dir", out), capsys.readouterr().err
+
+    for name in ("one.pth", "two.pth", "other.pth"):
+        torch.save(loaded, tmp_path / name)
+        loaded["teacher"]["dino_head.mlp.0.bias"] += name == "two.pth"
+    assert resumed("one.pth")[0] == resumed("two.pth")[0] == 0
+    code, said = resumed("other.pth")
+    assert code == 2 and "distill_from_weights" in said and "other.pth" not in said
+    assert run_here("--output_dir", out) == 2 and "distill_from_weights" in capsys.readouterr().err  # without it
+    written = checkpoints.read(out / checkpoints.NAME)
+    del written["args"]["distill_from_weights"]  # as older versions wrote it: the path decides
+    for name, expected in (("one.pth", 0), ("two.pth", 2)):
+        checkpoints.save(written, out / checkpoints.NAME)
+        code, said = resumed(name)
+        assert code == expected and ("distill_from" in said) == (code == 2)
+
+
+@pytest.mark.parametrize("stored, given, changed", [
+    ({"ibot_tokens": "masked"}, {"ibot_tokens": "all", "distill_from": ""}, set()),  # of no effect
+    ({"ibot_tokens": "masked"}, {"ibot_tokens": "all", "distill_from": "x"}, {"ibot_tokens", "distill_from"}),
+    ({"init_heads": True, "init_from": "x"}, {"init_heads": False, "init_from": ""}, set()),
+])  # fmt: skip
+def test_flags_that_may_differ_on_a_resume(stored, given, changed):
+    assert state_of_runs.Run.changed(SimpleNamespace(settings=given), {"args": stored}).keys() == changed
+
+
+def test_a_resume_needs_no_file_of_weights(finished, tmp_path, run_here):
+    assert run_here("--init_from", finished[0] / checkpoints.NAME, "--init_heads", "--output_dir", tmp_path) == 0
+    assert run_here("--output_dir", tmp_path) == 0
+
+
 def test_replay_of_a_distillation_looks_into_the_frozen_network(finished, tmp_path, run_here, monkeypatch, capsys):
+    teacher = checkpoints.read(finished[0] / checkpoints.NAME)
+    torch.save(teacher, tmp_path / "teacher.pth")
     with monkeypatch.context() as patch:
         patch.setattr(dinov2, "koleo", lambda tokens, *args: tokens.sum() * float("nan"))
-        assert run_here("--distill_from", finished[0] / checkpoints.NAME, "--output_dir", tmp_path) == 1
+        assert run_here("--distill_from", tmp_path / "teacher.pth", "--output_dir", tmp_path) == 1
     assert run_here("--replay", tmp_path / replay.NAME) == 0
     said = capsys.readouterr().out
     assert "frozen network: all outputs are finite" in said and "in float32 the step is finite" in said
+    teacher["teacher"]["dino_head.mlp.0.bias"] += 1
+    torch.save(teacher, tmp_path / "teacher.pth")
+    assert run_here("--replay", tmp_path / replay.NAME) == 2 and "other weights" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("script, extra", [
