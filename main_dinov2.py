@@ -355,8 +355,10 @@ def read_teacher(args: argparse.Namespace) -> tuple[BackboneAndHeads, argparse.N
     return teacher.eval().requires_grad_(False), stored
 
 
-def describe(args: argparse.Namespace, run: Run, plan: Plan, n_images: int) -> str:
-    """What is about to run, in a few lines."""
+def describe(
+    args: argparse.Namespace, run: Run, plan: Plan, n_images: int, frozen: nn.Module | None = None
+) -> str:
+    """What is about to run, in a few lines. `frozen`: the network of --distill_from."""
     loss = run.dino_loss
     heads = f"K {loss.dino_loss.center.numel()} and {loss.ibot_patch_loss.center.numel()} for patches"
     heads += "" if args.ibot_separate_head else " (one head)"
@@ -364,7 +366,7 @@ def describe(args: argparse.Namespace, run: Run, plan: Plan, n_images: int) -> s
     lines.append(memory.estimate(
         run.student, args.batch_size_per_gpu, args.global_crops_size, args.local_crops_size, args.local_crops_number,
         1.0 if all_patches(args) else args.mask_probability * sum(args.mask_ratio) / 2, run.dtype,
-        args.grad_checkpointing, bool(run.make_backbone), dropped=plan.token_drop[-1] if plan.token_drop else 0.0))
+        args.grad_checkpointing, bool(run.make_backbone), plan.token_drop[-1] if plan.token_drop else 0.0, frozen))
     lines.append(f"loss of an untrained student: {losses_at_start(args)['dino']:.2f} on class tokens, "
                  f"{losses_at_start(args)['ibot']:.2f} on patches; progress lines show how much of each is left")
     lines += long_warmups(args, plan)
@@ -402,7 +404,8 @@ def pretrain(args: argparse.Namespace) -> int:
         run = make_run(args, plan, len(ends.images), device)
         teacher = make_teacher(args, run)
         ends = options.in_memory(args, ends, device)
-    return session.carry_out(run, plan, ends, describe(args, run, plan, len(ends.images)),
+    frozen = teacher if args.distill_from else None
+    return session.carry_out(run, plan, ends, describe(args, run, plan, len(ends.images), frozen),
                              lambda log: train(args, run, teacher, plan, ends, log), args.extend,
                              args.tensorboard, vars(args) if args.wandb else None)
 
