@@ -181,6 +181,9 @@ def check_args(args: argparse.Namespace) -> None:
     if args.token_drop and args.mask_probability and args.token_drop[0] + args.mask_ratio[1] >= 1:
         raise Refused(f"--token_drop {options.text(args.token_drop)}: masked patches are kept, and with --mask_ratio "
                       f"{options.text(args.mask_ratio)} no visible one may be left; lower either, to a sum below 1")
+    if args.ibot_tokens == "masked" and not args.distill_from:
+        raise Refused("--ibot_tokens masked: without --distill_from the loss is on masked patches anyway; give that "
+                      "too, or leave it out")
     if args.init_heads and not args.init_from:
         raise Refused("--init_heads: give the checkpoint that has the heads as --init_from")
     if not args.ibot_separate_head and args.ibot_out_dim not in (0, args.out_dim):
@@ -355,6 +358,33 @@ def read_teacher(args: argparse.Namespace) -> tuple[BackboneAndHeads, argparse.N
     return teacher.eval().requires_grad_(False), stored
 
 
+def masked_share(args: argparse.Namespace, size: int) -> float:
+    """Share of the global crops, of `size` pixels, that have a mask."""
+    side = size // args.patch_size
+    return masking.masked_share(2 * options.images_per_step(args), (side, side), args.mask_ratio, args.mask_probability)
+
+
+def no_masks(args: argparse.Namespace, flag: str, size: int) -> str:
+    """Why a run that is to mask global crops, of `size` pixels by `flag`, never does, with a remedy; "" if it does."""
+    if not args.mask_probability or all_patches(args) or masked_share(args, size):
+        return ""
+    crops, side = 2 * options.images_per_step(args), size // args.patch_size
+    if side < 2:
+        return f"--{flag} {size} is one patch of --patch_size {args.patch_size}, which is never masked; make it larger"
+    if int(crops * args.mask_probability) == 0:
+        return (f"--mask_probability {args.mask_probability:g} of the {crops} global crops of a step is less than one: "
+                f"none is masked; give {math.ceil(1000 / crops) / 1000:g} or more, or a larger --batch_size_per_gpu")
+    return (f"--mask_ratio {options.text(args.mask_ratio)} of the {side**2} patches of --{flag} {size} is less than "
+            f"one: none is masked; give a HIGH of {math.ceil(2000 / side**2) / 1000:g} or more")
+
+
+def check_masks(args: argparse.Namespace) -> None:
+    """Refuses a patch head that would never see a masked patch."""
+    reason = no_masks(args, "global_crops_size", args.global_crops_size)
+    if reason and args.ibot_separate_head:
+        raise Refused(f"{reason}, or --ibot_separate_head false, as the patch head would not be trained")
+
+
 def describe(
     args: argparse.Namespace, run: Run, plan: Plan, n_images: int, frozen: nn.Module | None = None
 ) -> str:
@@ -365,11 +395,18 @@ def describe(
     lines = options.description(args, run, plan, heads, n_images)
     lines.append(memory.estimate(
         run.student, args.batch_size_per_gpu, args.global_crops_size, args.local_crops_size, args.local_crops_number,
-        1.0 if all_patches(args) else args.mask_probability * sum(args.mask_ratio) / 2, run.dtype,
+        1.0 if all_patches(args) else masked_share(args, args.global_crops_size) * sum(args.mask_ratio) / 2, run.dtype,
         args.grad_checkpointing, bool(run.make_backbone), plan.token_drop[-1] if plan.token_drop else 0.0, frozen))
     lines.append(f"loss of an untrained student: {losses_at_start(args)['dino']:.2f} on class tokens, "
                  f"{losses_at_start(args)['ibot']:.2f} on patches; progress lines show how much of each is left")
     lines += long_warmups(args, plan)
+    sizes = {"global_crops_size": args.global_crops_size}
+    if plan.early_epochs:
+        sizes["low_resolution_sizes"] = options.early_sizes(args)[0]
+    lines += [f"WARNING: {reason}" for flag, size in sizes.items() if (reason := no_masks(args, flag, size))]
+    if args.distill_from and args.drop_path_rate:
+        lines.append(f"WARNING: --drop_path_rate {args.drop_path_rate:g} with --distill_from: published distillation "
+                     "has no drop path; give 0")
     compared = args.batch_size_per_gpu * (parallel.world_size() if args.koleo_all_processes else 1)
     if args.koleo_loss_weight and compared < 2:
         lines.append("KoLeo is left out: with --batch_size_per_gpu 1 an image has no neighbour; raise it, or give "
@@ -389,7 +426,7 @@ def long_warmups(args: argparse.Namespace, plan: Plan) -> list[str]:
 
 def losses_at_start(args: argparse.Namespace) -> dict[str, float]:
     """Terms of the loss for a student whose output is uniform: weight x ln K, for ibot x share of crops in it."""
-    crops = 1.0 if all_patches(args) else args.mask_probability
+    crops = 1.0 if all_patches(args) else masked_share(args, args.global_crops_size)
     return {"dino": args.dino_loss_weight * math.log(args.out_dim),
             "ibot": args.ibot_loss_weight * math.log(patch_prototypes(args)) * crops}
 
@@ -401,6 +438,7 @@ def pretrain(args: argparse.Namespace) -> int:
     with session.memory_refused():
         ends = options.open_data(args, device)
         plan = make_plan(args, len(ends.images))
+        check_masks(args)
         run = make_run(args, plan, len(ends.images), device)
         teacher = make_teacher(args, run)
         ends = options.in_memory(args, ends, device)

@@ -355,6 +355,7 @@ def test_replay_of_a_distillation_looks_into_the_frozen_network(finished, tmp_pa
         assert run_here("--distill_from", tmp_path / "teacher.pth", "--output_dir", tmp_path) == 1
     assert run_here("--replay", tmp_path / replay.NAME) == 0
     said = capsys.readouterr().out
+    assert "WARNING: --drop_path_rate 0.3" in said
     assert "frozen network: all outputs are finite" in said and "in float32 the step is finite" in said
     teacher["teacher"]["dino_head.mlp.0.bias"] += 1
     torch.save(teacher, tmp_path / "teacher.pth")
@@ -394,6 +395,13 @@ BAD = [
     (["--mask_probability", "0"], ["--mask_probability 0", "--ibot_separate_head false"]),
     (["--distill_from", "/absent"], ["--distill_from /absent", "no such file"]),
     (["--warmup_epochs", "9"], ["--warmup_epochs 9", "--epochs 3"]),
+    (["--ibot_tokens", "masked"], ["--ibot_tokens masked", "--distill_from"]),
+    (["--mask_probability", "0.05"], ["--mask_probability 0.05", "16 global crops", "0.063 or more",
+                                      "--ibot_separate_head false"]),
+    (["--mask_ratio", "0.01", "0.02"], ["--mask_ratio 0.01 0.02", "16 patches", "0.125 or more",
+                                        "--ibot_separate_head false"]),
+    (["--global_crops_size", "4", "--local_crops_number", "0"],
+     ["--global_crops_size 4", "--patch_size 4", "make it larger"]),
 ]
 
 
