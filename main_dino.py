@@ -24,7 +24,7 @@ from imagesets import loaders
 from imagesets.bad_images import BadImages
 from pretraining import compiling, faults, monitor, networks, options, session
 from pretraining.faults import TO_BE_CONTINUED, Requests  # noqa: F401 - the launcher reads the code
-from pretraining.health import collapse, health
+from pretraining.health import collapse, few_directions, health
 from pretraining.logs import Log
 from pretraining.meters import Clock, Meters
 from pretraining.plan import Plan, check_warmups, drop_by_epoch, early_epochs, steps_per_epoch
@@ -257,7 +257,10 @@ def train(args: argparse.Namespace, run: Run, plan: Plan, ends: Ends, log: Log) 
             run.meters.update(**extra)
             window.update(**extra)
             means = window.means()
-            warning = collapse(means["entropy"], ln_k, means["prototypes_used"], feature_rank=means["feature_rank"])
+            rows = 2 * args.batch_size_per_gpu
+            warning = collapse(means["entropy"], ln_k, means["prototypes_used"], rows=rows,
+                               warming_up=step <= plan.warmup)
+            warning = warning or few_directions(means["feature_rank"], means["prototypes_used"], rows)
             monitor.log_step(log, plan, step, means, f"ln K {ln_k:.2f}", warning, options.images_per_step(args),
                              *clock.read())
             window.reset()

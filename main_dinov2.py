@@ -32,7 +32,7 @@ from method.groups import parameter_groups, set_lr_and_wd
 from parallel import Refused
 from pretraining import compiling, faults, memory, monitor, networks, options, session, sharding
 from pretraining.faults import TO_BE_CONTINUED, Requests  # noqa: F401 - the launcher reads the code
-from pretraining.health import collapse, health_dinov2
+from pretraining.health import collapse, few_directions, health_dinov2
 from pretraining.logs import Log
 from pretraining.meters import Clock, Meters
 from pretraining.plan import Plan, check_warmups, drop_by_epoch, early_epochs, steps_per_epoch
@@ -48,8 +48,11 @@ BLUR = {"trained": (0.0, 0.9, 0.5), "written": (1.0, 0.1, 0.5)}
 # Warm-ups and frozen parts, as shares of the run, above which a run is warned.
 LONGEST = {"warmup_epochs": 0.2, "warmup_teacher_temp_epochs": 0.3, "freeze_last_layer": 0.2,
            "freeze_backbone_epochs": 0.2}
-# Flags to try when all outputs are uniform, and when one prototype is used.
-UNIFORM = "a lower --teacher_temp and --warmup_teacher_temp, --centering sinkhorn_knopp, or half the --lr"
+# Flags to try when all outputs are uniform, by --centering, and when one prototype is used.
+UNIFORM = {
+    "centering": "a lower --teacher_temp and --warmup_teacher_temp, --centering sinkhorn_knopp, or half the --lr",
+    "sinkhorn_knopp": "a lower --teacher_temp and --warmup_teacher_temp, or half the --lr",
+}
 ONE = ("a higher --teacher_temp, half the --lr, --drop_path_rate 0.1, --adamw_beta2 0.99, or a longer "
        "--freeze_last_layer")
 
@@ -496,8 +499,8 @@ def train(args: argparse.Namespace, run: Run, teacher: nn.Module, plan: Plan, en
             run.meters.update(**extra)
             window.update(**extra)
             means = window.means()
-            monitor.log_step(log, plan, step, means, "", warning(means, run.dino_loss), options.images_per_step(args),
-                             *clock.read())
+            warned = warning(means, run.dino_loss, 2 * args.batch_size_per_gpu, step <= plan.warmup)
+            monitor.log_step(log, plan, step, means, "", warned, options.images_per_step(args), *clock.read())
             window.reset()
         run.dino_loss.update_centers(parts)
         del parts  # the teacher's scores, before the next step needs the memory
@@ -513,16 +516,21 @@ def train(args: argparse.Namespace, run: Run, teacher: nn.Module, plan: Plan, en
     return True
 
 
-def warning(means: Mapping[str, float], loss: DINOv2Loss) -> str | None:
-    """A line if the class tokens or the patches have collapsed."""
+def warning(means: Mapping[str, float], loss: DINOv2Loss, rows: int, warming_up: bool) -> str | None:
+    """A line if the targets of class tokens or patches have collapsed, or the class tokens themselves.
+
+    Args:
+        rows, warming_up: as `health.collapse`.
+    """
     for prefix, center, what in (("", loss.dino_loss, "image"), ("patch_", loss.ibot_patch_loss, "patch")):
         if f"{prefix}entropy" in means:
             line = collapse(means[f"{prefix}entropy"], math.log(center.center.numel()),
-                            means[f"{prefix}prototypes_used"], UNIFORM, ONE, what,
-                            math.inf if prefix else means["feature_rank"])
+                            means[f"{prefix}prototypes_used"], UNIFORM[loss.centering], ONE, what,
+                            math.inf if prefix else rows, warming_up)
             if line:
                 return line
-    return None
+    network, prefix = ("teacher", "") if loss.mask_student else ("student", "student_")  # the one that is not frozen
+    return few_directions(means["feature_rank"], means[f"{prefix}prototypes_used"], rows, network)
 
 
 def make_loader(

@@ -22,6 +22,7 @@ from method import masking
 from parallel import Refused
 from pretraining import compiling, networks, session
 from pretraining.evaluation import open_evaluation
+from pretraining.health import FEWEST_ROWS
 from pretraining.logs import installed
 from pretraining.plan import Plan
 from pretraining.session import Ends
@@ -215,6 +216,9 @@ def description(args: argparse.Namespace, run: Run, plan: Plan, prototypes: str,
     lines = session.description(run, plan, args.arch, prototypes, args.data_path, n_images, images_per_step(args),
                                 crops, args.num_workers)
     lines += networks.cut_pixels(args.arch, args.patch_size, **crop_sizes(args))
+    if 2 * args.batch_size_per_gpu < FEWEST_ROWS:
+        lines.append(f"--batch_size_per_gpu {args.batch_size_per_gpu}: from so few images a collapse of the features "
+                     f"to few directions can't be judged, which takes {FEWEST_ROWS // 2}")
     return lines + plan.less_work((args.global_crops_size, args.local_crops_size), early_sizes(args))
 
 

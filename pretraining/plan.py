@@ -34,6 +34,11 @@ class Plan(NamedTuple):
         """Number of epochs; the last one may be partial."""
         return math.ceil(self.steps / self.steps_per_epoch)
 
+    @property
+    def warmup(self) -> int:
+        """The step at which the learning rate's warm-up ends, where it is highest."""
+        return int(self.lr.argmax())
+
     def patch_counts(self, patches: int, early_patches: int) -> list[tuple[int, int]]:
         """By epoch: patches of a global crop, and how many of them the student keeps."""
         if not self.token_drop:

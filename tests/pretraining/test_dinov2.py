@@ -180,7 +180,7 @@ def test_patch_figures_are_means_over_processes_that_have_patches(monkeypatch):
     targets = Targets(q.log(), 1.0, torch.zeros(8, dtype=torch.float64), torch.zeros(6, dtype=torch.float64))
     none = Targets(targets.scores[:0], 1.0, targets.prototypes, targets.samples[:0])
     parts = {name: torch.tensor(1.0) for name in ("dino_global", "dino_local", "ibot")}
-    parts |= {"class_targets": targets, "teacher_features": torch.randn(4, 3)}
+    parts |= {"class_targets": targets, "features": torch.randn(4, 3)}
     monkeypatch.setattr("parallel.mean_over_processes", lambda x: torch.full_like(x, 0.5))
     start = {"dino": 2.0, "ibot": 1.0}
     here, there = (health_dinov2(parts | {"patch_targets": t}, start) for t in (targets, none))
@@ -345,6 +345,45 @@ def test_flags_that_may_differ_on_a_resume(stored, given, changed):
 def test_a_resume_needs_no_file_of_weights(finished, tmp_path, run_here):
     assert run_here("--init_from", finished[0] / checkpoints.NAME, "--init_heads", "--output_dir", tmp_path) == 0
     assert run_here("--output_dir", tmp_path) == 0
+
+
+def test_a_student_that_collapses_in_distillation_is_named(monkeypatch):
+    """The targets of a frozen network stay as they are, so only what the student makes of the images tells."""
+    make_small_in(monkeypatch)
+    torch.manual_seed(0)
+    args = main_dinov2.get_args_parser().parse_args([str(a) for a in (*ARGS, "--distill_from", "x")])
+    student, frozen = (main_dinov2.make_network(args) for _ in range(2))
+    objective = main_dinov2.make_loss(args)
+    crops = [torch.randn(16, 3, 16, 16), torch.randn(16, 3, 8, 8)]
+    for collapsed in (False, True):
+        if collapsed:
+            student.backbone.norm.weight.data.zero_()  # all tokens are equal
+        parts = dinov2.losses(student, frozen, crops, torch.zeros(16, 16, dtype=torch.bool), objective, 0.02)[1]
+        figures = {k: v.item() for k, v in health_dinov2(parts, main_dinov2.losses_at_start(args)).items()}
+        line = main_dinov2.warning(figures, objective, 16, warming_up=False)
+        assert "student" in line and "directions" in line if collapsed else line is None
+
+
+@pytest.mark.parametrize("flags, step, words", [
+    (["--layerscale", "1e-5"], 0, None),
+    (["--layerscale", "1e-5", "--centering", "centering"], 9, ["uniform", "--centering sinkhorn_knopp"]),
+    (["--layerscale", "1e-5"], 9, ["uniform", "--lr"]),
+], ids=["new", "centring", "sinkhorn"])
+def test_uniform_outputs_of_a_new_network_are_no_collapse(flags, step, words):
+    """LayerScale of 1e-5 makes the class tokens of a new network almost equal. The warm-up has 8 steps."""
+    args = main_dinov2.get_args_parser().parse_args([str(a) for a in (*ARGS, *flags)])
+    plan, objective = main_dinov2.make_plan(args, 64), main_dinov2.make_loss(args)
+    means = {"entropy": math.log(32), "prototypes_used": 8.0, "feature_rank": 5.0}
+    line = main_dinov2.warning(means, objective, 16, step <= plan.warmup)
+    assert line is None if words is None else all(word in line for word in words)
+    assert not line or ("--centering" in line) == ("centering" in flags)
+
+
+def test_what_a_run_says_of_few_images_and_of_masks_that_never_happen(tmp_path, run_here, capsys):
+    assert run_here(*CENTERING, "--mask_ratio", 0.01, 0.02, "--batch_size_per_gpu", 2, "--output_dir", tmp_path) == 0
+    said = capsys.readouterr().out
+    assert said.count("directions") == 1 and "--batch_size_per_gpu 2" in said
+    assert "WARNING: --mask_ratio 0.01 0.02" in said and "0.00 on patches" in said and "ibot left" not in said
 
 
 def test_replay_of_a_distillation_looks_into_the_frozen_network(finished, tmp_path, run_here, monkeypatch, capsys):
