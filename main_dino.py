@@ -27,7 +27,7 @@ from pretraining.faults import TO_BE_CONTINUED, Requests  # noqa: F401 - the lau
 from pretraining.health import collapse, few_directions, health
 from pretraining.logs import Log
 from pretraining.meters import Clock, Meters
-from pretraining.plan import Plan, check_warmups, drop_by_epoch, early_epochs, steps_per_epoch
+from pretraining.plan import Plan, check_min_lr, check_warmups, drop_by_epoch, early_epochs, steps_per_epoch
 from pretraining.published import train_one_epoch  # noqa: F401 - published under this module's name, as the two below
 from pretraining.replay import Method, replay, view_losses
 from pretraining.session import Ends, add_gradients
@@ -123,6 +123,7 @@ def make_plan(args: argparse.Namespace, n_images: int) -> Plan:
     check_warmups(epochs, args.steps, warmup_epochs=args.warmup_epochs,
                   warmup_teacher_temp_epochs=args.warmup_teacher_temp_epochs)
     peak = args.lr * args.batch_size_per_gpu * world * args.grad_accum_steps / 256  # linear scaling rule
+    check_min_lr(args.min_lr, peak, args.lr, options.images_per_step(args))
     return Plan(
         per_epoch, steps,
         lr=utils.cosine_scheduler(peak, args.min_lr, epochs, per_epoch, warmup_epochs=args.warmup_epochs),

@@ -35,7 +35,7 @@ from pretraining.faults import TO_BE_CONTINUED, Requests  # noqa: F401 - the lau
 from pretraining.health import collapse, few_directions, health_dinov2
 from pretraining.logs import Log
 from pretraining.meters import Clock, Meters
-from pretraining.plan import Plan, check_warmups, drop_by_epoch, early_epochs, steps_per_epoch
+from pretraining.plan import Plan, check_min_lr, check_warmups, drop_by_epoch, early_epochs, steps_per_epoch
 from pretraining.replay import Method, replay
 from pretraining.session import Ends, add_gradients
 from pretraining.state import FROZEN, Run, plain_settings, seed_everything
@@ -209,6 +209,7 @@ def make_plan(args: argparse.Namespace, n_images: int) -> Plan:
     check_warmups(epochs, args.steps, warmup_epochs=args.warmup_epochs,
                   warmup_teacher_temp_epochs=args.warmup_teacher_temp_epochs)
     peak = args.lr * math.sqrt(options.images_per_step(args) / 1024)
+    check_min_lr(args.min_lr, peak, args.lr, options.images_per_step(args))
     lr = utils.cosine_scheduler(peak, args.min_lr, epochs, unit, warmup_epochs=args.warmup_epochs)
 
     def frozen(n_epochs: float) -> np.ndarray:

@@ -435,6 +435,7 @@ BAD = [
     (["--distill_from", "/absent"], ["--distill_from /absent", "no such file"]),
     (["--warmup_epochs", "9"], ["--warmup_epochs 9", "--epochs 3"]),
     (["--ibot_tokens", "masked"], ["--ibot_tokens masked", "--distill_from"]),
+    (["--lr", "5e-6"], ["--min_lr 1e-06", "--lr 5e-06", "8 images", "lower"]),
     (["--mask_probability", "0.05"], ["--mask_probability 0.05", "16 global crops", "0.063 or more",
                                       "--ibot_separate_head false"]),
     (["--mask_ratio", "0.01", "0.02"], ["--mask_ratio 0.01 0.02", "16 patches", "0.125 or more",
