@@ -24,10 +24,10 @@ from imagesets import loaders
 from imagesets.bad_images import BadImages
 from pretraining import compiling, faults, monitor, networks, options, session
 from pretraining.faults import TO_BE_CONTINUED, Requests  # noqa: F401 - the launcher reads the code
-from pretraining.health import collapse, health
+from pretraining.health import collapse, few_directions, health
 from pretraining.logs import Log
 from pretraining.meters import Clock, Meters
-from pretraining.plan import Plan, check_warmups, drop_by_epoch, early_epochs, steps_per_epoch
+from pretraining.plan import Plan, check_min_lr, check_warmups, drop_by_epoch, early_epochs, steps_per_epoch
 from pretraining.published import train_one_epoch  # noqa: F401 - published under this module's name, as the two below
 from pretraining.replay import Method, replay, view_losses
 from pretraining.session import Ends, add_gradients
@@ -123,6 +123,7 @@ def make_plan(args: argparse.Namespace, n_images: int) -> Plan:
     check_warmups(epochs, args.steps, warmup_epochs=args.warmup_epochs,
                   warmup_teacher_temp_epochs=args.warmup_teacher_temp_epochs)
     peak = args.lr * args.batch_size_per_gpu * world * args.grad_accum_steps / 256  # linear scaling rule
+    check_min_lr(args.min_lr, peak, args.lr, options.images_per_step(args))
     return Plan(
         per_epoch, steps,
         lr=utils.cosine_scheduler(peak, args.min_lr, epochs, per_epoch, warmup_epochs=args.warmup_epochs),
@@ -173,9 +174,14 @@ def make_run(args: argparse.Namespace, plan: Plan, n_images: int, device: torch.
     dtype = networks.half_precision(args.precision, args.use_fp16, device)
     sharded = networks.shard(student, teacher, device, dtype, args.precision) if args.parallel == "fsdp" else False
     optimizer = utils.build_optimizer(args.optimizer, student)
+    computed_over = {}
+    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in student.modules()):
+        # Several processes normalize together on GPUs only (networks.on_device).
+        computed_over["batch norm"] = "grad_accum_steps" if device.type == "cuda" else "batch_size_per_gpu"
     return Run(student, teacher, make_loss(args, plan.epochs).to(device), optimizer, device, dtype,
                plan.steps_per_epoch, plain_settings(vars(args), n_images), Path(args.output_dir),
-               args.keep_checkpoints, make_backbone=(lambda: make_backbone(args)[0]) if sharded else None)
+               args.keep_checkpoints, make_backbone=(lambda: make_backbone(args)[0]) if sharded else None,
+               computed_over=computed_over)
 
 
 def describe(args: argparse.Namespace, run: Run, plan: Plan, n_images: int) -> str:
@@ -252,7 +258,10 @@ def train(args: argparse.Namespace, run: Run, plan: Plan, ends: Ends, log: Log) 
             run.meters.update(**extra)
             window.update(**extra)
             means = window.means()
-            warning = collapse(means["entropy"], ln_k, means["prototypes_used"], feature_rank=means["feature_rank"])
+            rows = 2 * args.batch_size_per_gpu
+            warning = collapse(means["entropy"], ln_k, means["prototypes_used"], rows=rows,
+                               warming_up=step <= plan.warmup)
+            warning = warning or few_directions(means["feature_rank"], means["prototypes_used"], rows)
             monitor.log_step(log, plan, step, means, f"ln K {ln_k:.2f}", warning, options.images_per_step(args),
                              *clock.read())
             window.reset()

@@ -32,13 +32,14 @@ from method.groups import parameter_groups, set_lr_and_wd
 from parallel import Refused
 from pretraining import compiling, faults, memory, monitor, networks, options, session, sharding
 from pretraining.faults import TO_BE_CONTINUED, Requests  # noqa: F401 - the launcher reads the code
-from pretraining.health import collapse, health_dinov2
+from pretraining.health import collapse, few_directions, health_dinov2
 from pretraining.logs import Log
 from pretraining.meters import Clock, Meters
-from pretraining.plan import Plan, check_warmups, drop_by_epoch, early_epochs, steps_per_epoch
+from pretraining.plan import Plan, check_min_lr, check_warmups, drop_by_epoch, early_epochs, steps_per_epoch
 from pretraining.replay import Method, replay
 from pretraining.session import Ends, add_gradients
-from pretraining.state import Run, plain_settings, seed_everything
+from pretraining.state import FROZEN, Run, plain_settings, seed_everything
+from protocols.features import weights_hash
 from vision_transformer import FFN_LAYERS, VITS, DINOHead
 from weights import checkpoints
 
@@ -47,8 +48,11 @@ BLUR = {"trained": (0.0, 0.9, 0.5), "written": (1.0, 0.1, 0.5)}
 # Warm-ups and frozen parts, as shares of the run, above which a run is warned.
 LONGEST = {"warmup_epochs": 0.2, "warmup_teacher_temp_epochs": 0.3, "freeze_last_layer": 0.2,
            "freeze_backbone_epochs": 0.2}
-# Flags to try when all outputs are uniform, and when one prototype is used.
-UNIFORM = "a lower --teacher_temp and --warmup_teacher_temp, --centering sinkhorn_knopp, or half the --lr"
+# Flags to try when all outputs are uniform, by --centering, and when one prototype is used.
+UNIFORM = {
+    "centering": "a lower --teacher_temp and --warmup_teacher_temp, --centering sinkhorn_knopp, or half the --lr",
+    "sinkhorn_knopp": "a lower --teacher_temp and --warmup_teacher_temp, or half the --lr",
+}
 ONE = ("a higher --teacher_temp, half the --lr, --drop_path_rate 0.1, --adamw_beta2 0.99, or a longer "
        "--freeze_last_layer")
 
@@ -184,6 +188,9 @@ def check_args(args: argparse.Namespace) -> None:
                       f"{options.text(args.mask_ratio)} no visible one may be left; lower either, to a sum below 1")
     if 0 < args.interpolate_offset < 1e-6:  # rounding would lose a row of patches
         raise Refused(f"--interpolate_offset {args.interpolate_offset:g}: give 0, or at least 1e-6")
+    if args.ibot_tokens == "masked" and not args.distill_from:
+        raise Refused("--ibot_tokens masked: without --distill_from the loss is on masked patches anyway; give that "
+                      "too, or leave it out")
     if args.init_heads and not args.init_from:
         raise Refused("--init_heads: give the checkpoint that has the heads as --init_from")
     if not args.ibot_separate_head and args.ibot_out_dim not in (0, args.out_dim):
@@ -206,6 +213,7 @@ def make_plan(args: argparse.Namespace, n_images: int) -> Plan:
     check_warmups(epochs, args.steps, warmup_epochs=args.warmup_epochs,
                   warmup_teacher_temp_epochs=args.warmup_teacher_temp_epochs)
     peak = args.lr * math.sqrt(options.images_per_step(args) / 1024)
+    check_min_lr(args.min_lr, peak, args.lr, options.images_per_step(args))
     lr = utils.cosine_scheduler(peak, args.min_lr, epochs, unit, warmup_epochs=args.warmup_epochs)
 
     def frozen(n_epochs: float) -> np.ndarray:
@@ -287,21 +295,40 @@ def make_run(args: argparse.Namespace, plan: Plan, n_images: int, device: torch.
     sharded = networks.shard(student, teacher, device, dtype, args.precision) if args.parallel == "fsdp" else False
     groups = parameter_groups(dict(student.named_children()), args.layer_decay, args.patch_embed_lr_mult)
     optimizer = torch.optim.AdamW(groups, betas=(args.adamw_beta1, args.adamw_beta2), fused=True)
-    settings = plain_settings(vars(args), n_images) | {"method": "dinov2"}
+    settings = plain_settings(vars(args), n_images) | {"method": "dinov2", FROZEN: ""}
     objective = make_loss(args)
     if args.centering == "centering" and (args.distill_from or args.init_heads):
         flag = "distill_from" if args.distill_from else "init_from"
         networks.fill_centers(objective, getattr(args, flag), f"--{flag}")
     return Run(student, teacher, objective.to(device), optimizer, device, dtype, plan.steps_per_epoch, settings,
                Path(args.output_dir), args.keep_checkpoints,
-               make_backbone=(lambda: make_backbone(args)[0]) if sharded else None)
+               make_backbone=(lambda: make_backbone(args)[0]) if sharded else None, computed_over=computed_over(args))
+
+
+def computed_over(args: argparse.Namespace) -> dict[str, str]:
+    """Run.computed_over: what depends on the images of one process and micro-batch, or of all in a micro-batch."""
+    parts = {}
+    if args.koleo_loss_weight:
+        parts["KoLeo"] = "grad_accum_steps" if args.koleo_all_processes else "batch_size_per_gpu"
+    if args.centering == "sinkhorn_knopp":
+        parts["Sinkhorn-Knopp"] = "grad_accum_steps"
+    elif args.ibot_loss_weight and args.mask_probability and not all_patches(args):  # unequal numbers of masked patches
+        parts["the centre of patches"] = "batch_size_per_gpu"
+    if args.drop_path_rate:  # a block leaves out whole images of a batch
+        parts["drop path"] = "batch_size_per_gpu"
+    return parts
 
 
 def make_teacher(args: argparse.Namespace, run: Run) -> nn.Module:
-    """The network whose targets the student learns: its own moving average, or a frozen one (distillation)."""
+    """The network whose targets the student learns: its own moving average, or a frozen one (distillation).
+
+    A resume needs the same frozen network: its hash becomes a setting of the run.
+    """
     if not args.distill_from:
         return run.teacher
-    teacher = matching_teacher(args).to(run.device)
+    teacher = matching_teacher(args)
+    run.settings[FROZEN] = frozen_hash(teacher)
+    teacher = teacher.to(run.device)
     if run.make_backbone:
         sharding.shard(teacher, run.device)
     return teacher
@@ -309,40 +336,89 @@ def make_teacher(args: argparse.Namespace, run: Run) -> nn.Module:
 
 def matching_teacher(args: argparse.Namespace) -> BackboneAndHeads:
     """The frozen network of --distill_from. Raises Refused if the student can't learn its targets."""
-    teacher, stored = read_teacher(args.distill_from)
-    for name in ("patch_size", "in_chans", "out_dim", "ibot_separate_head"):
-        theirs, ours = getattr(stored, name), getattr(args, name)
-        if theirs != ours:
-            raise Refused(f"--distill_from {args.distill_from}: it has --{name} {theirs}, and the student {ours}; give "
-                          f"--{name} {theirs}")
-    if patch_prototypes(stored) != patch_prototypes(args):
-        raise Refused(f"--distill_from {args.distill_from}: it has {patch_prototypes(stored)} prototypes for patches, "
-                      f"and the student {patch_prototypes(args)}; give --ibot_out_dim {patch_prototypes(stored)}")
+    teacher, stored = read_teacher(args)
+    theirs, ours = shared_flags(stored), shared_flags(args)
+    differing = [name for name in theirs if theirs[name] != ours[name]]
+    if differing:
+        has, given = (" ".join(f"--{name} {values[name]}" if values[name] else f"no --{name}" for name in differing)
+                      for values in (theirs, ours))
+        raise Refused(f"--distill_from {args.distill_from}: it was trained with {has}, and the student has {given}; "
+                      "give the former")
     return teacher
 
 
-def read_teacher(path: str) -> tuple[BackboneAndHeads, argparse.Namespace]:
-    """The frozen network with its heads in a checkpoint, and its flags."""
-    settings, state = networks.read_heads(path, "--distill_from")
-    stored = argparse.Namespace(**vars(get_args_parser().parse_args([])) | settings)
+def frozen_hash(teacher: nn.Module) -> str:
+    return weights_hash(teacher)[:12]
+
+
+def shared_flags(args: argparse.Namespace) -> dict[str, str]:
+    """Flags that a student has in common with its frozen network: {name: value as it is given, "" if it is not}."""
+    values = {name: getattr(args, name) for name in ("patch_size", "in_chans", "out_dim", "ibot_separate_head", "mean",
+                                                     "std", "value_range")}
+    values["ibot_out_dim"] = patch_prototypes(args)
+    return {name: options.text(value) if isinstance(value, list | tuple) else "" if value is None else str(value)
+            for name, value in values.items()}
+
+
+def read_teacher(args: argparse.Namespace) -> tuple[BackboneAndHeads, argparse.Namespace]:
+    """The frozen network of --distill_from with its heads, and its flags; what the file doesn't state is as in `args`.
+    """
+    settings, state = networks.read_heads(args.distill_from, "--distill_from")
+    stored = argparse.Namespace(**vars(args) | settings)
     teacher = make_network(stored)
-    networks.fill(teacher, state, settings, path, "--distill_from")
+    networks.fill(teacher, state, settings, args.distill_from, "--distill_from")
     return teacher.eval().requires_grad_(False), stored
 
 
-def describe(args: argparse.Namespace, run: Run, plan: Plan, n_images: int) -> str:
-    """What is about to run, in a few lines."""
+def masked_share(args: argparse.Namespace, size: int) -> float:
+    """Share of the global crops, of `size` pixels, that have a mask."""
+    side = size // args.patch_size
+    return masking.masked_share(2 * options.images_per_step(args), (side, side), args.mask_ratio, args.mask_probability)
+
+
+def no_masks(args: argparse.Namespace, flag: str, size: int) -> str:
+    """Why a run that is to mask global crops, of `size` pixels by `flag`, never does, with a remedy; "" if it does."""
+    if not args.mask_probability or all_patches(args) or masked_share(args, size):
+        return ""
+    crops, side = 2 * options.images_per_step(args), size // args.patch_size
+    if side < 2:
+        return f"--{flag} {size} is one patch of --patch_size {args.patch_size}, which is never masked; make it larger"
+    if int(crops * args.mask_probability) == 0:
+        return (f"--mask_probability {args.mask_probability:g} of the {crops} global crops of a step is less than one: "
+                f"none is masked; give {math.ceil(1000 / crops) / 1000:g} or more, or a larger --batch_size_per_gpu")
+    return (f"--mask_ratio {options.text(args.mask_ratio)} of the {side**2} patches of --{flag} {size} is less than "
+            f"one: none is masked; give a HIGH of {math.ceil(2000 / side**2) / 1000:g} or more")
+
+
+def check_masks(args: argparse.Namespace) -> None:
+    """Refuses a patch head that would never see a masked patch."""
+    reason = no_masks(args, "global_crops_size", args.global_crops_size)
+    if reason and args.ibot_separate_head:
+        raise Refused(f"{reason}, or --ibot_separate_head false, as the patch head would not be trained")
+
+
+def describe(
+    args: argparse.Namespace, run: Run, plan: Plan, n_images: int, frozen: nn.Module | None = None
+) -> str:
+    """What is about to run, in a few lines. `frozen`: the network of --distill_from."""
     loss = run.dino_loss
     heads = f"K {loss.dino_loss.center.numel()} and {loss.ibot_patch_loss.center.numel()} for patches"
     heads += "" if args.ibot_separate_head else " (one head)"
     lines = options.description(args, run, plan, heads, n_images)
     lines.append(memory.estimate(
         run.student, args.batch_size_per_gpu, args.global_crops_size, args.local_crops_size, args.local_crops_number,
-        1.0 if all_patches(args) else args.mask_probability * sum(args.mask_ratio) / 2, run.dtype,
-        args.grad_checkpointing, bool(run.make_backbone), dropped=plan.token_drop[-1] if plan.token_drop else 0.0))
+        1.0 if all_patches(args) else masked_share(args, args.global_crops_size) * sum(args.mask_ratio) / 2, run.dtype,
+        args.grad_checkpointing, bool(run.make_backbone), plan.token_drop[-1] if plan.token_drop else 0.0, frozen))
     lines.append(f"loss of an untrained student: {losses_at_start(args)['dino']:.2f} on class tokens, "
                  f"{losses_at_start(args)['ibot']:.2f} on patches; progress lines show how much of each is left")
     lines += long_warmups(args, plan)
+    sizes = {"global_crops_size": args.global_crops_size}
+    if plan.early_epochs:
+        sizes["low_resolution_sizes"] = options.early_sizes(args)[0]
+    lines += [f"WARNING: {reason}" for flag, size in sizes.items() if (reason := no_masks(args, flag, size))]
+    if args.distill_from and args.drop_path_rate:
+        lines.append(f"WARNING: --drop_path_rate {args.drop_path_rate:g} with --distill_from: published distillation "
+                     "has no drop path; give 0")
     compared = args.batch_size_per_gpu * (parallel.world_size() if args.koleo_all_processes else 1)
     if args.koleo_loss_weight and compared < 2:
         lines.append("KoLeo is left out: with --batch_size_per_gpu 1 an image has no neighbour; raise it, or give "
@@ -362,7 +438,7 @@ def long_warmups(args: argparse.Namespace, plan: Plan) -> list[str]:
 
 def losses_at_start(args: argparse.Namespace) -> dict[str, float]:
     """Terms of the loss for a student whose output is uniform: weight x ln K, for ibot x share of crops in it."""
-    crops = 1.0 if all_patches(args) else args.mask_probability
+    crops = 1.0 if all_patches(args) else masked_share(args, args.global_crops_size)
     return {"dino": args.dino_loss_weight * math.log(args.out_dim),
             "ibot": args.ibot_loss_weight * math.log(patch_prototypes(args)) * crops}
 
@@ -374,10 +450,12 @@ def pretrain(args: argparse.Namespace) -> int:
     with session.memory_refused():
         ends = options.open_data(args, device)
         plan = make_plan(args, len(ends.images))
+        check_masks(args)
         run = make_run(args, plan, len(ends.images), device)
         teacher = make_teacher(args, run)
         ends = options.in_memory(args, ends, device)
-    return session.carry_out(run, plan, ends, describe(args, run, plan, len(ends.images)),
+    frozen = teacher if args.distill_from else None
+    return session.carry_out(run, plan, ends, describe(args, run, plan, len(ends.images), frozen),
                              lambda log: train(args, run, teacher, plan, ends, log), args.extend,
                              args.tensorboard, vars(args) if args.wandb else None)
 
@@ -430,8 +508,8 @@ def train(args: argparse.Namespace, run: Run, teacher: nn.Module, plan: Plan, en
             run.meters.update(**extra)
             window.update(**extra)
             means = window.means()
-            monitor.log_step(log, plan, step, means, "", warning(means, run.dino_loss), options.images_per_step(args),
-                             *clock.read())
+            warned = warning(means, run.dino_loss, 2 * args.batch_size_per_gpu, step <= plan.warmup)
+            monitor.log_step(log, plan, step, means, "", warned, options.images_per_step(args), *clock.read())
             window.reset()
         run.dino_loss.update_centers(parts)
         del parts  # the teacher's scores, before the next step needs the memory
@@ -447,16 +525,21 @@ def train(args: argparse.Namespace, run: Run, teacher: nn.Module, plan: Plan, en
     return True
 
 
-def warning(means: Mapping[str, float], loss: DINOv2Loss) -> str | None:
-    """A line if the class tokens or the patches have collapsed."""
+def warning(means: Mapping[str, float], loss: DINOv2Loss, rows: int, warming_up: bool) -> str | None:
+    """A line if the targets of class tokens or patches have collapsed, or the class tokens themselves.
+
+    Args:
+        rows, warming_up: as `health.collapse`.
+    """
     for prefix, center, what in (("", loss.dino_loss, "image"), ("patch_", loss.ibot_patch_loss, "patch")):
         if f"{prefix}entropy" in means:
             line = collapse(means[f"{prefix}entropy"], math.log(center.center.numel()),
-                            means[f"{prefix}prototypes_used"], UNIFORM, ONE, what,
-                            math.inf if prefix else means["feature_rank"])
+                            means[f"{prefix}prototypes_used"], UNIFORM[loss.centering], ONE, what,
+                            math.inf if prefix else rows, warming_up)
             if line:
                 return line
-    return None
+    network, prefix = ("teacher", "") if loss.mask_student else ("student", "student_")  # the one that is not frozen
+    return few_directions(means["feature_rank"], means[f"{prefix}prototypes_used"], rows, network)
 
 
 def make_loader(
@@ -483,17 +566,20 @@ def replay_step(args: argparse.Namespace) -> None:
             "init_from": "", "init_in_chans": "", "init_heads": False, "compile": "off"})
         student, average = make_networks(stored)
         objective, device = make_loss(stored), parallel.pick_device(args.device)
-        teacher = read_teacher(stored.distill_from)[0].to(device) if stored.distill_from else average
+        frozen = read_teacher(stored)[0].to(device) if stored.distill_from else None
+        if frozen and settings.get(FROZEN) not in (None, frozen_hash(frozen)):
+            raise Refused(f"--replay {args.replay}: the run's --distill_from {stored.distill_from} has other weights "
+                          "by now; put back those that it had")
 
         def losses(crops: list[Tensor], batch: Mapping, step: int) -> tuple[Tensor, dict]:
-            return dinov2.losses(student, teacher, crops, batch["masks"], objective, float(about["teacher_temp"][step]),
-                                 batch.get("kept"))
+            return dinov2.losses(student, frozen or average, crops, batch["masks"], objective,
+                                 float(about["teacher_temp"][step]), batch.get("kept"))
 
         def details(output: dinov2.Outputs, parts: Mapping, step: int) -> str:
             terms = ("dino_global", "dino_local", "ibot", "koleo")
             return "  ".join(f"{name} {parts[name].item():g}" for name in terms)
 
-        return Method(student, average, objective, make_augmentation(stored).finish, losses, details)
+        return Method(student, average, objective, make_augmentation(stored).finish, losses, details, frozen)
 
     replay(args.replay, parallel.pick_device(args.device), build, "dinov2")
 

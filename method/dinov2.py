@@ -126,8 +126,10 @@ def losses(
 
     Returns:
         The loss to differentiate, and a dict of detached parts: the terms `dino_global`, `dino_local`, `ibot` and
-        `koleo`, which add up to `loss`; `class_targets` and `patch_targets`; `teacher_features` (2B, D); `class_mean`
-        (1, K) and `patch_mean` (1, K'), means of the teacher's scores, None if there are no patches.
+        `koleo`, which add up to `loss`; `class_targets` and `patch_targets`; `features` (2B, D), class tokens of the
+        teacher, and in distillation, where it is frozen, of the student, with `student_prototypes` (2B,), each crop's
+        prototype of the highest score; `class_mean` (1, K) and `patch_mean` (1, K'), means of the teacher's scores,
+        None if there are no patches.
     """
     dtype, device = at_least_float32(crops[0][:0]).dtype, crops[0].device
     chosen = torch.ones_like(masks) if objective.all_patches else masks
@@ -148,11 +150,14 @@ def losses(
     spread = sum(koleo(tokens, objective.koleo_all_processes) for tokens in out.class_tokens.chunk(2))
     spread = spread * (objective.koleo_weight if has_neighbours(crops, objective) else 0.0)
     loss = objective.dino_weight * dino + objective.ibot_weight * ibot + spread
-    return loss, {
+    trained = {"features": teacher_out.class_tokens} if objective.mask_student else {
+        "features": out.class_tokens.detach(),
+        "student_prototypes": out.class_scores[: len(crops[0])].detach().argmax(-1)}
+    return loss, trained | {
         "loss": loss.detach(),
         "dino_global": objective.dino_weight * pairs["global"], "dino_local": objective.dino_weight * pairs["local"],
         "ibot": objective.ibot_weight * ibot.detach(), "koleo": spread.detach(),
-        "class_targets": class_targets, "patch_targets": patch_targets, "teacher_features": teacher_out.class_tokens,
+        "class_targets": class_targets, "patch_targets": patch_targets,
         "class_mean": mean_of_rows(teacher_out.class_scores), "patch_mean": mean_of_rows(teacher_out.patch_scores),
     }
 

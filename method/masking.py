@@ -48,6 +48,19 @@ def batch_masks(
     return torch.from_numpy(masks).flatten(1)
 
 
+def masked_share(n: int, grid: tuple[int, int], ratio: tuple[float, float], probability: float) -> float:
+    """Expected share of the n global crops of a step that get a mask of one patch or more; 0: none ever does.
+
+    Each of the int(n probability) crops to be masked draws from its interval of `ratio`, all of which have the same
+    length, and rounds down. Masks for which no block is found, some of those of one or two patches, are not left out.
+    """
+    (low, high), least = ratio, 1 / (grid[0] * grid[1])  # the share that is one patch
+    if min(grid) < 2:  # a block is lower than the grid and narrower
+        return 0.0
+    drawn = float(low >= least) if low == high else min(max((high - least) / (high - low), 0.0), 1.0)
+    return int(n * probability) / n * drawn
+
+
 def image_masks(
     epoch: int, micro: int, row: int, *, seed: int, images: int, micro_batches: int, grid: tuple[int, int],
     ratio: tuple[float, float] = (0.1, 0.5), probability: float = 0.5, early: tuple[int, tuple[int, int]] = (0, (0, 0)),

@@ -59,16 +59,23 @@ def health_dinov2(parts: Mapping, losses_at_start: Mapping[str, float]) -> dict[
         dino_left, ibot_left: terms as a fraction of `losses_at_start`; a term that stays at 1 has not begun to learn.
             Left out, with its KL divergence, if the weight of the term is 0.
         entropy, kl, prototypes_used: as `health`, of class tokens.
+        student_prototypes_used: in distillation, the number of distinct prototypes to which the student gives a crop's
+            highest score.
         patch_entropy, patch_kl, patch_prototypes_used: of the patches in the iBOT loss; left out if no process has any.
             patch_kl is approximate: the loss is a mean over crops, the entropy a mean over patches.
         neighbour_distance: mean distance of a crop's normalized feature to the nearest of the process's other images,
             which KoLeo enlarges: 0 if all are equal, sqrt(2) if they are orthogonal. Left out for a single image.
         feature_std, feature_rank: as `health`.
+
+        The features are those of the teacher, in distillation of the student.
     """
     class_targets, patch_targets = parts["class_targets"], parts["patch_targets"]
-    features = parts["teacher_features"]
+    features = parts["features"]
     values = of_features(features)
     values["entropy"], values["prototypes_used"] = of_rows(class_targets)
+    if "student_prototypes" in parts:
+        used = torch.zeros(class_targets.scores.shape[1], device=features.device)
+        values["student_prototypes_used"] = used.index_fill_(0, parts["student_prototypes"], 1.0).sum()
     if len(features) > 2:  # one image has no neighbour
         values["neighbour_distance"] = torch.cat([nearest_distances(crop) for crop in features.chunk(2)]).mean()
     if losses_at_start["dino"]:
@@ -109,28 +116,45 @@ ONE = "a higher --teacher_temp, a lower --lr, or --freeze_last_layer 1 or more"
 FEW = "a higher --warmup_teacher_temp for the first epochs (--warmup_teacher_temp_epochs), or a lower --lr"
 
 
+FEWEST_ROWS = 8  # of features, for their effective rank to tell a collapse
+
+
 def collapse(
     entropy: float, ln_k: float, prototypes_used: float, uniform: str = UNIFORM, one: str = ONE, what: str = "image",
-    feature_rank: float = math.inf,
+    rows: float = math.inf, warming_up: bool = False,
 ) -> str | None:
-    """A warning with flags to try if these values of `health` show a collapse, else None.
+    """A warning with flags to try if these values of `health` show a collapse of the targets, else None.
 
-    There are two kinds of collapse (section 5.3): centring alone leads to the uniform output, sharpening alone to a
-    single prototype. Low entropy is no collapse as long as images are assigned to different prototypes. A third shows
-    in the features: they vary in one or two directions and share a few prototypes, at an entropy between the two
-    (presets/shapes.txt with --lr 0.008 and some seeds: rank 1.8 and 2 prototypes; healthy runs there keep 6 and 5).
+    There are two kinds (section 5.3): centring alone leads to the uniform output, sharpening alone to a single
+    prototype. Low entropy is no collapse as long as images are assigned to different prototypes.
 
     Args:
-        feature_rank: of the same images; left out for patches.
         uniform, one: remedies against each kind.
         what: what is assigned to prototypes.
+        rows: global crops that were compared; the two of one image should be assigned to the same prototype.
+        warming_up: whether the learning rate's warm-up is not over. A new network may give all images almost the same
+            output, as with LayerScale 1e-5.
     """
     if entropy > 0.995 * ln_k:
-        return (f"collapse to the uniform output (entropy = ln K): the teacher gives every {what} the same output; try "
-                f"{uniform}")
-    if entropy < 0.01 * ln_k and prototypes_used < 1.5:
+        return None if warming_up else (
+            f"collapse to the uniform output (entropy = ln K): the teacher gives every {what} the same output; try "
+            f"{uniform}")
+    if entropy < 0.01 * ln_k and prototypes_used < 1.5 and rows > 2:
         return f"collapse to one prototype (entropy = 0): the teacher assigns every {what} to it; try {one}"
-    if feature_rank < 2.5 and prototypes_used < 4:
-        return (f"collapse to few directions (effective rank of the features {feature_rank:.1f}): the teacher tells "
-                f"only two or three groups of {what}s apart; try {FEW}")
+    return None
+
+
+def few_directions(feature_rank: float, prototypes_used: float, rows: int, network: str = "teacher") -> str | None:
+    """A warning if these values of `health` show the third kind of collapse, else None: class tokens vary in one or two
+    directions and share a few prototypes, at an entropy between those of the other two kinds.
+
+    With presets/shapes.txt, --lr 0.008 and some seeds: rank 1.8 and 2 prototypes; healthy runs there keep 6 and 5.
+
+    Args:
+        rows: global crops that were compared. The rank of few is low by itself.
+        network: whose class tokens these are.
+    """
+    if rows >= FEWEST_ROWS and feature_rank < 2.5 and prototypes_used < 4:
+        return (f"collapse to few directions (effective rank of the features {feature_rank:.1f}): the {network} tells "
+                f"only two or three groups of images apart; try {FEW}")
     return None

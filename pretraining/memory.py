@@ -15,6 +15,7 @@ SAVED_PER_BLOCK = {None: 16, "layers": 10, "blocks": 1}
 def estimate(
     student: nn.Module, images: int, global_size: int, local_size: int, local_crops: int, masked: float,
     dtype: torch.dtype | None, checkpointing: str | None, sharded: bool, dropped: float = 0.0,
+    frozen: nn.Module | None = None,
 ) -> str:
     """A line for the console.
 
@@ -25,9 +26,10 @@ def estimate(
         dtype: of autocast; None: float32.
         sharded: whether the networks are split over the processes.
         dropped: share of the patches of the student's global crops that it doesn't see.
+        frozen: the network that makes the targets in distillation, beside the student and its average.
     """
     state, saved, scores = bytes_needed(student, images, global_size, local_size, local_crops, masked, dtype,
-                                        checkpointing, dropped)
+                                        checkpointing, dropped, frozen)
     if sharded:
         state /= parallel.world_size()
     total = state + saved + scores
@@ -37,7 +39,7 @@ def estimate(
 
 def bytes_needed(
     student: nn.Module, images: int, global_size: int, local_size: int, local_crops: int, masked: float,
-    dtype: torch.dtype | None, checkpointing: str | None, dropped: float = 0.0,
+    dtype: torch.dtype | None, checkpointing: str | None, dropped: float = 0.0, frozen: nn.Module | None = None,
 ) -> tuple[float, float, float]:
     """(networks and optimizer, activations kept for the backward pass, scores of the prototypes and their gradients).
 
@@ -48,6 +50,8 @@ def bytes_needed(
     parameters = sum(p.numel() for p in student.parameters())
     # Student: weights, gradients and two moments; teacher: weights; under autocast, both once more in half precision.
     state = parameters * (4 * 5 + (2 * size if dtype else 0))
+    if frozen is not None:  # autocast keeps half copies only of parameters that need gradients
+        state += 4 * sum(p.numel() for p in frozen.parameters())
 
     def tokens(side: int, dropped: float = 0.0) -> int:
         patches = (side // backbone.patch_size) ** 2

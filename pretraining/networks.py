@@ -191,7 +191,8 @@ def bf16_is_faster() -> bool:
 def read_heads(path: str, flag: str) -> tuple[dict, dict[str, Tensor]]:
     """Flags of main_dinov2.py, and a teacher's tensors, from a checkpoint of it or a published teacher_checkpoint.pth.
 
-    The flags follow from the shapes of the tensors, and where the checkpoint stores flags, from those.
+    The flags follow from the shapes of the tensors, and where the checkpoint stores flags, from those. Only there are
+    mean, std and value_range among them.
 
     Raises:
         Refused: no such file, or it has no heads.
@@ -223,6 +224,8 @@ def read_heads(path: str, flag: str) -> tuple[dict, dict[str, Tensor]]:
             if len(layers) > 1:
                 settings[f"{prefix}head_hidden_dim"] = layers[0].shape[0]
     state = {f"backbone.{k}": v for k, v in recognized.state.items()} | heads
+    if "mean" in stored:
+        settings |= {"mean": None, "std": None, "value_range": None}
     return settings | {k: v for k, v in stored.items() if k in settings}, state
 
 

@@ -22,6 +22,7 @@ from method import masking
 from parallel import Refused
 from pretraining import compiling, networks
 from pretraining.evaluation import open_evaluation
+from pretraining.health import FEWEST_ROWS
 from pretraining.logs import installed
 from pretraining.plan import Plan
 from pretraining.session import Ends
@@ -237,6 +238,9 @@ def description(args: argparse.Namespace, run: Run, plan: Plan, prototypes: str,
     lines.append(f"{plan.steps} steps of {batch} images, {plan.steps_per_epoch} per epoch; peak learning rate "
                  f"{plan.lr.max():.2e}")
     lines += networks.cut_pixels(args.arch, args.patch_size, **crop_sizes(args))
+    if 2 * args.batch_size_per_gpu < FEWEST_ROWS:
+        lines.append(f"--batch_size_per_gpu {args.batch_size_per_gpu}: from so few images a collapse of the features "
+                     f"to few directions can't be judged, which takes {FEWEST_ROWS // 2}")
     return lines + plan.less_work((args.global_crops_size, args.local_crops_size), early_sizes(args))
 
 
@@ -266,7 +270,7 @@ def check(args: argparse.Namespace, first_trial: str, *scales: str) -> None:
     if args.crop_on_device and args.noise_patches:
         raise Refused(f"--crop_on_device with --noise_patches {args.noise_patches:g}: workers draw the noise; leave "
                       "one of them out")
-    check_length(args.lr, args.min_lr, args.epochs, args.steps, warmup_epochs=args.warmup_epochs,
+    check_length(args.epochs, args.steps, warmup_epochs=args.warmup_epochs,
                  warmup_teacher_temp_epochs=args.warmup_teacher_temp_epochs)
     check_hardware(args.parallel, args.precision, args.use_fp16, args.compile, args.grad_accum_steps)
     check_packages(tensorboard=args.tensorboard, wandb=args.wandb)
@@ -324,10 +328,8 @@ def text(values: Sequence[float]) -> str:
     return " ".join(f"{v:g}" for v in values)
 
 
-def check_length(lr: float, min_lr: float, epochs: int, steps: int, **warmups: float) -> None:
+def check_length(epochs: int, steps: int, **warmups: float) -> None:
     """Args: warmups: {flag: epochs}; with --steps, they are checked once the length of an epoch is known."""
-    if min_lr > lr:
-        raise Refused(f"--min_lr {min_lr:g} is above --lr {lr:g}; lower it")
     for flag, length in warmups.items():
         if not steps and length > epochs:
             raise Refused(f"--{flag} {length:g} is longer than --epochs {epochs}; lower it")

@@ -34,6 +34,11 @@ class Plan(NamedTuple):
         """Number of epochs; the last one may be partial."""
         return math.ceil(self.steps / self.steps_per_epoch)
 
+    @property
+    def warmup(self) -> int:
+        """The step at which the learning rate's warm-up ends, where it is highest."""
+        return int(self.lr.argmax())
+
     def patch_counts(self, patches: int, early_patches: int) -> list[tuple[int, int]]:
         """By epoch: patches of a global crop, and how many of them the student keeps."""
         if not self.token_drop:
@@ -103,3 +108,10 @@ def check_warmups(epochs: float, steps: int, **warmups: float) -> None:
         if length > epochs:
             raise Refused(f"--{flag} {length:g} is longer than the run of {epochs:g} epochs (--steps {steps}); "
                           "lower it")
+
+
+def check_min_lr(min_lr: float, peak: float, lr: float, images: int) -> None:
+    """Refuses a learning rate that would rise to its end. `peak`: of `lr`, scaled to `images` per step."""
+    if min_lr > peak:
+        raise Refused(f"--min_lr {min_lr:g} is above the peak learning rate {peak:.3g}, which is --lr {lr:g} scaled to "
+                      f"{images} images per step; lower it, or raise --lr")

@@ -29,6 +29,7 @@ class Method(NamedTuple):
     finish: Callable[[list[Tensor], Tensor], list[Tensor]]  # uint8 crops, parameters -> normalized crops
     losses: Callable[[list[Tensor], Mapping, int], tuple[Tensor, dict]]  # crops, batch, step -> loss, parts
     details: Callable[[Any, Mapping, int], str]  # student's output, parts, step -> a look inside the loss
+    frozen: nn.Module | None = None  # makes the targets in distillation, where the teacher takes no part in the step
 
 
 Build = Callable[[Mapping, Mapping], Method]
@@ -90,12 +91,13 @@ def largest_of(tensors: Mapping[str, Tensor]) -> tuple[float, list[str]]:
 
 def compute(failure: Mapping, build: Build, device: torch.device, dtype: torch.dtype | None) -> bool:
     """Run one step forward and backward, under autocast if `dtype` is given. Returns whether it is not finite."""
-    student, teacher, dino_loss, finish, losses, details = build(failure["args"], failure)
+    student, teacher, dino_loss, finish, losses, details, frozen = build(failure["args"], failure)
     for module, state in ((student, "student"), (teacher, "teacher"), (dino_loss, "dino_loss")):
         module.load_state_dict(failure[state])
         module.to(device)
     checkpoints.set_torch_rng_state(failure["rng"], device)
-    outputs = {"teacher": watch_outputs(teacher), "student": watch_outputs(student)}
+    targets = {"teacher": watch_outputs(teacher)} if frozen is None else {"frozen network": watch_outputs(frozen)}
+    outputs = targets | {"student": watch_outputs(student)}
     student_outputs: list = []  # of each micro-batch
     student.register_forward_hook(lambda module, inputs, output: student_outputs.append(output))
     finite = True

@@ -24,11 +24,15 @@ FREE_FLAGS = {
     "data_path", "output_dir", "saveckp_freq", "saveckp_every_steps", "saveckp_every_minutes", "keep_checkpoints",
     "eval_knn_every", "eval_data_path", "log_every", "pictures_every", "tensorboard", "wandb", "device",
     "num_workers", "dist_url", "dist_timeout", "local_rank", "compile", "grad_checkpointing", "max_bad_images",
-    "init_from", "init_in_chans", "init_heads", "batch_size_per_gpu", "grad_accum_steps", "world_size", "replay",
-    "max_pixels", "parallel", "extend", "cache_images",
+    "init_from", "init_in_chans", "init_heads", "replay", "max_pixels", "parallel", "extend", "cache_images",
 }
 
+# How the images of a step are shared out. May differ too, as long as a step has as many; see `Run.computed_over`.
+SPLIT = ("batch_size_per_gpu", "grad_accum_steps", "world_size")
+
 LENGTH = {"epochs", "steps", "images"}  # what a run may change with --extend: its length and its images
+
+FROZEN = "distill_from_weights"  # beside the flags: the hash of the network of --distill_from, "" without one
 
 NEEDED = {
     "student", "teacher", "optimizer", "fp16_scaler", "dino_loss", "step", "precision", "args", "rng", "meters", "knn",
@@ -50,6 +54,8 @@ class Run:
     folder: Path
     keep_checkpoints: int = 0
     make_backbone: Callable[[], nn.Module] | None = None  # for sharded networks: builds the module to gather into
+    # {what is computed over a part of a step's images: the setting of SPLIT that determines how many these are}
+    computed_over: Mapping[str, str] = field(default_factory=dict)
     step: int = 0
     meters: Meters = field(default_factory=Meters)  # means over the current epoch
     knn: dict[str, float] = field(default_factory=dict)  # latest and best accuracy, and the baselines
@@ -164,8 +170,12 @@ class Run:
     def changed(self, state: Mapping) -> dict[str, tuple]:
         """{flag: (the checkpoint's value, this run's)} of the flags that determine what a run computes."""
         before = state["args"]  # a flag that is newer than the checkpoint was off
+        # A frozen network is known by its weights; in checkpoints from before these were stored, by its file.
+        free = {*FREE_FLAGS, *SPLIT, "distill_from" if FROZEN in before else FROZEN}
+        if not self.settings.get("distill_from"):
+            free.add("ibot_tokens")  # has no effect
         return {k: (before.get(k), v) for k, v in self.settings.items()
-                if k not in FREE_FLAGS and before.get(k) != v and (v or k in before)}
+                if k not in free and before.get(k) != v and (v or k in before)}
 
     def check_extension(self, state: Mapping, changed: Mapping[str, tuple]) -> None:
         """Raise Refused if the run that `changed` describes is not longer, or has fewer images for each epoch."""
@@ -198,9 +208,12 @@ class Run:
         return differing(state.get("image_sample", ()), self.image_sample)
 
     def step_after(self, state: Mapping) -> int:
-        """The step at which this run continues: as many epochs, of its own images, as the checkpoint's run has done."""
+        """The step at which this run continues: as many epochs, of its own images, as the checkpoint's run has done.
+
+        Where the flags count the run's length in steps, so do its schedules, and the step is the checkpoint's.
+        """
         before = steps_per_epoch_of(state)
-        if before == self.steps_per_epoch:
+        if before == self.steps_per_epoch or self.settings["steps"] or self.settings.get("epoch_steps"):
             return state["step"]
         return round(state["step"] * self.steps_per_epoch / before)
 
@@ -220,21 +233,39 @@ class Run:
         else:
             seed_everything(self.settings["seed"] + self.step + parallel.rank())
             self.meters.load_state_dict(averaged(state["meters"]), self.device)
-            parallel.say(f"{len(state['rng'])} -> {parallel.world_size()} processes: equal up to rounding, not bit by "
-                         "bit, and stochastic depth draws other random numbers")
+        self.say_split(state)
         others, compared = self.other_images(state)
         if others:
             parallel.say(f"{others} of {compared} images that were compared are not those of the run so far")
         if changed := self.changed(state):
             self.say_extended(state, changed)
 
+    def say_split(self, state: Mapping) -> None:
+        """Whether another split of the images of a step changes what the run computes."""
+        before = self.settings | state["args"] | {"world_size": len(state["rng"])}
+        changed = [name for name in SPLIT if before[name] != self.settings[name]]
+        if not changed:
+            return
+        shown = ", ".join(f"{before[name]} -> {self.settings[name]} processes" if name == "world_size" else
+                          f"{name} {before[name]} -> {self.settings[name]}" for name in changed)
+        if others := [what for what, setting in self.computed_over.items() if setting in changed]:
+            effect = (f"from here on {', '.join(others)} see other numbers of images at a time, so losses and "
+                      "gradients are not what they would have been; give the earlier values to keep them")
+        else:
+            effect = "equal up to rounding, not bit by bit"
+        if self.settings["drop_path_rate"]:
+            effect += "; stochastic depth draws other random numbers"
+        parallel.say(f"{shown}: {effect}")
+
     def say_extended(self, state: Mapping, changed: Mapping[str, tuple]) -> None:
         shown = ", ".join(f"{k} {old} -> {new}" for k, (old, new) in changed.items())
-        counted = "" if self.step == state["step"] else (
-            f"; after {state['step'] / steps_per_epoch_of(state):.4g} epochs, step {state['step']} is now counted as "
-            f"step {self.step}")
-        if counted:
+        before, counted = steps_per_epoch_of(state), ""
+        if before != self.steps_per_epoch:
             self.meters = Meters()  # of an epoch of other images
+            counted = (f"; after {state['step'] / before:.4g} epochs, step {state['step']} is now counted as step "
+                       f"{self.step}") if self.step != state["step"] else (
+                f"; step {self.step} is kept, after {self.step % self.steps_per_epoch} of the {self.steps_per_epoch} "
+                f"steps of pass {self.epoch} over the images")
         parallel.say(
             f"--extend: {shown}{counted}. Weights, optimizer and centre continue; learning rate, weight decay, teacher "
             "momentum and temperature, crop sizes and dropped patches are from here on those of the longer run. It is "

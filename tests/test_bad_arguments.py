@@ -222,6 +222,7 @@ TRAINING = [
     ("--warmup_teacher_temp_epochs 3", ("--warmup_teacher_temp_epochs 3", "--epochs 2", "lower")),
     ("--warmup_teacher_temp_epochs 3 --steps 8", ("--warmup_teacher_temp_epochs 3", "--steps 8", "lower")),
     ("--min_lr 0.01", ("--min_lr 0.01", "--lr 0.0005", "lower")),
+    ("--lr 5e-6", ("--min_lr 1e-06", "--lr 5e-06", "8 images", "lower")),
     ("--mean 0.5", ("--mean 0.5", "--in_chans 3", "3 values")),
     ("--std 0.2 0.2 0.2 0.2", ("--std 0.2 0.2 0.2 0.2", "--in_chans 3", "3 values")),
     ("--in_chans 2", ("--mean", "--in_chans 2", "2 values")),

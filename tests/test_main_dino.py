@@ -191,7 +191,8 @@ def test_a_longer_run_continues_on_its_own_schedules(one_epoch, capsys):
 
 
 @pytest.mark.parametrize("flags, step, steps_per_epoch", [(["--epochs", "3"], 8, 8), (["--steps", "9"], 8, 8),
-                         (["--epochs", "2", "--data_path", "shapes:160x32"], 20, 20)])  # fmt: skip
+                         (["--epochs", "2", "--data_path", "shapes:160x32"], 20, 20),
+                         (["--steps", "9", "--data_path", "shapes:160x32"], 8, 20)])  # fmt: skip
 def test_an_extension_keeps_weights_optimizer_and_centre(one_epoch, flags, step, steps_per_epoch, capsys):
     argv = [*NANO, *flags, "--extend", "--output_dir", str(one_epoch)]
     args = main_dino.get_args_parser().parse_args(argv)
@@ -200,14 +201,16 @@ def test_an_extension_keeps_weights_optimizer_and_centre(one_epoch, flags, step,
     run = main_dino.make_run(args, plan, images, torch.device("cpu"))
     state, path = run.find_checkpoint(extend=True)
     run.resume(state, path)
-    assert (run.step, run.epoch, run.steps_per_epoch) == (step, 1, steps_per_epoch)
+    assert (run.step, run.steps_per_epoch) == (step, steps_per_epoch)
     for name, module in (("student", run.student), ("teacher", run.teacher), ("dino_loss", run.dino_loss)):
         for key, value in module.state_dict().items():
             assert torch.equal(value, state[name][key]), (name, key)
     for number, kept in state["optimizer"]["state"].items():
         assert torch.equal(run.optimizer.state_dict()["state"][number]["exp_avg"], kept["exp_avg"])
     said = capsys.readouterr().out
-    assert ("step 8 is now counted as step 20" in said and "images 64 -> 160" in said) == (images == 160)
+    assert ("images 64 -> 160" in said) == (images == 160)
+    assert ("step 8 is now counted as step 20" in said) == (step == 20)
+    assert ("step 8 is kept" in said and "8 of the 20 steps of pass 0" in said) == (step == 8 and images == 160)
 
 
 @pytest.mark.parametrize("flags, words", [
@@ -232,6 +235,8 @@ def test_an_extension_counts_epochs_as_the_flags_do():
     run.settings["epochs"] = 3
     with pytest.raises(Refused, match="--epochs 3 .*4 done"):
         Run.check_extension(run, state, {"epochs": (4, 3)})
+    run.steps_per_epoch = 20  # of more images: the schedules by step, and their step, stay
+    assert Run.step_after(run, state) == 16
 
 
 def test_an_extension_of_nothing_is_refused(tmp_path, capsys):

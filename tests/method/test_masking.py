@@ -5,7 +5,7 @@ import pytest
 import torch
 from dinov2_figures import names_of
 
-from method.masking import add_block, batch_masks, block_mask, masks_weight
+from method.masking import add_block, batch_masks, block_mask, masked_share, masks_weight
 
 FACTS = names_of("mask_facts.json")
 GRIDS = [name for name in FACTS if name[0].isdigit()]
@@ -104,3 +104,15 @@ def test_weights(dtype):
     found = masks_weight(masks, dtype)
     assert torch.equal(found, torch.tensor([1 / 2] * 2 + [1 / 3] * 3, dtype=dtype))
     assert masks_weight(masks[1:2]).shape == (0,)
+
+
+@pytest.mark.parametrize("n, side, ratio, probability", [
+    (16, 14, (0.1, 0.5), 0.5), (7, 6, (0.1, 0.5), 0.5), (8, 6, (0.1, 0.5), 0.1), (8, 6, (0.01, 0.02), 0.5),
+    (16, 4, (0.2, 0.2), 1.0), (16, 4, (0.05, 0.05), 1.0), (16, 1, (0.1, 1.0), 1.0), (16, 4, (0.0, 0.5), 0.5),
+])  # fmt: skip
+def test_share_of_crops_with_a_mask(n, side, ratio, probability):
+    """Masks of a single patch are not always found, which the share leaves out."""
+    masks = torch.cat([batch_masks(0, 0, step, n, (side, side), ratio, probability) for step in range(25)])
+    share = masked_share(n, (side, side), ratio, probability)
+    assert share == pytest.approx(masks.any(1).float().mean().item(), abs=0.03)
+    assert (share > 0) == bool(masks.any())

@@ -4,6 +4,7 @@ import importlib
 import math
 import signal
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,12 +22,22 @@ from method import dinov2, masking
 from method.targets import Targets
 from parallel import Refused
 from pretraining import replay
+from pretraining import state as state_of_runs
 from pretraining.health import health_dinov2
 from weights import checkpoints
 
 ARGS = [*SMALLEST_DINOV2, "--saveckp_freq", 1]
 Run = partial(Started, script="main_dinov2.py")
 CENTERING = ["--centering", "centering", "--ibot_separate_head", "false", "--ibot_out_dim", 0]
+QUICK = ["--steps", 1, "--warmup_epochs", 0, "--warmup_teacher_temp_epochs", 0, "--num_workers", 0]
+
+
+@pytest.fixture
+def run_here(monkeypatch):
+    """Runs in this process: flags -> exit code."""
+    make_small_in(monkeypatch)
+    parse = main_dinov2.get_args_parser().parse_args
+    return lambda *argv: main_dinov2.main(parse([str(a) for a in (*ARGS, *QUICK, *argv)]))
 
 
 def state(folder, name: str = checkpoints.NAME) -> dict:
@@ -169,7 +180,7 @@ def test_patch_figures_are_means_over_processes_that_have_patches(monkeypatch):
     targets = Targets(q.log(), 1.0, torch.zeros(8, dtype=torch.float64), torch.zeros(6, dtype=torch.float64))
     none = Targets(targets.scores[:0], 1.0, targets.prototypes, targets.samples[:0])
     parts = {name: torch.tensor(1.0) for name in ("dino_global", "dino_local", "ibot")}
-    parts |= {"class_targets": targets, "teacher_features": torch.randn(4, 3)}
+    parts |= {"class_targets": targets, "features": torch.randn(4, 3)}
     monkeypatch.setattr("parallel.mean_over_processes", lambda x: torch.full_like(x, 0.5))
     start = {"dino": 2.0, "ibot": 1.0}
     here, there = (health_dinov2(parts | {"patch_targets": t}, start) for t in (targets, none))
@@ -224,6 +235,32 @@ def test_continue_with_heads_and_with_another_size(finished, tmp_path, monkeypat
     assert again.wait() == [0] and "resuming" in again.output(), again.output()
 
 
+EQUAL = ["--koleo_loss_weight", 0, "--drop_path_rate", 0, *CENTERING]
+
+
+@pytest.mark.parametrize("flags, words, absent", [
+    ([], ["KoLeo", "Sinkhorn-Knopp", "drop path"], ["rounding", "centre of patches"]),
+    ([*EQUAL, "--drop_path_rate", 0.3], ["drop path", "centre of patches"], ["KoLeo", "Sinkhorn"]),
+    ([*EQUAL, "--ibot_loss_weight", 0], ["rounding"], ["KoLeo", "Sinkhorn", "drop path", "centre of patches"]),
+    (["--koleo_all_processes"], ["drop path"], ["KoLeo", "Sinkhorn", "rounding"]),
+], ids=["accumulated", "centring", "equal", "processes"])  # fmt: skip
+def test_a_resume_says_what_another_split_of_the_images_changes(tmp_path, run_here, capsys, flags, words, absent):
+    args = [*flags, "--output_dir", tmp_path]
+    assert run_here(*args) == 0 and run_here(*args) == 0
+    assert "rounding" not in capsys.readouterr().out
+    if "--koleo_all_processes" in flags:  # as if two processes had written it
+        written = checkpoints.read(tmp_path / checkpoints.NAME)
+        written["args"] |= {"batch_size_per_gpu": 4, "world_size": 2}
+        checkpoints.save(written | {key: 2 * written[key] for key in ("rng", "meters")}, tmp_path / checkpoints.NAME)
+        change = ["2 -> 1 processes", "batch_size_per_gpu 4 -> 8"]
+    else:
+        args += ["--batch_size_per_gpu", 4, "--grad_accum_steps", 2]
+        change = ["batch_size_per_gpu 8 -> 4", "grad_accum_steps 1 -> 2"]
+    assert run_here(*args) == 0
+    line, = (line for line in capsys.readouterr().out.splitlines() if change[0] in line)
+    assert all(word in line for word in (*change, *words)) and not any(word in line for word in absent)
+
+
 def test_start_from_weights_of_other_channels(tmp_path):
     """Both networks start from the file, its patch embedding averaged over the three channels."""
     old = vision_transformer.build_backbone(
@@ -252,6 +289,118 @@ def test_distillation(finished, tmp_path):
         assert not made["student"]["backbone.mask_token"].any()  # nothing is masked
     refused = Run(*args, "--out_dim", 48, "--output_dir", tmp_path / "other")
     assert refused.wait() == [2] and "--out_dim 32" in refused.output() and not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("stored, extra, words", [
+    ({}, ["--mean", 0.5, 0.5, 0.5], ["--mean 0.5 0.5 0.5", "--mean 0.485 0.456 0.406"]),
+    ({"std": [0.2] * 3, "value_range": [0.0, 1000.0]}, [], ["--std 0.2 0.2 0.2 --value_range 0 1000"]),
+    ({}, ["--value_range", 0, 1000], ["--value_range 0 1000", "no --value_range", "give the former"]),
+    ({"mean": 0.5}, ["--mean", 0.1, 0.1, 0.1], ["--mean 0.1 0.1 0.1", "--mean 0.5,"]),
+    ({"args": {"arch": "vit_nano"}}, ["--mean", 0.5, 0.5, 0.5, "--value_range", 0, 1000], []),
+], ids=["mean", "std and range", "no range", "one number", "not stored"])  # fmt: skip
+def test_the_frozen_network_must_see_images_as_it_was_trained_on(finished, tmp_path, monkeypatch, stored, extra, words):
+    make_small_in(monkeypatch)
+    loaded = checkpoints.read(finished[0] / checkpoints.NAME)
+    loaded["args"] = stored["args"] if "args" in stored else loaded["args"] | stored
+    torch.save(loaded, tmp_path / "teacher.pth")
+    argv = [*ARGS, "--distill_from", tmp_path / "teacher.pth", *extra]
+    args = main_dinov2.get_args_parser().parse_args([str(a) for a in argv])
+    if not words:
+        assert main_dinov2.matching_teacher(args)
+        return
+    with pytest.raises(Refused) as refused:
+        main_dinov2.matching_teacher(args)
+    assert all(word in str(refused.value) for word in ("--distill_from", *words))
+
+
+def test_the_frozen_network_is_known_by_its_weights(finished, tmp_path, run_here, capsys):
+    """Its file may move, and nothing else: other weights there are refused."""
+    loaded, out = checkpoints.read(finished[0] / checkpoints.NAME), tmp_path / "out"
+
+    def resumed(name: str) -> tuple[int, str]:
+        return run_here("--distill_from", tmp_path / name, "--output_dir", out), capsys.readouterr().err
+
+    for name in ("one.pth", "two.pth", "other.pth"):
+        torch.save(loaded, tmp_path / name)
+        loaded["teacher"]["dino_head.mlp.0.bias"] += name == "two.pth"
+    assert resumed("one.pth")[0] == resumed("two.pth")[0] == 0
+    code, said = resumed("other.pth")
+    assert code == 2 and "distill_from_weights" in said and "other.pth" not in said
+    assert run_here("--output_dir", out) == 2 and "distill_from_weights" in capsys.readouterr().err  # without it
+    written = checkpoints.read(out / checkpoints.NAME)
+    del written["args"]["distill_from_weights"]  # as older versions wrote it: the path decides
+    for name, expected in (("one.pth", 0), ("two.pth", 2)):
+        checkpoints.save(written, out / checkpoints.NAME)
+        code, said = resumed(name)
+        assert code == expected and ("distill_from" in said) == (code == 2)
+
+
+@pytest.mark.parametrize("stored, given, changed", [
+    ({"ibot_tokens": "masked"}, {"ibot_tokens": "all", "distill_from": ""}, set()),  # of no effect
+    ({"ibot_tokens": "masked"}, {"ibot_tokens": "all", "distill_from": "x"}, {"ibot_tokens", "distill_from"}),
+    ({"init_heads": True, "init_from": "x"}, {"init_heads": False, "init_from": ""}, set()),
+])  # fmt: skip
+def test_flags_that_may_differ_on_a_resume(stored, given, changed):
+    assert state_of_runs.Run.changed(SimpleNamespace(settings=given), {"args": stored}).keys() == changed
+
+
+def test_a_resume_needs_no_file_of_weights(finished, tmp_path, run_here):
+    assert run_here("--init_from", finished[0] / checkpoints.NAME, "--init_heads", "--output_dir", tmp_path) == 0
+    assert run_here("--output_dir", tmp_path) == 0
+
+
+def test_a_student_that_collapses_in_distillation_is_named(monkeypatch):
+    """The targets of a frozen network stay as they are, so only what the student makes of the images tells."""
+    make_small_in(monkeypatch)
+    torch.manual_seed(0)
+    args = main_dinov2.get_args_parser().parse_args([str(a) for a in (*ARGS, "--distill_from", "x")])
+    student, frozen = (main_dinov2.make_network(args) for _ in range(2))
+    objective = main_dinov2.make_loss(args)
+    crops = [torch.randn(16, 3, 16, 16), torch.randn(16, 3, 8, 8)]
+    for collapsed in (False, True):
+        if collapsed:
+            student.backbone.norm.weight.data.zero_()  # all tokens are equal
+        parts = dinov2.losses(student, frozen, crops, torch.zeros(16, 16, dtype=torch.bool), objective, 0.02)[1]
+        figures = {k: v.item() for k, v in health_dinov2(parts, main_dinov2.losses_at_start(args)).items()}
+        line = main_dinov2.warning(figures, objective, 16, warming_up=False)
+        assert "student" in line and "directions" in line if collapsed else line is None
+
+
+@pytest.mark.parametrize("flags, step, words", [
+    (["--layerscale", "1e-5"], 0, None),
+    (["--layerscale", "1e-5", "--centering", "centering"], 9, ["uniform", "--centering sinkhorn_knopp"]),
+    (["--layerscale", "1e-5"], 9, ["uniform", "--lr"]),
+], ids=["new", "centring", "sinkhorn"])
+def test_uniform_outputs_of_a_new_network_are_no_collapse(flags, step, words):
+    """LayerScale of 1e-5 makes the class tokens of a new network almost equal. The warm-up has 8 steps."""
+    args = main_dinov2.get_args_parser().parse_args([str(a) for a in (*ARGS, *flags)])
+    plan, objective = main_dinov2.make_plan(args, 64), main_dinov2.make_loss(args)
+    means = {"entropy": math.log(32), "prototypes_used": 8.0, "feature_rank": 5.0}
+    line = main_dinov2.warning(means, objective, 16, step <= plan.warmup)
+    assert line is None if words is None else all(word in line for word in words)
+    assert not line or ("--centering" in line) == ("centering" in flags)
+
+
+def test_what_a_run_says_of_few_images_and_of_masks_that_never_happen(tmp_path, run_here, capsys):
+    assert run_here(*CENTERING, "--mask_ratio", 0.01, 0.02, "--batch_size_per_gpu", 2, "--output_dir", tmp_path) == 0
+    said = capsys.readouterr().out
+    assert said.count("directions") == 1 and "--batch_size_per_gpu 2" in said
+    assert "WARNING: --mask_ratio 0.01 0.02" in said and "0.00 on patches" in said and "ibot left" not in said
+
+
+def test_replay_of_a_distillation_looks_into_the_frozen_network(finished, tmp_path, run_here, monkeypatch, capsys):
+    teacher = checkpoints.read(finished[0] / checkpoints.NAME)
+    torch.save(teacher, tmp_path / "teacher.pth")
+    with monkeypatch.context() as patch:
+        patch.setattr(dinov2, "koleo", lambda tokens, *args: tokens.sum() * float("nan"))
+        assert run_here("--distill_from", tmp_path / "teacher.pth", "--output_dir", tmp_path) == 1
+    assert run_here("--replay", tmp_path / replay.NAME) == 0
+    said = capsys.readouterr().out
+    assert "WARNING: --drop_path_rate 0.3" in said
+    assert "frozen network: all outputs are finite" in said and "in float32 the step is finite" in said
+    teacher["teacher"]["dino_head.mlp.0.bias"] += 1
+    torch.save(teacher, tmp_path / "teacher.pth")
+    assert run_here("--replay", tmp_path / replay.NAME) == 2 and "other weights" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("script, extra", [
@@ -294,6 +443,14 @@ BAD = [
     (["--interpolate_offset", "1e-17"], ["--interpolate_offset 1e-17", "give 0"]),
     (["--layerscale", "1e300"], ["--layerscale", "1e300 is out of range", "at most 1e+30"]),
     (["--head_nlayers", "9" * 30], ["memory ran out"]), (["--num_register_tokens", "9" * 30], ["memory ran out"]),
+    (["--ibot_tokens", "masked"], ["--ibot_tokens masked", "--distill_from"]),
+    (["--lr", "5e-6"], ["--min_lr 1e-06", "--lr 5e-06", "8 images", "lower"]),
+    (["--mask_probability", "0.05"], ["--mask_probability 0.05", "16 global crops", "0.063 or more",
+                                      "--ibot_separate_head false"]),
+    (["--mask_ratio", "0.01", "0.02"], ["--mask_ratio 0.01 0.02", "16 patches", "0.125 or more",
+                                        "--ibot_separate_head false"]),
+    (["--global_crops_size", "4", "--local_crops_number", "0"],
+     ["--global_crops_size 4", "--patch_size 4", "make it larger"]),
 ]
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
-from forks import SMALLEST, Started, lines
+from forks import SMALLEST, Started, lines, make_small_in
 from processes import ENV, start
 
 import main_dino
@@ -314,3 +314,13 @@ def test_a_run_goes_on_with_other_processes(tmp_path, first, then):
     other = run(*SGD, "--batch_size_per_gpu", 4, out=tmp_path / "whole")
     assert other.wait() == [2] and "global_batch 8 -> 4" in other.output()
     assert len(other.output().strip().splitlines()) == 1
+
+
+def test_a_resume_with_another_split_of_the_images_names_batch_norm(tmp_path, monkeypatch, capsys):
+    make_small_in(monkeypatch)
+    args = [*SMALLEST, "--use_bn_in_head", "true", "--steps", 1, "--warmup_epochs", 0, "--num_workers", 0,
+            "--output_dir", tmp_path]
+    for split in ([], ["--batch_size_per_gpu", 4, "--grad_accum_steps", 2]):
+        assert main_dino.main(main_dino.get_args_parser().parse_args([str(a) for a in (*args, *split)])) == 0
+    line, = (line for line in capsys.readouterr().out.splitlines() if "batch_size_per_gpu 8 -> 4" in line)
+    assert "grad_accum_steps 1 -> 2" in line and "batch norm" in line and "rounding" not in line

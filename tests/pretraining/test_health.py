@@ -8,7 +8,7 @@ import torch
 import utils
 from method.rank import effective_rank
 from pretraining import failures, logs
-from pretraining.health import collapse, health
+from pretraining.health import collapse, few_directions, health
 from pretraining.meters import Meters
 
 
@@ -44,8 +44,8 @@ def test_the_three_ways_of_a_teacher():
     healthy = health(different * 10, torch.randn(n, 4), torch.tensor(4.0), loss_of(K), 0)
 
     def verdict(h):
-        return collapse(h["entropy"].item(), math.log(K), h["prototypes_used"].item(),
-                        feature_rank=h["feature_rank"].item())
+        used = h["prototypes_used"].item()
+        return collapse(h["entropy"].item(), math.log(K), used) or few_directions(h["feature_rank"].item(), used, n)
 
     assert "uniform" in verdict(uniform) and "--teacher_temp" in verdict(uniform)
     assert "one prototype" in verdict(one_hot) and "--teacher_temp" in verdict(one_hot)
@@ -55,6 +55,13 @@ def test_the_three_ways_of_a_teacher():
     line = health(soft, groups[:, None] * torch.ones(4) + 1e-3 * torch.randn(n, 4), torch.tensor(4.0), loss_of(K), 0)
     assert 0.1 < line["entropy"].item() / math.log(K) < 0.99
     assert "directions" in verdict(line) and "--lr" in verdict(line)
+
+
+def test_what_few_crops_or_a_new_network_cannot_show():
+    assert few_directions(1.5, 3, 8) and not few_directions(1.5, 3, 6)
+    assert collapse(0.0, math.log(64), 1, rows=4) and not collapse(0.0, math.log(64), 1, rows=2)  # of one image
+    uniform = math.log(64), math.log(64), 1
+    assert collapse(*uniform) and not collapse(*uniform, warming_up=True)
 
 
 def test_meters_average_and_go_round():

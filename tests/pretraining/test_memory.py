@@ -37,6 +37,9 @@ def test_estimate(checkpointing, dropped):
     network.backbone.set_grad_checkpointing(checkpointing is not None, layers=checkpointing == "layers")
     state, saved, scores = memory.bytes_needed(network, 8, 64, 32, 3, 0.15, None, checkpointing, dropped)
     assert state == 20 * sum(p.numel() for p in network.parameters())  # weights, gradients, moments, teacher's weights
+    with_frozen = memory.bytes_needed(network, 8, 64, 32, 3, 0.15, torch.bfloat16, checkpointing, dropped, network)[0]
+    without = memory.bytes_needed(network, 8, 64, 32, 3, 0.15, torch.bfloat16, checkpointing, dropped)[0]
+    assert with_frozen - without == state / 5  # weights; autocast keeps no half copies of what needs no gradients
     activations, kept_scores = measured(args, network, 64 - int(64 * dropped))
     if checkpointing == "blocks":  # while a block is recomputed, its own activations are there too
         activations += memory.block_bytes(network.backbone, 8 * (2 * 65 + 3 * 17), 4)
