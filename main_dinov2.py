@@ -249,10 +249,10 @@ def make_backbone(args: argparse.Namespace, drop_path_rate: float = 0.0) -> tupl
 
 
 def make_networks(args: argparse.Namespace) -> tuple[BackboneAndHeads, BackboneAndHeads]:
+    settings, state = networks.read_heads(args.init_from, "--init_from") if args.init_heads else ({}, {})
     student, teacher = networks.pair(partial(make_network, args), args.drop_path_rate, args.init_from,
                                      args.init_in_chans)
     if args.init_heads:
-        settings, state = networks.read_heads(args.init_from, "--init_from")
         networks.fill(student, state, settings, args.init_from, "--init_heads", heads_only=True)
         teacher.load_state_dict(student.state_dict())
     if args.distill_from or not args.mask_probability:

@@ -510,7 +510,7 @@ def test_a_frozen_teacher_interpolates_as_it_was_trained(tmp_path, stored):
     """Tensors of a run with registers have the names of the published weights, which were trained in another way."""
     flags = {} if stored is None else {"args": {"arch": "vit_nano", "method": "dinov2"} | stored}
     torch.save({"teacher": main_dinov2.make_network(parsed()).state_dict()} | flags, tmp_path / "w.pth")
-    network, _ = main_dinov2.read_teacher(str(tmp_path / "w.pth"))
+    network, _ = main_dinov2.read_teacher(parsed("--distill_from", tmp_path / "w.pth"))
     assert network.backbone.num_register_tokens == 2
     assert (network.backbone.interpolate_antialias, network.backbone.interpolate_offset) == (
         (True, 0.0) if stored else (False, 0.1))
