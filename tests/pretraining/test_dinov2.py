@@ -268,7 +268,7 @@ def test_start_from_weights_of_other_channels(tmp_path):
     torch.save(old, tmp_path / "w.pth")
     args = main_dinov2.get_args_parser().parse_args([str(a) for a in (
         *ARGS, "--in_chans", 2, "--mean", 0, 0, "--std", 1, 1, "--init_from", tmp_path / "w.pth", "--init_in_chans",
-        "mean")])
+        "mean", "--interpolate_antialias", "true", "--interpolate_offset", 0)])  # of published weights with registers
     name = "patch_embed.proj.weight"
     for network in main_dinov2.make_networks(args):
         new = network.backbone.state_dict()
