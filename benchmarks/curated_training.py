@@ -1,9 +1,9 @@
 """k-NN accuracy of DINO trained on a curated list against random lists of the same size, at equal steps.
 
     python benchmarks/long_tail.py --data_path imagenette128/train --output long_tail.txt
-    python curate.py --pretrained_weights output/imagenette2/checkpoint.pth --data_path long_tail.txt \\
-        --keep 1000 --output_dir output/curated
-    python benchmarks/curated_training.py --pile long_tail.txt --curated output/curated/list.txt \\
+    python curate.py --pretrained_weights output/imagenette2_11/checkpoint.pth --crop_size 96 \\
+        --data_path long_tail.txt --keep 1000 --output_dir output/curated_long_tail
+    python benchmarks/curated_training.py --pile long_tail.txt --curated output/curated_long_tail/list.txt \\
         --eval_data_path imagenette128
 
 A run per list and seed; the random lists are drawn from the pile by the seed. A call that was stopped goes on where it
