@@ -231,7 +231,7 @@ def test_start_from_weights_of_other_channels(tmp_path):
     torch.save(old, tmp_path / "w.pth")
     args = main_dinov2.get_args_parser().parse_args([str(a) for a in (
         *ARGS, "--in_chans", 2, "--mean", 0, 0, "--std", 1, 1, "--init_from", tmp_path / "w.pth", "--init_in_chans",
-        "mean")])
+        "mean", "--interpolate_antialias", "true", "--interpolate_offset", 0)])  # of published weights with registers
     name = "patch_embed.proj.weight"
     for network in main_dinov2.make_networks(args):
         new = network.backbone.state_dict()
@@ -365,7 +365,8 @@ def test_heads_of_a_plain_backbone_are_refused(finished, tmp_path, capsys):
     backbone = {k.removeprefix("backbone."): v for k, v in teacher.items() if k.startswith("backbone.")}
     torch.save(backbone, tmp_path / "backbone.pth")
     for flag in (["--init_heads", "--init_from"], ["--distill_from"]):
-        run = Run(*ARGS, *flag, tmp_path / "backbone.pth", "--output_dir", tmp_path / "out")
+        run = Run(*ARGS, "--interpolate_antialias", "true", "--interpolate_offset", 0, *flag, tmp_path / "backbone.pth",
+                  "--output_dir", tmp_path / "out")
         assert run.wait() == [2], run.output()
         assert "no heads" in run.output() and "--freeze_backbone_epochs" in run.output()
 
