@@ -522,7 +522,8 @@ def test_heads_of_a_plain_backbone_are_refused(finished, tmp_path, capsys):
     backbone = {k.removeprefix("backbone."): v for k, v in teacher.items() if k.startswith("backbone.")}
     torch.save(backbone, tmp_path / "backbone.pth")
     for flag in (["--init_heads", "--init_from"], ["--distill_from"]):
-        run = Run(*ARGS, *flag, tmp_path / "backbone.pth", "--output_dir", tmp_path / "out")
+        run = Run(*ARGS, "--interpolate_antialias", "true", "--interpolate_offset", 0, *flag, tmp_path / "backbone.pth",
+                  "--output_dir", tmp_path / "out")
         assert run.wait() == [2], run.output()
         assert "no heads" in run.output() and "--freeze_backbone_epochs" in run.output()
 
