@@ -123,7 +123,7 @@ def make_plan(args: argparse.Namespace, n_images: int) -> Plan:
     check_warmups(epochs, args.steps, warmup_epochs=args.warmup_epochs,
                   warmup_teacher_temp_epochs=args.warmup_teacher_temp_epochs)
     peak = args.lr * args.batch_size_per_gpu * world * args.grad_accum_steps / 256  # linear scaling rule
-    check_min_lr(args.min_lr, peak, args.lr, options.images_per_step(args))
+    check_min_lr(args.min_lr, peak, args.lr, options.images_per_step(args), args.output_dir)
     return Plan(
         per_epoch, steps,
         lr=utils.cosine_scheduler(peak, args.min_lr, epochs, per_epoch, warmup_epochs=args.warmup_epochs),

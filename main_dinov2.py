@@ -213,7 +213,7 @@ def make_plan(args: argparse.Namespace, n_images: int) -> Plan:
     check_warmups(epochs, args.steps, warmup_epochs=args.warmup_epochs,
                   warmup_teacher_temp_epochs=args.warmup_teacher_temp_epochs)
     peak = args.lr * math.sqrt(options.images_per_step(args) / 1024)
-    check_min_lr(args.min_lr, peak, args.lr, options.images_per_step(args))
+    check_min_lr(args.min_lr, peak, args.lr, options.images_per_step(args), args.output_dir)
     lr = utils.cosine_scheduler(peak, args.min_lr, epochs, unit, warmup_epochs=args.warmup_epochs)
 
     def frozen(n_epochs: float) -> np.ndarray:

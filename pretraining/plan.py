@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import groupby
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from parallel import Refused
+from weights import checkpoints
 
 DROP_LEVELS = 4  # of the share of dropped patches: each makes torch.compile build another graph
 
@@ -110,8 +112,12 @@ def check_warmups(epochs: float, steps: int, **warmups: float) -> None:
                           "lower it")
 
 
-def check_min_lr(min_lr: float, peak: float, lr: float, images: int) -> None:
-    """Refuses a learning rate that would rise to its end. `peak`: of `lr`, scaled to `images` per step."""
-    if min_lr > peak:
+def check_min_lr(min_lr: float, peak: float, lr: float, images: int, folder: str) -> None:
+    """Refuses a learning rate that would rise to its end, unless a run with it has begun in `folder`.
+
+    Args:
+        peak: of `lr`, scaled to `images` per step.
+    """
+    if min_lr > peak and not any((Path(folder) / name).exists() for name in (checkpoints.NAME, checkpoints.PREVIOUS)):
         raise Refused(f"--min_lr {min_lr:g} is above the peak learning rate {peak:.3g}, which is --lr {lr:g} scaled to "
                       f"{images} images per step; lower it, or raise --lr")

@@ -160,7 +160,8 @@ class Run:
             self.check_extension(state, changed)
             self.check_images(state, path, extend)
             return
-        shown = ", ".join(f"{k} {old} -> {new}" for k, (old, new) in changed.items())
+        shown = ", ".join("weights of --distill_from" if k == FROZEN else f"{k} {old} -> {new}"
+                          for k, (old, new) in changed.items())
         remedy = "choose another folder, or the same flags to resume"
         if changed.keys() <= LENGTH:
             remedy += "; to continue that run for longer or on more images, add --extend"

@@ -18,7 +18,7 @@ import main_dino
 import utils
 from imagesets import loaders
 from parallel import Refused
-from pretraining import networks, options
+from pretraining import networks, options, plan
 from pretraining.state import Run
 from vision_transformer import build_backbone
 from weights import backbones, checkpoints
@@ -415,3 +415,12 @@ def test_importing_the_script_is_light():
     code = f"import sys, main_dino; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], env=ENV, cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_begun_run_whose_learning_rate_rises_goes_on(tmp_path):
+    """As its flags can't be changed; a new run is refused."""
+    rising = (1e-6, 7.8e-7, 1e-4, 2, str(tmp_path))
+    with pytest.raises(Refused, match="^--min_lr 1e-06 is above the peak learning rate 7.8e-07, .* --lr 0.0001 .*2 im"):
+        plan.check_min_lr(*rising)
+    (tmp_path / checkpoints.PREVIOUS).touch()
+    plan.check_min_lr(*rising)

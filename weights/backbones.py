@@ -96,8 +96,9 @@ def load_weights_into(
     remedy = remedy_for(model, recognized.arch, options)
     if isinstance(model, VisionTransformer) and any(options.get(k, getattr(model, k)) != getattr(model, k)
                                                     for k in INTERPOLATION):
+        begun = "; a run that has begun resumes without this file" if flag == "--init_from" else ""
         raise Refused(f"{flag} {path}: its network interpolates position embeddings in another way than this one; "
-                      f"{remedy}; a run that has begun resumes without this file")
+                      f"{remedy}{begun}")
     if isinstance(model, VisionTransformer):
         state = recognized.state if recognized.arch else rename(state)[1]
     elif misfit(model.state_dict(), state):  # else names of the model's library
@@ -160,8 +161,11 @@ def remedy_for(model: nn.Module, arch: str | None, options: Mapping) -> str:
     given = {k: wanted[k] for k in own if wanted[k] != own[k]}
     if not given:
         return REMEDY
+    if model.method == "dinov2" and arch and arch not in VIT_SIZES.values():
+        return f"main_dino.py trains such networks, with --arch {arch}; or give another file"
     if model.method == "dinov2" or given.keys() <= {"arch", "patch_size"}:
         return f"give {as_flags(given)}, or another file"
+    given |= {k: wanted[k] for k in ("layerscale",) if k in wanted}  # another default there
     return f"main_dinov2.py trains such networks, with {as_flags(given)}; or give another file"
 
 

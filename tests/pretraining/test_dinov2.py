@@ -325,8 +325,8 @@ def test_the_frozen_network_is_known_by_its_weights(finished, tmp_path, run_here
         loaded["teacher"]["dino_head.mlp.0.bias"] += name == "two.pth"
     assert resumed("one.pth")[0] == resumed("two.pth")[0] == 0
     code, said = resumed("other.pth")
-    assert code == 2 and "distill_from_weights" in said and "other.pth" not in said
-    assert run_here("--output_dir", out) == 2 and "distill_from_weights" in capsys.readouterr().err  # without it
+    assert code == 2 and "weights of --distill_from" in said and "other.pth" not in said
+    assert run_here("--output_dir", out) == 2 and "weights of --distill_from" in capsys.readouterr().err  # none
     written = checkpoints.read(out / checkpoints.NAME)
     del written["args"]["distill_from_weights"]  # as older versions wrote it: the path decides
     for name, expected in (("one.pth", 0), ("two.pth", 2)):

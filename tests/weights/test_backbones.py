@@ -107,14 +107,18 @@ LAYERSCALE = {"init_values": 1.0, "method": "dinov2"}
     ("run", LAYERSCALE, "give --num_register_tokens 4"),
     ("run", {}, "main_dinov2.py.* --num_register_tokens 4 --layerscale 1e-05"),
     ("plain", LAYERSCALE | {"num_register_tokens": 2}, "give --num_register_tokens 0"),
+    ("run without layerscale", {}, "main_dinov2.py.* --num_register_tokens 4 --layerscale 0"),
+    ("resnet", LAYERSCALE, "main_dino.py trains such networks, with --arch resnet18"),
 ])
 def test_the_remedy_names_the_flags_of_the_weights(tmp_path, kind, network, flags):
     from test_layouts import dinov2_file
 
-    state = dinov2_file(registers=4 if kind == "run" else 0, gated=kind == "swiglu")
-    if kind in ("dino", "no layerscale"):
+    state = dinov2_file(registers=4 if kind.startswith("run") else 0, gated=kind == "swiglu")
+    if kind in ("dino", "no layerscale", "run without layerscale"):
         state = {k: v for k, v in state.items() if ".ls" not in k and (kind != "dino" or k != "mask_token")}
-    args = {"args": {"method": "dinov2"}} if kind == "run" else {}
+    if kind == "resnet":
+        state = build_backbone("resnet18")[0].state_dict()
+    args = {"args": {"method": "dinov2"}} if kind.startswith("run") else {}
     torch.save({"teacher": state} | args, tmp_path / "w.pth")
     model, _ = build_backbone("vit_nano", **{"patch_size": 14, "img_size": 56} | network)
     with pytest.raises(Refused, match=f"^--init_from .*w.pth .*; {flags}[,;]"):
