@@ -351,19 +351,20 @@ def cosine_scheduler(
     niter_per_ep: int,
     warmup_epochs: float = 0,
     start_warmup_value: float = 0,
+    freeze_epochs: float = 0,
 ) -> np.ndarray:
-    """Values (epochs * niter_per_ep,), one per step: linear warm-up to `base_value`, then half a cosine to
+    """Values (epochs * niter_per_ep,), one per step: zeros while frozen, linear warm-up to `base_value`, half cosine to
     `final_value`. With final_value = base_value, it is constant after the warm-up (DINOv2's teacher temperature).
 
     The epochs may be fractional: a run of `steps` steps has steps / niter_per_ep epochs.
     """
-    n_steps, n_warmup = (round(n * niter_per_ep) for n in (epochs, warmup_epochs))
-    if n_warmup > n_steps:
-        raise ValueError(f"warm-up of {warmup_epochs:g} epochs is longer than the run of {epochs:g}")
+    n_steps, n_warmup, n_frozen = (round(n * niter_per_ep) for n in (epochs, warmup_epochs, freeze_epochs))
+    if n_frozen + n_warmup > n_steps:
+        raise ValueError(f"warm-up of {freeze_epochs + warmup_epochs:g} epochs is longer than the run of {epochs:g}")
     warmup = np.linspace(start_warmup_value, base_value, n_warmup)
-    n = n_steps - n_warmup
+    n = n_steps - n_frozen - n_warmup
     cosine = final_value + 0.5 * (base_value - final_value) * (1 + np.cos(np.pi * np.arange(n) / max(n, 1)))
-    return np.concatenate((warmup, cosine))
+    return np.concatenate((np.zeros(n_frozen), warmup, cosine))
 
 
 # ---- Teacher (section 3.1, "Teacher network") ----

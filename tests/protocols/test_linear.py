@@ -1,6 +1,7 @@
 """Linear classifiers against softmax gradients written out, the script against itself; and what it refuses."""
 
 import json
+import math
 import os
 import shutil
 
@@ -572,7 +573,6 @@ def test_one_class_and_one_image_a_class(pictures, tmp_path, capsys):
     (("--data_path", "nowhere"), "--data_path 'nowhere'"),
     (("--val_data_path", "nowhere"), "--val_data_path 'nowhere'"),
     (("--pretrained_weights", "nothing.pth"), "nothing.pth"),
-    (("--epochs", 2, "--lr", 1e39), "--lr 1e+39"),
     (("--finetune", "--warmup_epochs", 0, "--batch_size_per_gpu", 64), "--batch_size_per_gpu 64"),
 ])
 def test_bad_input_is_refused_in_one_line(flags, message, pictures, tmp_path, capsys):
@@ -581,8 +581,15 @@ def test_bad_input_is_refused_in_one_line(flags, message, pictures, tmp_path, ca
     assert error.count("\n") == 1 and message in error and not (tmp_path / "out" / "eval_linear.json").exists()
 
 
+def test_learning_rates_that_all_diverge_are_refused(pictures, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("flags.LARGEST", math.inf)
+    assert run(pictures, tmp_path, "--epochs", 2, "--lr", 1e39) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "--lr 1e+39" in error
+
+
 @pytest.mark.parametrize("flags", [("--low_shot", "0"), ("--low_shot", "200%"), ("--lr", "0"), ("--epochs", "0"),
-                                   ("--low_shot", "ten"), ("--seed", str(2**32)),
+                                   ("--lr", "1e39"), ("--low_shot", "ten"), ("--seed", str(2**32)),
                                    ("--layer_decay", "2"), ("--smoothing", "1")])
 def test_bad_flags(flags, capsys):
     with pytest.raises(SystemExit) as stopped:

@@ -154,7 +154,7 @@ def test_main_dino_has_no_flags_of_interpolation(tmp_path):
     model, _ = build_backbone("vit_nano", 8, img_size=16)
     args = {"method": "dinov2", "interpolate_antialias": True, "interpolate_offset": 0.0}
     torch.save({"teacher": model.state_dict(), "args": args}, tmp_path / "w.pth")
-    with pytest.raises(Refused, match="main_dinov2.py .*--interpolate_antialias true --interpolate_offset 0;"):
+    with pytest.raises(Refused, match="main_dinov2.py .*--interpolate_antialias true .*_offset 0 --layerscale 0;"):
         backbones.load_weights_into(model, str(tmp_path / "w.pth"), flag="--init_from")
 
 
