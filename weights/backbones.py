@@ -165,7 +165,8 @@ def remedy_for(model: nn.Module, arch: str | None, options: Mapping) -> str:
         return f"main_dino.py trains such networks, with --arch {arch}; or give another file"
     if model.method == "dinov2" or given.keys() <= {"arch", "patch_size"}:
         return f"give {as_flags(given)}, or another file"
-    given |= {k: wanted[k] for k in ("layerscale",) if k in wanted}  # another default there
+    if "layerscale" in wanted:  # another default there
+        given["layerscale"] = wanted["layerscale"]
     return f"main_dinov2.py trains such networks, with {as_flags(given)}; or give another file"
 
 
