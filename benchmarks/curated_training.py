@@ -20,10 +20,11 @@ from pathlib import Path
 import bench
 import numpy as np
 
-RECIPE = ("--arch vit_nano --patch_size 16 --global_crops_size 64 --local_crops_size 32 --local_crops_number 2 "
-          "--global_crops_scale 0.25 1 --local_crops_scale 0.05 0.25 --out_dim 512 --use_bn_in_head true "
-          "--drop_path_rate 0 --momentum_teacher 0.98 --lr 0.004 --batch_size_per_gpu 64 --warmup_epochs 1 "
-          "--eval_knn_every 0 --saveckp_freq 0 --precision fp32").split()
+RECIPE = ("--arch vit_nano --patch_size 8 --global_crops_size 48 --local_crops_size 24 --local_crops_number 4 "
+          "--global_crops_scale 0.25 1 --local_crops_scale 0.05 0.25 --out_dim 256 --use_bn_in_head true "
+          "--drop_path_rate 0 --momentum_teacher 0.97 --lr 0.004 --warmup_teacher_temp 0.04 --teacher_temp 0.025 "
+          "--warmup_teacher_temp_epochs 8 --batch_size_per_gpu 32 --warmup_epochs 3 --eval_knn_every 0 "
+          "--saveckp_freq 0 --precision fp32").split()
 
 
 def call(script: str, *flags: object) -> None:
@@ -49,7 +50,7 @@ def accuracy(images: Path, seed: int, folder: Path, args) -> dict:
 
 
 def main(args) -> int:
-    bench.header(f"DINO on a curated list against random lists of its size, {args.steps} steps of 64", args.device)
+    bench.header(f"DINO on a curated list against random lists of its size, {args.steps} steps of 32", args.device)
     out, size = Path(args.output_dir), len(Path(args.curated).read_bytes().splitlines())
     out.mkdir(parents=True, exist_ok=True)
     started, values = time.perf_counter(), {"curated": [], "random": []}
@@ -74,7 +75,7 @@ def get_args_parser():
     add("--eval_data_path", required=True, help="labelled folder with train/ and val/")
     add("--output_dir", default="output/curated_training")
     add("--seeds", type=int, default=3)
-    add("--steps", type=int, default=400)
+    add("--steps", type=int, default=800)
     add("--workers", type=int, default=1)
     add("--more", nargs="*", default=[], help="further flags of main_dino.py, without dashes: arch=vit_tiny")
     return parser
