@@ -682,7 +682,7 @@ def _vit(embed_dim: int, heads: int, patch_size: int, **kwargs) -> VisionTransfo
 
 
 def vit_nano(patch_size: int = 16, **kwargs) -> VisionTransformer:
-    """Width 192, 4 blocks, 3 heads: 2.0 M parameters at patch 16. Not a published size; for quick experiments on a CPU."""
+    """Width 192, 4 blocks, 3 heads: 2.0 M parameters at patch 16. Not published; for quick experiments on a CPU."""
     return _vit(192, 3, patch_size, **{"depth": 4} | kwargs)
 
 
