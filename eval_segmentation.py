@@ -4,6 +4,7 @@
     python eval_segmentation.py --pretrained_weights output/run/checkpoint.pth --data_path ecssd --save_masks 8
 
 Prints a table of Jaccard indices and writes it to eval_segmentation.json; protocols/segmentation.py explains its rows.
+Of a network of timm, whose attention isn't read, only the rows that need none.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="of the validation part, the random weights and k-means; change it to see how much the table varies")
     add = parser.add_argument_group("masks").add_argument
     add("--layer", type=int, default=-1,
-        help="block whose attention is used, from 0; negative ones count from the last")
+        help="block whose attention is used, from 0; negative ones count from the last; without effect on "
+             "networks of timm, whose attention isn't read")
     add("--threshold", type=flags.number(float, 0, 1, above=True), default=0.6,
         help="share of the attention that a mask holds; lower it if masks are too large")
     add = parser.add_argument_group("output").add_argument

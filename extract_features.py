@@ -36,7 +36,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("output").add_argument
     add("--output", required=True, help=f"file to write: {', '.join(embeddings.FORMATS)}")
     add("--tokens", choices=("cls", "patch", "both"), default="cls",
-        help="class token, as search.py needs it; patch tokens, for dense tasks; or both")
+        help="class token, as search.py needs it; patch tokens, for dense tasks, of a Vision Transformer of this "
+             "project or of timm; or both")
     add("--half", action="store_true", help="float16 instead of float32, half the size")
     add("--images_per_part", type=flags.positive_int, default=1024,
         help="images written at a time: a run that is stopped loses at most these. Lower it for patch tokens, which "

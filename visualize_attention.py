@@ -4,6 +4,8 @@
     python visualize_attention.py --pretrained_weights output/run/checkpoint.pth --image_path photo.jpg
     python visualize_attention.py --pretrained_weights output/run/checkpoint.pth --images folder --pca
     python visualize_attention.py --pretrained_weights output/run/checkpoint.pth --video clip.mp4 --threshold 0.6
+
+Of a network of timm, --pca and --point draw its patch tokens; its attention isn't read.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import parallel
 from imagesets import checking
 from parallel import Refused
 from protocols import attention, attention_video, dense, features
+from vision_transformer import VITS
 
 FIGURES = r"(img|overlay|pca|similarity|attn-(mean|head\d+)|mask_th.+_head\d+)\.png"  # of one image
 
@@ -54,7 +57,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--threshold", type=flags.number(float, 0, 1, above=True),
         help="also draw masks of the patches that hold this share of the attention (paper: 0.6)")
     add("--pca", action="store_true",
-        help="also draw the first three principal components of the patch tokens as colours")
+        help="also draw the first three principal components of the patch tokens as colours; networks of timm need "
+             "this or --point, and have no other figures")
     add("--point", type=flags.non_negative, nargs=2, metavar=("X", "Y"),
         help="also draw every patch's similarity to the one at this pixel of the image (of a video's first frame, and "
              "followed from there)")
@@ -79,6 +83,13 @@ def check_args(args: argparse.Namespace) -> None:
             raise Refused(f"--{flag} {file}: a figure of this name would replace it; give another --output_dir")
 
 
+def check_without_attention(args: argparse.Namespace, arch: str) -> None:
+    attention_asked = args.video is not None or args.threshold is not None or args.layer != -1
+    if attention_asked or not (args.pca or args.point):
+        raise Refused(f"--arch {arch}: of networks of timm, patch tokens are read, not attention; give --pca or "
+                      f"--point, without --video, --threshold and --layer, or use one of {', '.join(VITS)}")
+
+
 def visualize(args: argparse.Namespace) -> None:
     """Draw what the flags ask for. Raises Refused for bad input."""
     check_args(args)
@@ -90,7 +101,9 @@ def visualize(args: argparse.Namespace) -> None:
     network = features.load_network(
         device=parallel.pick_device(args.device), crop_size=min(args.image_size, default=0), size_flag="--image_size",
         **flags.network_values(args) | {"patch_size": patch_size})
-    dense.check_attention(network, args.image_size, args.layer)
+    dense.check_look(network, args.image_size, args.layer)
+    if not dense.has_attention(network):
+        check_without_attention(args, network.about["arch"])
     settings = {"image_size": args.image_size, "output_dir": args.output_dir, "layer": args.layer,
                 "threshold": args.threshold, "pca": args.pca}
     if args.video is not None:

@@ -1,4 +1,5 @@
-"""Figures of what a Vision Transformer attends to: of one image, of a set of images, of a network in training.
+"""Figures of what a Vision Transformer attends to and of its patch tokens: of one image, of a set of images, of a
+network in training. Of networks of timm, whose attention isn't read, figures of the patch tokens only.
 
 Figures are uint8 arrays (height, width, 3). Shapes: C channels, H heads, h x w patches, D width.
 """
@@ -20,6 +21,7 @@ from parallel import Refused
 from protocols import dense, sheets
 from protocols.features import Network
 from protocols.progress import progress
+from protocols.tokens import normalize, patch_size
 from protocols.transforms import TooManyPatches
 
 PUBLISHED_SIZE = (480, 480)  # of the published script's figures
@@ -51,7 +53,8 @@ def draw_image(
     network: Network, image: Tensor, image_size: Sequence[int], output_dir: str | os.PathLike, layer: int = -1,
     threshold: float | None = None, pca: bool = False, point: Sequence[float] | None = None,
 ) -> None:
-    """Write img.png, attn-mean.png, overlay.png, attn-head*.png and what else is asked for.
+    """Write img.png, attn-mean.png, overlay.png, attn-head*.png and what else is asked for; of a network of timm,
+    nothing of attention.
 
     img.png, attn-head*.png and the size of mask_th*_head*.png are those of the published script.
 
@@ -65,14 +68,15 @@ def draw_image(
     Raises:
         Refused: the point lies outside the image, or nothing can be written to `output_dir`.
     """
-    patch, image_size = network.info["patch_size"], image_size or PUBLISHED_SIZE
+    patch, image_size = patch_size(network), image_size or PUBLISHED_SIZE
     position = dense.patch_of_point(point, *image.shape[-2:], image_size, patch) if point else None
     image, attention, tokens = dense.look(network, image, image_size, layer, bilinear=True)
-    figure, mean = sheets.as_picture(image), attention.mean(axis=0)
-    figures = {"img": stretched(network, image), "attn-mean": heat_figure(mean, figure),
-               "overlay": sheets.attention_overlay(figure, mean)}
-    figures |= {f"attn-head{i}": heat_figure(head, figure) for i, head in enumerate(attention)}
-    if threshold:
+    figure, figures = sheets.as_picture(image), {"img": stretched(network, image)}
+    if attention is not None:
+        mean = attention.mean(axis=0)
+        figures |= {"attn-mean": heat_figure(mean, figure), "overlay": sheets.attention_overlay(figure, mean)}
+        figures |= {f"attn-head{i}": heat_figure(head, figure) for i, head in enumerate(attention)}
+    if threshold and attention is not None:
         masks = sheets.threshold_mask(attention, threshold)
         square = sheets.resize(figure, MASK_SIDE, MASK_SIDE)
         figures |= {f"mask_th{threshold}_head{i}": sheets.mask_overlay(square, m) for i, m in enumerate(masks)}
@@ -82,8 +86,9 @@ def draw_image(
         drawn = similarity_figure(figure, tokens, tokens[position])
         figures["similarity"] = sheets.outline_patch(drawn, position, patch)
     save(figures, output_dir)
-    print(f"{len(attention)} heads on {attention.shape[1]} x {attention.shape[2]} patches: {len(figures)} figures "
-          f"written to {output_dir} ({', '.join(f'{name}.png' for name in figures)})")
+    heads = "" if attention is None else f"{len(attention)} heads on "
+    print(f"{heads}{tokens.shape[0]} x {tokens.shape[1]} patches: {len(figures)} figures written to {output_dir} "
+          f"({', '.join(f'{name}.png' for name in figures)})")
 
 
 def save(figures: Mapping[str, np.ndarray], output_dir: str | os.PathLike) -> None:
@@ -95,7 +100,7 @@ def save(figures: Mapping[str, np.ndarray], output_dir: str | os.PathLike) -> No
 def stretched(network: Network, image: Tensor) -> np.ndarray:
     """An image uint8 (C, h, w) as the network gets it: its normalized values, scaled from their smallest to their
     largest over all channels, as a figure."""
-    x = dense.normalize(image, network.info, torch.device("cpu"))
+    x = normalize(image, network.info, torch.device("cpu"))
     x = (x - x.min()) / (x.max() - x.min()).clamp(min=1e-5)
     return sheets.as_picture((255 * x + 0.5).clamp(0, 255).to(torch.uint8))
 
@@ -122,7 +127,8 @@ def draw_sheets(
     network: Network, images: Images, image_size: Sequence[int], output_dir: str | os.PathLike, layer: int = -1,
     max_images: int = 16, threshold: float | None = None, pca: bool = False, flag: str = "--images",
 ) -> None:
-    """Write attention_sheet.png, a row per image, and with `pca` also pca_sheet.png, with one basis for all images.
+    """Write attention_sheet.png, a row per image, and with `pca` also pca_sheet.png, with one basis for all images; of
+    a network of timm, pca_sheet.png only.
 
     More than PAGE images are continued in attention_sheet_2.png and so on.
 
@@ -142,7 +148,7 @@ def draw_sheets(
         except decode.Undecodable as error:
             print(f"left out: {error}")
     size = image_size or [dense.default_size(
-        network.info["global_crops_size"], network.info["patch_size"],
+        network.info["global_crops_size"], patch_size(network),
         [min(image.shape[1:]) for _, image in drawn] or [0])]
     for name, image in progress(drawn, len(drawn), "images"):
         try:
@@ -153,13 +159,15 @@ def draw_sheets(
         raise Refused(f"{flag}: no image can be decoded and drawn; give others")
     names, shown, attentions, tokens = zip(*outputs, strict=True)
     figures = [sheets.as_picture(image) for image in shown]
-    masks = [sheets.threshold_mask(a.mean(axis=0), threshold) for a in attentions] if threshold else None
+    attends = dense.has_attention(network)
+    masks = [sheets.threshold_mask(a.mean(axis=0), threshold) for a in attentions] if threshold and attends else None
     colors = pca_figures(tokens, figures) if pca else None
     pages = {}
     for first in range(0, len(outputs), PAGE):
         page, end = slice(first, first + PAGE), f"_{first // PAGE + 1}" if first else ""
-        pages[f"attention_sheet{end}"] = sheets.attention_sheet(
-            figures[page], attentions[page], masks and masks[page], names=names[page])
+        if attends:
+            pages[f"attention_sheet{end}"] = sheets.attention_sheet(
+                figures[page], attentions[page], masks and masks[page], names=names[page])
         if pca:
             pages[f"pca_sheet{end}"] = pca_sheet(figures[page], colors[page], names[page])
     save(pages, output_dir)
@@ -207,7 +215,7 @@ def network_sheets(
     try:
         with torch.no_grad():
             outputs = [dense.attention_and_tokens(
-                model, dense.normalize(image, {"mean": mean, "std": std}, device)[None]) for image in images]
+                model, normalize(image, {"mean": mean, "std": std}, device)[None]) for image in images]
     finally:
         for module, training in modes:
             module.training = training

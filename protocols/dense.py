@@ -1,11 +1,11 @@
-"""Dense outputs of a Vision Transformer: the class token's attention to every patch, and the patch tokens.
+"""What networks see in whole images: the class token's attention to every patch, and the patch tokens.
 
 Shapes: B images, C channels, H heads, N tokens, h x w patches, D width. Sizes are (height, width) in pixels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from parallel import Refused
 from protocols.features import Network
+from protocols.tokens import check_has_patch_tokens, model_tokens, normalize, patch_size, refusing_size
 from protocols.transforms import check_patches, resize
-from vision_transformer import VITS, VisionTransformer
+from vision_transformer import VisionTransformer
 
 # ---- Sizes ----
 
@@ -106,25 +107,24 @@ def patch_of_point(
 # ---- The network ----
 
 
-def check_attention(network: Network, image_size: Sequence[int], layer: int) -> None:
+def has_attention(network: Network) -> bool:
+    """Whether `look` returns attention; of timm's networks, it reads patch tokens only."""
+    return isinstance(network.forward, VisionTransformer)
+
+
+def check_look(network: Network, image_size: Sequence[int], layer: int) -> None:
     """Fail before any image is read.
 
     Raises:
-        Refused: the network has no class token, no such layer, or patches larger than the image.
+        Refused: the network has no patch tokens, no such layer, or patches larger than the image.
     """
-    arch, model = network.about["arch"], network.forward
-    if not isinstance(model, VisionTransformer):
-        raise Refused(f"--arch {arch}: has no class token whose attention could be read; use one of {', '.join(VITS)}")
-    if not -len(model.blocks) <= layer < len(model.blocks):
-        raise Refused(f"--layer {layer}: the network has layers 0 to {len(model.blocks) - 1}; -1 is the last")
-    patch = network.info["patch_size"]
+    check_has_patch_tokens(network)
+    if has_attention(network):
+        depth = len(network.forward.blocks)
+        if not -depth <= layer < depth:
+            raise Refused(f"--layer {layer}: the network has layers 0 to {depth - 1}; -1 is the last")
+    patch = patch_size(network)
     input_sizes(patch, patch, image_size, patch)
-
-
-def normalize(images: Tensor, info: Mapping, device: torch.device) -> Tensor:
-    """uint8 (..., C, height, width) -> float32 on `device`, with the mean and std of the weights."""
-    mean, std = (torch.tensor(info[name], device=device).view(-1, 1, 1) for name in ("mean", "std"))
-    return (images.to(device) / 255 - mean) / std
 
 
 def attention_and_tokens(model: nn.Module, x: Tensor, layer: int = -1) -> tuple[Tensor, Tensor]:
@@ -157,13 +157,21 @@ def attention_and_tokens(model: nn.Module, x: Tensor, layer: int = -1) -> tuple[
 @torch.no_grad()
 def look(
     network: Network, image: Tensor, image_size: Sequence[int], layer: int = -1, bilinear: bool = False
-) -> tuple[Tensor, np.ndarray, np.ndarray]:
-    """Show a VisionTransformer one image, uint8 (C, height, width), resized by `resize_to_patches`.
+) -> tuple[Tensor, np.ndarray | None, np.ndarray]:
+    """Show a network one image, uint8 (C, height, width), resized by `resize_to_patches`.
 
     Returns:
-        The resized and cropped image uint8 (C, h * patch, w * patch); attention (H, h, w); patch tokens (h, w, D).
+        The resized and cropped image uint8 (C, h * patch, w * patch); attention (H, h, w), or None, see
+        `has_attention`; patch tokens (h, w, D).
+
+    Raises:
+        Refused: a network of timm that doesn't take images of this size.
     """
-    image = resize_to_patches(image, image_size, network.info["patch_size"], bilinear)
+    image = resize_to_patches(image, image_size, patch_size(network), bilinear)
     x = normalize(image, network.info, network.device)[None]
-    attention, tokens = attention_and_tokens(network.forward, x, layer)
-    return image, attention[0].numpy(), tokens[0].numpy()
+    if has_attention(network):
+        attention, tokens = attention_and_tokens(network.forward, x, layer)
+        return image, attention[0].numpy(), tokens[0].numpy()
+    with refusing_size(network, f"--image_size: an image of {x.shape[-1]} x {x.shape[-2]} pixels (width x height)"):
+        ((maps, _),) = model_tokens(network.forward, x)
+    return image, None, maps[0].movedim(0, -1).float().cpu().numpy()

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
 import atomic
@@ -25,25 +25,32 @@ from parallel import Refused
 from protocols import embeddings
 from protocols.features import Network, extract_features, images_hash, input_dataset
 from protocols.progress import duration
-from vision_transformer import VisionTransformer
+from protocols.tokens import has_patch_tokens, model_tokens, patch_size, refusing_size
 
 
-def token_forward(model: nn.Module, tokens: str) -> Callable[[Tensor], Tensor]:
+@torch.no_grad()
+def token_forward(network: Network, tokens: str) -> Callable[[Tensor], Tensor]:
     """A function images -> (B, D) for "cls", (B, P, D) for "patch", (B, 1 + P, D) for "both".
 
     Raises:
-        Refused: patch tokens of a network that has none.
+        Refused: the network has no such tokens, or doesn't take images of this size.
     """
+    model, arch, crop = network.forward, network.about["arch"], network.about["crop_size"]
     if tokens == "cls":
         return model
-    if not isinstance(model, VisionTransformer):
-        raise Refused(f"--tokens {tokens}: this network has no patch tokens; give --tokens cls, or a Vision "
-                      "Transformer of this project")
+    if not has_patch_tokens(network):
+        raise Refused(f"--tokens {tokens}: {arch} has no patch tokens; give --tokens cls, or a Vision Transformer, of "
+                      "this project or of timm")
+    with refusing_size(network, f"--crop_size {crop}"):
+        image = torch.zeros(1, network.info["in_chans"], crop, crop, device=network.device)
+        ((_, class_token),) = model_tokens(model, image)
+    if tokens == "both" and class_token is None:
+        raise Refused(f"--tokens both: no class token is read beside the patch tokens of {arch}; give --tokens patch")
 
     def forward(images: Tensor) -> Tensor:
-        output = model.forward_features(images)
-        patches = output.patch_tokens.flatten(1, 2)  # (B, P, D)
-        return patches if tokens == "patch" else torch.cat([output.cls_token[:, None], patches], dim=1)
+        ((maps, class_token),) = model_tokens(model, images)
+        patches = maps.flatten(2).transpose(1, 2)  # (B, P, D)
+        return patches if tokens == "patch" else torch.cat([class_token[:, None], patches], dim=1)
 
     return forward
 
@@ -181,7 +188,9 @@ def extract(
     Raises:
         Refused: `output` exists with other content or can't be written, or an image can't be decoded.
     """
-    forward = token_forward(network.forward, about["tokens"])
+    forward = token_forward(network, about["tokens"])
+    if about["tokens"] != "cls":
+        about = dict(about, patch_size=patch_size(network))
     if isinstance(images, Chosen):
         about = dict(about, left_out=images.left_out())
     job = Job(output, len(images), per_part, fingerprint(network, images, about, half), flag)

@@ -18,7 +18,7 @@ import torch
 from imagesets.decode import Undecodable
 from imagesets.sources import Images
 from parallel import Refused
-from protocols import attention, charts, report, sheets
+from protocols import attention, charts, dense, report, sheets
 from protocols.features import Network
 from protocols.knn import knn_predict, nearest
 from protocols.splits import Part
@@ -132,13 +132,15 @@ def draw(
 
     def draw_sheets() -> None:
         size = [image_size] if image_size else []
-        attention.dense.check_attention(network, size, -1)
+        dense.check_look(network, size, -1)
         attention.draw_sheets(network, images[-1], size, folder, max_images=SHOWN, threshold=0.6, pca=True,
                               flag="--data_path")
 
-    add("attention and PCA", draw_sheets,
-        ("pca_sheet.png", "the first three principal components of the patch tokens as red, green and blue"),
-        ("attention_sheet.png", "image, the patches that hold 60 % of the attention, mean of the heads, each head"))
+    pca = ("pca_sheet.png", "the first three principal components of the patch tokens as red, green and blue")
+    heads = ("attention_sheet.png", "image, the patches that hold 60 % of the attention, mean of the heads, each head")
+    add("attention and PCA", draw_sheets, *((pca, heads) if dense.has_attention(network) else (pca,)))
+    if "attention and PCA" in drawn and not dense.has_attention(network):
+        skipped["attention"] = f"the attention of {network.about['arch']}, a network of timm, isn't read"
     return drawn
 
 

@@ -9,7 +9,8 @@ foreground at the image's own size, averaged over images. Labels are used only w
     k-means            two clusters of the patch tokens; the foreground is the cluster with less of the border
     centre box         a box with the image's proportions, its size chosen on the validation part
 
-and the first four for the same network with random weights. The column "held out" averages over the images outside
+and the first four for the same network with random weights. Of a network of timm, whose attention isn't read, the
+last two. The column "held out" averages over the images outside
 the validation part; choices are judged there only.
 
 Two more columns judge the map behind a mask, which the mask can hide: a network may attend to the object and still have
@@ -39,6 +40,7 @@ from parallel import Refused, import_optional
 from protocols import dense, scores, segmentation_scores, sheets
 from protocols.features import Network, untrained
 from protocols.progress import map_shared
+from protocols.tokens import patch_size
 from protocols.transforms import TooManyPatches
 
 BOX_SIDES = tuple(round(0.3 + 0.05 * i, 2) for i in range(15))  # share of the image's sides: 0.3 to 1
@@ -99,13 +101,15 @@ def candidate_masks(
     candidates = {}
     for name, network in networks.items():
         _, attention, tokens = dense.look(network, image, [image_size], layer)
-        mean, cluster = attention.mean(axis=0, keepdims=True), kmeans_mask(tokens, seed)[None]
-        for kind, masks_, maps in (("heads", sheets.threshold_mask(attention, threshold), attention),
-                                   ("mean", sheets.threshold_mask(mean, threshold), mean),
-                                   ("k-means", cluster, cluster)):
+        cluster = kmeans_mask(tokens, seed)[None]
+        pairs = {"k-means": (cluster, cluster)}
+        if attention is not None:
+            mean = attention.mean(axis=0, keepdims=True)
+            pairs |= {kind: (sheets.threshold_mask(maps, threshold), maps)
+                      for kind, maps in (("heads", attention), ("mean", mean))}
+        for kind, pair in pairs.items():
             candidates[name, kind] = Candidate(*(
-                dense.patches_to_pixels(x, height, width, [image_size], network.info["patch_size"])
-                for x in (masks_, maps)))
+                dense.patches_to_pixels(x, height, width, [image_size], patch_size(network)) for x in pair))
     boxes = np.stack([centre_box(height, width, side) for side in BOX_SIDES])
     return candidates | {("", "box"): Candidate(boxes, boxes)}
 
@@ -178,11 +182,21 @@ def summarize(measured: Measured, validation: np.ndarray) -> list[dict]:
     return results
 
 
-def note_on_choices(validation: np.ndarray) -> str:
+def note_on_choices(validation: np.ndarray, attends: bool) -> str:
+    chosen, verb = ("one head and the centre box", "are") if attends else ("the centre box", "is")
     if validation.any():
-        return (f"one head and the centre box are chosen on {validation.sum()} images (--val_share) and judged on "
+        return (f"{chosen} {verb} chosen on {validation.sum()} images (--val_share) and judged on "
                 f"the other {(~validation).sum()}, the column held out")
-    return "no validation part (--val_share 0, or one image): one head and the centre box are left out"
+    return f"no validation part (--val_share 0, or one image): {chosen} {verb} left out"
+
+
+def notes_on(network: Network, validation: np.ndarray) -> list[str]:
+    attends = dense.has_attention(network)
+    notes = [note_on_choices(validation, attends)]
+    if not attends:
+        rows = ", ".join(row.name for row in ROWS if row.kind in ("heads", "mean"))
+        notes.append(f"left out: {rows}; the attention of {network.about['arch']}, a network of timm, isn't read")
+    return notes
 
 
 # ---- The evaluation ----
@@ -228,16 +242,17 @@ def draw_masks(
     for i in rows:
         image, truth, ignored = images.load(i)
         candidates = find_masks(image)
-        networks = [network for network, kind in candidates if kind == "heads"]
+        networks = [network for network, kind in candidates if kind == "k-means"]
         first, last = networks[0], networks[-1]
         best = {key: candidates[key].masks[values[:, 0].argmax()]
                 for key, values in measure(candidates, truth, ignored).items()}
-        shown = {"foreground": truth, "best head": best[first, "heads"]}
+        shown = {"foreground": truth, "best head": best.get((first, "heads"))}
         if head is not None:
             shown[f"head {head}"] = candidates[first, "heads"].masks[head]
-        shown |= {"mean of heads": best[first, "mean"], "k-means": best[first, "k-means"]}
+        shown |= {"mean of heads": best.get((first, "mean")), "k-means": best[first, "k-means"]}
         if last != first:
-            shown |= {"random: best head": best[last, "heads"], "random: k-means": best[last, "k-means"]}
+            shown |= {"random: best head": best.get((last, "heads")), "random: k-means": best[last, "k-means"]}
+        shown = {title: mask for title, mask in shown.items() if mask is not None}  # None: no attention is read
         figure = sheets.as_picture(image)
         cells.append([figure, *(sheets.mask_overlay(figure, mask) for mask in shown.values())])
     return sheets.contact_sheet(cells, ["image", *shown], cell=200, captions=names)
@@ -253,7 +268,7 @@ def evaluate_segmentation(
     Every process calls it; the first one writes. The same network with random weights is measured too.
 
     Args:
-        network: a VisionTransformer; computes in float32.
+        network: with patch tokens; computes in float32.
         data_path: see `masks.open_masked`.
         image_size: shorter side of the network's input in pixels; 0: see `dense.default_size`.
         layer: index of the block whose attention is used; negative ones count from the last.
@@ -267,11 +282,11 @@ def evaluate_segmentation(
         What eval_segmentation.json holds, without the command: settings, notes and {"results": lines of the table}.
 
     Raises:
-        Refused: a network without attention, no images with masks, a file that can't be read or written.
+        Refused: a network without patch tokens, no images with masks, a file that can't be read or written.
     """
     import_kmeans()  # before any work
-    dense.check_attention(network, [image_size] if image_size else (), layer)
-    images, patch = masks.open_masked(data_path, network.reading, flag), network.info["patch_size"]
+    dense.check_look(network, [image_size] if image_size else (), layer)
+    images, patch = masks.open_masked(data_path, network.reading, flag), patch_size(network)
     image_size = image_size or dense.default_size(
         network.info["global_crops_size"], patch, [min(size) for size in images.sizes])
     check_sizes(images, image_size, patch, flag)
@@ -285,13 +300,14 @@ def evaluate_segmentation(
     validation = validation_part(n, val_share, seed)
     about = {name: network.about[name] for name in (
         "arch", "patch_size", "weights", "checkpoint_key", "weights_sha256")} | {
-        "data_path": data_path, "images": n, "held_out": int((~validation).sum()),
+        "patch_size": patch, "data_path": data_path, "images": n, "held_out": int((~validation).sum()),
         "image_size": image_size, "layer": layer, "threshold": threshold, "seed": seed,
-        "notes": [*images.notes, note_on_choices(validation)],
+        "notes": [*images.notes, *notes_on(network, validation)],
     }
     if save_masks and parallel.is_main():
         rows = np.linspace(0, n - 1, min(n, save_masks)).astype(int).tolist()
-        head = choose(measured[next(iter(networks)), "heads"], ROWS[1], validation)
+        heads = measured.get((next(iter(networks)), "heads"))
+        head = None if heads is None else choose(heads, ROWS[1], validation)
         sheets.save_picture(draw_masks(rows, images, find_masks, head), output_dir / "masks.png")
     return scores.write_results(output_dir / "eval_segmentation.json", summarize(measured, validation), **about)
 

@@ -24,14 +24,13 @@ import flags
 import parallel
 from imagesets import davis, masks
 from parallel import Refused
-from protocols import dense, scores
+from protocols import dense, scores, tokens
 from protocols.features import PIXELS, Network
 from protocols.progress import progress
 from protocols.propagation import harden, one_hot, propagate_video
 from protocols.segmentation_scores import contour_accuracy, jaccard, statistics
 from protocols.transforms import resize, resize_as_opencv
 from utils import IMAGENET_MEAN, IMAGENET_STD
-from vision_transformer import VITS, VisionTransformer
 
 STATISTICS = ("mean", "recall", "decay")
 PROPAGATED, COPIED = "propagated", "first mask copied"  # methods in the table
@@ -56,10 +55,15 @@ def patch_network(network: Network, patch_size: int, arithmetic: str = flags.PUB
         if info["mean"] == (0.0,) * 3:  # the default of raw pixels; cosines of patches need centred values
             info |= {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
         network = network._replace(forward=lambda x: F.pixel_unshuffle(x, patch_size).movedim(1, -1), info=info)
-    elif isinstance(model := network.forward, VisionTransformer):
-        network = network._replace(forward=lambda x: model.forward_features(x).patch_tokens)
     else:
-        raise Refused(f"--arch {network.about['arch']}: has no patch tokens; use one of {', '.join(VITS)}, or {PIXELS}")
+        info, given = network.info | {"patch_size": tokens.patch_size(network)}, network
+
+        def forward(x: Tensor) -> Tensor:
+            with tokens.refusing_size(given, f"--image_size: a frame of {x.shape[-1]} x {x.shape[-2]} pixels"):
+                ((maps, _),) = tokens.model_tokens(given.forward, x)
+            return maps.movedim(1, -1)
+
+        network = network._replace(forward=forward, info=info)
     if arithmetic == flags.PUBLISHED and tuple(network.info["std"]) == IMAGENET_STD:
         network = network._replace(info=network.info | {"std": PUBLISHED_STD})
     return network
@@ -99,7 +103,7 @@ def frame_features(
         images = (masks.read_image(frame, network.reading, f"sequence {video.name}")
                   for frame in video.frames[first : first + batch_size])
         batch = torch.stack([shrink(image, size) for image in images])
-        yield from network.forward(dense.normalize(batch, network.info, network.device)).float()
+        yield from network.forward(tokens.normalize(batch, network.info, network.device)).float()
 
 
 # ---- One video ----
@@ -200,7 +204,7 @@ def evaluate_video_segmentation(
     Every process calls it; they share the sequences, and the first one writes the JSON file.
 
     Args:
-        network: a VisionTransformer, or raw pixels; computes in float32.
+        network: with patch tokens, or raw pixels; computes in float32.
         data_path, resolution, image_set, sequences, merge_objects: see `davis.find_videos`.
         image_size: shorter side of the network's input in pixels, rounded down to whole patches.
         patch_size: of raw pixels; a network has its own.

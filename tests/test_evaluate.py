@@ -17,6 +17,7 @@ import evaluate
 from imagesets import sources
 from imagesets.decode import PLAIN
 from protocols import overview, report
+from protocols.features import load_network
 from protocols.splits import Part
 
 
@@ -127,6 +128,14 @@ def test_the_sheets_show_test_images(page, tmp_path, monkeypatch):
     network = evaluate.load_networks(args)[evaluate.NETWORK]
     overview.draw(page, network, evaluate.check_data(args, PLAIN), [], {}, 32, 0, {})
     assert shown == [sources.open_images("shapes:8x32", "val").name(0)] != [sources.open_images("shapes:8x32").name(0)]
+
+
+def test_a_network_of_timm_has_a_sheet_of_patch_tokens(tmp_path):
+    pytest.importorskip("timm")
+    network, skipped = load_network("", "test_vit"), {}
+    drawn = overview.draw(tmp_path, network, [sources.open_images("shapes:2x32")], [], {}, 64, 0, skipped)
+    assert len(drawn["attention and PCA"]) == 1 and "test_vit" in skipped["attention"]
+    assert [path.name for path in tmp_path.glob("*.png")] == ["pca_sheet.png"]
 
 
 def test_a_bug_keeps_its_traceback(tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ from processes import launch
 import extract_features
 from imagesets import shapes
 from imagesets.sources import open_images
+from parallel import Refused
 from protocols import embeddings, extraction, features, transforms
 from weights import backbones
 
@@ -164,6 +165,34 @@ def test_pixels_and_other_networks(photos, tmp_path):
     np.testing.assert_allclose(np.load(tmp_path / "p.npy"), expected, atol=1e-6)
     assert run("--data_path", photos, "--output", tmp_path / "r.npy", "--arch", "resnet18", *more) == 0
     assert np.load(tmp_path / "r.npy").shape == (11, 512)
+
+
+def test_patch_tokens_of_a_network_of_timm(photos, tmp_path, capsys):
+    timm = pytest.importorskip("timm")
+    more = ("--arch", "test_vit", "--num_workers", 0, "--device", "cpu", "--data_path", photos)
+    found = {}
+    for tokens in ("cls", "both", "patch"):
+        assert run(*more, "--crop_size", 48, "--tokens", tokens, "--output", tmp_path / f"{tokens}.npy") == 0
+        found[tokens] = np.load(tmp_path / f"{tokens}.npy")
+    assert found["patch"].shape == (11, 9, 64) and embeddings.about_of(tmp_path / "patch.npy")["patch_size"] == 16
+    np.testing.assert_allclose(found["both"], np.concatenate([found["cls"][:, None], found["patch"]], 1), atol=1e-5)
+    torch.manual_seed(0)
+    model = timm.create_model("test_vit", dynamic_img_size=True, num_classes=0).eval()
+    dataset = transforms.EvalImages(open_images(photos), 55, 48, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    with torch.no_grad():
+        expected = model.forward_features(torch.stack([dataset[i][0] for i in range(11)]))
+    np.testing.assert_allclose(found["both"], expected, atol=1e-5)
+    # as in this project's networks, incomplete patches are ignored
+    assert run(*more, "--crop_size", 50, "--tokens", "patch", "--output", tmp_path / "cut.npy") == 0
+    assert np.load(tmp_path / "cut.npy").shape == (11, 9, 64)
+    without = ("--arch", "test_convnext", "--crop_size", 32, "--tokens", "both", "--output", tmp_path / "no.npy")
+    assert run(*more, *without) == 2
+    error = capsys.readouterr().err
+    assert "--tokens both: " in error and "test_convnext; give --tokens patch" in error and error.count("\n") == 1
+    network = features.load_network("", "test_vit", crop_size=48)
+    one_size = timm.create_model("beit_base_patch16_224", embed_dim=24, depth=1, num_heads=2)
+    with pytest.raises(Refused, match="--crop_size 48: .*give another"):
+        extraction.token_forward(network._replace(forward=one_size), "patch")
 
 
 def test_one_picture(tmp_path):

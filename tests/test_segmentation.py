@@ -16,8 +16,8 @@ import eval_segmentation as script
 import parallel
 from imagesets import decode, masks, shapes, sources
 from protocols import dense, segmentation, segmentation_scores, sheets, transforms
-from protocols.features import Network
-from vision_transformer import VisionTransformer, vit_nano
+from protocols.features import Network, load_network
+from vision_transformer import VisionTransformer, build_backbone, vit_nano
 
 # ---- Masks of patches and of pixels ----
 
@@ -393,7 +393,7 @@ def test_weights_stand_beside_random_ones_and_two_processes_agree(tmp_path):
 @pytest.mark.parametrize("flags, message", [
     (("--data_path", "nowhere"), "--data_path 'nowhere'"),
     (("--data_path", "shapes:x"), "--data_path 'shapes:x'"),
-    (("--arch", "resnet18"), "--arch resnet18: has no class token"),
+    (("--arch", "resnet18"), "--arch resnet18: has no patch tokens"),
     (("--pretrained_weights", "nothing.pth"), "nothing.pth: no such file"),
     (("--image_size", "7"), "--image_size 7"),
     (("--data_path", "shapes:2x4000", "--image_size", "3200"), "3200 x 3200 pixels makes 400 x 400 patches"),
@@ -407,6 +407,33 @@ def test_bad_input_is_refused_in_one_line(flags, message, tmp_path, capsys):
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and error.startswith("eval_segmentation.py: error: ") and message in error
     assert not (tmp_path / "out").exists()
+
+
+def test_a_network_of_timm_has_the_rows_without_attention(tmp_path, capsys):
+    pytest.importorskip("timm")
+    for i, (height, width) in enumerate([(32, 48), (48, 32), (32, 32)]):
+        write_pair(tmp_path / "data", str(i), square(height=height, width=width))
+    torch.manual_seed(1)
+    torch.save(build_backbone("test_vit")[0].state_dict(), tmp_path / "w.pth")
+    flags = ("--arch", "test_vit", "--patch_size", 8)  # the patches of this network have 16 pixels, whatever is given
+    assert run(tmp_path / "data", tmp_path / "out", *flags, "--pretrained_weights", tmp_path / "w.pth",
+               "--save_masks", 2, "--image_size", 70) == 0
+    report, printed = read(tmp_path / "out"), capsys.readouterr().out
+    assert [(row["network"], row["mask"]) for row in report["results"]] == [
+        ("network", "k-means"), ("random weights", "k-means"), ("-", "centre box")]
+    (line,) = [line for line in printed.splitlines() if line.startswith("left out: ")]
+    assert all(part in line for part in ("best head, one head, mean of heads", "test_vit")) and line in report["notes"]
+    assert report["patch_size"] == 16 and (tmp_path / "out" / "masks.png").is_file()
+
+
+def test_an_image_size_that_a_network_of_timm_does_not_take_is_refused(tmp_path, capsys):
+    timm = pytest.importorskip("timm")
+    assert run("shapes:3x32", tmp_path / "out", "--arch", "test_vit", "--image_size", 8) == 2
+    assert "--image_size 8: smaller than a patch of 16" in capsys.readouterr().err
+    network = load_network("", "test_vit")
+    one_size = timm.create_model("beit_base_patch16_224", embed_dim=24, depth=1, num_heads=2)
+    with pytest.raises(parallel.Refused, match="--image_size: an image of 48 x 32 pixels .*give another one"):
+        dense.look(network._replace(forward=one_size), torch.zeros(3, 32, 48, dtype=torch.uint8), [32])
 
 
 def test_a_bug_keeps_its_traceback(tmp_path, monkeypatch):

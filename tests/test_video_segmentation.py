@@ -313,6 +313,24 @@ def test_a_network_and_two_processes(tmp_path):
         assert (pixels[0] == pixels[1]).all()
 
 
+def test_features_of_a_network_of_timm(tmp_path):
+    timm = pytest.importorskip("timm")
+    network = features.load_network("", "test_vit", patch_size=8)
+    patches = video_segmentation.patch_network(network, 8)
+    x = torch.randn(2, 3, 32, 48)
+    found = patches.forward(x)
+    assert patches.info["patch_size"] == 16 and found.shape == (2, 2, 3, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(found, network.forward.forward_features(x)[:, 1:].unflatten(1, (2, 3)))
+    draw_video(tmp_path, "ant", frames=3)
+    assert run(tmp_path, tmp_path / "out", "--arch", "test_vit") == 0
+    assert json.loads((tmp_path / "out" / "eval_video_segmentation.json").read_text())["results"]
+    one_size = timm.create_model("beit_base_patch16_224", embed_dim=24, depth=1, num_heads=2)
+    patches = video_segmentation.patch_network(network._replace(forward=one_size), 8)
+    with pytest.raises(Refused, match="--image_size: a frame of 48 x 32 pixels.*give another one"):
+        patches.forward(x)
+
+
 def test_one_frame_has_nothing_to_measure(tmp_path, capsys):
     draw_video(tmp_path, "still", frames=1)
     assert run(tmp_path, tmp_path / "out", "--arch", "pixels") == 0

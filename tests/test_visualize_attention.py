@@ -450,6 +450,23 @@ def test_a_network_without_attention_or_weights_is_named(tmp_path, monkeypatch, 
     assert not list(tmp_path.iterdir())
 
 
+def test_patch_tokens_of_a_network_of_timm_are_drawn(tmp_path, capsys):
+    pytest.importorskip("timm")
+    path = write_image(tmp_path / "photos" / "a.png", 60, 90)
+    write_image(tmp_path / "photos" / "b.png", 70, 40)
+    timms = ("--arch", "test_vit", "--image_size", 64)
+    assert run(*timms, "--image_path", path, "--pca", "--point", 3, 4, "--output_dir", tmp_path / "one") == 0
+    assert sizes(tmp_path / "one") == dict.fromkeys(["img.png", "pca.png", "similarity.png"], (96, 64))
+    assert run(*timms, "--images", tmp_path / "photos", "--pca", "--output_dir", tmp_path / "sheet") == 0
+    assert list(sizes(tmp_path / "sheet")) == ["pca_sheet.png"]
+    capsys.readouterr()
+    for more in ([], ["--pca", "--threshold", 0.6], ["--pca", "--layer", 0], ["--pca", "--video", tmp_path / "photos"]):
+        assert run(*timms, *more, "--output_dir", tmp_path / "none") == 2
+        error = capsys.readouterr().err
+        assert "--arch test_vit: " in error and "give --pca" in error and error.count("\n") == 1
+    assert not (tmp_path / "none").exists()
+
+
 def test_a_bug_keeps_its_traceback(tiny, tmp_path, monkeypatch):
     def broken(*args, **options):
         raise ValueError("operands could not be broadcast")

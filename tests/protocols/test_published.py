@@ -9,7 +9,7 @@ import pytest
 import torch
 from golden_weights import GOLDEN, fill, rs
 
-from protocols import copies, dense, features, landmarks, propagation, retrieval, transforms, video_segmentation
+from protocols import copies, features, landmarks, propagation, retrieval, tokens, transforms, video_segmentation
 from vision_transformer import VITS
 
 FOLDER = Path(os.environ.get("PROTOCOL_GOLDEN") or GOLDEN / "protocols")
@@ -104,7 +104,7 @@ def test_a_frame():
     network = video_segmentation.patch_network(features.load_network("", "pixels"), config["patch"])
     image = torch.from_numpy(golden["image"]).movedim(-1, 0)
     size = video_segmentation.frame_size(*image.shape[1:], config["scale"], patch=1)
-    frame = dense.normalize(transforms.resize_as_opencv(image, size), network.info, network.device)
+    frame = tokens.normalize(transforms.resize_as_opencv(image, size), network.info, network.device)
     assert tuple(frame.shape) == tuple(golden["frame_shape"])
     np.testing.assert_allclose(frame[:, ::37, ::41], golden["frame_rows"], rtol=1e-6, atol=1e-6)
     np.testing.assert_allclose(frame.double().sum((1, 2)), golden["frame_sums"], rtol=1e-6, atol=1e-3)
