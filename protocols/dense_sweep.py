@@ -185,14 +185,21 @@ def fit(
 
 
 def run_of(plan: Plan) -> dict:
-    """What a stopped run and the one that resumes it must have in common; plain values."""
+    """What a stopped run and the one that resumes it must have in common; plain values.
+
+    --max_pixels is not part of it: it refuses images and changes none, and a run that it stopped goes on with a larger.
+    """
+    network = next(iter(plan.networks.values()))
+    value_range = network.reading.value_range
     recipe = {k: v if isinstance(v, (int, float)) else list(v) for k, v in plan.recipe._asdict().items()}
     items = [item for part in (plan.train, plan.held, plan.test) if part for item in part.items]
     return {
         "data": files_hash(path for item in items if isinstance(item, tuple) for path in item),  # others are drawn
         "weights": {name: f"{network.about['weights_sha256']}{network.about.get('network_options', '')}"
                     for name, network in plan.networks.items()},
-        "precision": next(iter(plan.networks.values())).about["precision"], "images": plan.sizes(),
+        "precision": network.about["precision"], "images": plan.sizes(),
+        "mean": list(network.info["mean"]), "std": list(network.info["std"]),
+        "value_range": list(value_range) if value_range else None,
         "settings": [list(s) for s in plan.settings], "crops": [plan.geometry.image_size, plan.geometry.crop],
         "recipe": {k: v for k, v in recipe.items() if k != "num_workers"}}
 

@@ -35,6 +35,7 @@ SELECTIONS = {
     "held_out": "the epoch with the highest accuracy on the held-out images",
     "last": "the last epoch",
 }
+UNSTATED = ("data", "mean", "std", "value_range")  # what older files of unfinished runs don't say
 
 
 class Setting(NamedTuple):
@@ -267,6 +268,7 @@ def run_of(about: Mapping, task: Task, training: Training) -> dict:
     """
     network = {k: about.get(k) for k in ("weights_sha256", "resize_size", "crop_size", "precision")}
     network |= {k: about[k] for k in ("network_options",) if k in about}
+    network |= {k: list(about[k]) for k in ("mean", "std")}
     parts = [part for part in (task.train, task.held, task.test) if part]
     data = hashlib.sha256("".join(f"{images_hash(part)} {part.labels.tolist()}" for part in parts).encode())
     return network | {"data": data.hexdigest(), "epochs": training.epochs, "seed": training.seed,
@@ -287,8 +289,8 @@ def unfinished(path: Path, run: Mapping, unit: str = "epoch") -> dict:
     except (layouts.BadFile, OSError) as error:
         raise Refused(f"--output_dir {path.parent}: {error}; remove it, or choose another folder") from error
     before = state.get("run") if isinstance(state, Mapping) else None
-    if isinstance(before, Mapping):  # older files don't say which data
-        before = {"data": run.get("data")} | before
+    if isinstance(before, Mapping):
+        before = {k: run[k] for k in UNSTATED if k in run} | before
     if before != run:
         keys = dict.fromkeys([*run, *before]) if isinstance(before, Mapping) else ()
         changed = ", ".join(k for k in keys if before.get(k) != run.get(k))

@@ -167,6 +167,12 @@ def test_a_stopped_run_resumes_where_it_was(tmp_path, monkeypatch, capsys):
     assert kept == ["checkpoint_semantic.pth"] and not (tmp_path / "whole" / kept[0]).exists()
     assert run(flags[0], tmp_path / "parts", *flags[1:-3], "0.2", "--save_pictures", "0") == 2
     assert "--output_dir" in (said := capsys.readouterr().err) and "settings" in said
+    for name, values in (("mean", "0.4 0.4 0.4"), ("std", "0.3 0.3 0.3"), ("value_range", "0 4095")):
+        assert run(flags[0], tmp_path / "parts", *flags[1:], f"--{name}", *values.split()) == 2
+        assert f"(different {name})" in capsys.readouterr().err
+    old = torch.load(tmp_path / "parts" / kept[0], weights_only=True)
+    del old["run"]["mean"], old["run"]["std"], old["run"]["value_range"]  # as older versions wrote it
+    torch.save(old, tmp_path / "parts" / kept[0])
     assert run(flags[0], tmp_path / "parts", *flags[1:]) == 0
     assert "resuming after step 3" in capsys.readouterr().out
     one, two = (torch.load(tmp_path / name / "semantic.pth", weights_only=True) for name in ("whole", "parts"))

@@ -452,7 +452,8 @@ def test_a_stopped_run_goes_on(flags, pictures, tmp_path, monkeypatch, capsys):
         stop_after(patch, module, name, 2)
         assert run(pictures, tmp_path / "parts", *flags) == 130
     for changed in ([f if f != 3 else 4 for f in flags], [f if f != 0.3 else 0.2 for f in flags],
-                    [*flags, "--seed", 1], [*flags, "--crop_size", 40], [*flags, "--low_shot", "80%"]):
+                    [*flags, "--seed", 1], [*flags, "--crop_size", 40], [*flags, "--low_shot", "80%"],
+                    [*flags, "--mean", 0.4, 0.4, 0.4], [*flags, "--std", 0.3, 0.3, 0.3]):
         assert run(pictures, tmp_path / "parts", *changed) == 2  # another run
         error = capsys.readouterr().err
         assert f"--output_dir {tmp_path / 'parts'}" in error and "belongs to another run (different " in error
@@ -475,7 +476,7 @@ def test_a_run_stopped_on_other_images_is_another_run(pictures, tmp_path, monkey
     assert run(tmp_path / "data", tmp_path / "out", *flags) == 2
     assert "checkpoint_linear.pth belongs to another run (different data)" in capsys.readouterr().err
     old = torch.load(tmp_path / "out" / "checkpoint_linear.pth", weights_only=True)
-    del old["run"]["data"]  # as written by versions that don't state it
+    del old["run"]["data"], old["run"]["mean"], old["run"]["std"]  # as written by versions that don't state them
     torch.save(old, tmp_path / "out" / "checkpoint_linear.pth")
     run(tmp_path / "data", tmp_path / "out", *flags)
     assert "resuming after epoch" in capsys.readouterr().out
