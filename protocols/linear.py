@@ -251,13 +251,24 @@ def train(
             raise Refused(f"--lr {min(training.lrs):g}: the loss is no longer finite; lower it")
         if is_validated(done, training):
             eta = (time.monotonic() - started) / (done - before) * (training.epochs - done)
-            parallel.say(f"epoch {done}/{training.epochs}: training loss {losses.min():.4f}"
-                         + (f" to {losses.max():.4f}" if len(losses) > 1 else "") + f", eta {duration(eta)}")
+            parallel.say(f"epoch {done}/{training.epochs}: training loss {loss_range(losses)}, eta {duration(eta)}")
         if parallel.is_main() and (done % save_freq == 0 or done == training.epochs):
             states = {name: module.state_dict() for name, module in modules.items()}
             checkpoints.save({"run": run, "epoch": done, "loss": losses} | states, path)
     parallel.barrier()
     return losses
+
+
+def loss_range(losses: Tensor) -> str:
+    """The least and the largest finite loss, and how many are not finite; one of them at least is."""
+    finite = losses[losses.isfinite()]
+    return (f"{finite.min():.4f}" + (f" to {finite.max():.4f}" if len(finite) > 1 else "")
+            + (f", {len(losses) - len(finite)} of {len(losses)} not finite" if len(finite) < len(losses) else ""))
+
+
+def is_finite(layer: nn.Module) -> bool:
+    """Whether its training has not diverged: a loss that isn't finite leaves weights that are not."""
+    return all(bool(values.isfinite().all()) for values in layer.state_dict().values())
 
 
 def run_of(about: Mapping, task: Task, training: Training) -> dict:

@@ -582,6 +582,16 @@ def test_bad_input_is_refused_in_one_line(flags, message, pictures, tmp_path, ca
     assert error.count("\n") == 1 and message in error and not (tmp_path / "out" / "eval_linear.json").exists()
 
 
+def test_a_classifier_that_diverged_is_not_chosen(pictures, tmp_path, capsys, monkeypatch):
+    """Even where its answers, all the same class, are as often right."""
+    monkeypatch.setattr("flags.LARGEST", math.inf)
+    monkeypatch.setattr(linear, "predict",
+                        lambda heads, features: torch.zeros(len(heads.heads), len(features), 1).long())
+    report = run(pictures, tmp_path, "--epochs", 1, "--views", 1, "--lr", 1e39, 0.1, "--select_epoch", "last")
+    assert [row["chosen"] for row in report["results"]] == ["", "*"]
+    assert "1 of 2 not finite" in capsys.readouterr().out
+
+
 def test_learning_rates_that_all_diverge_are_refused(pictures, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("flags.LARGEST", math.inf)
     assert run(pictures, tmp_path, "--epochs", 2, "--lr", 1e39) == 2
