@@ -12,6 +12,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +21,7 @@ import parallel
 from imagesets import class_masks, depth_maps, masks
 from imagesets.decode import Reading
 from parallel import Refused
-from protocols import overview, scores
+from protocols import overview, scores, tokens
 from protocols.copies import evaluate_copies, show_copies
 from protocols.dense_training import Recipe
 from protocols.depth import evaluate_depth, show_depth
@@ -47,9 +48,11 @@ def get_args_parser() -> argparse.ArgumentParser:
     add = flags.add_data_flags(parser, "shapes:2000x64")
     add("--segmentation_data", default="", help="images with masks, as in eval_segmentation.py; empty: left out")
     add("--semantic_data", default="",
-        help="images whose pixels have classes, as in eval_semantic.py: shapes:1200x64; empty: left out")
+        help="images whose pixels have classes, as in eval_semantic.py, at its default sizes whatever --image_size "
+             "is: shapes:1200x64; empty: left out")
     add("--depth_data", default="",
-        help="images with depth maps, as in eval_depth.py: scenes:400x64; empty: left out")
+        help="images with depth maps, as in eval_depth.py, at its default sizes whatever --image_size is: "
+             "scenes:400x64; empty: left out")
     add("--video_data", default="", help="videos with masks, as in eval_video_segmentation.py; empty: left out")
     add("--copy_data", default="", help="images and edited copies, as in eval_copy_detection.py; empty: left out")
     add("--retrieval_data", default="",
@@ -120,8 +123,9 @@ PROTOCOLS = (
                                                  num_workers=args.num_workers),
         output_dir=folder, flag="--depth_data"), show_depth, overview.depth_figures),
     Protocol("video segmentation", "video_data", lambda network, args, folder: evaluate_video_segmentation(
-        network, args.video_data, image_size=args.image_size or 480, patch_size=args.patch_size or 16,
-        output_dir=folder / "video", arithmetic=args.arithmetic), show_video_segmentation,
+        network, args.video_data, image_size=args.image_size or 480, output_dir=folder / "video",
+        patch_size=network.info.get("patch_size", args.patch_size or 16), arithmetic=args.arithmetic),
+        show_video_segmentation,
         lambda r: {"J&F": r["results"][0]["J&F"]} if r["results"] else {}),
     Protocol("copy detection", "copy_data", lambda network, args, folder: evaluate_copies(
         network, args.copy_data, image_size=network.about["crop_size"], batch_size=args.batch_size_per_gpu,
@@ -144,7 +148,10 @@ def load_networks(args: argparse.Namespace) -> dict[str, Network]:
         if args.pretrained_weights:
             networks["untrained"] = untrained(network, args.seed)
         info = network.info
-        networks["raw pixels"] = pixel_network(device, network.reading, info["mean"], info["std"])
+        pixels = pixel_network(device, network.reading, info["mean"], info["std"])
+        with suppress(Refused):  # of a network without patch tokens, which these evaluations refuse
+            pixels = pixels._replace(info=pixels.info | {"patch_size": tokens.patch_size(network)})
+        networks["raw pixels"] = pixels
     return networks
 
 

@@ -197,6 +197,8 @@ def open_plain(where: str, folder: Path, reading: decode.Reading) -> list[ClassM
     names = [line.strip() for line in named if line.strip()]
     if len(names) > VOID:
         raise Refused(f"{where}: {NAMES} names {len(names)} classes; at most {VOID} are possible")
+    if twice := [name for i, name in enumerate(names) if name in names[:i]]:
+        raise Refused(f"{where}: {NAMES} names two classes {twice[0]!r}; give them different names")
     numbers, largest = class_numbers(len(names) or VOID), 0
     for _, mask in (pair for part in pairs for pair in part):
         try:
@@ -229,6 +231,7 @@ def open_ade(where: str, folder: Path, reading: decode.Reading) -> list[ClassMas
         names = [line.split("\t")[-1].split(",")[0].strip() for line in lines]
         if len(names) != ADE_CLASSES:
             raise Refused(f"{where}: {ADE_NAMES} names {len(names)} classes, not {ADE_CLASSES}; restore or remove it")
+        names = [f"{name} ({i + 1})" if names.count(name) > 1 else name for i, name in enumerate(names)]
     return [pairs_of_files(where, matched(where, folder / "images" / part, folder / "annotations" / part, reading),
                            names, numbers, reading, zero="") for part in ("training", "validation")]
 

@@ -9,22 +9,26 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from torch import Tensor, nn
 
 import parallel
 from imagesets.annotated import Annotated
+from imagesets.decode import Undecodable
 from imagesets.listing import files_hash
 from parallel import Refused
 from protocols import sheets, tokens
 from protocols.dense_prediction import Geometry, Predictor, fitted_to
-from protocols.dense_training import Read, Recipe, Setting, TrainingCrops, train
+from protocols.dense_training import Read, Recipe, Setting, TrainingCrops, check_finite, train
 from protocols.features import PIXELS, Network, untrained
+from protocols.linear import is_finite
+from protocols.progress import map_shared
 from protocols.transforms import check_patches
 from weights import checkpoints
 
+Judgement = TypeVar("Judgement")
 TEST_SHARE = 0.2  # of the images, where there is no test set
 RAW_PIXELS = "raw pixels"
 
@@ -147,6 +151,22 @@ def check_sizes(parts: Sequence[Annotated], geometry: Geometry, patch: int) -> N
                           "give --window_size, lower --image_size or crop the image")
 
 
+def read_all(images: Annotated, judge: Callable[[np.ndarray], Judgement], where: str) -> list[Judgement]:
+    """`judge(truth)` of every image, before the training, so that a bad file does not end a run in its test.
+
+    Args:
+        where: the flag that names the images, for errors.
+
+    Raises:
+        Refused: an image or its truth can't be read.
+    """
+    try:
+        return map_shared(lambda i: judge(images.load(i)[1]), len(images.items), "images read")
+    except Undecodable as error:
+        remedy = "" if ";" in str(error) else "; repair or remove that file"
+        raise Refused(f"{where}: {error}{remedy}") from error
+
+
 def choose(settings: Sequence[Setting], goodness: Sequence[float]) -> list[int]:
     """The best setting of each network, the first among ties."""
     names = dict.fromkeys(s.features for s in settings)
@@ -158,7 +178,7 @@ def fit(
     figures: Callable[[Predictor, Annotated], list[dict]], title: str, sign: int = 1, path: Path | None = None,
     data: Mapping | None = None,
 ) -> tuple[list[Setting], list[nn.Module], list[dict]]:
-    """Train all settings, and choose the best one of each network.
+    """Train all settings, and choose the best one of each network, without those that diverged.
 
     Args:
         read, new_layer, loss: see `dense_training.train`.
@@ -169,30 +189,48 @@ def fit(
         data: plain values that, with the plan, tell one run from another.
 
     Returns:
-        The chosen settings, their layers, and a row for the report of every setting.
+        The chosen settings, their layers, and a row for the report of every setting. A baseline of which all settings
+        diverged is left out, with a note.
+
+    Raises:
+        Refused: all settings of the network diverged; see `dense_training.train` for others.
     """
     layers, losses = train(plan.networks, plan.settings, plan.crops(), plan.recipe, read, new_layer, loss, path,
                            run_of(plan) | dict(data or {}))
     rows = [s._asdict() | {"train_loss": value if math.isfinite(value) else None}
             for s, value in zip(plan.settings, losses, strict=True)]
-    chosen = list(range(len(rows)))
+    finite = [i for i, layer in enumerate(layers) if is_finite(layer)]
+    settings, layers = [plan.settings[i] for i in finite], [layers[i] for i in finite]
+    names = {s.features for s in settings}
+    check_finite([plan.settings[0].features in names], plan.recipe)
+    for name in (name for name in plan.networks if name not in names):
+        plan.notes.append(f"{name}: left out, because its loss is not finite with any --lr; a lower one may be")
+        parallel.say(plan.notes[-1])
+    chosen = list(range(len(settings)))
     if plan.held:
-        held = figures(Predictor(plan.networks, plan.settings, layers, plan.geometry, read), plan.held)
-        chosen = choose(plan.settings, [sign * figure["value"] for figure in held])
-        rows = [row | {title: figure, "chosen": "*" if i in chosen else ""}
-                for i, (row, figure) in enumerate(zip(rows, held, strict=True))]
-    return [plan.settings[i] for i in chosen], [layers[i] for i in chosen], rows
+        held = figures(Predictor(plan.networks, settings, layers, plan.geometry, read), plan.held)
+        chosen = choose(settings, [sign * figure["value"] for figure in held])
+        figure_of, starred = dict(zip(finite, held, strict=True)), {finite[i] for i in chosen}
+        rows = [row | {title: figure_of.get(i), "chosen": "*" if i in starred else ""} for i, row in enumerate(rows)]
+    return [settings[i] for i in chosen], [layers[i] for i in chosen], rows
 
 
 def run_of(plan: Plan) -> dict:
-    """What a stopped run and the one that resumes it must have in common; plain values."""
+    """What a stopped run and the one that resumes it must have in common; plain values.
+
+    --max_pixels is not part of it: it refuses images and changes none, and a run that it stopped goes on with a larger.
+    """
+    network = next(iter(plan.networks.values()))
+    value_range = network.reading.value_range
     recipe = {k: v if isinstance(v, (int, float)) else list(v) for k, v in plan.recipe._asdict().items()}
     items = [item for part in (plan.train, plan.held, plan.test) if part for item in part.items]
     return {
         "data": files_hash(path for item in items if isinstance(item, tuple) for path in item),  # others are drawn
         "weights": {name: f"{network.about['weights_sha256']}{network.about.get('network_options', '')}"
                     for name, network in plan.networks.items()},
-        "precision": next(iter(plan.networks.values())).about["precision"], "images": plan.sizes(),
+        "precision": network.about["precision"], "images": plan.sizes(),
+        "mean": list(network.info["mean"]), "std": list(network.info["std"]),
+        "value_range": list(value_range) if value_range else None,
         "settings": [list(s) for s in plan.settings], "crops": [plan.geometry.image_size, plan.geometry.crop],
         "recipe": {k: v for k, v in recipe.items() if k != "num_workers"}}
 

@@ -24,7 +24,7 @@ from imagesets.loaders import worker_options
 from parallel import Refused
 from protocols import tokens, transforms
 from protocols.features import Network, images_refused
-from protocols.linear import unfinished
+from protocols.linear import loss_range, unfinished
 from protocols.progress import progress
 from utils import cosine_scheduler
 from weights import checkpoints
@@ -145,7 +145,8 @@ def train(
         The layers, in eval mode, and their training losses, averaged over the last tenth of the steps.
 
     Raises:
-        Refused: no loss is finite, an image can't be decoded, or `path` is unreadable or belongs to another run.
+        Refused: no loss of the first network is finite, an image can't be decoded, or `path` is unreadable or belongs
+            to another run.
     """
     state = unfinished(path, run, "step") if path else {}
     device = next(iter(networks.values())).device
@@ -181,10 +182,9 @@ def train(
         optimizer.step()
         if (step + 1) % every == 0:
             mean = losses / every
-            if not mean.isfinite().any():  # a sweep continues without the settings that diverged
-                raise Refused(f"--lr {min(recipe.lrs):g}: the loss is no longer finite; lower it")
-            parallel.say(f"step {step + 1}/{recipe.steps}: training loss {mean.min():.4f}"
-                         + (f" to {mean.max():.4f}" if len(mean) > 1 else ""))
+            first_network = torch.tensor([s.features == settings[0].features for s in settings])
+            check_finite(mean.cpu()[first_network].isfinite().tolist(), recipe)
+            parallel.say(f"step {step + 1}/{recipe.steps}: training loss {loss_range(mean)}")
             last = mean.tolist()
         if path and parallel.is_main() and ((step + 1) % every == 0 or time.monotonic() - saved > SAVE_SECONDS):
             saved = time.monotonic()
@@ -194,6 +194,12 @@ def train(
                 "optimizer": optimizer.state_dict(), "layers": [layer.state_dict() for layer in layers]}, path)
     parallel.barrier()
     return [layer.eval().requires_grad_(False) for layer in layers], last
+
+
+def check_finite(finite: Sequence[bool], recipe: Recipe) -> None:
+    """Raises Refused where all settings have diverged; a sweep continues without those that have."""
+    if not any(finite):
+        raise Refused(f"--lr {min(recipe.lrs):g}: the loss is no longer finite; lower it")
 
 
 def new_layers(

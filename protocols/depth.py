@@ -23,7 +23,6 @@ from torch import Tensor
 
 import flags
 import parallel
-from imagesets.decode import Undecodable
 from imagesets.depth_maps import DepthMaps, Limits, open_depth_maps
 from parallel import Refused
 from protocols import dense_sweep, depth_scores, scores, sheets
@@ -129,7 +128,7 @@ def evaluate_depth(
     dense_sweep.check_recipe(recipe)
     images = open_depth_maps(data_path, val_data_path, network.reading, limits, flag)
     plan = make_plan(network, images, geometry or Geometry(), recipe, baselines, val_share, BLOCKS_FLAG, whole=True)
-    check_first((plan.train, plan.test), options.eval_crop, f"{flag} {data_path!r}")
+    judged = check_maps(plan, options.eval_crop, f"{flag} {data_path!r}")
     output_dir = flags.prepare_output(output_dir)
     for note in plan.notes:
         parallel.say(note)
@@ -148,7 +147,7 @@ def evaluate_depth(
                                limits=list(used), options=options._asdict())
     constants = mean_maps(plan.train) if baselines else {}
     predictor = Predictor(plan.networks, settings, layers, plan.geometry, depth_tokens)
-    measured = measure(predictor, plan.test, options.eval_crop, list(constants.values()))
+    measured = measure(predictor, judged, options.eval_crop, list(constants.values()))
     facts = [{"features": s.features, "blocks": s.blocks, "lr": s.lr} for s in settings]
     facts += [{"features": name, "blocks": None, "lr": None} for name in constants]
     results = [row | figures for row, figures in zip(facts, summaries(measured), strict=True)]
@@ -158,19 +157,31 @@ def evaluate_depth(
     report = scores.write_results(
         Path(output_dir) / "eval_depth.json", results, **dense_sweep.about(plan, network), data_path=str(data_path),
         val_data_path=val_data_path or None, depth_scale=used.scale or None, min_depth=used.least,
-        max_depth=used.largest, **options._asdict(), settings=rows)
+        max_depth=used.largest, **options._asdict(), judged_images=len(judged.items), settings=rows)
     if parallel.is_main():
         (Path(output_dir) / UNFINISHED).unlink(missing_ok=True)
     return report
 
 
-def check_first(parts: Sequence[DepthMaps], eval_crop: str, where: str) -> None:
-    """Raises Refused if the first image of a part has no depth within the limits, or not the size of the crop."""
-    for images in parts:
-        try:
-            depth_scores.judged(images.load(0)[1], eval_crop)
-        except Undecodable as error:
-            raise Refused(f"{where}: {error}") from error
+def check_maps(plan: dense_sweep.Plan, eval_crop: str, where: str) -> DepthMaps:
+    """Reads all images but those to train on, of which only the first. Adds a note for test images that are left out.
+
+    Returns:
+        The test images that have a depth inside of the crop.
+
+    Raises:
+        Refused: an image has no depth within the limits, or not the size of the crop; no test image is left.
+    """
+    for part in (plan.train.subset([0]), plan.held):
+        if part:
+            dense_sweep.read_all(part, lambda truth: None, where)
+    valid = dense_sweep.read_all(plan.test, lambda truth: bool(depth_scores.judged(truth, eval_crop).any()), where)
+    if not any(valid):
+        raise Refused(f"--eval_crop {eval_crop}: no test image has a depth inside of it; choose another one")
+    if missing := valid.count(False):
+        plan.notes.append(f"--eval_crop {eval_crop}: {missing} of {len(valid)} test images have no depth inside of it "
+                          "and are left out")
+    return plan.test.subset(np.flatnonzero(valid).tolist())
 
 
 def summaries(measured: np.ndarray) -> list[dict]:
@@ -183,7 +194,7 @@ def show_depth(report: Mapping) -> None:
     if any("held-out RMSE" in row for row in report["settings"]):
         print(scores.table(report["settings"]))
     print(f"rmse in metres, over the pixels between {report['min_depth']:g} and {report['max_depth']:g} m; means over "
-          f"{report['images'][-1]} test images, with 95 % bootstrap intervals")
+          f"{report['judged_images']} test images, with 95 % bootstrap intervals")
     print(scores.table(report["results"]), flush=True)
 
 

@@ -39,7 +39,7 @@ def judged(depth: np.ndarray, crop: str) -> np.ndarray:
 
 
 def errors(predicted: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """FIGURES of an image, (F,), over the pixels with a true depth d > 0 and their prediction p > 0; NaN without any.
+    """FIGURES of an image, (F,), over the pixels with a true depth d > 0 and their prediction p > 0, one at least.
 
         rmse     sqrt(mean((p - d)^2)), metres
         abs_rel  mean(|p - d| / d)
@@ -48,8 +48,6 @@ def errors(predicted: np.ndarray, truth: np.ndarray) -> np.ndarray:
         silog    sqrt(mean(e^2) - mean(e)^2) with e = log p - log d
     """
     valid = truth > 0
-    if not valid.any():
-        return np.full(len(FIGURES), np.nan)
     p, d = predicted[valid].astype(np.float64), truth[valid].astype(np.float64)
     e = np.log(p) - np.log(d)
     return np.array([np.sqrt(np.mean((p - d) ** 2)), np.mean(np.abs(p - d) / d),
@@ -57,14 +55,5 @@ def errors(predicted: np.ndarray, truth: np.ndarray) -> np.ndarray:
 
 
 def summarize(per_image: np.ndarray) -> dict[str, dict]:
-    """{figure: {"value", "interval", "digits"}}: means over the images (N, F), as published, and 95 % intervals.
-
-    Images without a judged pixel, whose figures are NaN, are left out.
-
-    Raises:
-        Refused: no image has a judged pixel.
-    """
-    per_image = per_image[~np.isnan(per_image).any(1)]
-    if not len(per_image):
-        raise Refused("--eval_crop: no test image has a depth inside of it; choose another one")
+    """{figure: {"value", "interval", "digits"}}: means over the images (N, F), as published, and 95 % intervals."""
     return {name: scores.summary(column) | {"digits": 3} for name, column in zip(FIGURES, per_image.T, strict=True)}

@@ -35,6 +35,7 @@ SELECTIONS = {
     "held_out": "the epoch with the highest accuracy on the held-out images",
     "last": "the last epoch",
 }
+UNSTATED = ("data", "mean", "std", "value_range")  # what older files of unfinished runs don't say
 
 
 class Setting(NamedTuple):
@@ -250,13 +251,24 @@ def train(
             raise Refused(f"--lr {min(training.lrs):g}: the loss is no longer finite; lower it")
         if is_validated(done, training):
             eta = (time.monotonic() - started) / (done - before) * (training.epochs - done)
-            parallel.say(f"epoch {done}/{training.epochs}: training loss {losses.min():.4f}"
-                         + (f" to {losses.max():.4f}" if len(losses) > 1 else "") + f", eta {duration(eta)}")
+            parallel.say(f"epoch {done}/{training.epochs}: training loss {loss_range(losses)}, eta {duration(eta)}")
         if parallel.is_main() and (done % save_freq == 0 or done == training.epochs):
             states = {name: module.state_dict() for name, module in modules.items()}
             checkpoints.save({"run": run, "epoch": done, "loss": losses} | states, path)
     parallel.barrier()
     return losses
+
+
+def loss_range(losses: Tensor) -> str:
+    """The least and the largest finite loss, and how many are not finite; one of them at least is."""
+    finite = losses[losses.isfinite()]
+    return (f"{finite.min():.4f}" + (f" to {finite.max():.4f}" if len(finite) > 1 else "")
+            + (f", {len(losses) - len(finite)} of {len(losses)} not finite" if len(finite) < len(losses) else ""))
+
+
+def is_finite(layer: nn.Module) -> bool:
+    """Whether its training has not diverged: a loss that isn't finite leaves weights that are not."""
+    return all(bool(values.isfinite().all()) for values in layer.state_dict().values())
 
 
 def run_of(about: Mapping, task: Task, training: Training) -> dict:
@@ -267,6 +279,7 @@ def run_of(about: Mapping, task: Task, training: Training) -> dict:
     """
     network = {k: about.get(k) for k in ("weights_sha256", "resize_size", "crop_size", "precision")}
     network |= {k: about[k] for k in ("network_options",) if k in about}
+    network |= {k: list(about[k]) for k in ("mean", "std")}
     parts = [part for part in (task.train, task.held, task.test) if part]
     data = hashlib.sha256("".join(f"{images_hash(part)} {part.labels.tolist()}" for part in parts).encode())
     return network | {"data": data.hexdigest(), "epochs": training.epochs, "seed": training.seed,
@@ -287,8 +300,8 @@ def unfinished(path: Path, run: Mapping, unit: str = "epoch") -> dict:
     except (layouts.BadFile, OSError) as error:
         raise Refused(f"--output_dir {path.parent}: {error}; remove it, or choose another folder") from error
     before = state.get("run") if isinstance(state, Mapping) else None
-    if isinstance(before, Mapping):  # older files don't say which data
-        before = {"data": run.get("data")} | before
+    if isinstance(before, Mapping):
+        before = {k: run[k] for k in UNSTATED if k in run} | before
     if before != run:
         keys = dict.fromkeys([*run, *before]) if isinstance(before, Mapping) else ()
         changed = ", ".join(k for k in keys if before.get(k) != run.get(k))

@@ -191,7 +191,8 @@ def probe(network: Network, task: Task, training: Training, folder: Path) -> Out
     if task.held:
         ranked = linear.predict(heads, eval_features(network, task.held, training, folder))
         right = [scores.hits(r, task.held.labels)[0] for r in ranked]
-        best = max(range(len(right)), key=lambda i: int(right[i].sum()))  # the first among ties
+        finite = [i for i, head in enumerate(heads.heads) if linear.is_finite(head)]
+        best = max(finite or [0], key=lambda i: int(right[i].sum()))  # the first among ties
         rows = [row | {"held-out top1": scores.percent(r.double()), "chosen": "*" if i == best else ""}
                 for i, (row, r) in enumerate(zip(rows, right, strict=True))]
     if parallel.is_main():

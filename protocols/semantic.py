@@ -92,6 +92,9 @@ def evaluate_semantic(
         import_kmeans()  # before any work
     images = open_class_masks(data_path, val_data_path, network.reading, foreground, flag)
     plan = make_plan(network, images, geometry, recipe, baselines, val_share, BLOCKS_FLAG)
+    for part in (plan.held, plan.test):
+        if part:
+            dense_sweep.read_all(part, lambda truth: None, f"{flag} {data_path!r}")
     output_dir = flags.prepare_output(output_dir)
     for note in plan.notes:
         parallel.say(note)

@@ -129,7 +129,7 @@ def test_whole_images_of_too_many_patches_are_refused_before_any_work(tmp_path, 
 
 
 def test_a_broken_depth_map_is_named_even_by_a_worker(tmp_path, capsys):
-    """The folder of NYU Depth v2, whose maps are not read before."""
+    """The folder of NYU Depth v2, of which only the maps of the test are read before the training."""
     for part in ("sync", "official_splits/test"):
         for i in range(4):
             (tmp_path / "nyu" / part / "room").mkdir(parents=True, exist_ok=True)
@@ -142,11 +142,47 @@ def test_a_broken_depth_map_is_named_even_by_a_worker(tmp_path, capsys):
         assert run(tmp_path / "nyu", tmp_path / "out", "--steps", "2", "--num_workers", workers) == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1 and str(path) in error and "Traceback" not in error and "no depth" in error
+    path = tmp_path / "nyu" / "official_splits" / "test" / "room" / "sync_depth_00003.png"
+    Image.fromarray(np.zeros((16, 16), np.uint16)).save(path)
+    assert run(tmp_path / "nyu", tmp_path / "before", "--steps", "2") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and str(path) in error and "remove the image" in error
+    assert not (tmp_path / "before").exists()
+
+
+def test_images_without_depth_in_the_crop_are_counted(tmp_path, capsys):
+    grey_folder(tmp_path / "data", 3)
+    for i in range(3):
+        path = tmp_path / "data" / "val" / "depth" / f"{i}.png"
+        depth = np.array(Image.open(path))
+        depth[13:] = 0  # above Garg's crop
+        if i < 2:
+            Image.fromarray(depth).save(path)
+    flags = ("--steps", "1", "--save_pictures", "1", "--eval_crop", "garg")
+    assert run(tmp_path / "data", tmp_path / "out", *flags) == 0
+    report, printed = read(tmp_path / "out"), capsys.readouterr().out
+    (note,) = [note for note in report["notes"] if "garg" in note]
+    assert "2 of 3 test images" in note and note in printed and "means over 1 test images" in printed
+    assert report["images"] == [3, 0, 3] and report["judged_images"] == 1
+    Image.fromarray(depth).save(path)
+    assert run(tmp_path / "data", tmp_path / "none", *flags) == 2
+    error = capsys.readouterr().err
+    assert "--eval_crop garg" in error and "choose" in error and not (tmp_path / "none").exists()
 
 
 def test_a_rate_that_diverges_is_named(tmp_path, capsys):
     assert run("scenes:4x16", tmp_path / "out", "--steps", "10", "--lr", "1e30", "--batch_norm", "false") == 2
     assert "--lr 1e+30: the loss is no longer finite; lower it" in capsys.readouterr().err
+
+
+def test_a_sweep_goes_on_without_a_rate_that_diverges(tmp_path, capsys):
+    flags = ("--steps", "6", "--lr", "1e30", "0.01", "--val_share", "0.5", "--save_pictures", "0")
+    assert run("scenes:4x16", tmp_path / "out", *flags) == 0
+    report, printed = read(tmp_path / "out"), capsys.readouterr().out
+    assert "1 of 2 not finite" in printed and "nan" not in printed
+    assert [(row["train_loss"] is None, row["held-out RMSE"] is None, row["chosen"])
+            for row in report["settings"]] == [(True, True, ""), (False, False, "*")]
+    assert report["results"][0]["lr"] == 0.01
 
 
 def test_presets():

@@ -12,7 +12,8 @@ from processes import launch
 import eval_semantic as script
 import parallel
 from imagesets import masks
-from protocols import tokens
+from protocols import semantic, tokens
+from protocols.semantic_layers import linear_layer
 from vision_transformer import vit_nano
 
 SMALL = ["--arch", "vit_nano", "--patch_size", "8", "--num_workers", "0", "--device", "cpu", "--batch_size", "4"]
@@ -123,9 +124,46 @@ def test_a_broken_image_is_named_even_by_a_worker(tmp_path, capsys):
         assert error.count("\n") == 1 and str(path) in error and "Traceback" not in error and "repair" in error
 
 
+def test_test_images_are_read_before_the_training(tmp_path, capsys):
+    """Those of VOC 2012, whose masks are not read to count the classes."""
+    for name in ("a", "b"):
+        for folder, values in (("JPEGImages", np.zeros((16, 16, 3))), ("SegmentationClass", np.ones((16, 16)))):
+            (tmp_path / "VOC2012" / folder).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(values.astype(np.uint8)).save(tmp_path / "VOC2012" / folder / f"{name}.png")
+    lists = tmp_path / "VOC2012" / "ImageSets" / "Segmentation"
+    lists.mkdir(parents=True)
+    (lists / "train.txt").write_text("a\n")
+    (lists / "val.txt").write_text("b\n")
+    Image.new("L", (16, 16), 200).save(tmp_path / "VOC2012" / "SegmentationClass" / "b.png")
+    assert run(tmp_path / "VOC2012", tmp_path / "out", "--steps", "2") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "b.png: value 200" in error and "repair or remove" in error
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_rate_that_diverges_is_named(tmp_path, capsys):
     assert run("shapes:4x16", tmp_path / "out", "--steps", "10", "--lr", "1e30") == 2
     assert "--lr 1e+30: the loss is no longer finite; lower it" in capsys.readouterr().err
+
+
+def test_a_sweep_goes_on_without_what_diverges(tmp_path, capsys, monkeypatch):
+    """A rate, and a baseline with every rate; classes are predicted with weights that are not finite too."""
+    def layer(width, *args):
+        layer = linear_layer(width, *args)
+        layer[-1].weight.data *= float("nan") if width == 3 * 4 * 4 else 1  # raw pixels
+        return layer
+
+    monkeypatch.setattr(semantic, "linear_layer", layer)
+    flags = ("--patch_size", "4", "--steps", "6", "--lr", "1e30", "0.01", "--val_share", "0.5", "--baselines")
+    assert run("shapes:4x16", tmp_path / "out", *flags) == 0
+    report, printed = read(tmp_path / "out"), capsys.readouterr().out
+    assert "3 of 4 not finite" in printed and "nan" not in printed
+    settings = report["settings"]
+    assert [(row["features"], row["lr"], row["held-out mIoU"] is None, row["chosen"]) for row in settings] == [
+        ("untrained", 1e30, True, ""), ("untrained", 0.01, False, "*"), ("raw pixels", 1e30, True, ""),
+        ("raw pixels", 0.01, True, "")]
+    assert [row["features"] for row in report["results"]] == ["untrained", "k-means"]
+    assert any("raw pixels" in note and "--lr" in note for note in report["notes"])
 
 
 def test_a_bug_keeps_its_traceback(tmp_path, monkeypatch):
@@ -167,6 +205,12 @@ def test_a_stopped_run_resumes_where_it_was(tmp_path, monkeypatch, capsys):
     assert kept == ["checkpoint_semantic.pth"] and not (tmp_path / "whole" / kept[0]).exists()
     assert run(flags[0], tmp_path / "parts", *flags[1:-3], "0.2", "--save_pictures", "0") == 2
     assert "--output_dir" in (said := capsys.readouterr().err) and "settings" in said
+    for name, values in (("mean", "0.4 0.4 0.4"), ("std", "0.3 0.3 0.3"), ("value_range", "0 4095")):
+        assert run(flags[0], tmp_path / "parts", *flags[1:], f"--{name}", *values.split()) == 2
+        assert f"(different {name})" in capsys.readouterr().err
+    old = torch.load(tmp_path / "parts" / kept[0], weights_only=True)
+    del old["run"]["mean"], old["run"]["std"], old["run"]["value_range"]  # as older versions wrote it
+    torch.save(old, tmp_path / "parts" / kept[0])
     assert run(flags[0], tmp_path / "parts", *flags[1:]) == 0
     assert "resuming after step 3" in capsys.readouterr().out
     one, two = (torch.load(tmp_path / name / "semantic.pth", weights_only=True) for name in ("whole", "parts"))

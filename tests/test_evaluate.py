@@ -16,9 +16,10 @@ from PIL import Image
 import evaluate
 from imagesets import sources
 from imagesets.decode import PLAIN
-from protocols import overview, report
+from protocols import overview, report, tokens
 from protocols.features import load_network
 from protocols.splits import Part
+from vision_transformer import vit_nano
 
 
 def run(*flags):
@@ -75,6 +76,17 @@ def test_the_sweep_has_the_baselines(page, tmp_path, monkeypatch):
     folders = {name: page / name.replace(" ", "_") for name in ("this network", "raw pixels")}
     assert shown == [{name: json.loads((folder / "eval_knn.json").read_text())["results"]
                       for name, folder in folders.items()}]
+
+
+def test_raw_pixels_have_the_patches_of_the_network(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "evaluate_video_segmentation", lambda *args, patch_size, **options: patch_size)
+    (video,) = [protocol for protocol in evaluate.PROTOCOLS if protocol.name == "video segmentation"]
+    torch.save(vit_nano(4, img_size=32).state_dict(), tmp_path / "weights.pth")
+    for flags, patch, of_videos in ((("--pretrained_weights", str(tmp_path / "weights.pth")), 4, 4),
+                                    (("--arch", "resnet18"), 8, 16)):
+        args = evaluate.get_args_parser().parse_args([*flags, "--baselines", "--device", "cpu"])
+        pixels = evaluate.load_networks(args)["raw pixels"]
+        assert tokens.patch_size(pixels) == patch and video.evaluate(pixels, args, tmp_path) == of_videos
 
 
 def test_notes_of_every_protocol_are_on_the_page(tmp_path):

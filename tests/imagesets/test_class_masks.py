@@ -133,6 +133,9 @@ def test_ade20k(tmp_path):
     rows = "".join(f"{i}\t0.1\t1\t1\t0\t{'wall' if i == 1 else f'thing{i}, other name'}\n" for i in range(1, 151))
     (tmp_path / "objectInfo150.txt").write_text("Idx\tRatio\tTrain\tVal\tStuff\tName\n" + rows)
     assert open_class_masks(str(tmp_path))[0].classes[::149] == ["wall", "thing150"]
+    rows = rows.replace("thing9,", "wall,")
+    (tmp_path / "objectInfo150.txt").write_text("Idx\tRatio\tTrain\tVal\tStuff\tName\n" + rows)
+    assert open_class_masks(str(tmp_path))[0].classes[:9:8] == ["wall (1)", "wall (9)"]
     with pytest.raises(Refused, match="--foreground.*not the background"):
         open_class_masks(str(tmp_path), foreground=True)
     write(tmp_path / "annotations" / "training" / "ADE_train_00000001.png", stripes(151))
@@ -169,6 +172,7 @@ def test_drawn_images():
     (lambda root: (root / "train" / "masks" / "0.png").unlink(), ("0.jpg has no mask", "remove the image")),
     (lambda root: image(root / "train" / "images" / "0.jpg", 6, 9), ("8 x 6", "9 x 6", "own size")),
     (lambda root: (root / "classes.txt").write_text("a\nb\n"), ("0.png: value 2 is none of the 2 classes", "replace")),
+    (lambda root: (root / "classes.txt").write_text("a\nb\n\na \n"), ("classes.txt", "two classes 'a'", "different")),
     (lambda root: Image.new("RGB", (8, 6)).save(root / "val" / "masks" / "0.png"), ("colour image", "class numbers")),
     (lambda root: (root / "val" / "masks" / "0.png").write_bytes(b"rubbish"), ("0.png: not an image",)),
     (lambda root: Image.fromarray(np.full((6, 8), 300, np.uint16)).save(root / "val" / "masks" / "0.png"),

@@ -452,7 +452,8 @@ def test_a_stopped_run_goes_on(flags, pictures, tmp_path, monkeypatch, capsys):
         stop_after(patch, module, name, 2)
         assert run(pictures, tmp_path / "parts", *flags) == 130
     for changed in ([f if f != 3 else 4 for f in flags], [f if f != 0.3 else 0.2 for f in flags],
-                    [*flags, "--seed", 1], [*flags, "--crop_size", 40], [*flags, "--low_shot", "80%"]):
+                    [*flags, "--seed", 1], [*flags, "--crop_size", 40], [*flags, "--low_shot", "80%"],
+                    [*flags, "--mean", 0.4, 0.4, 0.4], [*flags, "--std", 0.3, 0.3, 0.3]):
         assert run(pictures, tmp_path / "parts", *changed) == 2  # another run
         error = capsys.readouterr().err
         assert f"--output_dir {tmp_path / 'parts'}" in error and "belongs to another run (different " in error
@@ -475,7 +476,7 @@ def test_a_run_stopped_on_other_images_is_another_run(pictures, tmp_path, monkey
     assert run(tmp_path / "data", tmp_path / "out", *flags) == 2
     assert "checkpoint_linear.pth belongs to another run (different data)" in capsys.readouterr().err
     old = torch.load(tmp_path / "out" / "checkpoint_linear.pth", weights_only=True)
-    del old["run"]["data"]  # as written by versions that don't state it
+    del old["run"]["data"], old["run"]["mean"], old["run"]["std"]  # as written by versions that don't state them
     torch.save(old, tmp_path / "out" / "checkpoint_linear.pth")
     run(tmp_path / "data", tmp_path / "out", *flags)
     assert "resuming after epoch" in capsys.readouterr().out
@@ -579,6 +580,16 @@ def test_bad_input_is_refused_in_one_line(flags, message, pictures, tmp_path, ca
     assert run(pictures, tmp_path / "out", *flags) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and message in error and not (tmp_path / "out" / "eval_linear.json").exists()
+
+
+def test_a_classifier_that_diverged_is_not_chosen(pictures, tmp_path, capsys, monkeypatch):
+    """Even where its answers, all the same class, are as often right."""
+    monkeypatch.setattr("flags.LARGEST", math.inf)
+    monkeypatch.setattr(linear, "predict",
+                        lambda heads, features: torch.zeros(len(heads.heads), len(features), 1).long())
+    report = run(pictures, tmp_path, "--epochs", 1, "--views", 1, "--lr", 1e39, 0.1, "--select_epoch", "last")
+    assert [row["chosen"] for row in report["results"]] == ["", "*"]
+    assert "1 of 2 not finite" in capsys.readouterr().out
 
 
 def test_learning_rates_that_all_diverge_are_refused(pictures, tmp_path, capsys, monkeypatch):
