@@ -38,7 +38,7 @@ from pretraining.meters import Clock, Meters
 from pretraining.plan import Plan, check_min_lr, check_warmups, drop_by_epoch, early_epochs, steps_per_epoch
 from pretraining.replay import Method, replay
 from pretraining.session import Ends, add_gradients
-from pretraining.state import FROZEN, Run, plain_settings, seed_everything
+from pretraining.state import FROZEN, WARMUP_AFTER_FREEZE, Run, plain_settings, seed_everything
 from protocols.features import weights_hash
 from vision_transformer import FFN_LAYERS, VITS, DINOHead
 from weights import checkpoints
@@ -151,7 +151,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--freeze_last_layer", type=flags.non_negative, default=1,
         help="epochs in which the prototypes have learning rate 0 [optim.freeze_last_layer_epochs]")
     add("--freeze_backbone_epochs", type=flags.non_negative, default=0,
-        help="epochs in which the backbone has learning rate 0, to train new heads on --init_from first")
+        help="epochs in which the backbone has learning rate 0, to train new heads on --init_from first, at the peak "
+             "learning rate; --warmup_epochs and --freeze_last_layer begin after them")
     options.add_length_flags(add)
     add("--epoch_steps", type=flags.count, default=0,
         help="steps that count as one epoch of the flags above, warm-ups and freezing included; 0: a pass over the "
@@ -212,20 +213,29 @@ def make_plan(args: argparse.Namespace, n_images: int) -> Plan:
     epochs = steps / unit
     check_warmups(epochs, args.steps, warmup_epochs=args.warmup_epochs,
                   warmup_teacher_temp_epochs=args.warmup_teacher_temp_epochs)
+    frozen, warmup = round(args.freeze_backbone_epochs * unit), round(args.warmup_epochs * unit)  # steps
+    if frozen < steps < frozen + warmup:
+        raise Refused(f"--freeze_backbone_epochs {args.freeze_backbone_epochs:g} and --warmup_epochs "
+                      f"{args.warmup_epochs:g}, which follows it, are longer than the run of {epochs:g} epochs; lower "
+                      "either")
     peak = args.lr * math.sqrt(options.images_per_step(args) / 1024)
     check_min_lr(args.min_lr, peak, args.lr, options.images_per_step(args), args.output_dir)
-    lr = utils.cosine_scheduler(peak, args.min_lr, epochs, unit, warmup_epochs=args.warmup_epochs)
-
-    def frozen(n_epochs: float) -> np.ndarray:
-        return lr * (np.arange(len(lr)) >= round(n_epochs * unit))
-
+    alone = frozen >= steps  # heads alone are trained
+    lr = utils.cosine_scheduler(peak, args.min_lr, epochs, unit, args.warmup_epochs,
+                                freeze_epochs=0 if alone else args.freeze_backbone_epochs)
+    step = np.arange(steps)
+    backbone_lr = lr * (step >= frozen)
+    if frozen and not alone:  # the heads' is the peak, after a short ramp, until the backbone's has reached it
+        ramp = utils.cosine_scheduler(peak, peak, epochs, unit, args.freeze_backbone_epochs / 10)
+        lr = np.where(step < lr.argmax(), ramp, lr)
+    last_frozen = (step >= frozen) & (step < round((args.freeze_backbone_epochs + args.freeze_last_layer) * unit))
     return Plan(
         per_epoch, steps, lr=lr,
         wd=utils.cosine_scheduler(args.weight_decay, args.weight_decay_end, epochs, unit),
         momentum=utils.cosine_scheduler(args.momentum_teacher, 1.0, epochs, unit),
         teacher_temp=utils.cosine_scheduler(args.teacher_temp, args.teacher_temp, epochs, unit,
                                             args.warmup_teacher_temp_epochs, args.warmup_teacher_temp),
-        last_layer_lr=frozen(args.freeze_last_layer), backbone_lr=frozen(args.freeze_backbone_epochs),
+        last_layer_lr=lr * ~last_frozen, backbone_lr=backbone_lr,
         early_epochs=early_epochs(args.low_resolution_epochs, math.ceil(steps / per_epoch)),
         token_drop=drop_by_epoch(args.token_drop, math.ceil(steps / per_epoch)))
 
@@ -296,6 +306,7 @@ def make_run(args: argparse.Namespace, plan: Plan, n_images: int, device: torch.
     groups = parameter_groups(dict(student.named_children()), args.layer_decay, args.patch_embed_lr_mult)
     optimizer = torch.optim.AdamW(groups, betas=(args.adamw_beta1, args.adamw_beta2), fused=True)
     settings = plain_settings(vars(args), n_images) | {"method": "dinov2", FROZEN: ""}
+    settings |= {WARMUP_AFTER_FREEZE: True} if args.freeze_backbone_epochs else {}
     objective = make_loss(args)
     if args.centering == "centering" and (args.distill_from or args.init_heads):
         flag = "distill_from" if args.distill_from else "init_from"

@@ -21,7 +21,7 @@ class Plan(NamedTuple):
 
     steps_per_epoch: int
     steps: int
-    lr: np.ndarray  # (steps,)
+    lr: np.ndarray  # (steps,), with backbone_lr that of the heads
     wd: np.ndarray  # (steps,)
     momentum: np.ndarray  # (steps,), of the teacher's EMA
     # DINOv2's, each (steps,)
@@ -38,8 +38,10 @@ class Plan(NamedTuple):
 
     @property
     def warmup(self) -> int:
-        """The step at which the learning rate's warm-up ends, where it is highest."""
-        return int(self.lr.argmax())
+        """The step at which the learning rate's warm-up ends, where it is highest; the backbone's, unless it is frozen
+        for the whole run."""
+        lr = self.lr if self.backbone_lr is None or not self.backbone_lr.any() else self.backbone_lr
+        return int(lr.argmax())
 
     def patch_counts(self, patches: int, early_patches: int) -> list[tuple[int, int]]:
         """By epoch: patches of a global crop, and how many of them the student keeps."""

@@ -34,6 +34,9 @@ LENGTH = {"epochs", "steps", "images"}  # what a run may change with --extend: i
 
 FROZEN = "distill_from_weights"  # beside the flags: the hash of the network of --distill_from, "" without one
 
+# Beside the flags, with --freeze_backbone_epochs: True, unless the run began when the warm-up counted from its start.
+WARMUP_AFTER_FREEZE = "warmup_after_freeze"
+
 NEEDED = {
     "student", "teacher", "optimizer", "fp16_scaler", "dino_loss", "step", "precision", "args", "rng", "meters", "knn",
 }
@@ -160,6 +163,10 @@ class Run:
             self.check_extension(state, changed)
             self.check_images(state, path, extend)
             return
+        if WARMUP_AFTER_FREEZE in changed and "freeze_backbone_epochs" not in changed:
+            raise Refused(f"--output_dir {path.parent}: {path.name} belongs to a run whose --warmup_epochs began with "
+                          "--freeze_backbone_epochs, and now begins after it; resume it with the version that began "
+                          f"it, or give --init_from {path} --init_heads and another folder")
         shown = ", ".join("weights of --distill_from" if k == FROZEN else f"{k} {old} -> {new}"
                           for k, (old, new) in changed.items())
         remedy = "choose another folder, or the same flags to resume"

@@ -235,6 +235,44 @@ def test_continue_with_heads_and_with_another_size(finished, tmp_path, monkeypat
     assert again.wait() == [0] and "resuming" in again.output(), again.output()
 
 
+def test_heads_are_trained_before_the_backbone():
+    """10 steps per epoch: frozen to step 20, the backbone's warm-up to 50, prototypes fixed from 20 to 30."""
+    flags = ["--epochs", 10, "--freeze_backbone_epochs", 2, "--warmup_epochs", 3, "--lr", 0.01]
+    plan = main_dinov2.make_plan(parsed(*flags), 80)
+    peak, steps = 0.01 * math.sqrt(8 / 1024), range(100)
+    assert plan.lr.max() == pytest.approx(peak) and plan.warmup in (49, 50)
+    assert not plan.backbone_lr[:21].any() and all(plan.backbone_lr[21:])
+    assert plan.backbone_lr[20:50] == pytest.approx([peak * i / 29 for i in range(30)])
+    assert plan.lr[0] == 0 and plan.lr[2:50] == pytest.approx([peak] * 48)  # a ramp of a tenth
+    assert (plan.lr[50:] == plan.backbone_lr[50:]).all() and plan.lr[-1] < 0.01 * peak
+    assert [plan.last_layer_lr[i] for i in steps] == [0 if 20 <= i < 30 else plan.lr[i] for i in steps]
+    whole = main_dinov2.make_plan(parsed(*flags, "--freeze_backbone_epochs", 10), 80)  # to train heads alone
+    assert not whole.backbone_lr.any() and (whole.last_layer_lr == whole.lr).all() and whole.warmup in (29, 30)
+    with pytest.raises(Refused, match="^--freeze_backbone_epochs 8 and --warmup_epochs 3, .* 10 epochs; lower"):
+        main_dinov2.make_plan(parsed(*flags, "--freeze_backbone_epochs", 8), 80)
+
+
+def test_a_frozen_epoch_trains_the_heads(tmp_path, run_here, monkeypatch):
+    """The first of 20 epochs, with a long warm-up and prototypes that are fixed for an epoch, as by default."""
+    monkeypatch.setattr(main_dinov2.Requests, "agreed", lambda self, step: (step == 8, False))
+    assert run_here("--steps", 0, "--epochs", 20, "--freeze_backbone_epochs", 1, "--warmup_epochs", 10, "--lr", 0.01,
+                    "--log_every", 1, "--output_dir", tmp_path) == main_dinov2.TO_BE_CONTINUED
+    first, *_, last = json_lines(tmp_path / "log_steps.txt")
+    assert all(last[name] < 0.8 * first[name] for name in ("dino_left", "ibot_left"))
+
+
+def test_a_run_whose_warm_up_began_with_the_freeze_is_not_resumed(tmp_path, run_here, capsys):
+    flags = ["--steps", 3, "--freeze_backbone_epochs", 0.2, "--output_dir", tmp_path]
+    assert run_here(*flags) == 0 and run_here(*flags) == 0
+    written = checkpoints.read(tmp_path / checkpoints.NAME)
+    del written["args"][state_of_runs.WARMUP_AFTER_FREEZE]
+    checkpoints.save(written, tmp_path / checkpoints.NAME)
+    capsys.readouterr()
+    assert run_here(*flags) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "--freeze_backbone_epochs" in said and "--init_from" in said
+
+
 EQUAL = ["--koleo_loss_weight", 0, "--drop_path_rate", 0, *CENTERING]
 
 
