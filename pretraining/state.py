@@ -116,7 +116,7 @@ class Run:
             "meters": parallel.gather_objects(self.meters.state_dict()),
             "knn": self.knn,
             "image_sample": self.image_sample,
-            "best_checkpoint": checkpoints.BEST if "best" in self.knn else None,
+            "best_checkpoint": checkpoints.BEST if "best_epoch" in self.knn else None,
         }
 
     def save(self, *names: str) -> None:
