@@ -72,10 +72,7 @@ def carry_out(
         if parallel.is_main():
             checkpoints.remove_temporary(run.folder)
         parallel.say(description)
-        knn = dict(latest[0]["knn"]) if latest else {}
-        if ends.evaluation and not {"untrained", "start"} & knn.keys():
-            name = "start" if run.settings["init_from"] else "untrained"
-            knn |= ends.evaluation.baselines(run.teacher_backbone(), run.autocast(), name)
+        knn = known_accuracies(run, latest[0] if latest else None, ends.evaluation)
         if latest:
             run.resume(*latest)
             parallel.say(f"resuming from {latest[1]} at step {run.step} of {plan.steps}")
@@ -94,6 +91,27 @@ def carry_out(
             names = monitor.save_last_figures(run.folder, ends.images, backbone, ends.crop_size, ends.mean, ends.std)
             print(f"wrote {', '.join(names)}, log.txt and {run.last_saved} in {run.folder}", flush=True)
     return 0
+
+
+def known_accuracies(run: Run, state: Mapping | None, evaluation: KnnEvaluation | None) -> dict:
+    """What the checkpoint `state` knows of k-NN, without figures on other images; baselines, where it has none.
+
+    Call before the run is resumed: its weights are those that it began with, if --init_from is as it was then.
+    """
+    knn = dict(state["knn"]) if state else {}
+    if not evaluation:
+        return knn
+    data = evaluation.identity()
+    if knn.get("data", data) != data:
+        parallel.say("k-NN is from here on measured on other images of --eval_data_path (or --data_path): the best "
+                     "accuracy and the baselines of those so far are dropped")
+        knn = {}
+    if not {"untrained", "start", "pixels"} & knn.keys():
+        given = run.settings["init_from"]
+        same = not state or bool(state["args"].get("init_from")) == bool(given)
+        knn |= evaluation.baselines(run.teacher_backbone() if same else None, run.autocast(),
+                                    "start" if given else "untrained")
+    return knn | {"data": data}
 
 
 def add_gradients(
@@ -164,8 +182,8 @@ def below_start(top1: float, start: float | None, images: int) -> str | None:
     """
     if start is None or start - top1 <= max(2.0, 1.96 * math.sqrt(start * (100 - start) / images)):
         return None
-    return (f"20-NN top-1 {top1:.1f} % is {start - top1:.1f} points below the starting weights, so the file of --init_from "
-            "is still the better network; try a lower --lr, such as a tenth")
+    return (f"20-NN top-1 {top1:.1f} % is {start - top1:.1f} points below the starting weights, so the file of "
+            "--init_from is still the better network; try a lower --lr, such as a tenth")
 
 
 def draw(run: Run, ends: Ends, log: Log, when: str) -> None:

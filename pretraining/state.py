@@ -24,11 +24,13 @@ FREE_FLAGS = {
     "data_path", "output_dir", "saveckp_freq", "saveckp_every_steps", "saveckp_every_minutes", "keep_checkpoints",
     "eval_knn_every", "eval_data_path", "log_every", "pictures_every", "tensorboard", "wandb", "device",
     "num_workers", "dist_url", "dist_timeout", "local_rank", "compile", "grad_checkpointing", "max_bad_images",
-    "init_from", "init_in_chans", "init_heads", "replay", "max_pixels", "parallel", "extend", "cache_images",
+    "replay", "max_pixels", "parallel", "extend", "cache_images",
 }
 
 # How the images of a step are shared out. May differ too, as long as a step has as many; see `Run.computed_over`.
 SPLIT = ("batch_size_per_gpu", "grad_accum_steps", "world_size")
+
+START = {"init_from", "init_in_chans", "init_heads"}  # what a run began with; of no effect on a resume
 
 LENGTH = {"epochs", "steps", "images"}  # what a run may change with --extend: its length and its images
 
@@ -61,7 +63,8 @@ class Run:
     computed_over: Mapping[str, str] = field(default_factory=dict)
     step: int = 0
     meters: Meters = field(default_factory=Meters)  # means over the current epoch
-    knn: dict[str, float] = field(default_factory=dict)  # latest and best accuracy, and the baselines
+    # latest and best accuracy, the baselines, and the identity of the images that they were measured on
+    knn: dict[str, float | str] = field(default_factory=dict)
     last_saved: str = "none"
     watch: failures.Watch | None = None
     image_sample: list[str] = field(default_factory=list)  # see `same_images`; empty: not compared
@@ -179,7 +182,7 @@ class Run:
         """{flag: (the checkpoint's value, this run's)} of the flags that determine what a run computes."""
         before = state["args"]  # a flag that is newer than the checkpoint was off
         # A frozen network is known by its weights; in checkpoints from before these were stored, by its file.
-        free = {*FREE_FLAGS, *SPLIT, "distill_from" if FROZEN in before else FROZEN}
+        free = {*FREE_FLAGS, *SPLIT, *START, "distill_from" if FROZEN in before else FROZEN}
         if not self.settings.get("distill_from"):
             free.add("ibot_tokens")  # has no effect
         return {k: (before.get(k), v) for k, v in self.settings.items()
@@ -231,6 +234,7 @@ class Run:
         sharding.load(self.teacher, state["teacher"])
         sharding.load_optimizer(self.optimizer, state["optimizer"])
         self.dino_loss.load_state_dict(state["dino_loss"])
+        self.settings |= {k: v for k, v in state["args"].items() if k in START}
         if self.settings["precision"] == "auto":  # keep the precision, even if this hardware would choose another one
             self.set_precision(dtype_named(state["precision"]))
         self.scaler.load_state_dict(state["fp16_scaler"])
