@@ -35,7 +35,16 @@ from pretraining.faults import TO_BE_CONTINUED, Requests  # noqa: F401 - the lau
 from pretraining.health import collapse, few_directions, health_dinov2
 from pretraining.logs import Log
 from pretraining.meters import Clock, Meters
-from pretraining.plan import Plan, check_min_lr, check_warmups, drop_by_epoch, early_epochs, steps_per_epoch
+from pretraining.plan import (
+    LONGEST,
+    Plan,
+    check_min_lr,
+    check_warmups,
+    drop_by_epoch,
+    early_epochs,
+    long_warmups,
+    steps_per_epoch,
+)
 from pretraining.replay import Method, replay
 from pretraining.session import Ends, add_gradients
 from pretraining.state import FROZEN, WARMUP_AFTER_FREEZE, Run, plain_settings, seed_everything
@@ -45,9 +54,6 @@ from weights import checkpoints
 
 # Probabilities of blur: first global crop, second, local crops.
 BLUR = {"trained": (0.0, 0.9, 0.5), "written": (1.0, 0.1, 0.5)}
-# Warm-ups and frozen parts, as shares of the run, above which a run is warned.
-LONGEST = {"warmup_epochs": 0.2, "warmup_teacher_temp_epochs": 0.3, "freeze_last_layer": 0.2,
-           "freeze_backbone_epochs": 0.2}
 # Flags to try when all outputs are uniform, by --centering, and when one prototype is used.
 UNIFORM = {
     "centering": "a lower --teacher_temp and --warmup_teacher_temp, --centering sinkhorn_knopp, or half the --lr",
@@ -422,7 +428,8 @@ def describe(
         args.grad_checkpointing, bool(run.make_backbone), plan.token_drop[-1] if plan.token_drop else 0.0, frozen))
     lines.append(f"loss of an untrained student: {losses_at_start(args)['dino']:.2f} on class tokens, "
                  f"{losses_at_start(args)['ibot']:.2f} on patches; progress lines show how much of each is left")
-    lines += long_warmups(args, plan)
+    lines += long_warmups(plan.steps, args.epoch_steps or plan.steps_per_epoch,
+                          **{flag: getattr(args, flag) for flag in LONGEST})
     sizes = {"global_crops_size": args.global_crops_size}
     if plan.early_epochs:
         sizes["low_resolution_sizes"] = options.early_sizes(args)[0]
@@ -435,16 +442,6 @@ def describe(
         lines.append("KoLeo is left out: with --batch_size_per_gpu 1 an image has no neighbour; raise it, or give "
                      "--koleo_all_processes with several processes")
     return "\n".join(lines)
-
-
-def long_warmups(args: argparse.Namespace, plan: Plan) -> list[str]:
-    """A warning for each warm-up and frozen part that is a larger share of the run than in any published recipe."""
-    unit, lines = args.epoch_steps or plan.steps_per_epoch, []
-    for name, most in LONGEST.items():
-        if (share := getattr(args, name) * unit / plan.steps) > most:
-            lines.append(f"WARNING: --{name} {getattr(args, name):g} is {share:.0%} of the run; lower it, unless you "
-                         "mean it")
-    return lines
 
 
 def losses_at_start(args: argparse.Namespace) -> dict[str, float]:

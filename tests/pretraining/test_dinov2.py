@@ -24,6 +24,7 @@ from parallel import Refused
 from pretraining import replay
 from pretraining import state as state_of_runs
 from pretraining.health import health_dinov2
+from pretraining.plan import LONGEST, long_warmups
 from weights import checkpoints
 
 ARGS = [*SMALLEST_DINOV2, "--saveckp_freq", 1]
@@ -578,10 +579,13 @@ def test_a_bug_keeps_its_traceback(tmp_path, monkeypatch):
 
 
 def test_only_warmups_longer_than_published_ones_are_warned_of():
-    parser = main_dinov2.get_args_parser()
+    def warned(*argv, images):
+        args = main_dinov2.get_args_parser().parse_args(argv)
+        plan = main_dinov2.make_plan(args, images)
+        return long_warmups(plan.steps, args.epoch_steps or plan.steps_per_epoch,
+                            **{flag: getattr(args, flag) for flag in LONGEST})
+
     for recipe in ("dinov2_vitl16_short", "dinov2_vitl14", "dinov2_vitg14"):
-        args = parser.parse_args([f"@presets/{recipe}.txt", "--data_path", "x"])
-        assert main_dinov2.long_warmups(args, main_dinov2.make_plan(args, 1_281_167)) == []
-    args = parser.parse_args(["--epochs", "10", "--warmup_epochs", "3", "--warmup_teacher_temp_epochs", "3"])
-    lines = main_dinov2.long_warmups(args, main_dinov2.make_plan(args, 6400))
-    assert len(lines) == 1 and "--warmup_epochs 3" in lines[0] and "30%" in lines[0]
+        assert warned(f"@presets/{recipe}.txt", "--data_path", "x", images=1_281_167) == []
+    line, = warned("--epochs", "10", "--warmup_epochs", "3", "--warmup_teacher_temp_epochs", "3", images=6400)
+    assert "--warmup_epochs 3" in line and "30%" in line
