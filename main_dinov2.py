@@ -54,6 +54,8 @@ from weights import checkpoints
 
 # Probabilities of blur: first global crop, second, local crops.
 BLUR = {"trained": (0.0, 0.9, 0.5), "written": (1.0, 0.1, 0.5)}
+MOST_PROTOTYPES = 128  # per image of a step, above which a run is warned; published recipes have 32 to 43
+STUCK = 0.98  # of the loss of uniform outputs: a term that was never below it has not begun to learn
 # Flags to try when all outputs are uniform, by --centering, and when one prototype is used.
 UNIFORM = {
     "centering": "a lower --teacher_temp and --warmup_teacher_temp, --centering sinkhorn_knopp, or half the --lr",
@@ -426,8 +428,9 @@ def describe(
         run.student, args.batch_size_per_gpu, args.global_crops_size, args.local_crops_size, args.local_crops_number,
         1.0 if all_patches(args) else masked_share(args, args.global_crops_size) * sum(args.mask_ratio) / 2, run.dtype,
         args.grad_checkpointing, bool(run.make_backbone), plan.token_drop[-1] if plan.token_drop else 0.0, frozen))
-    lines.append(f"loss of an untrained student: {losses_at_start(args)['dino']:.2f} on class tokens, "
-                 f"{losses_at_start(args)['ibot']:.2f} on patches; progress lines show how much of each is left")
+    lines.append(f"loss of uniform outputs: {losses_at_start(args)['dino']:.2f} on class tokens, "
+                 f"{losses_at_start(args)['ibot']:.2f} on patches; progress lines show the losses as shares of these")
+    lines += many_prototypes(args, n_images)
     lines += long_warmups(plan.steps, args.epoch_steps or plan.steps_per_epoch,
                           **{flag: getattr(args, flag) for flag in LONGEST})
     sizes = {"global_crops_size": args.global_crops_size}
@@ -444,8 +447,19 @@ def describe(
     return "\n".join(lines)
 
 
+def many_prototypes(args: argparse.Namespace, n_images: int) -> list[str]:
+    """A warning where prototypes are too many for the images to use: losses of such runs often stay at their start."""
+    flag, k = max(("out_dim", args.out_dim), ("ibot_out_dim", patch_prototypes(args)), key=lambda item: item[1])
+    images = options.images_per_step(args)
+    if args.distill_from or args.init_heads or k <= min(MOST_PROTOTYPES * images, n_images):
+        return []
+    return [f"WARNING: --{flag} {k} for {images} images per step, of {n_images}: the loss may not leave its start "
+            f"(published: 32 to 43 prototypes per image of a step); lower it to {min(64 * images, n_images // 2)} or "
+            "less, or give more images per step (--grad_accum_steps)"]
+
+
 def losses_at_start(args: argparse.Namespace) -> dict[str, float]:
-    """Terms of the loss for a student whose output is uniform: weight x ln K, for ibot x share of crops in it."""
+    """Terms of the loss for a student whose outputs are uniform: weight x ln K, for ibot x share of crops in it."""
     crops = 1.0 if all_patches(args) else masked_share(args, args.global_crops_size)
     return {"dino": args.dino_loss_weight * math.log(args.out_dim),
             "ibot": args.ibot_loss_weight * math.log(patch_prototypes(args)) * crops}
@@ -516,7 +530,10 @@ def train(args: argparse.Namespace, run: Run, teacher: nn.Module, plan: Plan, en
             run.meters.update(**extra)
             window.update(**extra)
             means = window.means()
-            warned = warning(means, run.dino_loss, 2 * args.batch_size_per_gpu, step <= plan.warmup)
+            for name in {"dino_left", "ibot_left"} & means.keys():
+                run.lowest_left[name] = min(means[name], run.lowest_left.get(name, math.inf))
+            warned = warning(means, run.dino_loss, 2 * args.batch_size_per_gpu,
+                             step <= max(plan.warmup, plan.steps // 10), run.lowest_left)
             monitor.log_step(log, plan, step, means, "", warned, options.images_per_step(args), *clock.read())
             window.reset()
         run.dino_loss.update_centers(parts)
@@ -533,12 +550,20 @@ def train(args: argparse.Namespace, run: Run, teacher: nn.Module, plan: Plan, en
     return True
 
 
-def warning(means: Mapping[str, float], loss: DINOv2Loss, rows: int, warming_up: bool) -> str | None:
-    """A line if the targets of class tokens or patches have collapsed, or the class tokens themselves.
+def warning(
+    means: Mapping[str, float], loss: DINOv2Loss, rows: int, warming_up: bool, lowest_left: Mapping[str, float]
+) -> str | None:
+    """A line if the targets of class tokens or patches have collapsed, or the class tokens themselves, or if a term of
+    the loss has never left its start.
 
     Args:
         rows, warming_up: as `health.collapse`.
+        lowest_left: lowest values of dino_left and ibot_left since the run began.
     """
+    stuck = [name for name, left in sorted(lowest_left.items()) if left > STUCK]
+    if stuck and not warming_up and loss.mask_student:  # in distillation, the frozen network determines K
+        return (f"{' and '.join(stuck)} never below {STUCK:.0%}: the run has not begun to learn; try more images per "
+                "step (--grad_accum_steps), a smaller --out_dim, --layerscale 0, or shorter warm-ups")
     for prefix, center, what in (("", loss.dino_loss, "image"), ("patch_", loss.ibot_patch_loss, "patch")):
         if f"{prefix}entropy" in means:
             line = collapse(means[f"{prefix}entropy"], math.log(center.center.numel()),

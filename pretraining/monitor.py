@@ -18,7 +18,7 @@ from protocols import attention, charts, dense, sheets, transforms
 from protocols.progress import duration
 from vision_transformer import VisionTransformer
 
-# Values on the progress line: {name: (label, format)}; log_steps.txt has all of them.
+# Values on the progress line: {name: (label, format)}; log_steps.txt has all of them. `left`: of uniform outputs' loss.
 SHOWN = {"dino_left": ("dino left", ".0%"), "ibot_left": ("ibot left", ".0%"), "koleo": ("koleo", ".3f"),
          "entropy": ("entropy", ".2f"), "kl": ("kl", ".3f"), "feature_rank": ("rank", ".1f")}
 

@@ -65,6 +65,7 @@ class Run:
     meters: Meters = field(default_factory=Meters)  # means over the current epoch
     # latest and best accuracy, the baselines, and the identity of the images that they were measured on
     knn: dict[str, float | str] = field(default_factory=dict)
+    lowest_left: dict[str, float] = field(default_factory=dict)  # DINOv2: lowest share of each loss since the start
     last_saved: str = "none"
     watch: failures.Watch | None = None
     image_sample: list[str] = field(default_factory=list)  # see `same_images`; empty: not compared
@@ -118,6 +119,7 @@ class Run:
             "rng": parallel.gather_objects(checkpoints.rng_state(self.device)),
             "meters": parallel.gather_objects(self.meters.state_dict()),
             "knn": self.knn,
+            "lowest_left": self.lowest_left,
             "image_sample": self.image_sample,
             "best_checkpoint": checkpoints.BEST if "best_epoch" in self.knn else None,
         }
@@ -238,6 +240,8 @@ class Run:
         if self.settings["precision"] == "auto":  # keep the precision, even if this hardware would choose another one
             self.set_precision(dtype_named(state["precision"]))
         self.scaler.load_state_dict(state["fp16_scaler"])
+        # Of a checkpoint from before this was stored it is not known; 0 makes no warning.
+        self.lowest_left = dict(state.get("lowest_left", {"dino_left": 0.0, "ibot_left": 0.0}))
         self.knn, self.step, self.last_saved = dict(state["knn"]), self.step_after(state), path.name
         if len(state["rng"]) == parallel.world_size():
             checkpoints.set_rng_state(state["rng"][parallel.rank()], self.device)

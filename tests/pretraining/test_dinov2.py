@@ -401,7 +401,7 @@ def test_a_student_that_collapses_in_distillation_is_named(monkeypatch):
             student.backbone.norm.weight.data.zero_()  # all tokens are equal
         parts = dinov2.losses(student, frozen, crops, torch.zeros(16, 16, dtype=torch.bool), objective, 0.02)[1]
         figures = {k: v.item() for k, v in health_dinov2(parts, main_dinov2.losses_at_start(args)).items()}
-        line = main_dinov2.warning(figures, objective, 16, warming_up=False)
+        line = main_dinov2.warning(figures, objective, 16, False, {})
         assert "student" in line and "directions" in line if collapsed else line is None
 
 
@@ -415,16 +415,50 @@ def test_uniform_outputs_of_a_new_network_are_no_collapse(flags, step, words):
     args = main_dinov2.get_args_parser().parse_args([str(a) for a in (*ARGS, *flags)])
     plan, objective = main_dinov2.make_plan(args, 64), main_dinov2.make_loss(args)
     means = {"entropy": math.log(32), "prototypes_used": 8.0, "feature_rank": 5.0}
-    line = main_dinov2.warning(means, objective, 16, step <= plan.warmup)
+    line = main_dinov2.warning(means, objective, 16, step <= plan.warmup, {"dino_left": 0.9})
     assert line is None if words is None else all(word in line for word in words)
     assert not line or ("--centering" in line) == ("centering" in flags)
+
+
+def test_a_loss_that_never_left_its_start_is_no_collapse(tmp_path, run_here, capsys, monkeypatch):
+    """Uniform outputs to the end; the same after a term that has fallen is a collapse, also after a resume."""
+    means = {"entropy": math.log(32), "prototypes_used": 8.0, "feature_rank": 5.0}
+    objective = main_dinov2.make_loss(parsed())
+    line = main_dinov2.warning(means, objective, 16, False, {"dino_left": 0.999, "ibot_left": 0.5})
+    assert all(word in line for word in ("dino_left", "98%", "--grad_accum_steps", "--out_dim", "--layerscale 0"))
+    assert "uniform" in main_dinov2.warning(means, objective, 16, False, {"dino_left": 0.9})
+    flags = ["--layerscale", 1e-5, "--lr", 1e-4, "--warmup_teacher_temp", 1, "--teacher_temp", 1, "--log_every", 1,
+             "--output_dir", tmp_path]
+    assert run_here("--steps", 3, *flags) == 0 and "WARNING at step 2: dino_left" in capsys.readouterr().out
+    written = checkpoints.read(tmp_path / checkpoints.NAME)
+    assert written["lowest_left"]["dino_left"] > 0.98
+    del written["lowest_left"]  # as older versions wrote it
+    checkpoints.save(written, tmp_path / checkpoints.NAME)
+    assert run_here("--steps", 5, "--extend", *flags) == 0
+    said = capsys.readouterr().out
+    assert "WARNING at step 4" not in said or "dino_left never" not in said
+
+
+@pytest.mark.parametrize("flags, images, words", [
+    (["@presets/dinov2_shapes.txt"], 3000, []), (["@presets/dinov2_imagenette_cpu.txt"], 9469, []),
+    (["@presets/dinov2_imagenette.txt"], 9469, []),
+    ([], 100_000, ["--out_dim 65536", "64 images per step", "4096 or less", "--grad_accum_steps"]),
+    (["--batch_size_per_gpu", 2048], 5000, ["--out_dim 65536", "of 5000", "2500 or less"]),
+    (["--ibot_separate_head", "true", "--out_dim", 64, "--ibot_out_dim", 65536], 9999, ["--ibot_out_dim 65536"]),
+    (["--distill_from", "x"], 100, []), (["--init_heads"], 100, []),
+], ids=lambda x: " ".join(map(str, x)) if isinstance(x, list) else str(x))  # fmt: skip
+def test_prototypes_that_so_few_images_cannot_use_are_told(flags, images, words):
+    args = main_dinov2.get_args_parser().parse_args([str(a) for a in flags])
+    lines = main_dinov2.many_prototypes(args, images)
+    assert len(lines) == bool(words) and all(word in lines[0] for word in words)
 
 
 def test_what_a_run_says_of_few_images_and_of_masks_that_never_happen(tmp_path, run_here, capsys):
     assert run_here(*CENTERING, "--mask_ratio", 0.01, 0.02, "--batch_size_per_gpu", 2, "--output_dir", tmp_path) == 0
     said = capsys.readouterr().out
     assert said.count("directions") == 1 and "--batch_size_per_gpu 2" in said
-    assert "WARNING: --mask_ratio 0.01 0.02" in said and "0.00 on patches" in said and "ibot left" not in said
+    assert "WARNING: --mask_ratio 0.01 0.02" in said and "ibot left" not in said
+    assert "loss of uniform outputs: 3.47 on class tokens, 0.00 on patches" in said
 
 
 def test_replay_of_a_distillation_looks_into_the_frozen_network(finished, tmp_path, run_here, monkeypatch, capsys):
