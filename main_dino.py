@@ -27,7 +27,15 @@ from pretraining.faults import TO_BE_CONTINUED, Requests  # noqa: F401 - the lau
 from pretraining.health import collapse, few_directions, health
 from pretraining.logs import Log
 from pretraining.meters import Clock, Meters
-from pretraining.plan import Plan, check_min_lr, check_warmups, drop_by_epoch, early_epochs, steps_per_epoch
+from pretraining.plan import (
+    Plan,
+    check_min_lr,
+    check_warmups,
+    drop_by_epoch,
+    early_epochs,
+    long_warmups,
+    steps_per_epoch,
+)
 from pretraining.published import train_one_epoch  # noqa: F401 - published under this module's name, as the two below
 from pretraining.replay import Method, replay, view_losses
 from pretraining.session import Ends, add_gradients
@@ -187,10 +195,9 @@ def make_run(args: argparse.Namespace, plan: Plan, n_images: int, device: torch.
 def describe(args: argparse.Namespace, run: Run, plan: Plan, n_images: int) -> str:
     """What is about to run, in a few lines."""
     lines = options.description(args, run, plan, f"K {args.out_dim}", n_images)
-    if args.freeze_last_layer >= plan.steps / plan.steps_per_epoch:
-        lines.append(
-            f"WARNING: the prototypes stay frozen for the whole run, as --freeze_last_layer {args.freeze_last_layer} "
-            f"epoch(s) is not shorter than the run of {plan.steps / plan.steps_per_epoch:.3g}; lower it")
+    # not of the temperature's, which is off by default
+    lines += long_warmups(plan.steps, plan.steps_per_epoch, warmup_epochs=args.warmup_epochs,
+                          freeze_last_layer=args.freeze_last_layer)
     return "\n".join(lines)
 
 

@@ -35,19 +35,27 @@ from pretraining.faults import TO_BE_CONTINUED, Requests  # noqa: F401 - the lau
 from pretraining.health import collapse, few_directions, health_dinov2
 from pretraining.logs import Log
 from pretraining.meters import Clock, Meters
-from pretraining.plan import Plan, check_min_lr, check_warmups, drop_by_epoch, early_epochs, steps_per_epoch
+from pretraining.plan import (
+    LONGEST,
+    Plan,
+    check_min_lr,
+    check_warmups,
+    drop_by_epoch,
+    early_epochs,
+    long_warmups,
+    steps_per_epoch,
+)
 from pretraining.replay import Method, replay
 from pretraining.session import Ends, add_gradients
-from pretraining.state import FROZEN, Run, plain_settings, seed_everything
+from pretraining.state import FROZEN, WARMUP_AFTER_FREEZE, Run, plain_settings, seed_everything
 from protocols.features import weights_hash
 from vision_transformer import FFN_LAYERS, VITS, DINOHead
 from weights import checkpoints
 
 # Probabilities of blur: first global crop, second, local crops.
 BLUR = {"trained": (0.0, 0.9, 0.5), "written": (1.0, 0.1, 0.5)}
-# Warm-ups and frozen parts, as shares of the run, above which a run is warned.
-LONGEST = {"warmup_epochs": 0.2, "warmup_teacher_temp_epochs": 0.3, "freeze_last_layer": 0.2,
-           "freeze_backbone_epochs": 0.2}
+MOST_PROTOTYPES = 128  # per image of a step, above which a run is warned; published recipes have 32 to 43
+STUCK = 0.98  # of the loss of uniform outputs: a term that was never below it has not begun to learn
 # Flags to try when all outputs are uniform, by --centering, and when one prototype is used.
 UNIFORM = {
     "centering": "a lower --teacher_temp and --warmup_teacher_temp, --centering sinkhorn_knopp, or half the --lr",
@@ -151,7 +159,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--freeze_last_layer", type=flags.non_negative, default=1,
         help="epochs in which the prototypes have learning rate 0 [optim.freeze_last_layer_epochs]")
     add("--freeze_backbone_epochs", type=flags.non_negative, default=0,
-        help="epochs in which the backbone has learning rate 0, to train new heads on --init_from first")
+        help="epochs in which the backbone has learning rate 0, to train new heads on --init_from first, at the peak "
+             "learning rate; --warmup_epochs and --freeze_last_layer begin after them")
     options.add_length_flags(add)
     add("--epoch_steps", type=flags.count, default=0,
         help="steps that count as one epoch of the flags above, warm-ups and freezing included; 0: a pass over the "
@@ -212,20 +221,29 @@ def make_plan(args: argparse.Namespace, n_images: int) -> Plan:
     epochs = steps / unit
     check_warmups(epochs, args.steps, warmup_epochs=args.warmup_epochs,
                   warmup_teacher_temp_epochs=args.warmup_teacher_temp_epochs)
+    frozen, warmup = round(args.freeze_backbone_epochs * unit), round(args.warmup_epochs * unit)  # steps
+    if frozen < steps < frozen + warmup:
+        raise Refused(f"--freeze_backbone_epochs {args.freeze_backbone_epochs:g} and --warmup_epochs "
+                      f"{args.warmup_epochs:g}, which follows it, are longer than the run of {epochs:g} epochs; lower "
+                      "either")
     peak = args.lr * math.sqrt(options.images_per_step(args) / 1024)
     check_min_lr(args.min_lr, peak, args.lr, options.images_per_step(args), args.output_dir)
-    lr = utils.cosine_scheduler(peak, args.min_lr, epochs, unit, warmup_epochs=args.warmup_epochs)
-
-    def frozen(n_epochs: float) -> np.ndarray:
-        return lr * (np.arange(len(lr)) >= round(n_epochs * unit))
-
+    alone = frozen >= steps  # heads alone are trained
+    lr = utils.cosine_scheduler(peak, args.min_lr, epochs, unit, args.warmup_epochs,
+                                freeze_epochs=0 if alone else args.freeze_backbone_epochs)
+    step = np.arange(steps)
+    backbone_lr = lr * (step >= frozen)
+    if frozen and not alone:  # the heads' is the peak, after a short ramp, until the backbone's has reached it
+        ramp = utils.cosine_scheduler(peak, peak, epochs, unit, args.freeze_backbone_epochs / 10)
+        lr = np.where(step < lr.argmax(), ramp, lr)
+    last_frozen = (step >= frozen) & (step < round((args.freeze_backbone_epochs + args.freeze_last_layer) * unit))
     return Plan(
         per_epoch, steps, lr=lr,
         wd=utils.cosine_scheduler(args.weight_decay, args.weight_decay_end, epochs, unit),
         momentum=utils.cosine_scheduler(args.momentum_teacher, 1.0, epochs, unit),
         teacher_temp=utils.cosine_scheduler(args.teacher_temp, args.teacher_temp, epochs, unit,
                                             args.warmup_teacher_temp_epochs, args.warmup_teacher_temp),
-        last_layer_lr=frozen(args.freeze_last_layer), backbone_lr=frozen(args.freeze_backbone_epochs),
+        last_layer_lr=lr * ~last_frozen, backbone_lr=backbone_lr,
         early_epochs=early_epochs(args.low_resolution_epochs, math.ceil(steps / per_epoch)),
         token_drop=drop_by_epoch(args.token_drop, math.ceil(steps / per_epoch)))
 
@@ -296,6 +314,7 @@ def make_run(args: argparse.Namespace, plan: Plan, n_images: int, device: torch.
     groups = parameter_groups(dict(student.named_children()), args.layer_decay, args.patch_embed_lr_mult)
     optimizer = torch.optim.AdamW(groups, betas=(args.adamw_beta1, args.adamw_beta2), fused=True)
     settings = plain_settings(vars(args), n_images) | {"method": "dinov2", FROZEN: ""}
+    settings |= {WARMUP_AFTER_FREEZE: True} if args.freeze_backbone_epochs else {}
     objective = make_loss(args)
     if args.centering == "centering" and (args.distill_from or args.init_heads):
         flag = "distill_from" if args.distill_from else "init_from"
@@ -409,9 +428,11 @@ def describe(
         run.student, args.batch_size_per_gpu, args.global_crops_size, args.local_crops_size, args.local_crops_number,
         1.0 if all_patches(args) else masked_share(args, args.global_crops_size) * sum(args.mask_ratio) / 2, run.dtype,
         args.grad_checkpointing, bool(run.make_backbone), plan.token_drop[-1] if plan.token_drop else 0.0, frozen))
-    lines.append(f"loss of an untrained student: {losses_at_start(args)['dino']:.2f} on class tokens, "
-                 f"{losses_at_start(args)['ibot']:.2f} on patches; progress lines show how much of each is left")
-    lines += long_warmups(args, plan)
+    lines.append(f"loss of uniform outputs: {losses_at_start(args)['dino']:.2f} on class tokens, "
+                 f"{losses_at_start(args)['ibot']:.2f} on patches; progress lines show the losses as shares of these")
+    lines += many_prototypes(args, n_images)
+    lines += long_warmups(plan.steps, args.epoch_steps or plan.steps_per_epoch,
+                          **{flag: getattr(args, flag) for flag in LONGEST})
     sizes = {"global_crops_size": args.global_crops_size}
     if plan.early_epochs:
         sizes["low_resolution_sizes"] = options.early_sizes(args)[0]
@@ -426,18 +447,19 @@ def describe(
     return "\n".join(lines)
 
 
-def long_warmups(args: argparse.Namespace, plan: Plan) -> list[str]:
-    """A warning for each warm-up and frozen part that is a larger share of the run than in any published recipe."""
-    unit, lines = args.epoch_steps or plan.steps_per_epoch, []
-    for name, most in LONGEST.items():
-        if (share := getattr(args, name) * unit / plan.steps) > most:
-            lines.append(f"WARNING: --{name} {getattr(args, name):g} is {share:.0%} of the run; lower it, unless you "
-                         "mean it")
-    return lines
+def many_prototypes(args: argparse.Namespace, n_images: int) -> list[str]:
+    """A warning where prototypes are too many for the images to use: losses of such runs often stay at their start."""
+    flag, k = max(("out_dim", args.out_dim), ("ibot_out_dim", patch_prototypes(args)), key=lambda item: item[1])
+    images = options.images_per_step(args)
+    if args.distill_from or args.init_heads or k <= min(MOST_PROTOTYPES * images, n_images):
+        return []
+    return [f"WARNING: --{flag} {k} for {images} images per step, of {n_images}: the loss may not leave its start "
+            f"(published: 32 to 43 prototypes per image of a step); lower it to {min(64 * images, n_images // 2)} or "
+            "less, or give more images per step (--grad_accum_steps)"]
 
 
 def losses_at_start(args: argparse.Namespace) -> dict[str, float]:
-    """Terms of the loss for a student whose output is uniform: weight x ln K, for ibot x share of crops in it."""
+    """Terms of the loss for a student whose outputs are uniform: weight x ln K, for ibot x share of crops in it."""
     crops = 1.0 if all_patches(args) else masked_share(args, args.global_crops_size)
     return {"dino": args.dino_loss_weight * math.log(args.out_dim),
             "ibot": args.ibot_loss_weight * math.log(patch_prototypes(args)) * crops}
@@ -508,7 +530,10 @@ def train(args: argparse.Namespace, run: Run, teacher: nn.Module, plan: Plan, en
             run.meters.update(**extra)
             window.update(**extra)
             means = window.means()
-            warned = warning(means, run.dino_loss, 2 * args.batch_size_per_gpu, step <= plan.warmup)
+            for name in {"dino_left", "ibot_left"} & means.keys():
+                run.lowest_left[name] = min(means[name], run.lowest_left.get(name, math.inf))
+            warned = warning(means, run.dino_loss, 2 * args.batch_size_per_gpu,
+                             step <= max(plan.warmup, plan.steps // 10), run.lowest_left)
             monitor.log_step(log, plan, step, means, "", warned, options.images_per_step(args), *clock.read())
             window.reset()
         run.dino_loss.update_centers(parts)
@@ -525,12 +550,20 @@ def train(args: argparse.Namespace, run: Run, teacher: nn.Module, plan: Plan, en
     return True
 
 
-def warning(means: Mapping[str, float], loss: DINOv2Loss, rows: int, warming_up: bool) -> str | None:
-    """A line if the targets of class tokens or patches have collapsed, or the class tokens themselves.
+def warning(
+    means: Mapping[str, float], loss: DINOv2Loss, rows: int, warming_up: bool, lowest_left: Mapping[str, float]
+) -> str | None:
+    """A line if the targets of class tokens or patches have collapsed, or the class tokens themselves, or if a term of
+    the loss has never left its start.
 
     Args:
         rows, warming_up: as `health.collapse`.
+        lowest_left: lowest values of dino_left and ibot_left since the run began.
     """
+    stuck = [name for name, left in sorted(lowest_left.items()) if left > STUCK]
+    if stuck and not warming_up and loss.mask_student:  # in distillation, the frozen network determines K
+        return (f"{' and '.join(stuck)} never below {STUCK:.0%}: the run has not begun to learn; try more images per "
+                "step (--grad_accum_steps), a smaller --out_dim, --layerscale 0, or shorter warm-ups")
     for prefix, center, what in (("", loss.dino_loss, "image"), ("patch_", loss.ibot_patch_loss, "patch")):
         if f"{prefix}entropy" in means:
             line = collapse(means[f"{prefix}entropy"], math.log(center.center.numel()),

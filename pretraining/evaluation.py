@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import NamedTuple
@@ -13,11 +14,13 @@ import parallel
 from imagesets.decode import Reading
 from imagesets.sources import Images, open_images
 from parallel import Refused
+from pretraining.same_images import sample
 from protocols.features import extract_features, pixel_features
 from protocols.knn import knn_classifier
 from protocols.splits import Part, match_classes
 from protocols.transforms import EvalImages
 
+K = 20  # neighbours
 MOST_PIXELS = 100_000  # training images above which k-NN on raw pixels is skipped, as it would take hours
 
 
@@ -42,7 +45,7 @@ class KnnEvaluation(NamedTuple):
             except Refused as error:  # an image that can't be decoded
                 raise parallel.Stopped(f"--eval_data_path: {error}") from error
         train, val = zip(features, self.labels, strict=True)
-        return knn_classifier(*train, *val, k=20, T=0.07, num_classes=self.n_classes, device=self.device)
+        return knn_classifier(*train, *val, k=K, T=0.07, num_classes=self.n_classes, device=self.device)
 
     def features(self, backbone: nn.Module | None, images: Images, autocast: AbstractContextManager | None
                  ) -> torch.Tensor:
@@ -54,22 +57,35 @@ class KnnEvaluation(NamedTuple):
         backbone.train()
         return features
 
-    def baselines(self, backbone: nn.Module, autocast: AbstractContextManager | None, name: str = "untrained"
+    def identity(self) -> str:
+        """Hash of k, the labels, and some of the images: accuracies of another one can't be compared. Call on all
+        processes."""
+        content = hashlib.sha256(f"{K} {[sample(images) for images in self.parts]}".encode())
+        for labels in self.labels:
+            content.update(labels.numpy().tobytes())
+        return content.hexdigest()[:12]
+
+    def baselines(self, backbone: nn.Module | None, autocast: AbstractContextManager | None, name: str = "untrained"
                   ) -> dict[str, float]:
         """Top-1 of the network at the start and of raw pixels; a backbone that is not better has learned nothing.
 
         Raw pixels are skipped for more than MOST_PIXELS training images.
 
         Args:
+            backbone: None: not known, as a run resumes with another --init_from than it began with.
             name: of the first figure: "untrained", or "start" for a network that starts from a file of weights.
         """
-        figures = {name: self.knn(backbone, autocast)[0]}
-        what = "this network's features" if name == "untrained" else "the features of the weights it starts from"
-        line = f"20-NN before training: {figures[name]:.1f} % on {what}"
+        figures, parts = {}, []
+        if backbone is not None:
+            figures[name] = self.knn(backbone, autocast)[0]
+            what = "this network's features" if name == "untrained" else "the features of the weights it starts from"
+            parts.append(f"{figures[name]:.1f} % on {what}")
         if len(self.parts[0]) <= MOST_PIXELS:
             figures["pixels"] = self.knn(None)[0]
-            line += f", {figures['pixels']:.1f} % on raw pixels"
-        parallel.say(line)
+            parts.append(f"{figures['pixels']:.1f} % on raw pixels")
+        if backbone is None:
+            parts.append("unknown for the weights that the run began with, as --init_from is not as it was then")
+        parallel.say(f"20-NN before training: {', '.join(parts)}")
         return figures
 
 

@@ -56,8 +56,8 @@ def health_dinov2(parts: Mapping, losses_at_start: Mapping[str, float]) -> dict[
             times ln K, and for ibot times the share of crops with a mask.
 
     Returns:
-        dino_left, ibot_left: terms as a fraction of `losses_at_start`; a term that stays at 1 has not begun to learn.
-            Left out, with its KL divergence, if the weight of the term is 0.
+        dino_left, ibot_left: terms as a fraction of `losses_at_start`; a term that stays at 1 or above has not begun
+            to learn. Left out, with its KL divergence, if the weight of the term is 0.
         entropy, kl, prototypes_used: as `health`, of class tokens.
         student_prototypes_used: in distillation, the number of distinct prototypes to which the student gives a crop's
             highest score.

@@ -18,7 +18,7 @@ from protocols import attention, charts, dense, sheets, transforms
 from protocols.progress import duration
 from vision_transformer import VisionTransformer
 
-# Values on the progress line: {name: (label, format)}; log_steps.txt has all of them.
+# Values on the progress line: {name: (label, format)}; log_steps.txt has all of them. `left`: of uniform outputs' loss.
 SHOWN = {"dino_left": ("dino left", ".0%"), "ibot_left": ("ibot left", ".0%"), "koleo": ("koleo", ".3f"),
          "entropy": ("entropy", ".2f"), "kl": ("kl", ".3f"), "feature_rank": ("rank", ".1f")}
 
@@ -54,10 +54,11 @@ def log_epoch(
     values = {f"train_{k}": v for k, v in means.items()} | {"train_ln_k": ln_k, "epoch": epoch, "step": step}
     console = f"epoch {epoch} done: loss {values['train_loss']:.4f}"
     if knn.get("epoch") == epoch:
-        values |= {f"knn_{k}": v for k, v in knn.items() if k != "epoch"}
+        values |= {f"knn_{k}": v for k, v in knn.items() if k not in ("epoch", "data")}
         baselines = {"untrained": "untrained", "start": "starting weights", "pixels": "raw pixels"}
         levels = [f"{name} {knn[key]:.1f} %" for key, name in baselines.items() if key in knn]
-        console += f"; 20-NN top-1 {knn['top1']:.1f} %, best {knn['best']:.1f} % ({', '.join(levels)})"
+        console += f"; 20-NN top-1 {knn['top1']:.1f} %, best {knn['best']:.1f} %"
+        console += f" ({', '.join(levels)})" if levels else ""
     log.epoch(console, values)
 
 

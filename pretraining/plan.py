@@ -13,6 +13,9 @@ import numpy as np
 from parallel import Refused
 from weights import checkpoints
 
+# Warm-ups and frozen parts, as shares of the run, above which a run is warned.
+LONGEST = {"warmup_epochs": 0.2, "warmup_teacher_temp_epochs": 0.3, "freeze_last_layer": 0.2,
+           "freeze_backbone_epochs": 0.2}
 DROP_LEVELS = 4  # of the share of dropped patches: each makes torch.compile build another graph
 
 
@@ -21,7 +24,7 @@ class Plan(NamedTuple):
 
     steps_per_epoch: int
     steps: int
-    lr: np.ndarray  # (steps,)
+    lr: np.ndarray  # (steps,), with backbone_lr that of the heads
     wd: np.ndarray  # (steps,)
     momentum: np.ndarray  # (steps,), of the teacher's EMA
     # DINOv2's, each (steps,)
@@ -38,8 +41,10 @@ class Plan(NamedTuple):
 
     @property
     def warmup(self) -> int:
-        """The step at which the learning rate's warm-up ends, where it is highest."""
-        return int(self.lr.argmax())
+        """The step at which the learning rate's warm-up ends, where it is highest; the backbone's, unless it is frozen
+        for the whole run."""
+        lr = self.lr if self.backbone_lr is None or not self.backbone_lr.any() else self.backbone_lr
+        return int(lr.argmax())
 
     def patch_counts(self, patches: int, early_patches: int) -> list[tuple[int, int]]:
         """By epoch: patches of a global crop, and how many of them the student keeps."""
@@ -110,6 +115,14 @@ def check_warmups(epochs: float, steps: int, **warmups: float) -> None:
         if length > epochs:
             raise Refused(f"--{flag} {length:g} is longer than the run of {epochs:g} epochs (--steps {steps}); "
                           "lower it")
+
+
+def long_warmups(steps: int, unit: int, **durations: float) -> list[str]:
+    """A warning for each of the `durations` ({flag: epochs of `unit` steps}) that is a larger share of the run than in
+    any published recipe."""
+    shares = {flag: length * unit / steps for flag, length in durations.items()}
+    return [f"WARNING: --{flag} {durations[flag]:g} is {share:.0%} of the run; lower it, unless you mean it"
+            for flag, share in shares.items() if share > LONGEST[flag]]
 
 
 def check_min_lr(min_lr: float, peak: float, lr: float, images: int, folder: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
@@ -71,10 +72,7 @@ def carry_out(
         if parallel.is_main():
             checkpoints.remove_temporary(run.folder)
         parallel.say(description)
-        knn = dict(latest[0]["knn"]) if latest else {}
-        if ends.evaluation and not {"untrained", "start"} & knn.keys():
-            name = "start" if run.settings["init_from"] else "untrained"
-            knn |= ends.evaluation.baselines(run.teacher_backbone(), run.autocast(), name)
+        knn = known_accuracies(run, latest[0] if latest else None, ends.evaluation)
         if latest:
             run.resume(*latest)
             parallel.say(f"resuming from {latest[1]} at step {run.step} of {plan.steps}")
@@ -93,6 +91,27 @@ def carry_out(
             names = monitor.save_last_figures(run.folder, ends.images, backbone, ends.crop_size, ends.mean, ends.std)
             print(f"wrote {', '.join(names)}, log.txt and {run.last_saved} in {run.folder}", flush=True)
     return 0
+
+
+def known_accuracies(run: Run, state: Mapping | None, evaluation: KnnEvaluation | None) -> dict:
+    """What the checkpoint `state` knows of k-NN, without figures on other images; baselines, where it has none.
+
+    Call before the run is resumed: its weights are those that it began with, if --init_from is as it was then.
+    """
+    knn = dict(state["knn"]) if state else {}
+    if not evaluation:
+        return knn
+    data = evaluation.identity()
+    if knn.get("data", data) != data:
+        parallel.say("k-NN is from here on measured on other images of --eval_data_path (or --data_path): the best "
+                     "accuracy and the baselines of those so far are dropped")
+        knn = {}
+    if not {"untrained", "start", "pixels"} & knn.keys():
+        given = run.settings["init_from"]
+        same = not state or bool(state["args"].get("init_from")) == bool(given)
+        knn |= evaluation.baselines(run.teacher_backbone() if same else None, run.autocast(),
+                                    "start" if given else "untrained")
+    return knn | {"data": data}
 
 
 def add_gradients(
@@ -134,20 +153,37 @@ def end_epoch(run: Run, plan: Plan, epoch: int, ln_k: float, ends: Ends, log: Lo
     with it the others are written.
     """
     run.watch.check(run.last_saved)
-    last, names = run.step == plan.steps, []
+    last, names, warning = run.step == plan.steps, [], None
     if ends.saveckp_freq and (epoch + 1) % ends.saveckp_freq == 0:
         names.append(f"checkpoint{epoch:04d}.pth")
     if ends.evaluation and ((epoch + 1) % ends.eval_knn_every == 0 or last):
         top1, top5 = ends.evaluation.knn(run.teacher_backbone(), run.autocast())
-        run.knn |= {"epoch": epoch, "top1": top1, "top5": top5}
-        if run.knn["top1"] > run.knn.get("best", -1):
-            run.knn |= {"best": run.knn["top1"], "best_epoch": epoch}
+        best = max(run.knn.get("best", -1), run.knn.get("start", -1))
+        run.knn |= {"epoch": epoch, "top1": top1, "top5": top5, "best": max(best, top1)}
+        if top1 > best:
+            run.knn["best_epoch"] = epoch
             names.append(checkpoints.BEST)
+        warning = below_start(top1, run.knn.get("start"), len(ends.evaluation.parts[1]))
     monitor.log_epoch(log, epoch, run.step, run.meters.means(), ln_k, run.knn if ends.evaluation else {})
+    if warning:
+        parallel.say(f"WARNING: {warning}")
     if last or (ends.pictures_every and (epoch + 1) % ends.pictures_every == 0):
         draw(run, ends, log, f"epoch{epoch:04d}")
     run.meters = Meters()
     run.save(*names, checkpoints.NAME)
+
+
+def below_start(top1: float, start: float | None, images: int) -> str | None:
+    """A line if k-NN accuracy is below that of the starting weights by more than 2 points and more than chance.
+
+    Args:
+        top1, start: in %; start is None where a run does not start from a file.
+        images: of the evaluation, which give `start` a 95 % interval.
+    """
+    if start is None or start - top1 <= max(2.0, 1.96 * math.sqrt(start * (100 - start) / images)):
+        return None
+    return (f"20-NN top-1 {top1:.1f} % is {start - top1:.1f} points below the starting weights, so the file of "
+            "--init_from is still the better network; try a lower --lr, such as a tenth")
 
 
 def draw(run: Run, ends: Ends, log: Log, when: str) -> None:

@@ -24,15 +24,20 @@ FREE_FLAGS = {
     "data_path", "output_dir", "saveckp_freq", "saveckp_every_steps", "saveckp_every_minutes", "keep_checkpoints",
     "eval_knn_every", "eval_data_path", "log_every", "pictures_every", "tensorboard", "wandb", "device",
     "num_workers", "dist_url", "dist_timeout", "local_rank", "compile", "grad_checkpointing", "max_bad_images",
-    "init_from", "init_in_chans", "init_heads", "replay", "max_pixels", "parallel", "extend", "cache_images",
+    "replay", "max_pixels", "parallel", "extend", "cache_images",
 }
 
 # How the images of a step are shared out. May differ too, as long as a step has as many; see `Run.computed_over`.
 SPLIT = ("batch_size_per_gpu", "grad_accum_steps", "world_size")
 
+START = {"init_from", "init_in_chans", "init_heads"}  # what a run began with; of no effect on a resume
+
 LENGTH = {"epochs", "steps", "images"}  # what a run may change with --extend: its length and its images
 
 FROZEN = "distill_from_weights"  # beside the flags: the hash of the network of --distill_from, "" without one
+
+# Beside the flags, with --freeze_backbone_epochs: True, unless the run began when the warm-up counted from its start.
+WARMUP_AFTER_FREEZE = "warmup_after_freeze"
 
 NEEDED = {
     "student", "teacher", "optimizer", "fp16_scaler", "dino_loss", "step", "precision", "args", "rng", "meters", "knn",
@@ -58,7 +63,9 @@ class Run:
     computed_over: Mapping[str, str] = field(default_factory=dict)
     step: int = 0
     meters: Meters = field(default_factory=Meters)  # means over the current epoch
-    knn: dict[str, float] = field(default_factory=dict)  # latest and best accuracy, and the baselines
+    # latest and best accuracy, the baselines, and the identity of the images that they were measured on
+    knn: dict[str, float | str] = field(default_factory=dict)
+    lowest_left: dict[str, float] = field(default_factory=dict)  # DINOv2: lowest share of each loss since the start
     last_saved: str = "none"
     watch: failures.Watch | None = None
     image_sample: list[str] = field(default_factory=list)  # see `same_images`; empty: not compared
@@ -112,8 +119,9 @@ class Run:
             "rng": parallel.gather_objects(checkpoints.rng_state(self.device)),
             "meters": parallel.gather_objects(self.meters.state_dict()),
             "knn": self.knn,
+            "lowest_left": self.lowest_left,
             "image_sample": self.image_sample,
-            "best_checkpoint": checkpoints.BEST if "best" in self.knn else None,
+            "best_checkpoint": checkpoints.BEST if "best_epoch" in self.knn else None,
         }
 
     def save(self, *names: str) -> None:
@@ -160,6 +168,10 @@ class Run:
             self.check_extension(state, changed)
             self.check_images(state, path, extend)
             return
+        if WARMUP_AFTER_FREEZE in changed and "freeze_backbone_epochs" not in changed:
+            raise Refused(f"--output_dir {path.parent}: {path.name} belongs to a run whose --warmup_epochs began with "
+                          "--freeze_backbone_epochs, and now begins after it; resume it with the version that began "
+                          f"it, or give --init_from {path} --init_heads and another folder")
         shown = ", ".join("weights of --distill_from" if k == FROZEN else f"{k} {old} -> {new}"
                           for k, (old, new) in changed.items())
         remedy = "choose another folder, or the same flags to resume"
@@ -172,7 +184,7 @@ class Run:
         """{flag: (the checkpoint's value, this run's)} of the flags that determine what a run computes."""
         before = state["args"]  # a flag that is newer than the checkpoint was off
         # A frozen network is known by its weights; in checkpoints from before these were stored, by its file.
-        free = {*FREE_FLAGS, *SPLIT, "distill_from" if FROZEN in before else FROZEN}
+        free = {*FREE_FLAGS, *SPLIT, *START, "distill_from" if FROZEN in before else FROZEN}
         if not self.settings.get("distill_from"):
             free.add("ibot_tokens")  # has no effect
         return {k: (before.get(k), v) for k, v in self.settings.items()
@@ -224,9 +236,12 @@ class Run:
         sharding.load(self.teacher, state["teacher"])
         sharding.load_optimizer(self.optimizer, state["optimizer"])
         self.dino_loss.load_state_dict(state["dino_loss"])
+        self.settings |= {k: v for k, v in state["args"].items() if k in START}
         if self.settings["precision"] == "auto":  # keep the precision, even if this hardware would choose another one
             self.set_precision(dtype_named(state["precision"]))
         self.scaler.load_state_dict(state["fp16_scaler"])
+        # Of a checkpoint from before this was stored it is not known; 0 makes no warning.
+        self.lowest_left = dict(state.get("lowest_left", {"dino_left": 0.0, "ibot_left": 0.0}))
         self.knn, self.step, self.last_saved = dict(state["knn"]), self.step_after(state), path.name
         if len(state["rng"]) == parallel.world_size():
             checkpoints.set_rng_state(state["rng"][parallel.rank()], self.device)

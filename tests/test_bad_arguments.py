@@ -29,7 +29,7 @@ import main_dino
 import parallel
 import visualize_attention
 from imagesets import loaders
-from pretraining import faults
+from pretraining import faults, options
 from protocols import features
 from vision_transformer import build_backbone
 
@@ -559,10 +559,20 @@ def test_every_parser_can_be_the_parent_of_another():
         assert parser.parse_args(["--arch", "vit_small"]).arch == "vit_small"
 
 
-def test_prototypes_that_are_never_trained_are_told(tmp_path, capsys):
-    argv = [*SMALL, "--steps", "2", "--freeze_last_layer", "1", "--output_dir", str(tmp_path)]
-    assert main_dino.main(main_dino.get_args_parser().parse_args(argv)) == 0
-    assert "WARNING: the prototypes stay frozen for the whole run, as --freeze_last_layer 1" in capsys.readouterr().out
+def test_long_warmups_of_dino_are_told(monkeypatch):
+    """The defaults take all of a run of ten epochs; none of the presets is warned of."""
+    monkeypatch.setattr(options, "description", lambda *args: [])
+
+    def warned(*argv, images=50_000):
+        args = main_dino.get_args_parser().parse_args([*argv, "--data_path", "x"])
+        return main_dino.describe(args, None, main_dino.make_plan(args, images), images)
+
+    said = warned("--epochs", "10", images=640)
+    assert "WARNING: --warmup_epochs 10 is 100%" in said and "lower" in said and "--freeze_last_layer" not in said
+    assert "--freeze_last_layer 1 is 500%" in warned("--steps", "2", "--warmup_epochs", "0", images=640)
+    for path in (ROOT / "presets").glob("*.txt"):
+        if " main_dino.py @" in path.read_text() or "submitit.py @" in path.read_text():
+            assert not warned(f"@{path}"), path
 
 
 def test_pixels_that_no_patch_covers_are_told(tmp_path, capsys, monkeypatch):

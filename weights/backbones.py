@@ -109,6 +109,8 @@ def load_weights_into(
         state = state | {"pos_embed": resized_positions(model, positions)}
     size = f", patch size {recognized.options['patch_size']}" if "patch_size" in recognized.options else ""
     load_matching(model, state, f"{path} ({recognized.arch}{size})" if recognized.arch else path, flag, remedy)
+    if "mask_token" in model.state_dict() and "mask_token" not in state:
+        parallel.say(f"{path}: it has no mask_token, which keeps its initial value and is yet to be trained")
     if positions is not None and positions.shape != state["pos_embed"].shape:
         grids = (f"{math.isqrt(p.shape[1] - 1)} x {math.isqrt(p.shape[1] - 1)}" for p in (positions, model.pos_embed))
         parallel.say(f"{path}: position embeddings interpolated from {' to '.join(grids)} patches")

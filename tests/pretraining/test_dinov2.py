@@ -24,6 +24,7 @@ from parallel import Refused
 from pretraining import replay
 from pretraining import state as state_of_runs
 from pretraining.health import health_dinov2
+from pretraining.plan import LONGEST, long_warmups
 from weights import checkpoints
 
 ARGS = [*SMALLEST_DINOV2, "--saveckp_freq", 1]
@@ -235,6 +236,44 @@ def test_continue_with_heads_and_with_another_size(finished, tmp_path, monkeypat
     assert again.wait() == [0] and "resuming" in again.output(), again.output()
 
 
+def test_heads_are_trained_before_the_backbone():
+    """10 steps per epoch: frozen to step 20, the backbone's warm-up to 50, prototypes fixed from 20 to 30."""
+    flags = ["--epochs", 10, "--freeze_backbone_epochs", 2, "--warmup_epochs", 3, "--lr", 0.01]
+    plan = main_dinov2.make_plan(parsed(*flags), 80)
+    peak, steps = 0.01 * math.sqrt(8 / 1024), range(100)
+    assert plan.lr.max() == pytest.approx(peak) and plan.warmup in (49, 50)
+    assert not plan.backbone_lr[:21].any() and all(plan.backbone_lr[21:])
+    assert plan.backbone_lr[20:50] == pytest.approx([peak * i / 29 for i in range(30)])
+    assert plan.lr[0] == 0 and plan.lr[2:50] == pytest.approx([peak] * 48)  # a ramp of a tenth
+    assert (plan.lr[50:] == plan.backbone_lr[50:]).all() and plan.lr[-1] < 0.01 * peak
+    assert [plan.last_layer_lr[i] for i in steps] == [0 if 20 <= i < 30 else plan.lr[i] for i in steps]
+    whole = main_dinov2.make_plan(parsed(*flags, "--freeze_backbone_epochs", 10), 80)  # to train heads alone
+    assert not whole.backbone_lr.any() and (whole.last_layer_lr == whole.lr).all() and whole.warmup in (29, 30)
+    with pytest.raises(Refused, match="^--freeze_backbone_epochs 8 and --warmup_epochs 3, .* 10 epochs; lower"):
+        main_dinov2.make_plan(parsed(*flags, "--freeze_backbone_epochs", 8), 80)
+
+
+def test_a_frozen_epoch_trains_the_heads(tmp_path, run_here, monkeypatch):
+    """The first of 20 epochs, with a long warm-up and prototypes that are fixed for an epoch, as by default."""
+    monkeypatch.setattr(main_dinov2.Requests, "agreed", lambda self, step: (step == 8, False))
+    assert run_here("--steps", 0, "--epochs", 20, "--freeze_backbone_epochs", 1, "--warmup_epochs", 10, "--lr", 0.01,
+                    "--log_every", 1, "--output_dir", tmp_path) == main_dinov2.TO_BE_CONTINUED
+    first, *_, last = json_lines(tmp_path / "log_steps.txt")
+    assert all(last[name] < 0.8 * first[name] for name in ("dino_left", "ibot_left"))
+
+
+def test_a_run_whose_warm_up_began_with_the_freeze_is_not_resumed(tmp_path, run_here, capsys):
+    flags = ["--steps", 3, "--freeze_backbone_epochs", 0.2, "--output_dir", tmp_path]
+    assert run_here(*flags) == 0 and run_here(*flags) == 0
+    written = checkpoints.read(tmp_path / checkpoints.NAME)
+    del written["args"][state_of_runs.WARMUP_AFTER_FREEZE]
+    checkpoints.save(written, tmp_path / checkpoints.NAME)
+    capsys.readouterr()
+    assert run_here(*flags) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "--freeze_backbone_epochs" in said and "--init_from" in said
+
+
 EQUAL = ["--koleo_loss_weight", 0, "--drop_path_rate", 0, *CENTERING]
 
 
@@ -362,7 +401,7 @@ def test_a_student_that_collapses_in_distillation_is_named(monkeypatch):
             student.backbone.norm.weight.data.zero_()  # all tokens are equal
         parts = dinov2.losses(student, frozen, crops, torch.zeros(16, 16, dtype=torch.bool), objective, 0.02)[1]
         figures = {k: v.item() for k, v in health_dinov2(parts, main_dinov2.losses_at_start(args)).items()}
-        line = main_dinov2.warning(figures, objective, 16, warming_up=False)
+        line = main_dinov2.warning(figures, objective, 16, False, {})
         assert "student" in line and "directions" in line if collapsed else line is None
 
 
@@ -376,16 +415,50 @@ def test_uniform_outputs_of_a_new_network_are_no_collapse(flags, step, words):
     args = main_dinov2.get_args_parser().parse_args([str(a) for a in (*ARGS, *flags)])
     plan, objective = main_dinov2.make_plan(args, 64), main_dinov2.make_loss(args)
     means = {"entropy": math.log(32), "prototypes_used": 8.0, "feature_rank": 5.0}
-    line = main_dinov2.warning(means, objective, 16, step <= plan.warmup)
+    line = main_dinov2.warning(means, objective, 16, step <= plan.warmup, {"dino_left": 0.9})
     assert line is None if words is None else all(word in line for word in words)
     assert not line or ("--centering" in line) == ("centering" in flags)
+
+
+def test_a_loss_that_never_left_its_start_is_no_collapse(tmp_path, run_here, capsys, monkeypatch):
+    """Uniform outputs to the end; the same after a term that has fallen is a collapse, also after a resume."""
+    means = {"entropy": math.log(32), "prototypes_used": 8.0, "feature_rank": 5.0}
+    objective = main_dinov2.make_loss(parsed())
+    line = main_dinov2.warning(means, objective, 16, False, {"dino_left": 0.999, "ibot_left": 0.5})
+    assert all(word in line for word in ("dino_left", "98%", "--grad_accum_steps", "--out_dim", "--layerscale 0"))
+    assert "uniform" in main_dinov2.warning(means, objective, 16, False, {"dino_left": 0.9})
+    flags = ["--layerscale", 1e-5, "--lr", 1e-4, "--warmup_teacher_temp", 1, "--teacher_temp", 1, "--log_every", 1,
+             "--output_dir", tmp_path]
+    assert run_here("--steps", 3, *flags) == 0 and "WARNING at step 2: dino_left" in capsys.readouterr().out
+    written = checkpoints.read(tmp_path / checkpoints.NAME)
+    assert written["lowest_left"]["dino_left"] > 0.98
+    del written["lowest_left"]  # as older versions wrote it
+    checkpoints.save(written, tmp_path / checkpoints.NAME)
+    assert run_here("--steps", 5, "--extend", *flags) == 0
+    said = capsys.readouterr().out
+    assert "WARNING at step 4" not in said or "dino_left never" not in said
+
+
+@pytest.mark.parametrize("flags, images, words", [
+    (["@presets/dinov2_shapes.txt"], 3000, []), (["@presets/dinov2_imagenette_cpu.txt"], 9469, []),
+    (["@presets/dinov2_imagenette.txt"], 9469, []),
+    ([], 100_000, ["--out_dim 65536", "64 images per step", "4096 or less", "--grad_accum_steps"]),
+    (["--batch_size_per_gpu", 2048], 5000, ["--out_dim 65536", "of 5000", "2500 or less"]),
+    (["--ibot_separate_head", "true", "--out_dim", 64, "--ibot_out_dim", 65536], 9999, ["--ibot_out_dim 65536"]),
+    (["--distill_from", "x"], 100, []), (["--init_heads"], 100, []),
+], ids=lambda x: " ".join(map(str, x)) if isinstance(x, list) else str(x))  # fmt: skip
+def test_prototypes_that_so_few_images_cannot_use_are_told(flags, images, words):
+    args = main_dinov2.get_args_parser().parse_args([str(a) for a in flags])
+    lines = main_dinov2.many_prototypes(args, images)
+    assert len(lines) == bool(words) and all(word in lines[0] for word in words)
 
 
 def test_what_a_run_says_of_few_images_and_of_masks_that_never_happen(tmp_path, run_here, capsys):
     assert run_here(*CENTERING, "--mask_ratio", 0.01, 0.02, "--batch_size_per_gpu", 2, "--output_dir", tmp_path) == 0
     said = capsys.readouterr().out
     assert said.count("directions") == 1 and "--batch_size_per_gpu 2" in said
-    assert "WARNING: --mask_ratio 0.01 0.02" in said and "0.00 on patches" in said and "ibot left" not in said
+    assert "WARNING: --mask_ratio 0.01 0.02" in said and "ibot left" not in said
+    assert "loss of uniform outputs: 3.47 on class tokens, 0.00 on patches" in said
 
 
 def test_replay_of_a_distillation_looks_into_the_frozen_network(finished, tmp_path, run_here, monkeypatch, capsys):
@@ -540,10 +613,13 @@ def test_a_bug_keeps_its_traceback(tmp_path, monkeypatch):
 
 
 def test_only_warmups_longer_than_published_ones_are_warned_of():
-    parser = main_dinov2.get_args_parser()
+    def warned(*argv, images):
+        args = main_dinov2.get_args_parser().parse_args(argv)
+        plan = main_dinov2.make_plan(args, images)
+        return long_warmups(plan.steps, args.epoch_steps or plan.steps_per_epoch,
+                            **{flag: getattr(args, flag) for flag in LONGEST})
+
     for recipe in ("dinov2_vitl16_short", "dinov2_vitl14", "dinov2_vitg14"):
-        args = parser.parse_args([f"@presets/{recipe}.txt", "--data_path", "x"])
-        assert main_dinov2.long_warmups(args, main_dinov2.make_plan(args, 1_281_167)) == []
-    args = parser.parse_args(["--epochs", "10", "--warmup_epochs", "3", "--warmup_teacher_temp_epochs", "3"])
-    lines = main_dinov2.long_warmups(args, main_dinov2.make_plan(args, 6400))
-    assert len(lines) == 1 and "--warmup_epochs 3" in lines[0] and "30%" in lines[0]
+        assert warned(f"@presets/{recipe}.txt", "--data_path", "x", images=1_281_167) == []
+    line, = warned("--epochs", "10", "--warmup_epochs", "3", "--warmup_teacher_temp_epochs", "3", images=6400)
+    assert "--warmup_epochs 3" in line and "30%" in line

@@ -74,6 +74,14 @@ def test_init_from_reads_every_layout(tmp_path):
     backbones.load_weights_into(build_backbone("vit_small_patch14_reg4_dinov2", depth=1)[0], str(tmp_path / "w.pth"))
 
 
+@pytest.mark.parametrize("theirs", ["dino", "dinov2"])
+def test_a_mask_token_that_a_file_lacks_is_told(tmp_path, capsys, theirs):
+    torch.save(build_backbone("vit_nano", 8, img_size=16, method=theirs)[0].state_dict(), tmp_path / "w.pth")
+    backbones.load_weights_into(build_backbone("vit_nano", 8, img_size=16, method="dinov2")[0],
+                                str(tmp_path / "w.pth"), flag="--init_from")
+    assert ("no mask_token" in capsys.readouterr().out) == (theirs == "dino")
+
+
 def test_init_from_refuses_what_does_not_fit(tmp_path, capsys):
     from test_layouts import dinov2_file
 
