@@ -340,7 +340,7 @@ ATTENTION = [
     ("--threshold 1.5", ("--threshold", "1.5", "at most 1")),
     ("--point 900 900", ("--point 900 900", "outside")),
     ("--point nan 0", ("--point", "nan", "at least 0")),
-    ("--arch resnet18", ("--arch resnet18", "use one of")),
+    ("--arch resnet18", ("--arch resnet18", "give a Vision Transformer")),
     ("--video {here}/none.mp4", ("--video {here}/none.mp4", "no such file")),
     ("--output_dir {here}/file/out", ("--output_dir {here}/file/out", "is a file", "give a folder")),
 ]  # fmt: skip
