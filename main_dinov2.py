@@ -492,7 +492,7 @@ def train(args: argparse.Namespace, run: Run, teacher: nn.Module, plan: Plan, en
         run.scaler.unscale_(run.optimizer)
         norms = [norm for part in run.student.children()
                  for norm in utils.clip_gradients(part, args.clip_grad, per_tensor=False)]
-        run.watch.judge(figures, norms)
+        figures |= run.watch.judge(figures, norms)
         run.scaler.step(run.optimizer)
         run.scaler.update()
         run.optimizer.zero_grad(set_to_none=True)
@@ -505,6 +505,7 @@ def train(args: argparse.Namespace, run: Run, teacher: nn.Module, plan: Plan, en
             run.watch.check(run.last_saved)
             bad_images.share()
             extra = health_dinov2(parts, at_start)
+            extra |= {"loss_scale": run.scaler.get_scale()} if run.scaler.is_enabled() else {}
             run.meters.update(**extra)
             window.update(**extra)
             means = window.means()

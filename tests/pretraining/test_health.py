@@ -10,6 +10,7 @@ from method.rank import effective_rank
 from pretraining import failures, logs
 from pretraining.health import collapse, few_directions, health
 from pretraining.meters import Meters
+from weights import checkpoints
 
 
 def loss_of(K, temp=0.04):
@@ -77,7 +78,7 @@ def test_meters_average_and_go_round():
 def test_watch_remembers_the_first_bad_step(tmp_path):
     network, optimizer = torch.nn.Linear(2, 2), SimpleNamespace()
     watch = failures.Watch(network, network, loss_of(4), optimizer, np.full(9, 0.9), lambda step: [],
-                           {"steps_per_epoch": 5}, tmp_path / "failure.pt", torch.device("cpu"))
+                           {"steps_per_epoch": 5, "dtype": "None"}, tmp_path / "failure.pt", torch.device("cpu"))
     for step, loss, norms in ((4, 1.0, [1.0]), (5, 2.5, [1.0, math.inf]), (6, math.nan, [1.0])):
         watch.begin(step)
         watch.judge({"loss": torch.tensor(loss)}, torch.tensor(norms))
@@ -85,10 +86,28 @@ def test_watch_remembers_the_first_bad_step(tmp_path):
             watch.check("checkpoint.pth")
             assert not optimizer.found_inf and not watch.beginnings
     assert optimizer.found_inf
-    with pytest.raises(failures.NonFinite, match=r"step 5: .*loss 2.5 by rank.*checkpoint.pth.*--lr.*failure.pt"):
+    with pytest.raises(failures.NonFinite, match=r"step 5: .*loss 2.5 by rank.*checkpoint.pth.*--lr.*failure.pt") as e:
         watch.check("checkpoint.pth")
+    assert "--precision" not in str(e.value)  # float32 already
     state = torch.load(tmp_path / "failure.pt", weights_only=True)
     assert (state["step"], state["epoch"], state["rank"]) == (5, 1, 0)
+
+
+@pytest.mark.parametrize("dtype, remedy", [("float16", "bf16"), ("bfloat16", "fp32")])
+def test_updates_that_a_scaler_skips_without_end_stop_the_run(tmp_path, dtype, remedy):
+    network = torch.nn.Linear(2, 2)
+    watch = failures.Watch(network, network, loss_of(4), None, np.full(99, 0.9), lambda step: [],
+                           {"steps_per_epoch": 99, "dtype": f"torch.{dtype}"}, tmp_path / "failure.pt",
+                           torch.device("cpu"))
+    for step in range(40):  # 19 steps until a scale fits, one that is good, and 20 that are not
+        watch.begin(step)
+        skipped = watch.judge({"loss": torch.tensor(2.5)}, [torch.tensor(1.0 if step == 19 else math.inf)])["skipped"]
+        assert skipped == (step != 19)
+        if step % 10 == 8:
+            watch.check("checkpoint.pth")
+    with pytest.raises(failures.NonFinite, match=rf"step 39: .* 19 steps before.*loss 2.5.*--precision {remedy}"):
+        watch.check("checkpoint.pth")
+    assert checkpoints.read(tmp_path / "failure.pt")["step"] == 39
 
 
 def test_lines_after_the_checkpoint_are_dropped(tmp_path):
