@@ -32,7 +32,7 @@ from method.groups import parameter_groups, set_lr_and_wd
 from parallel import Refused
 from pretraining import compiling, faults, memory, monitor, networks, options, session, sharding
 from pretraining.faults import TO_BE_CONTINUED, Requests  # noqa: F401 - the launcher reads the code
-from pretraining.health import collapse, few_directions, health_dinov2
+from pretraining.health import collapse, few_directions, few_directions_dinov2, health_dinov2
 from pretraining.logs import Log
 from pretraining.meters import Clock, Meters
 from pretraining.plan import Plan, check_min_lr, check_warmups, drop_by_epoch, early_epochs, steps_per_epoch
@@ -509,7 +509,10 @@ def train(args: argparse.Namespace, run: Run, teacher: nn.Module, plan: Plan, en
             run.meters.update(**extra)
             window.update(**extra)
             means = window.means()
-            warned = warning(means, run.dino_loss, 2 * args.batch_size_per_gpu, step <= plan.warmup)
+            crops, warming_up = 2 * args.batch_size_per_gpu, step <= plan.warmup
+            warned = warning(means, run.dino_loss, crops, warming_up) or few_directions_dinov2(
+                means, args.centering == "sinkhorn_knopp", crops, warming_up,
+                "student" if args.distill_from else "teacher")
             monitor.log_step(log, plan, step, means, "", warned, options.images_per_step(args), *clock.read())
             window.reset()
         run.dino_loss.update_centers(parts)

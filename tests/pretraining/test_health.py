@@ -4,11 +4,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import utils
 from method.rank import effective_rank
+from method.sinkhorn import sinkhorn_knopp
+from method.targets import centred
 from pretraining import failures, logs
-from pretraining.health import collapse, few_directions, health
+from pretraining.health import collapse, few_directions, few_directions_dinov2, health, health_dinov2
 from pretraining.meters import Meters
 from weights import checkpoints
 
@@ -56,6 +59,41 @@ def test_the_three_ways_of_a_teacher():
     line = health(soft, groups[:, None] * torch.ones(4) + 1e-3 * torch.randn(n, 4), torch.tensor(4.0), loss_of(K), 0)
     assert 0.1 < line["entropy"].item() / math.log(K) < 0.99
     assert "directions" in verdict(line) and "--lr" in verdict(line)
+
+
+@pytest.mark.parametrize("groups", [0, 2], ids=["line", "two clusters"])
+@pytest.mark.parametrize("of_patches", [False, True], ids=["class tokens", "patch tokens"])
+@pytest.mark.parametrize("sinkhorn", [True, False], ids=["sinkhorn", "centring"])
+def test_few_directions_that_use_many_prototypes(groups, of_patches, sinkhorn):
+    """Sinkhorn-Knopp spreads even tokens on a line over the prototypes; so the rank alone tells."""
+    torch.manual_seed(0)
+    n, width, prototypes = 64, 16, torch.randn(16, 128)
+    place = torch.arange(n) % groups if groups else torch.randn(n)
+    narrow = place[:, None] * torch.randn(width) + 0.02 * torch.randn(n, width)
+    healthy = torch.randn(n, width)
+    tokens, patches = (healthy, narrow) if of_patches else (narrow, healthy)
+
+    def figures(tokens, patches):
+        class_targets, patch_targets = (sinkhorn_knopp(F.normalize(x) @ F.normalize(prototypes, dim=0), 0.04) if sinkhorn
+                                        else centred(x @ prototypes, torch.zeros(128), 0.04) for x in (tokens, patches))
+        parts = {name: torch.tensor(1.0) for name in ("dino_global", "dino_local", "ibot")} | {
+            "class_targets": class_targets, "patch_targets": patch_targets, "features": tokens,
+            "patch_features": patches}
+        return {k: v.item() for k, v in health_dinov2(parts, {"dino": 2.0, "ibot": 1.0}).items()}
+
+    means = figures(tokens, patches)
+    if sinkhorn:
+        assert means["patch_prototypes_used" if of_patches else "prototypes_used"] >= 4
+    line = few_directions_dinov2(means, sinkhorn, n, False)
+    if sinkhorn or of_patches:
+        assert "directions" in line and ("patch tokens" in line) == of_patches
+    else:
+        assert line is None  # `few_directions` judges them with the number of prototypes
+    assert not few_directions_dinov2(figures(healthy, healthy), sinkhorn, n, False)
+    assert not few_directions_dinov2(means, sinkhorn, n, True)  # the learning rate's warm-up
+    assert not few_directions_dinov2(means, sinkhorn, 6, False)
+    untrained = {k: v for k, v in means.items() if k != "ibot_left"}
+    assert not (of_patches and few_directions_dinov2(untrained, sinkhorn, n, False))
 
 
 def test_what_few_crops_or_a_new_network_cannot_show():
