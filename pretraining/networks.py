@@ -198,7 +198,7 @@ def read_heads(path: str, flag: str) -> tuple[dict, dict[str, Tensor]]:
         Refused: no such file, or it has no heads.
     """
     with refusing(flag):
-        loaded = read(path)
+        loaded = read(path, mapped=True)
         heads = {f"{head}.{k}": v for head, state in head_states(loaded, "teacher", path).items()
                  for k, v in state.items()}
         recognized = recognize(backbone_state(loaded, "teacher", path))
@@ -258,7 +258,7 @@ def fill_centers(objective: nn.Module, path: str, flag: str) -> None:
     that its run did not use, start at zero, which is printed. Raises Refused.
     """
     with refusing(flag):
-        stored = read(path).get("dino_loss")
+        stored = read(path, mapped=True).get("dino_loss")
     stored = stored if isinstance(stored, Mapping) else {}
     own = objective.state_dict()
     fitting = {k: stored[k] for k, v in own.items()

@@ -81,7 +81,7 @@ def load_weights_into(
             interpolates its position embeddings in another way.
     """
     with refusing(flag):
-        loaded = read(path)
+        loaded = read(path, mapped=True)
         state = backbone_state(loaded, checkpoint_key, path)
         args, config = stored_args(loaded), network_config(loaded, path, is_network)
         found = preprocessing.stored(path, args)

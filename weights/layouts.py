@@ -10,6 +10,7 @@ Shapes: N tokens, D width, C channels, P patch size, K classes.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -134,11 +135,15 @@ class Weights(NamedTuple):
 # ---- Reading ----
 
 
-def read(path: str | os.PathLike, kind: type = dict) -> dict:
+def read(path: str | os.PathLike, kind: type = dict, mapped: bool = False) -> dict:
     """Load a file of tensors and plain types onto the CPU, never running code that a pickle names.
 
     Besides plain types a pickle may contain what published full checkpoints do (`ALLOWED`). The metadata of a
     safetensors file written by export.py is returned under `args`.
+
+    Args:
+        mapped: let the tensors be parts of the file, which processes on a machine share, where that is possible. For
+            callers that copy what they keep: a file that is written over in place changes them.
 
     Raises:
         FileNotFoundError: there is no such file. Nothing is downloaded or substituted.
@@ -157,7 +162,7 @@ def read(path: str | os.PathLike, kind: type = dict) -> dict:
             return read_safetensors(path)
         with torch.serialization.safe_globals(ALLOWED), warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*TorchScript archive")
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
+            loaded = load(path, mapped)
     except (ImportError, BadFile):
         raise
     except Exception as error:  # the type depends on where the file is damaged
@@ -182,6 +187,14 @@ def read(path: str | os.PathLike, kind: type = dict) -> dict:
     if any(SHARD.match(str(name)) for part in parts if isinstance(part, Mapping) for name in part):
         raise BadFile(f"{path}: {SHARD_REMEDY}")
     return loaded
+
+
+def load(path: str | os.PathLike, mapped: bool) -> object:
+    if mapped:
+        # Impossible for files in torch's format before zip files, and on some file systems.
+        with contextlib.suppress(RuntimeError):
+            return torch.load(os.fspath(path), map_location="cpu", weights_only=True, mmap=True)
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def read_safetensors(path: str | os.PathLike) -> dict:

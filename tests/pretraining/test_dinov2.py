@@ -208,7 +208,8 @@ def test_what_a_run_leaves(finished):
     assert names == {"backbone", "dino_head", "ibot_head"} and "backbone.mask_token" in loaded["teacher"]
     logged = json_lines(folder / "log_steps.txt")[-1]
     assert {"dino_local", "dino_global", "ibot", "koleo", "dino_left", "ibot_left", "entropy", "patch_entropy",
-            "neighbour_distance", "prototypes_used", "patch_prototypes_used", "feature_rank", "patch_rank"} <= logged.keys()
+            "neighbour_distance", "prototypes_used", "patch_prototypes_used", "feature_rank",
+            "patch_rank"} <= logged.keys()
     terms = [logged[k] for k in ("dino_local", "dino_global", "ibot", "koleo")]
     assert logged["loss"] == pytest.approx(sum(terms), rel=1e-5)
     assert "memory" in said and "untrained" in said and (folder / "pictures" / "attention_epoch0001.png").exists()

@@ -74,8 +74,9 @@ def test_few_directions_that_use_many_prototypes(groups, of_patches, sinkhorn):
     tokens, patches = (healthy, narrow) if of_patches else (narrow, healthy)
 
     def figures(tokens, patches):
-        class_targets, patch_targets = (sinkhorn_knopp(F.normalize(x) @ F.normalize(prototypes, dim=0), 0.04) if sinkhorn
-                                        else centred(x @ prototypes, torch.zeros(128), 0.04) for x in (tokens, patches))
+        scores = [F.normalize(x) @ F.normalize(prototypes, dim=0) for x in (tokens, patches)]
+        class_targets, patch_targets = (sinkhorn_knopp(x, 0.04) if sinkhorn else centred(x, torch.zeros(128), 0.04)
+                                        for x in scores)
         parts = {name: torch.tensor(1.0) for name in ("dino_global", "dino_local", "ibot")} | {
             "class_targets": class_targets, "patch_targets": patch_targets, "features": tokens,
             "patch_features": patches}

@@ -34,6 +34,25 @@ def test_save_keeps_the_one_before_and_read_latest_falls_back(tmp_path, capsys):
     assert checkpoints.read_latest(tmp_path / "nothing") is None
 
 
+@pytest.mark.parametrize("zipped", [True, False])
+def test_the_checkpoint_to_resume_from_is_mapped_where_its_format_allows(tmp_path, monkeypatch, zipped):
+    then, mapped = torch.load, []
+    torch.save({"x": torch.arange(9.0)}, tmp_path / checkpoints.NAME, _use_new_zipfile_serialization=zipped)
+
+    def load(*args, **kwargs):
+        loaded = then(*args, **kwargs)
+        mapped.append(kwargs.get("mmap", False))
+        return loaded
+
+    monkeypatch.setattr(torch, "load", load)
+    state, _ = checkpoints.read_latest(tmp_path)
+    assert mapped == [zipped] and torch.equal(state["x"], torch.arange(9.0))
+    checkpoints.save({"x": torch.zeros(9)}, tmp_path / checkpoints.NAME)  # another file under this name
+    state["x"] += 1
+    assert torch.equal(state["x"], torch.arange(1.0, 10))
+    assert torch.equal(checkpoints.read(tmp_path / checkpoints.NAME)["x"], torch.zeros(9))
+
+
 def test_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     path = tmp_path / checkpoints.NAME
     for step in (0, 1):
