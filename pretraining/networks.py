@@ -145,10 +145,14 @@ def shard(student: nn.Module, teacher: nn.Module, device: torch.device, dtype: t
 
 
 def distributed(student: nn.Module, device: torch.device) -> nn.Module:
-    """The student as the loop calls it: its gradients are those of all processes."""
+    """The student as the loop calls it: its gradients are those of all processes.
+
+    The gradients are views of the buckets that are communicated, which saves 4 bytes per parameter.
+    """
     if parallel.world_size() == 1 or any(isinstance(p, DTensor) for p in student.parameters()):
         return student
-    return DistributedDataParallel(student, device_ids=[device.index] if device.type == "cuda" else None)
+    return DistributedDataParallel(student, device_ids=[device.index] if device.type == "cuda" else None,
+                                   gradient_as_bucket_view=True)
 
 
 # ---- Precision ----
