@@ -22,7 +22,7 @@ import parallel
 import utils
 from imagesets import loaders
 from imagesets.bad_images import BadImages
-from pretraining import compiling, faults, monitor, networks, options, session
+from pretraining import compiling, faults, memory, monitor, networks, options, session
 from pretraining.faults import TO_BE_CONTINUED, Requests  # noqa: F401 - the launcher reads the code
 from pretraining.health import collapse, few_directions, health
 from pretraining.logs import Log
@@ -33,7 +33,7 @@ from pretraining.replay import Method, replay, view_losses
 from pretraining.session import Ends, add_gradients
 from pretraining.state import Run, plain_settings, seed_everything
 from utils import DataAugmentationDINO, DINOLoss  # noqa: F401
-from vision_transformer import DINOHead
+from vision_transformer import DINOHead, VisionTransformer
 from weights import checkpoints
 from weights.backbones import supported_drop_path_rate
 
@@ -187,6 +187,11 @@ def make_run(args: argparse.Namespace, plan: Plan, n_images: int, device: torch.
 def describe(args: argparse.Namespace, run: Run, plan: Plan, n_images: int) -> str:
     """What is about to run, in a few lines."""
     lines = options.description(args, run, plan, f"K {args.out_dim}", n_images)
+    if isinstance(run.student.backbone, VisionTransformer):
+        lines.append(memory.estimate(
+            run.student, args.batch_size_per_gpu, args.global_crops_size, args.local_crops_size,
+            args.local_crops_number, 0.0, run.dtype, args.grad_checkpointing, bool(run.make_backbone),
+            plan.token_drop[-1] if plan.token_drop else 0.0))
     if args.freeze_last_layer >= plan.steps / plan.steps_per_epoch:
         lines.append(
             f"WARNING: the prototypes stay frozen for the whole run, as --freeze_last_layer {args.freeze_last_layer} "
