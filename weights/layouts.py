@@ -146,14 +146,11 @@ def read(path: str | os.PathLike, kind: type = dict, mapped: bool = False) -> di
             callers that copy what they keep: a file that is written over in place changes them.
 
     Raises:
-        FileNotFoundError: there is no such file. Nothing is downloaded or substituted.
+        FileNotFoundError: as `check_file`. Nothing is downloaded or substituted.
         BadFile: the file is truncated or corrupt, contains something other than data, is no `kind`, or is a shard.
         ImportError: a safetensors file, and safetensors is not installed.
     """
-    if os.path.isdir(path):
-        raise FileNotFoundError(f"{path}: a folder; give the file of weights in it")
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path}: no such file of weights")
+    check_file(path)
     start = b""
     try:
         with open(path, "rb") as file:
@@ -187,6 +184,21 @@ def read(path: str | os.PathLike, kind: type = dict, mapped: bool = False) -> di
     if any(SHARD.match(str(name)) for part in parts if isinstance(part, Mapping) for name in part):
         raise BadFile(f"{path}: {SHARD_REMEDY}")
     return loaded
+
+
+def check_file(path: str | os.PathLike) -> None:
+    """Raises FileNotFoundError if there is no such file, or it is a folder or a part of a checkpoint in several files.
+    """
+    path = pathlib.Path(path)
+    folder = path if path.is_dir() else path.parent
+    if path.name == ".metadata" or path.suffix == ".distcp" or path.is_dir() and (path / ".metadata").is_file():
+        raise FileNotFoundError(
+            f"{path}: a checkpoint of torch.distributed.checkpoint in several files; make one of it by python -m "
+            f"torch.distributed.checkpoint.format_utils dcp_to_torch {folder} FILE, and give that FILE")
+    if path.is_dir():
+        raise FileNotFoundError(f"{path}: a folder; give the file of weights in it")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file of weights; weights are never downloaded")
 
 
 def load(path: str | os.PathLike, mapped: bool) -> object:
