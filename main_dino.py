@@ -22,7 +22,7 @@ import parallel
 import utils
 from imagesets import loaders
 from imagesets.bad_images import BadImages
-from pretraining import compiling, faults, monitor, networks, options, session
+from pretraining import compiling, faults, memory, monitor, networks, options, session
 from pretraining.faults import TO_BE_CONTINUED, Requests  # noqa: F401 - the launcher reads the code
 from pretraining.health import collapse, few_directions, health
 from pretraining.logs import Log
@@ -41,7 +41,7 @@ from pretraining.replay import Method, replay, view_losses
 from pretraining.session import Ends, add_gradients
 from pretraining.state import Run, plain_settings, seed_everything
 from utils import DataAugmentationDINO, DINOLoss  # noqa: F401
-from vision_transformer import DINOHead
+from vision_transformer import DINOHead, VisionTransformer
 from weights import checkpoints
 from weights.backbones import supported_drop_path_rate
 
@@ -195,6 +195,11 @@ def make_run(args: argparse.Namespace, plan: Plan, n_images: int, device: torch.
 def describe(args: argparse.Namespace, run: Run, plan: Plan, n_images: int) -> str:
     """What is about to run, in a few lines."""
     lines = options.description(args, run, plan, f"K {args.out_dim}", n_images)
+    if isinstance(run.student.backbone, VisionTransformer):
+        lines.append(memory.estimate(
+            run.student, args.batch_size_per_gpu, args.global_crops_size, args.local_crops_size,
+            args.local_crops_number, 0.0, run.dtype, args.grad_checkpointing, bool(run.make_backbone),
+            plan.token_drop[-1] if plan.token_drop else 0.0))
     # not of the temperature's, which is off by default
     lines += long_warmups(plan.steps, plan.steps_per_epoch, warmup_epochs=args.warmup_epochs,
                           freeze_last_layer=args.freeze_last_layer)
@@ -248,7 +253,7 @@ def train(args: argparse.Namespace, run: Run, plan: Plan, ends: Ends, log: Log) 
                                        args.grad_accum_steps)
         run.scaler.unscale_(run.optimizer)
         norms = utils.clip_gradients(run.student, args.clip_grad, per_tensor=args.clip_mode == "tensor")
-        run.watch.judge(figures, norms)
+        figures |= run.watch.judge(figures, norms)
         utils.cancel_gradients_last_layer(epoch, run.student, args.freeze_last_layer)
         run.scaler.step(run.optimizer)
         run.scaler.update()
@@ -262,6 +267,7 @@ def train(args: argparse.Namespace, run: Run, plan: Plan, ends: Ends, log: Log) 
             run.watch.check(run.last_saved)
             bad_images.share()
             extra = health(parts["teacher_output"], parts["teacher_features"], parts["loss"], run.dino_loss, epoch)
+            extra |= {"loss_scale": run.scaler.get_scale()} if run.scaler.is_enabled() else {}
             run.meters.update(**extra)
             window.update(**extra)
             means = window.means()

@@ -32,7 +32,7 @@ from method.groups import parameter_groups, set_lr_and_wd
 from parallel import Refused
 from pretraining import compiling, faults, memory, monitor, networks, options, session, sharding
 from pretraining.faults import TO_BE_CONTINUED, Requests  # noqa: F401 - the launcher reads the code
-from pretraining.health import collapse, few_directions, health_dinov2
+from pretraining.health import collapse, few_directions, few_directions_dinov2, health_dinov2
 from pretraining.logs import Log
 from pretraining.meters import Clock, Meters
 from pretraining.plan import (
@@ -514,7 +514,7 @@ def train(args: argparse.Namespace, run: Run, teacher: nn.Module, plan: Plan, en
         run.scaler.unscale_(run.optimizer)
         norms = [norm for part in run.student.children()
                  for norm in utils.clip_gradients(part, args.clip_grad, per_tensor=False)]
-        run.watch.judge(figures, norms)
+        figures |= run.watch.judge(figures, norms)
         run.scaler.step(run.optimizer)
         run.scaler.update()
         run.optimizer.zero_grad(set_to_none=True)
@@ -527,13 +527,15 @@ def train(args: argparse.Namespace, run: Run, teacher: nn.Module, plan: Plan, en
             run.watch.check(run.last_saved)
             bad_images.share()
             extra = health_dinov2(parts, at_start)
+            extra |= {"loss_scale": run.scaler.get_scale()} if run.scaler.is_enabled() else {}
             run.meters.update(**extra)
             window.update(**extra)
             means = window.means()
             for name in {"dino_left", "ibot_left"} & means.keys():
                 run.lowest_left[name] = min(means[name], run.lowest_left.get(name, math.inf))
-            warned = warning(means, run.dino_loss, 2 * args.batch_size_per_gpu,
-                             step <= max(plan.warmup, plan.steps // 10), run.lowest_left)
+            crops, early = 2 * args.batch_size_per_gpu, step <= max(plan.warmup, plan.steps // 10)
+            warned = warning(means, run.dino_loss, crops, early, run.lowest_left) or few_directions_dinov2(
+                means, args.centering == "sinkhorn_knopp", crops, early, "student" if args.distill_from else "teacher")
             monitor.log_step(log, plan, step, means, "", warned, options.images_per_step(args), *clock.read())
             window.reset()
         run.dino_loss.update_centers(parts)

@@ -25,6 +25,7 @@ class Outputs(NamedTuple):
     class_scores: Tensor  # (V B, K), or (2 B, K) of the teacher
     patch_scores: Tensor  # (n, K')
     class_tokens: Tensor  # (2 B, D), of the global crops, before the head
+    patch_sample: Tensor  # (2 B, D), without gradients, a patch token of each global crop, at places all over the crops
 
 
 class BackboneAndHeads(nn.Module):
@@ -51,10 +52,13 @@ class BackboneAndHeads(nn.Module):
         dropping = {} if kept is None else {"kept": kept}
         tokens = self.backbone(list(crops), [masks, *[None] * (len(crops) - 1)], all_tokens=True, **dropping)
         first_patch = 1 + self.backbone.num_register_tokens
-        patches = tokens[0][:, first_patch:].flatten(0, 1)[positions]  # (n, D)
+        all_patches = tokens[0][:, first_patch:]  # (2 B, N, D)
+        patches = all_patches.flatten(0, 1)[positions]  # (n, D)
         patch_head = self.dino_head if self.ibot_head is None else self.ibot_head
         class_tokens = torch.cat([group[:, 0] for group in tokens])  # (V B, D)
-        return Outputs(self.dino_head(class_tokens), patch_head(patches), tokens[0][:, 0])
+        crop = torch.arange(len(all_patches), device=all_patches.device)
+        sample = all_patches.detach()[crop, crop * all_patches.shape[1] // len(crop)]
+        return Outputs(self.dino_head(class_tokens), patch_head(patches), tokens[0][:, 0], sample)
 
 
 class DINOv2Loss(nn.Module):
@@ -128,7 +132,8 @@ def losses(
         The loss to differentiate, and a dict of detached parts: the terms `dino_global`, `dino_local`, `ibot` and
         `koleo`, which add up to `loss`; `class_targets` and `patch_targets`; `features` (2B, D), class tokens of the
         teacher, and in distillation, where it is frozen, of the student, with `student_prototypes` (2B,), each crop's
-        prototype of the highest score; `class_mean` (1, K) and `patch_mean` (1, K'), means of the teacher's scores,
+        prototype of the highest score; `patch_features` (2B, D), the same network's patch tokens, one of each global
+        crop; `class_mean` (1, K) and `patch_mean` (1, K'), means of the teacher's scores,
         None if there are no patches.
     """
     dtype, device = at_least_float32(crops[0][:0]).dtype, crops[0].device
@@ -150,9 +155,11 @@ def losses(
     spread = sum(koleo(tokens, objective.koleo_all_processes) for tokens in out.class_tokens.chunk(2))
     spread = spread * (objective.koleo_weight if has_neighbours(crops, objective) else 0.0)
     loss = objective.dino_weight * dino + objective.ibot_weight * ibot + spread
-    trained = {"features": teacher_out.class_tokens} if objective.mask_student else {
-        "features": out.class_tokens.detach(),
-        "student_prototypes": out.class_scores[: len(crops[0])].detach().argmax(-1)}
+    trained = {"features": teacher_out.class_tokens, "patch_features": teacher_out.patch_sample}
+    if not objective.mask_student:
+        trained = {
+            "features": out.class_tokens.detach(), "patch_features": out.patch_sample,
+            "student_prototypes": out.class_scores[: len(crops[0])].detach().argmax(-1)}
     return loss, trained | {
         "loss": loss.detach(),
         "dino_global": objective.dino_weight * pairs["global"], "dino_local": objective.dino_weight * pairs["local"],

@@ -66,12 +66,14 @@ def health_dinov2(parts: Mapping, losses_at_start: Mapping[str, float]) -> dict[
         neighbour_distance: mean distance of a crop's normalized feature to the nearest of the process's other images,
             which KoLeo enlarges: 0 if all are equal, sqrt(2) if they are orthogonal. Left out for a single image.
         feature_std, feature_rank: as `health`.
+        patch_rank: effective rank of as many patch tokens, one of each global crop.
 
         The features are those of the teacher, in distillation of the student.
     """
     class_targets, patch_targets = parts["class_targets"], parts["patch_targets"]
     features = parts["features"]
     values = of_features(features)
+    values["patch_rank"] = of_features(parts["patch_features"])["feature_rank"]
     values["entropy"], values["prototypes_used"] = of_rows(class_targets)
     if "student_prototypes" in parts:
         used = torch.zeros(class_targets.scores.shape[1], device=features.device)
@@ -117,6 +119,7 @@ FEW = "a higher --warmup_teacher_temp for the first epochs (--warmup_teacher_tem
 
 
 FEWEST_ROWS = 8  # of features, for their effective rank to tell a collapse
+FEWEST_PATCHES = 32  # likewise of patch tokens, of which many may be of an even background
 
 
 def collapse(
@@ -144,17 +147,41 @@ def collapse(
     return None
 
 
-def few_directions(feature_rank: float, prototypes_used: float, rows: int, network: str = "teacher") -> str | None:
+def few_directions(feature_rank: float, prototypes_used: float, rows: int, network: str = "teacher",
+                   what: str = "features", things: str = "images") -> str | None:
     """A warning if these values of `health` show the third kind of collapse, else None: class tokens vary in one or two
     directions and share a few prototypes, at an entropy between those of the other two kinds.
 
     With presets/shapes.txt, --lr 0.008 and some seeds: rank 1.8 and 2 prototypes; healthy runs there keep 6 and 5.
 
     Args:
+        prototypes_used: 0 if the rank alone is to tell, as with targets that use all prototypes evenly.
         rows: global crops that were compared. The rank of few is low by itself.
         network: whose class tokens these are.
+        what, things: what has that rank, and what it tells apart.
     """
     if rows >= FEWEST_ROWS and feature_rank < 2.5 and prototypes_used < 4:
-        return (f"collapse to few directions (effective rank of the features {feature_rank:.1f}): the {network} tells "
-                f"only two or three groups of images apart; try {FEW}")
+        return (f"collapse to few directions (effective rank of the {what} {feature_rank:.1f}): the {network} tells "
+                f"only two or three groups of {things} apart; try {FEW}")
     return None
+
+
+def few_directions_dinov2(
+    means: Mapping[str, float], sinkhorn: bool, rows: int, warming_up: bool, network: str = "teacher"
+) -> str | None:
+    """`few_directions` of class tokens where Sinkhorn-Knopp hides it, and of patch tokens.
+
+    With Sinkhorn-Knopp healthy runs keep a rank of 5.7 or more, and in the first 110 steps of presets/dinov2_shapes.txt
+    one of 27 or more of patch tokens. Not judged in the learning rate's warm-up, where the rank is mostly that of the
+    network's first weights.
+
+    Args:
+        means: of `health_dinov2`.
+        warming_up: as `collapse`.
+    """
+    if warming_up:
+        return None
+    line = few_directions(means["feature_rank"], 0, rows, network) if sinkhorn else None
+    if line is None and "ibot_left" in means and rows >= FEWEST_PATCHES:  # patch tokens are trained
+        line = few_directions(means["patch_rank"], 0, rows, network, "patch tokens", "patches")
+    return line

@@ -1,4 +1,4 @@
-"""How much memory a training step of DINOv2 will take, roughly, before it is tried."""
+"""How much memory a training step will take, roughly, before it is tried. For Vision Transformers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def estimate(
     """A line for the console.
 
     Args:
-        student: a `method.dinov2.BackboneAndHeads`.
+        student: a `method.dinov2.BackboneAndHeads`, or a `utils.MultiCropWrapper` of a VisionTransformer.
         images: per process and micro-batch.
         masked: patches in the iBOT loss, as a share of all patches of the global crops.
         dtype: of autocast; None: float32.
@@ -43,7 +43,8 @@ def bytes_needed(
 ) -> tuple[float, float, float]:
     """(networks and optimizer, activations kept for the backward pass, scores of the prototypes and their gradients).
 
-    In bytes. Left out: the losses' parts in float32, at most 0.8 GB on a GPU, and what kernels need for a moment.
+    In bytes. Left out: the losses' parts in float32, at most 0.8 GB on a GPU, and what kernels need for a moment. For
+    DINO some terms are a little too large: its last block computes the class token alone.
     """
     backbone: VisionTransformer = student.backbone
     size = 4 if dtype is None else 2
@@ -64,9 +65,10 @@ def bytes_needed(
     patches = masked * images * 2 * (global_size // backbone.patch_size) ** 2
     # Rows of the student's scores and their gradients, and of the teacher's scores; the prototypes of unit norm.
     class_rows, patch_rows = images * (2 * (2 + local_crops) + 2), 3 * patches
-    heads = (student.dino_head, student.ibot_head or student.dino_head)
+    has_one = hasattr(student, "head")  # DINO, without a loss on patches
+    heads = [student.head] if has_one else [student.dino_head, student.ibot_head or student.dino_head]
     scores = sum((rows + head.last_layer.weight_v.shape[1]) * head.last_layer.weight_v.shape[0] * size
-                 for rows, head in zip((class_rows, patch_rows), heads, strict=True))
+                 for rows, head in zip((class_rows, patch_rows), heads, strict=False))
     return state, saved, scores
 
 

@@ -39,7 +39,7 @@ class Meters:
         return {"sums": {k: v.cpu() for k, v in self.sums.items()}, "counts": dict(self.counts)}
 
     def load_state_dict(self, state: dict, device: torch.device) -> None:
-        self.sums = {k: v.to(device) for k, v in state["sums"].items()}
+        self.sums = {k: v.to(device, copy=True) for k, v in state["sums"].items()}
         self.counts = dict(state["counts"])
 
 

@@ -20,7 +20,8 @@ from vision_transformer import VisionTransformer
 
 # Values on the progress line: {name: (label, format)}; log_steps.txt has all of them. `left`: of uniform outputs' loss.
 SHOWN = {"dino_left": ("dino left", ".0%"), "ibot_left": ("ibot left", ".0%"), "koleo": ("koleo", ".3f"),
-         "entropy": ("entropy", ".2f"), "kl": ("kl", ".3f"), "feature_rank": ("rank", ".1f")}
+         "entropy": ("entropy", ".2f"), "kl": ("kl", ".3f"), "feature_rank": ("rank", ".1f"),
+         "loss_scale": ("loss scale", "g"), "skipped": ("skipped", ".0%")}
 
 
 def log_step(

@@ -145,10 +145,14 @@ def shard(student: nn.Module, teacher: nn.Module, device: torch.device, dtype: t
 
 
 def distributed(student: nn.Module, device: torch.device) -> nn.Module:
-    """The student as the loop calls it: its gradients are those of all processes."""
+    """The student as the loop calls it: its gradients are those of all processes.
+
+    The gradients are views of the buckets that are communicated, which saves 4 bytes per parameter.
+    """
     if parallel.world_size() == 1 or any(isinstance(p, DTensor) for p in student.parameters()):
         return student
-    return DistributedDataParallel(student, device_ids=[device.index] if device.type == "cuda" else None)
+    return DistributedDataParallel(student, device_ids=[device.index] if device.type == "cuda" else None,
+                                   gradient_as_bucket_view=True)
 
 
 # ---- Precision ----
@@ -198,7 +202,7 @@ def read_heads(path: str, flag: str) -> tuple[dict, dict[str, Tensor]]:
         Refused: no such file, or it has no heads.
     """
     with refusing(flag):
-        loaded = read(path)
+        loaded = read(path, mapped=True)
         heads = {f"{head}.{k}": v for head, state in head_states(loaded, "teacher", path).items()
                  for k, v in state.items()}
         recognized = recognize(backbone_state(loaded, "teacher", path))
@@ -258,7 +262,7 @@ def fill_centers(objective: nn.Module, path: str, flag: str) -> None:
     that its run did not use, start at zero, which is printed. Raises Refused.
     """
     with refusing(flag):
-        stored = read(path).get("dino_loss")
+        stored = read(path, mapped=True).get("dino_loss")
     stored = stored if isinstance(stored, Mapping) else {}
     own = objective.state_dict()
     fitting = {k: stored[k] for k, v in own.items()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -28,6 +27,8 @@ from pretraining.plan import Plan
 from pretraining.session import Ends
 from pretraining.state import Run
 from vision_transformer import VITS
+from weights.checkpoints import refusing
+from weights.layouts import check_file
 
 
 def add_init_flags(add: Callable) -> None:
@@ -36,7 +37,7 @@ def add_init_flags(add: Callable) -> None:
         help="start from the backbone in this file, such as published weights; not needed to resume a run")
     add("--init_in_chans", choices=("mean", "tile"), default="",
         help="with --init_from, for weights of other channels than --in_chans: average the first layer over its "
-             "channels, or repeat them. A heuristic: train for long enough to adapt it")
+             "channels, or repeat them; prefer mean. A heuristic: train for long enough to adapt it")
 
 
 def add_length_flags(add: Callable) -> None:
@@ -357,5 +358,6 @@ def check_packages(**wanted: bool) -> None:
 def check_files(**paths: str) -> None:
     """Args: paths: {flag: file of weights, or "" for none}."""
     for flag, path in paths.items():
-        if path and not os.path.isfile(path):
-            raise Refused(f"--{flag} {path}: no such file; weights are never downloaded")
+        if path:
+            with refusing(f"--{flag}"):
+                check_file(path)

@@ -70,9 +70,22 @@ def load(network: nn.Module, state: dict[str, Tensor]) -> None:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """optimizer.load_state_dict, from unsharded tensors; state with its parameter's shape is sharded alike."""
-    optimizer.load_state_dict(state)
-    for parameter, values in optimizer.state.items():
-        for name, value in values.items():
-            if isinstance(value, Tensor) and value.shape == parameter.shape:
-                values[name] = part_of(value, parameter)
+    """optimizer.load_state_dict, from unsharded tensors, which are copied.
+
+    State with its parameter's shape is sharded alike first, so that a device never holds all of it.
+    """
+    numbers, parameters = ([p for group in groups for p in group["params"]]
+                           for groups in (state["param_groups"], optimizer.param_groups))
+    by_number = dict(zip(numbers, parameters, strict=True))
+
+    def own(value: object, parameter: Tensor) -> object:
+        if not isinstance(value, Tensor):
+            return value
+        if value.shape != parameter.shape:
+            return value.clone()
+        part = part_of(value, parameter)
+        return value.to(parameter.device, copy=True) if part is value else part
+
+    own_state = {number: {name: own(value, by_number[number]) for name, value in values.items()}
+                 for number, values in state["state"].items()}
+    optimizer.load_state_dict(state | {"state": own_state})

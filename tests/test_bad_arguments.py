@@ -259,7 +259,7 @@ TRAINING = [
     ("--init_from {here}/tensor.pth", ("--init_from {here}/tensor.pth", "a Tensor")),
     ("--init_from {here}/numbered.pth", ("--init_from {here}/numbered.pth", "0 of 150 tensors", "--arch")),
     ("--init_from {here}/none.pth", ("--init_from {here}/none.pth", "no such file")),
-    ("--init_from {here}", ("--init_from {here}", "no such file")),
+    ("--init_from {here}", ("--init_from {here}", "a folder", "give the file")),
     ("--init_from {here}/broken.pth", ("--init_from {here}/broken.pth", "not a readable checkpoint")),
     ("--init_from {here}/picture0.png", ("--init_from {here}/picture0.png", "not a readable checkpoint")),
     ("--init_from {here}/nano.pth", ("--init_from {here}/nano.pth", "of 150 tensors", "--arch")),

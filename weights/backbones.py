@@ -81,7 +81,7 @@ def load_weights_into(
             interpolates its position embeddings in another way.
     """
     with refusing(flag):
-        loaded = read(path)
+        loaded = read(path, mapped=True)
         state = backbone_state(loaded, checkpoint_key, path)
         args, config = stored_args(loaded), network_config(loaded, path, is_network)
         found = preprocessing.stored(path, args)
@@ -201,8 +201,10 @@ def with_channels(model: nn.Module, state: Mapping[str, Tensor], init_in_chans: 
 def converted_channels(weight: Tensor, in_chans: int, mode: str) -> Tensor:
     """A convolution's weight (D, C, h, w) for other channels: (D, in_chans, h, w).
 
-    Both modes multiply by C / in_chans, so that the response to an image of equal channels keeps its scale; with `mean`
-    it is the same response. A heuristic: the new channels are not those that the weights were trained on.
+    Both modes multiply by C / in_chans. With `mean` the response to an image of equal channels stays the same; with
+    `tile` only if in_chans is a multiple of C: a single channel gets C times the first old one. Dividing by the sums of
+    the channels that are repeated would restore it, but those may be near zero. A heuristic: the new channels are not
+    those that the weights were trained on.
 
     Args:
         mode: mean: each channel gets the mean over the old ones; tile: the old ones repeat in their order.

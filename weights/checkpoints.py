@@ -82,7 +82,8 @@ def refusing(prefix: str) -> Iterator[None]:
 def read_latest(folder: str | os.PathLike) -> tuple[dict, Path] | None:
     """The newest readable checkpoint of a run and its path; None if there is none.
 
-    If `checkpoint.pth` is damaged, prints its name and reads `checkpoint_prev.pth`.
+    If `checkpoint.pth` is damaged, prints its name and reads `checkpoint_prev.pth`. The tensors are mapped
+    (`layouts.read`), so copy what you keep. `save` replaces the file and never writes into it.
 
     Raises:
         Refused: there are checkpoints, but none is readable.
@@ -92,7 +93,7 @@ def read_latest(folder: str | os.PathLike) -> tuple[dict, Path] | None:
         path = Path(folder) / name
         try:
             if path.exists():
-                return read(path), path
+                return read(path, mapped=True), path
         except (BadFile, OSError) as error:
             errors.append(error)
             parallel.say(f"{error}; trying the one before it")

@@ -10,6 +10,7 @@ Shapes: N tokens, D width, C channels, P patch size, K classes.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -134,21 +135,22 @@ class Weights(NamedTuple):
 # ---- Reading ----
 
 
-def read(path: str | os.PathLike, kind: type = dict) -> dict:
+def read(path: str | os.PathLike, kind: type = dict, mapped: bool = False) -> dict:
     """Load a file of tensors and plain types onto the CPU, never running code that a pickle names.
 
     Besides plain types a pickle may contain what published full checkpoints do (`ALLOWED`). The metadata of a
     safetensors file written by export.py is returned under `args`.
 
+    Args:
+        mapped: let the tensors be parts of the file, which processes on a machine share, where that is possible. For
+            callers that copy what they keep: a file that is written over in place changes them.
+
     Raises:
-        FileNotFoundError: there is no such file. Nothing is downloaded or substituted.
+        FileNotFoundError: as `check_file`. Nothing is downloaded or substituted.
         BadFile: the file is truncated or corrupt, contains something other than data, is no `kind`, or is a shard.
         ImportError: a safetensors file, and safetensors is not installed.
     """
-    if os.path.isdir(path):
-        raise FileNotFoundError(f"{path}: a folder; give the file of weights in it")
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path}: no such file of weights")
+    check_file(path)
     start = b""
     try:
         with open(path, "rb") as file:
@@ -157,7 +159,7 @@ def read(path: str | os.PathLike, kind: type = dict) -> dict:
             return read_safetensors(path)
         with torch.serialization.safe_globals(ALLOWED), warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*TorchScript archive")
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
+            loaded = load(path, mapped)
     except (ImportError, BadFile):
         raise
     except Exception as error:  # the type depends on where the file is damaged
@@ -182,6 +184,29 @@ def read(path: str | os.PathLike, kind: type = dict) -> dict:
     if any(SHARD.match(str(name)) for part in parts if isinstance(part, Mapping) for name in part):
         raise BadFile(f"{path}: {SHARD_REMEDY}")
     return loaded
+
+
+def check_file(path: str | os.PathLike) -> None:
+    """Raises FileNotFoundError if there is no such file, or it is a folder or a part of a checkpoint in several files.
+    """
+    path = pathlib.Path(path)
+    folder = path if path.is_dir() else path.parent
+    if path.name == ".metadata" or path.suffix == ".distcp" or path.is_dir() and (path / ".metadata").is_file():
+        raise FileNotFoundError(
+            f"{path}: a checkpoint of torch.distributed.checkpoint in several files; make one of it by python -m "
+            f"torch.distributed.checkpoint.format_utils dcp_to_torch {folder} FILE, and give that FILE")
+    if path.is_dir():
+        raise FileNotFoundError(f"{path}: a folder; give the file of weights in it")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file of weights; weights are never downloaded")
+
+
+def load(path: str | os.PathLike, mapped: bool) -> object:
+    if mapped:
+        # Impossible for files in torch's format before zip files, and on some file systems.
+        with contextlib.suppress(RuntimeError):
+            return torch.load(os.fspath(path), map_location="cpu", weights_only=True, mmap=True)
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def read_safetensors(path: str | os.PathLike) -> dict:

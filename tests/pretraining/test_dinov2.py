@@ -181,7 +181,7 @@ def test_patch_figures_are_means_over_processes_that_have_patches(monkeypatch):
     targets = Targets(q.log(), 1.0, torch.zeros(8, dtype=torch.float64), torch.zeros(6, dtype=torch.float64))
     none = Targets(targets.scores[:0], 1.0, targets.prototypes, targets.samples[:0])
     parts = {name: torch.tensor(1.0) for name in ("dino_global", "dino_local", "ibot")}
-    parts |= {"class_targets": targets, "features": torch.randn(4, 3)}
+    parts |= {"class_targets": targets, "features": torch.randn(4, 3), "patch_features": torch.randn(4, 3)}
     monkeypatch.setattr("parallel.mean_over_processes", lambda x: torch.full_like(x, 0.5))
     start = {"dino": 2.0, "ibot": 1.0}
     here, there = (health_dinov2(parts | {"patch_targets": t}, start) for t in (targets, none))
@@ -209,7 +209,8 @@ def test_what_a_run_leaves(finished):
     assert names == {"backbone", "dino_head", "ibot_head"} and "backbone.mask_token" in loaded["teacher"]
     logged = json_lines(folder / "log_steps.txt")[-1]
     assert {"dino_local", "dino_global", "ibot", "koleo", "dino_left", "ibot_left", "entropy", "patch_entropy",
-            "neighbour_distance", "prototypes_used", "patch_prototypes_used", "feature_rank"} <= logged.keys()
+            "neighbour_distance", "prototypes_used", "patch_prototypes_used", "feature_rank",
+            "patch_rank"} <= logged.keys()
     terms = [logged[k] for k in ("dino_local", "dino_global", "ibot", "koleo")]
     assert logged["loss"] == pytest.approx(sum(terms), rel=1e-5)
     assert "memory" in said and "untrained" in said and (folder / "pictures" / "attention_epoch0001.png").exists()
@@ -403,6 +404,7 @@ def test_a_student_that_collapses_in_distillation_is_named(monkeypatch):
         figures = {k: v.item() for k, v in health_dinov2(parts, main_dinov2.losses_at_start(args)).items()}
         line = main_dinov2.warning(figures, objective, 16, False, {})
         assert "student" in line and "directions" in line if collapsed else line is None
+        assert (figures["patch_rank"] < 2.5) == collapsed and parts["patch_features"].shape == (16, 32)
 
 
 @pytest.mark.parametrize("flags, step, words", [

@@ -1,11 +1,18 @@
 """Two real gloo processes against one, on the same global batch."""
 
 import sys
+from collections import OrderedDict
 
 import pytest
 import torch
+import torch.distributed as dist
 from forks import SMALLEST, Started
-from processes import json_lines, launch
+from processes import json_lines, launch, together
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import utils
+from pretraining import networks
 
 
 def test_three_steps_in_float64_equal_one_process(tmp_path):
@@ -31,6 +38,35 @@ def test_twenty_steps_of_the_script_equal_one_process(tmp_path, accum):
     for a, b in zip(one, two, strict=True):
         assert b["loss"] == pytest.approx(a["loss"], abs=1e-4)
     assert one[0]["loss"] != one[1]["loss"]
+
+
+def train_with_buckets(rank: int, folder: str) -> None:
+    """As the loop does: accumulation, clipping, a frozen last layer, and fresh gradients in each step."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    weights = []
+    for wrap in (DistributedDataParallel, lambda network: networks.distributed(network, torch.device("cpu"))):
+        torch.manual_seed(0)
+        network = nn.Sequential(OrderedDict(body=nn.Linear(8, 8), last_layer=nn.Linear(8, 4, bias=False)))
+        student, optimizer = wrap(network), utils.build_optimizer("adamw", network)
+        torch.manual_seed(rank)
+        for step in range(4):
+            with student.no_sync():
+                student(torch.randn(5, 8)).square().mean().backward()
+            student(torch.randn(5, 8)).square().mean().backward()
+            views = {p.grad.untyped_storage().nbytes() > p.grad.nbytes for p in network.parameters()}
+            utils.clip_gradients(network, 0.01)
+            utils.cancel_gradients_last_layer(step, network, 2)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        weights.append(network.state_dict())
+    assert views == {True}
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+    dist.destroy_process_group()
+
+
+def test_gradients_in_the_buckets_are_the_same_bit_for_bit(tmp_path):
+    together(train_with_buckets, 2, str(tmp_path))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks at its threads in /proc")

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import ROOT
 from forks import SMALLEST, Started, lines, make_small_in
-from processes import ENV, start
+from processes import ENV, json_lines, start
 
 import main_dino
 import utils
@@ -229,6 +229,20 @@ def wait_for_step(agent: subprocess.Popen, out: Path, steps: int) -> None:
     while lines(out / "log_steps.txt") < steps:
         assert agent.poll() is None, agent.communicate()[0]
         time.sleep(0.01)
+
+
+def test_a_run_whose_updates_are_all_skipped_stops(tmp_path, monkeypatch, capsys):
+    """A loss that is finite in fp16, and a gradient that is not at any scale."""
+    make_small_in(monkeypatch)
+    then = utils.cross_entropy
+    monkeypatch.setattr(utils, "cross_entropy", lambda x, *args: then(x, *args) + (0 * x.float().sum()).sqrt())
+    args = main_dino.get_args_parser().parse_args([
+        *SMALLEST, "--precision", "fp16", "--batch_size_per_gpu", "2", "--local_crops_number", "0", "--warmup_epochs",
+        "0", "--num_workers", "0", "--steps", "24", "--log_every", "11", "--output_dir", str(tmp_path)])  # fmt: skip
+    assert main_dino.main(args) == 1
+    assert "step 22: the gradient is not finite" in capsys.readouterr().err and (tmp_path / "failure.pt").exists()
+    line = json_lines(tmp_path / "log_steps.txt")[1]
+    assert line["skipped"] == 1 and line["loss_scale"] == 2.0 ** (16 - 12)
 
 
 @pytest.mark.slow

@@ -4,11 +4,15 @@ import signal
 
 import pytest
 import torch
+import torch.distributed as dist
 from forks import SMALLEST, Started, make_small_in
 from test_faults import slow_steps, stepping
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import eval_knn
 import main_dino
+from pretraining import sharding
 from weights import checkpoints
 
 ARGS = [*SMALLEST, "--batch_size_per_gpu", 4, "--norm_last_layer", "false"]
@@ -61,6 +65,30 @@ def test_a_run_goes_on_sharded_or_not(tmp_path, first, then, monkeypatch):
         argv = ["--pretrained_weights", str(path), "--data_path", "shapes:64x16", "--device", "cpu", "--nb_knn", "5",
                 "--num_workers", "0", "--output_dir", str(tmp_path)]  # fmt: skip
         assert eval_knn.main(eval_knn.get_args_parser().parse_args(argv)) == 0
+
+
+def test_moments_are_cut_before_they_are_loaded(monkeypatch):
+    """In a mesh of one process: torch gets DTensors, and in any case copies, as the checkpoint may be mapped."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        parameters = [torch.nn.Parameter(torch.ones(2)),
+                      torch.nn.Parameter(distribute_tensor(torch.randn(4, 3), mesh, [Shard(0)]))]
+        optimizer = torch.optim.AdamW(parameters)
+        moments = [{"step": torch.tensor(5.0), "exp_avg": torch.randn(p.shape), "exp_avg_sq": torch.rand(p.shape)}
+                   for p in parameters]
+        state = {"state": dict(enumerate(moments)), "param_groups": optimizer.state_dict()["param_groups"]}
+        given, then = [], optimizer.load_state_dict
+        monkeypatch.setattr(optimizer, "load_state_dict", lambda state: (given.append(state), then(state)))
+        sharding.load_optimizer(optimizer, state)
+        assert isinstance(given[0]["state"][1]["exp_avg"], DTensor)
+        for parameter, before in zip(parameters, moments, strict=True):
+            for name, value in optimizer.state[parameter].items():
+                own = sharding.whole(value)
+                assert torch.equal(own, before[name]) and own.data_ptr() != before[name].data_ptr()
+                assert isinstance(value, DTensor) == (parameter is parameters[1] and name != "step")
+    finally:
+        dist.destroy_process_group()
 
 
 def test_half_precision_of_a_narrow_range_is_refused(tmp_path):

@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import flags
 from parallel import Refused
+from pretraining import options
 from vision_transformer import build_backbone
 from weights import backbones, checkpoints
 
@@ -32,6 +34,25 @@ def test_save_keeps_the_one_before_and_read_latest_falls_back(tmp_path, capsys):
     with pytest.raises(Refused, match="--output_dir .*checkpoint.pth: not a readable .*move the file away"):
         checkpoints.read_latest(tmp_path)
     assert checkpoints.read_latest(tmp_path / "nothing") is None
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_the_checkpoint_to_resume_from_is_mapped_where_its_format_allows(tmp_path, monkeypatch, zipped):
+    then, mapped = torch.load, []
+    torch.save({"x": torch.arange(9.0)}, tmp_path / checkpoints.NAME, _use_new_zipfile_serialization=zipped)
+
+    def load(*args, **kwargs):
+        loaded = then(*args, **kwargs)
+        mapped.append(kwargs.get("mmap", False))
+        return loaded
+
+    monkeypatch.setattr(torch, "load", load)
+    state, _ = checkpoints.read_latest(tmp_path)
+    assert mapped == [zipped] and torch.equal(state["x"], torch.arange(9.0))
+    checkpoints.save({"x": torch.zeros(9)}, tmp_path / checkpoints.NAME)  # another file under this name
+    state["x"] += 1
+    assert torch.equal(state["x"], torch.arange(1.0, 10))
+    assert torch.equal(checkpoints.read(tmp_path / checkpoints.NAME)["x"], torch.zeros(9))
 
 
 def test_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
@@ -206,6 +227,20 @@ def test_no_script_loads_without_weights_only():
 def test_missing_weights_are_an_error_not_a_download(tmp_path):
     with pytest.raises(Refused, match="--pretrained_weights .*absent.pth: no such file of weights"):
         backbones.load_backbone(str(tmp_path / "absent.pth"))
+
+
+@pytest.mark.parametrize("part", ["", ".metadata", "__0_0.distcp"])
+def test_a_distributed_checkpoint_is_refused_with_the_command_that_joins_it(tmp_path, part):
+    torch.distributed.checkpoint.save({"x": torch.ones(3)}, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    given, command = str(tmp_path / "dcp" / part), rf"format_utils dcp_to_torch {tmp_path}/dcp "
+    with pytest.raises(Refused, match=f"^--pretrained_weights .*{command}"):
+        backbones.load_backbone(given)
+    with pytest.raises(Refused, match=f"^--init_from .*{command}"):
+        options.check_files(init_from=given)
+    dcp_to_torch_save(tmp_path / "dcp", tmp_path / "w.pth")
+    assert torch.equal(checkpoints.read(tmp_path / "w.pth")["x"], torch.ones(3))
+    with pytest.raises(Refused, match=f"^--init_from {tmp_path}: a folder"):
+        options.check_files(init_from=str(tmp_path))
 
 
 @pytest.mark.parametrize("layout", ["plain", "wrapped", "compiled", "full", "state_dict"])
