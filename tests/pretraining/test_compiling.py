@@ -6,6 +6,7 @@ import sys
 import time
 
 import pytest
+import torch
 from conftest import ROOT
 from processes import ENV
 
@@ -73,6 +74,27 @@ def test_what_a_run_decided_is_stored_and_kept(tmp_path):
     args = main_dino.get_args_parser().parse_args([*argv, "--output_dir", str(tmp_path)])
     assert main_dino.main(args) == 0
     assert read(tmp_path / "checkpoint.pth")["args"]["compile"] == "off" and args.compile == "auto"
+
+
+def test_evaluation_makes_no_graph():
+    """Neither for its batches, which differ from those of training, nor for the last, smaller one."""
+    from torch._dynamo.testing import CompileCounter
+
+    from imagesets.decode import Reading
+    from pretraining.evaluation import open_evaluation
+    from vision_transformer import build_backbone
+
+    torch._dynamo.reset()
+    backbone, counter = build_backbone("vit_nano", 16, img_size=32)[0], CompileCounter()
+    evaluation = open_evaluation("shapes:13x32", "--eval", Reading(), 32, *([0.5] * 3,) * 2, 4, 0, torch.device("cpu"))
+    expected = evaluation.features(backbone, evaluation.parts[0], None)
+    backbone.compile(backend=counter, dynamic=False)
+    backbone(torch.zeros(2, 3, 32, 32))
+    assert counter.frame_count == 1
+    assert torch.equal(evaluation.features(backbone, evaluation.parts[0], None), expected)
+    assert counter.frame_count == 1 and backbone.training
+    backbone(torch.zeros(2, 3, 32, 32))
+    assert counter.frame_count == 1
 
 
 GROUP = """
