@@ -32,9 +32,63 @@ def test_script_runs_and_leaves_a_line_of_json(name, tmp_path, capsys):
     args = script.get_args_parser().parse_args(["--quick", "--json", str(tmp_path / "out.jsonl")])
     assert script.main(args) == 0
     assert "|" in capsys.readouterr().out
-    (line,) = (tmp_path / "out.jsonl").read_text().splitlines()
-    seen = json.loads(line)
-    assert seen["benchmark"] == name and seen["machine"]["torch"] == torch.__version__
+    for line in (tmp_path / "out.jsonl").read_text().splitlines():
+        seen = json.loads(line)
+        assert seen["benchmark"] == name and seen["machine"]["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize("device, compiled", [("cpu", ""), ("cuda", "default")])
+def test_timed_steps_are_compiled_as_a_long_run_is(device, compiled, monkeypatch):
+    """`auto` is a word of the training script's, and no mode of torch.compile."""
+    import less_work
+
+    class Made(Exception):
+        pass
+
+    def trainer(*args, compiled, **options):
+        raise Made(compiled)
+
+    monkeypatch.setattr(less_work, "pick_device", lambda name: torch.device(name))
+    monkeypatch.setattr(less_work.networks, "half_precision", lambda *args: None)
+    args = less_work.get_args_parser().parse_args(["--quick", "--step_only", "--device", device])
+    monkeypatch.setattr(bench, "header", lambda *args: None)
+    if device == "cpu":
+        assert less_work.main(args) == 0
+    monkeypatch.setattr(ours, "Trainer", trainer)
+    with pytest.raises(Made, match=f"^{compiled}$"):
+        less_work.main(args)
+
+
+def test_flags_of_all_variants_are_checked_before_the_first_run(monkeypatch):
+    import less_work
+
+    monkeypatch.setattr(less_work, "run", lambda *args: pytest.fail("a run has begun"))
+    argv = ["--script", "main_dinov2.py", "--preset", "dinov2_shapes"]
+    for wrong, words in (["--drop", "0.5"], "patches dropped.*--token_drop 0.5 0.*--mask_ratio"), (
+                         ["--flags", "--epochs 2"], "plain.*--warmup_teacher_temp_epochs"):
+        with pytest.raises(SystemExit, match=words):
+            less_work.main(less_work.get_args_parser().parse_args([*argv, *wrong]))
+    assert less_work.main(less_work.get_args_parser().parse_args([*argv, "--count"])) == 0
+
+
+def test_runs_that_were_recorded_are_not_made_again(tmp_path, monkeypatch, capsys):
+    import less_work
+
+    def run(script, flags, device, evaluated):
+        made.append(flags[flags.index("--seed") + 1])
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        return {"seconds": 1.0, "top1": 50.0, "steps": 8, "flop": 2.0}
+
+    made = []
+    monkeypatch.setattr(less_work, "run", run)
+    argv = ["--only", "plain", "--seeds", "0", "1", "--json", str(tmp_path / "runs.jsonl")]
+    with pytest.raises(KeyboardInterrupt):
+        less_work.main(less_work.get_args_parser().parse_args(argv))
+    assert less_work.main(less_work.get_args_parser().parse_args(argv)) == 0
+    assert made == ["0", "1", "1"] and "50.0, 50.0" in capsys.readouterr().out
+    less_work.main(less_work.get_args_parser().parse_args([*argv, "--flags", "--epochs 6"]))
+    assert made == ["0", "1", "1", "0", "1"]
 
 
 def test_parity_compares_the_ways_and_ends_at_the_first_that_is_off(tmp_path, monkeypatch, capsys):
