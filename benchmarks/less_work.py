@@ -6,11 +6,12 @@
         --step_only --device cuda                                                      # minutes, on a GPU
 
 --step_only times a step of main_dino.py on fixed tensors for each size and share of dropped patches, in turns, instead
-of training; on a GPU compiled, as in a long run, unless --flags "--compile off" says otherwise. Otherwise every variant is a whole run of the preset with a few more flags, for each seed, and time is that
-of the run without its evaluation: CPU time, which doesn't depend on the load by other processes, or seconds on a GPU.
-Arithmetic is that of the backbones (model.py), the student's three times, as its backward pass costs twice the forward
-pass; --count prints it without a run. Accuracy is that of 20-NN on the teacher's features at the full size, as during
-training. With --json each run is recorded when it is done, and a later call with the same flags and file leaves it out.
+of training; on a GPU compiled, as in a long run, unless --flags has --compile off. Without it every variant is a whole
+run of the preset with a few more flags, for each seed, and time is that of the run without its evaluation: CPU time,
+which doesn't depend on the load by other processes, or seconds on a GPU. Arithmetic is that of the backbones
+(model.py), the student's three times, as its backward pass costs twice the forward pass; --count prints it without a
+run. Accuracy is that of 20-NN on the teacher's features at the full size, as during training. With --json each run is
+recorded when it is done, and a later call with the same flags and file leaves it out.
 """
 
 import argparse
