@@ -117,7 +117,8 @@ def time_steps(args) -> dict[str, dict]:
     given, device = parsed("plain", "", args), pick_device(args.device)
     dtype = networks.half_precision(given.precision, given.use_fp16, device)
     # What --compile does in a run that is long enough.
-    setting, _ = compiling.decided(given.compile, None, device.type, given.arch, given.parallel == "fsdp", math.inf)
+    setting, _ = compiling.decided(given.compile, None, device.type, given.arch, given.parallel == "fsdp",
+                                   flop=lambda: math.inf)
     trainer = ours.Trainer(given.arch, given.patch_size, given.global_crops_size, given.out_dim, args.device, dtype,
                            given.local_crops_number, compiled=compiling.mode(setting) or "")
     full, batch = (given.global_crops_size, given.local_crops_size), given.batch_size_per_gpu

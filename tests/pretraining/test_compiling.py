@@ -14,7 +14,7 @@ from imagesets import listing
 from pretraining import compiling
 
 GPU = {"setting": "auto", "stored": None, "device": "cuda", "arch": "vit_small", "sharded": False,
-       "steps": 100_000}
+       "flop": lambda: 1e18}
 
 
 @pytest.mark.parametrize("text, expected", [
@@ -38,19 +38,41 @@ def test_the_flag_alone_and_its_absence():
 
 
 @pytest.mark.parametrize("case, expected", [
-    ({}, "default"), ({"steps": 100}, "off"), ({"device": "cpu"}, "off"), ({"device": "mps"}, "off"),
-    ({"sharded": True}, "off"), ({"arch": "resnet50"}, "default"), ({"arch": "xcit_small_12_p16"}, "off"),
+    ({}, "default"), ({"flop": lambda: 6e16}, "off"), ({"device": "cpu"}, "off"), ({"device": "mps"}, "off"),
+    ({"sharded": True}, "off"), ({"arch": "resnet50", "flop": lambda: 6e16}, "default"),
+    ({"arch": "resnet50", "flop": lambda: 1e16}, "off"), ({"arch": "xcit_small_12_p16"}, "off"),
     ({"triton": False}, "off"),
     # What the run did before counts, and what the user says counts more.
-    ({"stored": "off"}, "off"), ({"stored": "default", "steps": 100}, "default"),
+    ({"stored": "off"}, "off"), ({"stored": "default", "flop": lambda: 0.0}, "default"),
     ({"stored": "default", "sharded": True}, "off"), ({"stored": "default", "device": "cpu"}, "off"),
     ({"setting": "off", "stored": "default"}, "off"), ({"setting": "default", "stored": "off"}, "default"),
-    ({"setting": "default", "device": "cpu", "steps": 1}, "default")])
+    ({"setting": "default", "device": "cpu", "flop": lambda: 0.0}, "default")])
 def test_decision(case, expected):
     value, why = compiling.decided(**GPU | case)
     assert value == expected
     said = {**GPU, **case}["setting"] == "auto" and {**GPU, **case}["device"] == "cuda"
     assert bool(why) == said and ("--compile" in why or not said)
+
+
+@pytest.mark.parametrize("flags, steps", [
+    ("", 5_000), ("--batch_size_per_gpu 512", 1_250), ("--batch_size_per_gpu 64 --grad_accum_steps 2", 5_000),
+    ("--arch resnet18 --batch_size_per_gpu 256 --global_crops_size 160 --local_crops_size 80 --local_crops_number 6",
+     3_000),
+    ("--arch vit_nano --patch_size 8 --batch_size_per_gpu 32 --global_crops_size 48 --local_crops_size 24 "
+     "--local_crops_number 4", 1_450_000)])
+def test_a_run_is_compiled_from_so_many_steps_on(monkeypatch, tmp_path, flags, steps):
+    """The more, the smaller a step. ViT-S takes 112 GFLOP per image, ViT-nano 1.54."""
+    import argparse
+
+    import main_dino
+
+    monkeypatch.setattr(compiling, "prepare", lambda: None)
+    monkeypatch.setattr(compiling, "installed", lambda name: True)
+    args = main_dino.get_args_parser().parse_args(["--batch_size_per_gpu", "128", *flags.split(), "--output_dir",
+                                                   str(tmp_path)])
+    for count, expected in ((steps, "default"), (0.95 * steps, "off")):
+        plan = argparse.Namespace(steps=count)
+        assert main_dino.with_compile(args, torch.device("cuda"), plan).compile == expected
 
 
 def test_code_is_kept_in_the_projects_cache_unless_the_user_named_a_folder(monkeypatch, tmp_path):
