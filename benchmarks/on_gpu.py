@@ -81,13 +81,15 @@ def run(section: Section, args, seconds: float | None) -> int | None:
 def main(args) -> int:
     bench.header("on one device", args.device)
     start, failed = time.monotonic(), []
-    for number, section in enumerate(SECTIONS):
+    # --quick leaves out their flags, so that a script's sections are alike.
+    sections = list({section.script: section for section in SECTIONS}.values()) if args.quick else SECTIONS
+    for number, section in enumerate(sections):
         seconds = None
         if args.minutes:
             left = 60 * args.minutes - (time.monotonic() - start)
             if left < SHORTEST:
                 print(f"\n--minutes {args.minutes:g} are over; not run: "
-                      + ", ".join(f"{s.script} {s.flags}".strip() for s in SECTIONS[number:]))
+                      + ", ".join(f"{s.script} {s.flags}".strip() for s in sections[number:]))
                 break
             seconds = min(section.seconds, left)
         code = run(section, args, seconds)
