@@ -12,6 +12,7 @@ import argparse
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -118,7 +119,10 @@ def with_supported_rate(args: argparse.Namespace) -> argparse.Namespace:
 
 def with_compile(args: argparse.Namespace, device: torch.device, plan: Plan) -> argparse.Namespace:
     """A copy of the flags, in which --compile is what the run does: off, or a mode."""
-    setting = compiling.decide(args.compile, args.output_dir, device, args.arch, args.parallel == "fsdp", plan.steps)
+    flop = partial(compiling.flop, args.arch, args.patch_size, args.in_chans,
+                   (args.global_crops_size, args.local_crops_size), args.local_crops_number,
+                   args.batch_size_per_gpu * args.grad_accum_steps, plan.steps)
+    setting = compiling.decide(args.compile, args.output_dir, device, args.arch, args.parallel == "fsdp", flop)
     return argparse.Namespace(**vars(args) | {"compile": setting})
 
 

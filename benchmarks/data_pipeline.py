@@ -6,7 +6,7 @@
 
 Ours splits the work: a worker decodes, crops and resizes, and the device does colours and blur for the whole batch.
 naive.py does everything in the worker, image by image with Pillow. Milliseconds are processor time, on which other
-processes of the machine have little effect; images/s are wall-clock.
+processes of the machine have little effect; on a GPU (--device cuda) those of colours are wall-clock, as are images/s.
 """
 
 import copy
@@ -25,6 +25,8 @@ from PIL import Image
 
 import utils
 from imagesets import decode, loaders, sources
+
+COLOURS = ("ours: colours, blur, normalize", "ours: the same, compiled")  # the stages of the device
 
 
 def stages(paths: list[Path], args) -> dict:
@@ -50,8 +52,8 @@ def stages(paths: list[Path], args) -> dict:
             for i, path in enumerate(paths)]),
         "ours: the same with --cache_images": lambda: loaders.collate([
             (*aug.cut(x, np.random.default_rng(i)), i, []) for i, x in enumerate(decoded)]),
-        "ours: colours, blur, normalize": lambda: aug.finish(crops, batch["params"]),
-        "ours: the same, compiled": lambda: compiled.finish(crops, batch["params"]),
+        COLOURS[0]: lambda: aug.finish(crops, batch["params"]),
+        COLOURS[1]: lambda: compiled.finish(crops, batch["params"]),
         "naive: read, decode": lambda: [Image.open(path).convert("RGB") for path in paths],
         "naive: ten crops with colours": lambda: [naive.augment(image, **options) for image in images],
         "naive: worker, all of it": lambda: [naive.augment(Image.open(p).convert("RGB"), **options) for p in paths],
@@ -76,8 +78,11 @@ def augmentation(args) -> utils.DataAugmentationDINO:
 
 
 def by_stage(paths: list[Path], args) -> dict:
-    times = bench.in_turns(stages(paths, args), args.rounds, clock=bench.cpu_seconds)
+    functions = stages(paths, args)
+    on_device = {name: functions.pop(name) for name in COLOURS} if args.device.startswith("cuda") else {}
+    times = bench.in_turns(functions, args.rounds, clock=bench.cpu_seconds)
     results = bench.summary(times, "naive: worker, all of it", per=len(paths))
+    results |= bench.summary(bench.in_turns(on_device, args.rounds, args.device), per=len(paths))
     print(f"\nms of one core per image; {len(paths)} files of {args.width} x {args.height}, "
           f"{np.mean([p.stat().st_size for p in paths]) / 1e3:.0f} kB; views 2 x {args.sizes[0]} + "
           f"{args.local} x {args.sizes[1]}")
@@ -142,7 +147,7 @@ def main(args) -> int:
         args.images, args.width, args.height, args.sizes, args.local = 4, 64, 48, (32, 16), 2
         args.batch, args.workers, args.rounds = 2, [0], 1
     torch.set_num_threads(1)
-    bench.header("data pipeline")
+    bench.header("data pipeline", args.device)
     with tempfile.TemporaryDirectory() as folder:
         paths = photos.write(Path(folder), args.images, args.width, args.height)
         results = by_stage(paths, args)

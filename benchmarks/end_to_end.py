@@ -6,7 +6,7 @@
 
 `ours` is loaders.batches, colour augmentation on the device, and the step of ours.py, with --compile also compiled;
 `naive` is a DataLoader with the augmentation and the step of naive.py. They run in turns, each with its own loader,
-whose queue is filled before timing starts.
+whose queue is filled before timing starts. Each turn is printed and recorded when it is done, the compiled one last.
 """
 
 import statistics
@@ -67,6 +67,9 @@ def measure(paths: list[Path], args) -> dict:
     for _ in range(args.rounds):
         for name, trainer in trainers.items():
             runs[name].append(run(name, trainer, paths, args))
+            print("{}: {images_per_s:.4g} images/s, waits for data {data_wait:.0%}".format(name, **runs[name][-1]),
+                  flush=True)
+            bench.record(args, "end_to_end", variant=name, **runs[name][-1])
     rows, results = [], {}
     for name, rounds in runs.items():
         rates, waits = ([r[key] for r in rounds] for key in ("images_per_s", "data_wait"))

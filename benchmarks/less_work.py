@@ -3,16 +3,20 @@
     python benchmarks/less_work.py --seeds 0 1 2                                       # drawn images, main_dino.py
     python benchmarks/less_work.py --preset imagenette --flags "--data_path imagenette128/train" --eval imagenette128
     python benchmarks/less_work.py --preset imagenet_vits16_100ep --flags "--batch_size_per_gpu 128" --low 112 48 \
-        --step_only --device cuda                                                      # seconds, on a GPU
+        --step_only --device cuda                                                      # minutes, on a GPU
 
 --step_only times a step of main_dino.py on fixed tensors for each size and share of dropped patches, in turns, instead
-of training. Otherwise every variant is a whole run of the preset with a few more flags, for each seed, and time is that
-of the run without its evaluation: CPU time, which doesn't depend on the load by other processes, or seconds on a GPU.
-Arithmetic is that of the backbones (model.py), the student's three times, as its backward pass costs twice the forward
-pass; --count prints it without a run. Accuracy is that of 20-NN on the teacher's features at the full size, as during
-training.
+of training; on a GPU compiled, as in a long run, unless --flags has --compile off. Without it every variant is a whole
+run of the preset with a few more flags, for each seed, and time is that of the run without its evaluation: CPU time,
+which doesn't depend on the load by other processes, or seconds on a GPU. Arithmetic is that of the backbones
+(model.py), the student's three times, as its backward pass costs twice the forward pass; --count prints it without a
+run. Accuracy is that of 20-NN on the teacher's features at the full size, as during training. With --json each run is
+recorded when it is done, and a later call with the same flags and file leaves it out.
 """
 
+import argparse
+import json
+import math
 import shlex
 import statistics
 import sys
@@ -28,14 +32,15 @@ import torch
 import main_dino
 import main_dinov2
 from imagesets.decode import Reading
-from parallel import pick_device
-from pretraining import networks, options
+from parallel import Refused, pick_device
+from pretraining import compiling, networks, options
 from pretraining.evaluation import open_evaluation
-from vision_transformer import build_backbone
+from vision_transformer import VITS, build_backbone
 from weights import checkpoints
 from weights.backbones import load_backbone
 
 SCRIPTS = {"main_dino.py": main_dino, "main_dinov2.py": main_dinov2}
+DROP = {"main_dino.py": 0.5, "main_dinov2.py": 0.4}  # masked patches, up to half of all, are not dropped
 
 
 def variants(args) -> dict[str, str]:
@@ -44,6 +49,20 @@ def variants(args) -> dict[str, str]:
     drop = f"--token_drop {args.drop} 0"
     return {"plain": "", "low resolution first": low, "patches dropped": drop, "both": f"{low} {drop}",
             "plain, fewer epochs": f"--epochs {args.fewer}"}
+
+
+def parsed(name: str, flags: str, args) -> argparse.Namespace:
+    """The training script's flags of a variant, checked as the script does."""
+    script = SCRIPTS[args.script]
+    given = script.get_args_parser().parse_args(shlex.split(f"@presets/{args.preset}.txt {args.flags} {flags}"))
+    try:
+        if given.arch not in VITS:
+            raise Refused(f"--arch {given.arch}: the arithmetic is counted for ViTs; choose one of {', '.join(VITS)}")
+        script.check_args(given)
+        script.make_plan(given, options.images_per_step(given))
+    except Refused as error:
+        raise SystemExit(f"--script {args.script}, variant {name!r} ({flags}): {error}") from error
+    return given
 
 
 def flop_per_image(script, args, low: tuple[int, int]) -> float:
@@ -66,7 +85,7 @@ def count(args) -> dict[str, dict]:
     """The arithmetic of each variant by its flags, without a run."""
     script, results = SCRIPTS[args.script], {}
     for name, flags in variants(args).items():
-        given = script.get_args_parser().parse_args(shlex.split(f"@presets/{args.preset}.txt {args.flags} {flags}"))
+        given = parsed(name, flags, args)
         results[name] = {"epochs": given.epochs, "flop": flop_per_image(script, given, options.early_sizes(given))}
     plain = results["plain"]
     bench.table(["variant", "epochs", "GFLOP per image", "of the plain run's arithmetic"], [
@@ -95,10 +114,13 @@ def run(script, flags: list[str], device: str, evaluated: str) -> dict[str, floa
 
 def time_steps(args) -> dict[str, dict]:
     """A step on fixed tensors at each size and share of dropped patches, in turns."""
-    given = main_dino.get_args_parser().parse_args(shlex.split(f"@presets/{args.preset}.txt {args.flags}"))
-    dtype = networks.half_precision(given.precision, given.use_fp16, pick_device(args.device))
+    given, device = parsed("plain", "", args), pick_device(args.device)
+    dtype = networks.half_precision(given.precision, given.use_fp16, device)
+    # What --compile does in a run that is long enough.
+    setting, _ = compiling.decided(given.compile, None, device.type, given.arch, given.parallel == "fsdp",
+                                   flop=lambda: math.inf)
     trainer = ours.Trainer(given.arch, given.patch_size, given.global_crops_size, given.out_dim, args.device, dtype,
-                           given.local_crops_number, compiled=given.compile or "")
+                           given.local_crops_number, compiled=compiling.mode(setting) or "")
     full, batch = (given.global_crops_size, given.local_crops_size), given.batch_size_per_gpu
 
     def step(sizes: tuple[int, int], dropped: float):
@@ -125,7 +147,8 @@ def get_args_parser():
     parser.add_argument("--flags", default="", help="further flags of all runs, in quotes")
     parser.add_argument("--eval", default="", help="labelled images with train and val parts; empty: --data_path")
     parser.add_argument("--low", type=int, nargs=2, default=(32, 16), help="sides of the small crops in pixels")
-    parser.add_argument("--drop", type=float, default=0.5, help="share of patches dropped at the start")
+    parser.add_argument("--drop", type=float,
+                        help="share of patches dropped at the start; default: 0.5, with main_dinov2.py 0.4")
     parser.add_argument("--fewer", type=int, default=5, help="epochs of the shorter plain run")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--workers", type=int, default=0,
@@ -136,36 +159,54 @@ def get_args_parser():
     return parser
 
 
+def recorded(args) -> dict[tuple[str, int], dict]:
+    """{(variant, seed): figures} of the runs with these flags that the file of --json already has."""
+    if not args.json or not Path(args.json).exists():
+        return {}
+
+    def same(flags: dict) -> dict:
+        return {k: v for k, v in json.loads(json.dumps(flags)).items() if k not in ("seeds", "only", "rounds", "json")}
+
+    lines = [json.loads(line) for line in Path(args.json).read_text().splitlines()]
+    return {(line["variant"], line["seed"]): line["figures"] for line in lines
+            if line["benchmark"] == "less_work" and "variant" in line and same(line["flags"]) == same(vars(args))}
+
+
 def main(args) -> int:
     if args.quick:
-        args.only = args.only or ["plain", "both"]
+        args.only, args.rounds = args.only or ["plain", "both"], 1
         args.flags, args.seeds, args.fewer, args.low = (
             "--data_path shapes:64x32 --epochs 4 --warmup_epochs 1 --global_crops_size 32 --local_crops_size 16 "
             "--local_crops_number 1 --batch_size_per_gpu 16"), [0], 2, (16, 8)
+    args.drop = DROP[args.script] if args.drop is None else args.drop
     bench.header(f"less work: {args.script} @presets/{args.preset}.txt {args.flags}", args.device)
     if args.count:
         bench.record(args, "less_work", variants=count(args))
         return 0
+    if args.step_only and args.script != "main_dino.py":
+        raise SystemExit(f"--step_only --script {args.script}: the step is main_dino.py's; leave --script out")
     if args.step_only:
         bench.record(args, "less_work", steps=time_steps(args))
         return 0
-    results: dict[str, list[dict]] = {}
+    chosen = {name: flags for name, flags in variants(args).items() if not args.only or name in args.only}
+    for name, flags in chosen.items():  # before the first run
+        parsed(name, flags, args)
+    results, done = {name: [] for name in chosen}, recorded(args)
     for seed in args.seeds:
-        for name, flags in variants(args).items():
-            if args.only and name not in args.only:
-                continue
-            with tempfile.TemporaryDirectory() as folder:
-                words = shlex.split(
-                    f"@presets/{args.preset}.txt {args.flags} {flags} --eval_knn_every 0 --num_workers {args.workers} "
-                    f"--device {args.device} --seed {seed} --output_dir") + [str(Path(folder, "run"))]
-                row = run(SCRIPTS[args.script], words, args.device, args.eval)
-            results.setdefault(name, []).append(row)
+        for name, flags in chosen.items():
+            if (row := done.get((name, seed))) is None:
+                with tempfile.TemporaryDirectory() as folder:
+                    words = shlex.split(
+                        f"@presets/{args.preset}.txt {args.flags} {flags} --eval_knn_every 0 --device {args.device} "
+                        f"--num_workers {args.workers} --seed {seed} --output_dir") + [str(Path(folder, "run"))]
+                    row = run(SCRIPTS[args.script], words, args.device, args.eval)
+                bench.record(args, "less_work", variant=name, seed=seed, figures=row)
+            results[name].append(row)
             print(f"seed {seed}, {name}: {row}", flush=True)
     bench.table(["variant", "steps", "arithmetic", "time", "s", "20-NN %", "by seed"], [
         [name, rows[0]["steps"], *relative(rows, results), statistics.median(r["seconds"] for r in rows),
          statistics.mean(r["top1"] for r in rows), ", ".join(f"{r['top1']:.1f}" for r in rows)]
         for name, rows in results.items()])
-    bench.record(args, "less_work", variants=results)
     return 0
 
 

@@ -18,8 +18,9 @@ LRS, BLOCKS, POOLS = (0.001, 0.01, 0.1), (1, 4), (False, True)
 
 
 def ours(model, batches, settings) -> None:
-    heads = linear.Heads(settings, model.embed_dim, max(s.n_last_blocks for s in settings), 1000)
-    forward, optimizer = linear.probe_features(model, heads.blocks), linear.build_optimizer(heads, len(batches[0][0]))
+    images = batches[0][0]
+    heads = linear.Heads(settings, model.embed_dim, max(s.n_last_blocks for s in settings), 1000).to(images.device)
+    forward, optimizer = linear.probe_features(model, heads.blocks), linear.build_optimizer(heads, len(images))
 
     def feature_batches():
         for x, y in batches:
@@ -32,7 +33,7 @@ def ours(model, batches, settings) -> None:
 
 def plain(model, batches, setting) -> None:
     n = setting.n_last_blocks
-    head = torch.nn.Linear(model.embed_dim * (n + setting.avgpool_patchtokens), 1000)
+    head = torch.nn.Linear(model.embed_dim * (n + setting.avgpool_patchtokens), 1000, device=batches[0][0].device)
     optimizer = torch.optim.SGD(head.parameters(), setting.lr, momentum=0.9)
     for x, y in batches:
         with torch.no_grad():
@@ -50,16 +51,18 @@ def main(args) -> int:
     if args.quick:
         args.arch, args.size, args.batches, args.rounds = "vit_nano", 32, 2, 1
     torch.manual_seed(0)
-    bench.header(f"linear classifiers, {args.arch} at {args.size} pixels, {64 * args.batches} images, 1000 classes")
-    model = build_backbone(args.arch, 16, img_size=args.size)[0].eval()
-    batches = [(torch.randn(64, 3, args.size, args.size), torch.randint(1000, (64,))) for _ in range(args.batches)]
+    bench.header(f"linear classifiers, {args.arch} at {args.size} pixels, {64 * args.batches} images, 1000 classes",
+                 args.device)
+    model = build_backbone(args.arch, 16, img_size=args.size)[0].eval().to(args.device)
+    batches = [(torch.randn(64, 3, args.size, args.size, device=args.device),
+                torch.randint(1000, (64,), device=args.device)) for _ in range(args.batches)]
     sweep, one = linear.sweep(linear.Training(LRS, BLOCKS, POOLS)), linear.Setting(0.01, 4, False)
     plain_runs = f"{len(sweep)} plain runs"
     times = bench.in_turns({
         plain_runs: lambda: [plain(model, batches, s) for s in sweep],
         f"{len(sweep)} settings, one pass": lambda: ours(model, batches, sweep),
         "one setting": lambda: ours(model, batches, [one]),
-    }, args.rounds)
+    }, args.rounds, args.device)
     variants = bench.summary(times, plain_runs)
     bench.table([*bench.TIMES, "times one setting"],
                 [[*cells, row["ms"] / variants["one setting"]["ms"]]

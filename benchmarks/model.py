@@ -260,7 +260,10 @@ def tables(args: argparse.Namespace) -> list[dict]:
     small = shapes["ViT-S/16"]
     print(f"\nViT-S/16 on one GPU, {args.batch} images: time of a step by cause")
     rows = []
-    for step, precision, kind in (("eager", "bf16", "eager"), ("fused by torch.compile", "bf16, fused", "fused")):
+    for step, precision, kind in (
+            ("eager", "bf16", "eager"), ("fused by torch.compile", "bf16, fused", "fused"),
+            ("eager, residual stream in bf16", "bf16 stream", "eager"),
+            ("fused, residual stream in bf16", "bf16 stream, fused", "fused")):
         part = step_seconds(small, args.batch, 1, at, precision)
         colours = args.batch * small.colour_bytes(kind) / at.bandwidth
         rows.append([step, 1000 * part["arithmetic"], 1000 * part["memory"], 1000 * colours,

@@ -10,6 +10,7 @@ later section, or another call, does not compile again. If the comparison with f
 """
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import bench
+from variants import VARIANTS
 
 
 class Section(NamedTuple):
@@ -36,7 +38,8 @@ SECTIONS = (
                           "--compile --rounds 1 --without_naive", 60),
     Section("train_step", "--precision bf16 --batch 128 --profile", 45),
     Section("patches", "--precision bf16 --batch 128", 30),
-    Section("variants", "--precision bf16 --batch 128 --rounds 6 --compile", 180),
+    *(Section("variants", f"--precision bf16 --batch 128 --rounds 6 --compile --only ours {shlex.quote(name)}", 120)
+      for name in VARIANTS if name != "ours"),
     Section("train_step", "--precision bf16 --batch 256 --compile --arch resnet18 --sizes 160 80 --local 6 "
                           "--out_dim 2048", 60),
     Section("convolutions", "--precision bf16 --batch 256 --arch resnet18 --sizes 160 80", 45),
@@ -58,7 +61,7 @@ SHORTEST = 15  # seconds that a section needs at least, to start
 def run(section: Section, args, seconds: float | None) -> int | None:
     """The section's exit code, or None if it did not end within `seconds`."""
     flags = "--quick" if args.quick else section.flags
-    command = [sys.executable, str(Path(__file__).with_name(f"{section.script}.py")), *flags.split(),
+    command = [sys.executable, str(Path(__file__).with_name(f"{section.script}.py")), *shlex.split(flags),
                "--device", args.device, "--json", args.json]
     box = "" if seconds is None else f"   # at most {seconds:.0f} s"
     print(f"\n## python benchmarks/{section.script}.py {flags}{box}", flush=True)
@@ -78,13 +81,15 @@ def run(section: Section, args, seconds: float | None) -> int | None:
 def main(args) -> int:
     bench.header("on one device", args.device)
     start, failed = time.monotonic(), []
-    for number, section in enumerate(SECTIONS):
+    # --quick leaves out their flags, so that a script's sections are alike.
+    sections = list({section.script: section for section in SECTIONS}.values()) if args.quick else SECTIONS
+    for number, section in enumerate(sections):
         seconds = None
         if args.minutes:
             left = 60 * args.minutes - (time.monotonic() - start)
             if left < SHORTEST:
                 print(f"\n--minutes {args.minutes:g} are over; not run: "
-                      + ", ".join(f"{s.script} {s.flags}".strip() for s in SECTIONS[number:]))
+                      + ", ".join(f"{s.script} {s.flags}".strip() for s in sections[number:]))
                 break
             seconds = min(section.seconds, left)
         code = run(section, args, seconds)

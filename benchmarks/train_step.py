@@ -7,15 +7,19 @@
         --sizes 160 80 --local 6 --out_dim 2048
 
 TFLOP/s counts the method's arithmetic (model.py), which is the same for every variant. For a ResNet there is neither a
-naive variant nor a cost model; its ratios compare with our step. --profile prints the time of our step by kind of work
-(kinds.py), beside the least time that the cost model allows each kind, and the ten operations that take the most time
-on the device; --profile FILE also writes the trace, for chrome://tracing or Perfetto.
+naive variant nor a cost model; its ratios compare with our step. The compiled step comes last, in turns with the
+baseline alone: all others are printed and recorded before anything is compiled. Peak GB are those of a variant's own
+networks, optimizer, crops and step; what other variants of the process hold is left out. --profile prints the time of
+our step by kind of work (kinds.py), beside the least time that the cost model allows each kind, and the ten operations
+that take the most time on the device; --profile FILE also writes the trace, for chrome://tracing or Perfetto.
 """
 
 import json
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import bench
@@ -42,49 +46,90 @@ def trainer_options(args) -> dict:
             "dtype": PRECISIONS[args.precision]}
 
 
-def trainers(args) -> dict:
-    bench.start_anew(args.device)
+COMPILED = "ours, compiled"
+
+
+def trainers(args) -> dict[str, Callable]:
+    """{variant: function that builds its trainer}."""
     shared = trainer_options(args)
+    own = partial(ours.Trainer, **shared, local=args.local)
     variants = {}
     if args.arch in naive.SIZES:
-        variants = {"naive, a pass a crop": naive.Trainer(**shared),
-                    "naive, a pass a resolution": naive.Trainer(**shared, grouped=True)}
-    variants["ours"] = ours.Trainer(**shared, local=args.local)
+        variants = {"naive, a pass a crop": partial(naive.Trainer, **shared),
+                    "naive, a pass a resolution": partial(naive.Trainer, **shared, grouped=True)}
+    variants["ours"] = own
     if args.all_tokens:
-        variants["ours, all tokens"] = ours.Trainer(**shared, local=args.local)
-        for network in (variants["ours, all tokens"].student, variants["ours, all tokens"].teacher):
-            network.outputs = lambda crops, kept=None, outputs=network.outputs, **options: outputs(crops)
+        variants["ours, all tokens"] = lambda: with_all_tokens(own())
     if args.grad_checkpointing:
-        for what in ("layers", "blocks"):
-            variants[f"ours, {what} checkpointed"] = ours.Trainer(**shared, local=args.local, checkpointed=what)
+        variants |= {f"ours, {what} checkpointed": partial(own, checkpointed=what) for what in ("layers", "blocks")}
     if args.compile:
-        variants["ours, compiled"] = ours.Trainer(**shared, local=args.local, compiled=args.compile)
+        variants[COMPILED] = partial(own, compiled=args.compile)
     return variants
 
 
-def measure(batch: int, args, rate: float, bandwidth: float) -> dict:
-    views, grouped = crops_of(batch, args)
-    variants, peaks = trainers(args), {}
+def with_all_tokens(trainer: ours.Trainer) -> ours.Trainer:
+    for network in (trainer.student, trainer.teacher):
+        network.outputs = lambda crops, kept=None, outputs=network.outputs, **options: outputs(crops)
+    return trainer
+
+
+def peak_of(step: Callable[[], object], held: int) -> tuple[int, int]:
+    """A trainer's bytes on the GPU: (the most during a step, those after it). It holds `held` before; what others hold
+    is not counted.
+    """
+    others = torch.cuda.memory_allocated() - held
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    return torch.cuda.max_memory_allocated() - others, torch.cuda.memory_allocated() - others
+
+
+def measure(batch: int, args, rate: float, bandwidth: float) -> None:
+    """Print and record a table of the variants that are not compiled, then one of the compiled step and the baseline.
+    """
+    baseline = "naive, a pass a resolution" if args.arch in naive.SIZES else "ours"  # the stronger of the two
+    names = list(trainers(args))
+    groups = [[name for name in names if name != COMPILED], [baseline, COMPILED]]
+    for group in groups[: 2 if COMPILED in names else 1]:
+        summary = timed(group, baseline, batch, args)
+        predicted = show(summary, batch, args, rate, bandwidth)
+        bench.record(args, "train_step", matmul_flops=rate, copy_bytes=bandwidth, batch=batch, predicted=predicted,
+                     variants=summary)
+
+
+def timed(names: list[str], baseline: str, batch: int, args) -> dict[str, dict]:
+    """`bench.summary` of steps in turns, with images_per_s and peak_gb."""
+    bench.start_anew(args.device)
+    cuda, (views, grouped) = args.device.startswith("cuda"), crops_of(batch, args)
+    variants, held, peaks = {}, {}, {}
+    for name in names:
+        before = torch.cuda.memory_allocated() if cuda else 0
+        variants[name] = trainers(args)[name]()
+        held[name] = sum(v.nbytes for v in views) + (torch.cuda.memory_allocated() - before if cuda else 0)
 
     def run(name: str) -> None:
-        if args.device.startswith("cuda"):
-            torch.cuda.reset_peak_memory_stats()
-        variants[name].step(grouped if name.startswith("ours") else views)
-        if args.device.startswith("cuda"):
-            peaks[name] = torch.cuda.max_memory_allocated()
+        step = partial(variants[name].step, grouped if name.startswith("ours") else views)
+        if cuda:
+            peaks[name], held[name] = peak_of(step, held[name])
+        else:
+            step()
 
     clock = bench.cpu_seconds if args.cpu_time else time.perf_counter
     times = bench.in_turns({n: (lambda n=n: run(n)) for n in variants}, args.rounds, args.device, clock)
-    modelled = args.arch in naive.SIZES
-    summary = bench.summary(times, "naive, a pass a resolution" if modelled else "ours")  # the stronger of the two
+    summary = bench.summary(times, baseline)
     for name, row in summary.items():
         row |= {"images_per_s": 1000 * batch / row["ms"], "peak_gb": peaks[name] / 1e9 if peaks else None}
-    if not modelled:
+    return summary
+
+
+def show(summary: dict[str, dict], batch: int, args, rate: float, bandwidth: float) -> float | None:
+    """Print the table of `timed`; adds TFLOP/s to its rows and returns the predicted images/s, where there is a model.
+    """
+    if args.arch not in naive.SIZES:
         print(f"\n{batch} images per step")
         rows = [[*cells, row["images_per_s"], row["peak_gb"]]
                 for cells, row in zip(bench.time_rows(summary), summary.values(), strict=True)]
         bench.table([*bench.TIMES, "images/s", "peak GB"], rows)
-        return {"batch": batch, "variants": summary}
+        return None
     shape = model.Shape.of(args.arch, args.patch, args.sizes, args.local, args.out_dim)
     flop, precision = shape.flop_per_image() * batch, "fp32" if args.precision == "fp32" else "bf16"
     causes = model.step_seconds(shape, batch, 1, model.Hardware(rate, bandwidth), precision)
@@ -98,7 +143,7 @@ def measure(batch: int, args, rate: float, bandwidth: float) -> dict:
           f"{predicted:.3g} images/s: {1000 * causes['arithmetic']:.3g} ms of arithmetic, "
           f"{1000 * causes['memory']:.3g} ms of memory traffic")
     bench.table([*bench.TIMES, "images/s", "TFLOP/s", "of matmul", "peak GB"], rows)
-    return {"batch": batch, "predicted": predicted, "variants": summary}
+    return predicted
 
 
 def profile(args, rate: float, bandwidth: float) -> dict:
@@ -106,7 +151,8 @@ def profile(args, rate: float, bandwidth: float) -> dict:
     from torch.profiler import ProfilerActivity, record_function
 
     cuda, steps = args.device.startswith("cuda"), 1 if args.quick else 3
-    trainer, crops = trainers(args)["ours, compiled" if args.compile else "ours"], crops_of(args.batch[0], args)[1]
+    bench.start_anew(args.device)
+    trainer, crops = trainers(args)[COMPILED if args.compile else "ours"](), crops_of(args.batch[0], args)[1]
     for network in (trainer.student, trainer.teacher) if not args.compile else ():
         network.backbone.embed = record_function(kinds.PATCHES)(network.backbone.embed)
     for _ in range(2):  # after the first step the optimizer has its state
@@ -172,18 +218,19 @@ def main(args) -> int:
     if args.quick:
         args.arch, args.sizes, args.local, args.out_dim, args.batch, args.rounds = "vit_nano", (32, 16), 2, 64, [2], 1
         args.grad_checkpointing = args.all_tokens = True
+    for flag in ("profile", "all_tokens", "grad_checkpointing"):
+        if getattr(args, flag) and args.arch in RESNETS:
+            raise SystemExit(f"--{flag} --arch {args.arch}: is about a ViT's layers; leave it out or choose a ViT")
     torch.manual_seed(0)
     bench.header(f"training step of {args.arch}/{args.patch}, {args.precision}", args.device)
     rate = bench.matmul_rate(args.device, PRECISIONS[args.precision] or torch.float32, 64 if args.quick else 0)
     bandwidth = bench.copy_rate(args.device, size=2**20 if args.quick else 2**28)
     print(f"measured: matrix products {rate / 1e12:.3g} TFLOP/s, copies {bandwidth / 1e9:.3g} GB/s")
-    if args.profile and args.arch in RESNETS:
-        raise SystemExit(f"--profile --arch {args.arch}: the kinds of work are those of a ViT; choose one")
     if args.profile:
         bench.record(args, "profile", matmul_flops=rate, copy_bytes=bandwidth, **profile(args, rate, bandwidth))
         return 0
-    batches = [measure(batch, args, rate, bandwidth) for batch in args.batch]
-    bench.record(args, "train_step", matmul_flops=rate, copy_bytes=bandwidth, batches=batches)
+    for batch in args.batch:
+        measure(batch, args, rate, bandwidth)
     return 0
 
 

@@ -4,16 +4,20 @@
     python benchmarks/variants.py --count                        # operations and bytes alone, without computing
 
 A variant enters the project when a measurement here shows that it pays. Its gradient is compared with float64 for a
-small network, as in parity.py. Operations and bytes of the forward and backward passes are counted in float32, one
-operation at a time, where no GPU is needed.
+small network, as in parity.py. Each variant takes turns with the first one alone, and is printed and recorded when it
+is done. Operations and bytes of the forward and backward passes are counted in float32, one operation at a time. Not
+counted are kernels of Triton and of torch.compile, what differs in half precision only, and the choice of torch's
+attention kernel, which is one operation in any case.
 """
 
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
+from typing import NamedTuple
 
 import bench
 import naive
@@ -69,6 +73,24 @@ class ShortAttention(Attention):
         return self.proj_drop(self.proj(attention(qkv.contiguous(), self.scale))), None
 
 
+class FlashAttention(Attention):
+    """Attention by torch's flash kernels. The context is inside of the module, where torch.compile sees it: it is in
+    the graph, which is then this class's own.
+    """
+
+    kernels = SDPBackend.FLASH_ATTENTION
+
+    def forward(self, *args, **options):
+        with sdpa_kernel(self.kernels):
+            return super().forward(*args, **options)
+
+
+class EfficientAttention(FlashAttention):
+    """Attention by torch's memory-efficient kernels."""
+
+    kernels = SDPBackend.EFFICIENT_ATTENTION
+
+
 def half_stream(network: MultiCropWrapper) -> None:
     network.backbone.pos_drop = ToHalf()
     for module in network.backbone.modules():
@@ -79,6 +101,12 @@ def half_stream(network: MultiCropWrapper) -> None:
 def patches_by(kind: type[PatchEmbed], trainer: ours.Trainer) -> None:
     for network in (trainer.student, trainer.teacher):
         network.backbone.patch_embed.__class__ = kind
+
+
+def attention_by(kind: type[Attention], trainer: ours.Trainer) -> None:
+    for network in (trainer.student, trainer.teacher):
+        for block in network.backbone.blocks:
+            block.attn.__class__ = kind
 
 
 def half_streams(trainer: ours.Trainer) -> None:
@@ -101,31 +129,31 @@ def all_four(trainer: ours.Trainer) -> None:
         change(trainer)
 
 
-# What changes the trainer, the kernels that attention is limited to, and whether it needs a GPU.
-VARIANTS: dict[str, tuple[Callable[[ours.Trainer], None] | None, SDPBackend | None, bool]] = {
-    "ours": (None, None, False),
-    "patches by convolution": (partial(patches_by, Convolution), None, False),
-    "patches by a matrix product": (partial(patches_by, Product), None, False),
-    "residual stream in half precision": (half_streams, None, False),
-    "local crops' attention in one kernel": (local_attention, None, True),
-    "loss compiled": (compiled_loss, None, True),
-    "all four": (all_four, None, True),
-    "attention by torch's flash kernels": (None, SDPBackend.FLASH_ATTENTION, True),
-    "attention by the memory-efficient kernels": (None, SDPBackend.EFFICIENT_ATTENTION, True),
+class Variant(NamedTuple):
+    change: Callable[[ours.Trainer], None] | None = None
+    gpu: bool = False  # needs one
+    half: bool = False  # has no float32 kernel
+    counted: bool = False
+
+
+VARIANTS = {
+    "ours": Variant(counted=True),
+    "patches by convolution": Variant(partial(patches_by, Convolution), counted=True),
+    "patches by a matrix product": Variant(partial(patches_by, Product), counted=True),
+    "residual stream in half precision": Variant(half_streams),
+    "local crops' attention in one kernel": Variant(local_attention, gpu=True),
+    "loss compiled": Variant(compiled_loss, gpu=True),
+    "all four": Variant(all_four, gpu=True),
+    "attention by torch's flash kernels": Variant(partial(attention_by, FlashAttention), gpu=True, half=True),
+    "attention by the memory-efficient kernels": Variant(partial(attention_by, EfficientAttention), gpu=True),
 }
 
 
 def trainer_of(name: str, **options) -> ours.Trainer:
     trainer = ours.Trainer(**options)
-    if change := VARIANTS[name][0]:
+    if change := VARIANTS[name].change:
         change(trainer)
     return trainer
-
-
-def attention_of(name: str):
-    """A context in which attention runs as the variant wants it."""
-    backend = VARIANTS[name][1]
-    return sdpa_kernel(backend) if backend is not None else nullcontext()
 
 
 def counted(name: str, args) -> Traffic:
@@ -148,24 +176,38 @@ def error(name: str, args) -> float:
     trainer = trainer_of(name, **options)
     for network in (trainer.student, trainer.teacher):
         network.load_state_dict(weights)
-    with attention_of(name):
-        actual = parity.gradient(trainer, [c.to(args.device) for c in crops])
+    actual = parity.gradient(trainer, [c.to(args.device) for c in crops])
     return ((actual - expected).norm() / expected.norm()).item()
 
 
-def times(names: list[str], args) -> dict[str, dict]:
+def times(baseline: str, name: str, args) -> dict[str, dict]:
+    """`bench.summary` of a variant in turns with the baseline: more of them would exceed torch.compile's limit of
+    graphs for one function, beyond which it compiles nothing.
+    """
     bench.start_anew(args.device)
     crops = crops_of(args.batch, args)[1]
-    trainers = {name: trainer_of(name, **trainer_options(args), local=args.local, compiled=args.compile)
-                for name in names}
+    trainers = {n: trainer_of(n, **trainer_options(args), local=args.local, compiled=args.compile)
+                for n in dict.fromkeys((baseline, name))}
+    clock = bench.cpu_seconds if args.device == "cpu" else time.perf_counter
+    turns = {n: partial(trainer.step, crops) for n, trainer in trainers.items()}
+    return bench.summary(bench.in_turns(turns, args.rounds, args.device, clock), baseline)
 
-    def step(name: str) -> None:
-        with attention_of(name):
-            trainers[name].step(crops)
 
-    clock = bench.cpu_seconds if args.device == "cpu" else None
-    turns = {name: lambda name=name: step(name) for name in names}
-    return bench.summary(bench.in_turns(turns, args.rounds, args.device, *([clock] if clock else [])), names[0])
+def runnable(args) -> list[str]:
+    """The variants that --only names, or all, without those that can't run here, which is said."""
+    names = []
+    for name in args.only or VARIANTS:
+        variant = VARIANTS[name]
+        reason = ("not counted" if args.count and not variant.counted else
+                  "needs --device cuda" if variant.gpu and not args.device.startswith("cuda") else
+                  "has no float32 kernel, needs --precision bf16" if variant.half and args.precision == "fp32" else "")
+        if reason:
+            print(f"{name}: left out, {reason}", flush=True)
+        else:
+            names.append(name)
+    if not names:
+        raise SystemExit("nothing to do: no variant of --only is left")
+    return names
 
 
 def get_args_parser():
@@ -184,20 +226,26 @@ def main(args) -> int:
         args.arch, args.sizes, args.local, args.out_dim, args.batch, args.rounds = "vit_nano", (32, 16), 2, 64, 2, 1
     torch.manual_seed(0)
     bench.header(f"variants of the step, {args.arch}/{args.patch}, {args.precision}, {args.batch} images", args.device)
-    names = [name for name in args.only or VARIANTS if not VARIANTS[name][2] or args.device.startswith("cuda")]
-    counts = {name: counted(name, args) for name in names if not VARIANTS[name][2]}  # kernels can't be counted
-    results = {name: {"operations": t.operations, "bytes": t.bytes} if (t := counts.get(name)) else {}
-               for name in names}
-    rows = {name: [row.get("operations"), row["bytes"] / 1e9 if row else None] for name, row in results.items()}
-    columns = ["variant", "operations, fp32", "GB, fp32"]
-    if not args.count:
-        columns += ["gradient off by", *bench.TIMES[1:]]
-        summary = times(names, args)
-        for cells, (name, row) in zip(bench.time_rows(summary), summary.items(), strict=True):
-            results[name] |= row | {"error": error(name, args)}
-            rows[name] += [results[name]["error"], *cells[1:]]
-    bench.table(columns, [[name, *row] for name, row in rows.items()])
-    bench.record(args, "variants", variants=results)
+    names, results = runnable(args), {}
+    for name in names:
+        row = {}
+        if VARIANTS[name].counted:
+            traffic = counted(name, args)
+            row = {"operations": traffic.operations, "bytes": traffic.bytes}
+        if not args.count:
+            row["error"] = error(name, args)
+            print(f"{name}: the gradient is off by {row['error']:.2g}", flush=True)
+        results[name] = row
+    for name in (names[1:] or names) if not args.count else ():
+        summary = times(names[0], name, args)
+        bench.table(bench.TIMES, bench.time_rows(summary))
+        bench.record(args, "variants", variants={n: results[n] | row for n, row in summary.items()})
+    columns = ["variant", "operations, fp32", "GB, fp32"] + (["gradient off by"] if not args.count else [])
+    print("\ncounted, and compared with float64")
+    bench.table(columns, [[name, row.get("operations"), row["bytes"] / 1e9 if "bytes" in row else None,
+                           *([row["error"]] if "error" in row else [])] for name, row in results.items()])
+    if args.count:
+        bench.record(args, "variants", variants=results)
     return 0
 
 

@@ -14,6 +14,7 @@ import parallel
 from imagesets.decode import Reading
 from imagesets.sources import Images, open_images
 from parallel import Refused
+from pretraining.networks import without_graphs
 from pretraining.same_images import sample
 from protocols.features import extract_features, pixel_features
 from protocols.knn import knn_classifier
@@ -53,7 +54,8 @@ class KnnEvaluation(NamedTuple):
             return pixel_features(images, self.num_workers)
         dataset = EvalImages(images, round(self.crop_size * 256 / 224), self.crop_size, self.mean, self.std)
         backbone.eval()
-        features = extract_features(backbone, dataset, self.batch_size, self.num_workers, self.device, autocast)
+        with without_graphs(backbone):
+            features = extract_features(backbone, dataset, self.batch_size, self.num_workers, self.device, autocast)
         backbone.train()
         return features
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 
 import torch
@@ -124,8 +125,14 @@ def checkpoint_gradients(backbone: nn.Module, mode: str, arch: str) -> None:
 def compile_networks(mode: str, *modules: nn.Module) -> None:
     """Compile modules, each of which becomes a graph where it is called."""
     for module in modules:
-        # Static shapes: otherwise the batch sizes of evaluation would make training recompile with dynamic shapes.
+        # Static shapes: otherwise a second batch size would make training recompile with dynamic shapes.
         module.compile(mode=mode, dynamic=False)
+
+
+def without_graphs(module: nn.Module) -> AbstractContextManager:
+    """A context in which a compiled module runs as it is written, so that no graph is made for further batch sizes."""
+    compiled = module._compiled_call_impl is not None  # else torch._dynamo, which takes a second to import, stays out
+    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
 
 def shard(student: nn.Module, teacher: nn.Module, device: torch.device, dtype: torch.dtype | None, precision: str

@@ -135,8 +135,8 @@ def add_output_flags(parser: argparse.ArgumentParser) -> None:
 COMPILE = {
     "auto": ("auto|on|off|reduce-overhead|max-autotune",
              "torch.compile networks and colour operations: faster steps after minutes of compiling. auto: on for our "
-             f"ViTs and ResNets on a CUDA GPU in runs of {compiling.STEPS} steps or more; reduce-overhead uses CUDA "
-             "graphs, for small networks"),
+             "ViTs and ResNets on a CUDA GPU, in runs whose arithmetic pays for compiling (5,000 steps of ViT-S with "
+             "128 images); reduce-overhead uses CUDA graphs, for small networks"),
     "off": ("on|off", "on: torch.compile the backbones and colour operations, with minutes of compiling before the "
                       "first steps; the gain was not measured, so compare both on your GPU"),
 }

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import shlex
 from pathlib import Path
 
 import bench
@@ -25,6 +26,8 @@ SCRIPTS = ["train_step", "loss", "memory", "prototypes", "data_pipeline", "end_t
            "attention", "knn", "linear", "listing", "convolutions", "neighbours", "duplicates", "less_work",
            "variants", "patches"]
 
+RECORDED = {"end_to_end": 3, "less_work": 2, "variants": 3}  # lines, each written as soon as it is measured
+
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_script_runs_and_leaves_a_line_of_json(name, tmp_path, capsys):
@@ -32,9 +35,65 @@ def test_script_runs_and_leaves_a_line_of_json(name, tmp_path, capsys):
     args = script.get_args_parser().parse_args(["--quick", "--json", str(tmp_path / "out.jsonl")])
     assert script.main(args) == 0
     assert "|" in capsys.readouterr().out
-    (line,) = (tmp_path / "out.jsonl").read_text().splitlines()
-    seen = json.loads(line)
-    assert seen["benchmark"] == name and seen["machine"]["torch"] == torch.__version__
+    lines = (tmp_path / "out.jsonl").read_text().splitlines()
+    assert len(lines) == RECORDED.get(name, 1)
+    for line in lines:
+        seen = json.loads(line)
+        assert seen["benchmark"] == name and seen["machine"]["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize("device, compiled", [("cpu", ""), ("cuda", "default")])
+def test_timed_steps_are_compiled_as_a_long_run_is(device, compiled, monkeypatch):
+    """`auto` is a word of the training script's, and no mode of torch.compile."""
+    import less_work
+
+    class Made(Exception):
+        pass
+
+    def trainer(*args, compiled, **options):
+        raise Made(compiled)
+
+    monkeypatch.setattr(less_work, "pick_device", lambda name: torch.device(name))
+    monkeypatch.setattr(less_work.networks, "half_precision", lambda *args: None)
+    args = less_work.get_args_parser().parse_args(["--quick", "--step_only", "--device", device])
+    monkeypatch.setattr(bench, "header", lambda *args: None)
+    if device == "cpu":
+        assert less_work.main(args) == 0
+    monkeypatch.setattr(ours, "Trainer", trainer)
+    with pytest.raises(Made, match=f"^{compiled}$"):
+        less_work.main(args)
+
+
+def test_flags_of_all_variants_are_checked_before_the_first_run(monkeypatch):
+    import less_work
+
+    monkeypatch.setattr(less_work, "run", lambda *args: pytest.fail("a run has begun"))
+    argv = ["--script", "main_dinov2.py", "--preset", "dinov2_shapes"]
+    for wrong, words in (["--drop", "0.5"], "patches dropped.*--token_drop 0.5 0.*--mask_ratio"), (
+                         ["--flags", "--epochs 2"], "plain.*--warmup_teacher_temp_epochs"):
+        with pytest.raises(SystemExit, match=words):
+            less_work.main(less_work.get_args_parser().parse_args([*argv, *wrong]))
+    assert less_work.main(less_work.get_args_parser().parse_args([*argv, "--count"])) == 0
+
+
+def test_runs_that_were_recorded_are_not_made_again(tmp_path, monkeypatch, capsys):
+    import less_work
+
+    def run(script, flags, device, evaluated):
+        made.append(flags[flags.index("--seed") + 1])
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        return {"seconds": 1.0, "top1": 50.0, "steps": 8, "flop": 2.0}
+
+    made = []
+    monkeypatch.setattr(less_work, "run", run)
+    argv = ["--only", "plain", "--seeds", "0", "1", "--json", str(tmp_path / "runs.jsonl")]
+    with pytest.raises(KeyboardInterrupt):
+        less_work.main(less_work.get_args_parser().parse_args(argv))
+    assert less_work.main(less_work.get_args_parser().parse_args(argv)) == 0
+    assert made == ["0", "1", "1"] and "50.0, 50.0" in capsys.readouterr().out
+    less_work.main(less_work.get_args_parser().parse_args([*argv, "--flags", "--epochs 6"]))
+    assert made == ["0", "1", "1", "0", "1"]
 
 
 def test_parity_compares_the_ways_and_ends_at_the_first_that_is_off(tmp_path, monkeypatch, capsys):
@@ -54,7 +113,7 @@ def test_flags_of_the_gpus_sections_exist():
     import on_gpu
 
     for section in on_gpu.SECTIONS:
-        importlib.import_module(section.script).get_args_parser().parse_args(section.flags.split())
+        importlib.import_module(section.script).get_args_parser().parse_args(shlex.split(section.flags))
     assert sum(section.seconds for section in on_gpu.SECTIONS[:4]) <= 300
 
 
@@ -90,6 +149,110 @@ def test_a_failed_comparison_ends_the_call(tmp_path, monkeypatch):
     monkeypatch.setattr(on_gpu, "SECTIONS", [on_gpu.Section("parity", "", 60), on_gpu.Section("prints", "", 60)])
     assert on_gpu.main(on_gpu.get_args_parser().parse_args(["--device", "cpu"])) == 1
     assert not (tmp_path / "ran").exists()
+
+
+def test_what_is_not_compiled_is_recorded_before_anything_is(tmp_path, monkeypatch):
+    import train_step
+
+    argv = ["--quick", "--compile", "--json", str(tmp_path / "out.jsonl")]
+    monkeypatch.setattr(ours.networks, "compile_networks", lambda *args: pytest.fail("compiles"))
+    with pytest.raises(pytest.fail.Exception):
+        train_step.main(train_step.get_args_parser().parse_args(argv))
+    (line,) = (json.loads(x) for x in (tmp_path / "out.jsonl").read_text().splitlines())
+    assert line["batch"] == 2 and {"naive, a pass a resolution", "ours", "ours, all tokens"} < set(line["variants"])
+
+
+@pytest.mark.parametrize("flag", ["--all_tokens", "--grad_checkpointing", "--profile"])
+def test_a_resnet_has_no_layers_of_a_vit(flag):
+    import train_step
+
+    args = train_step.get_args_parser().parse_args(["--arch", "resnet18", "--sizes", "32", "16", flag])
+    with pytest.raises(SystemExit, match=f"{flag} --arch resnet18.*choose a ViT"):
+        train_step.main(args)
+
+
+def test_peak_memory_is_that_of_one_trainer(monkeypatch):
+    """Another trainer holds 1000 bytes. This one holds 100, needs 50 more, and keeps 20 of them."""
+    import train_step
+
+    memory = {"now": 1100, "peak": 5000}
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: memory["now"])
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: memory["peak"])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: memory.update(peak=memory["now"]))
+    assert train_step.peak_of(lambda: memory.update(now=1120, peak=1150), 100) == (150, 120)
+    assert train_step.peak_of(lambda: memory.update(peak=1170), 120) == (170, 120)
+
+
+def test_attention_by_other_kernels_has_a_graph_of_its_own():
+    """torch.compile has no guard on the choice of kernels that a surrounding context makes."""
+    import variants
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch._dynamo.reset()
+    counter, x = CompileCounterWithBackend("eager"), torch.randn(2, 3, 32, 32)
+    for number, name in enumerate(("ours", "attention by torch's flash kernels"), 1):
+        backbone = variants.trainer_of(name, **TINY, local=2).teacher.backbone
+        backbone.compile(backend=counter, dynamic=False)
+        expected = backbone.forward(x)
+        torch.testing.assert_close(backbone(x), expected)
+        assert counter.frame_count == number
+    assert "sdp" in str(counter.graphs[1].code) and counter.graphs[1].code != counter.graphs[0].code
+
+
+def test_variants_that_can_not_run_are_left_out_with_a_line(capsys):
+    import variants
+
+    flash = "attention by torch's flash kernels"
+    args = variants.get_args_parser().parse_args(["--device", "cuda", "--only", "ours", flash])
+    assert variants.runnable(args) == ["ours"]
+    assert flash in (said := capsys.readouterr().out) and "--precision bf16" in said
+    args.precision = "bf16"
+    assert variants.runnable(args) == ["ours", flash]
+    args = variants.get_args_parser().parse_args(["--count", "--only", "residual stream in half precision"])
+    with pytest.raises(SystemExit, match="nothing to do"):
+        variants.runnable(args)
+
+
+def test_stages_of_the_device_are_timed_there(monkeypatch, tmp_path):
+    import data_pipeline
+    import photos
+
+    calls = []
+
+    def in_turns(functions, rounds, device="cpu", clock=None):
+        calls.append((set(functions), device, clock))
+        return {name: [1.0] for name in functions}
+
+    names = (*data_pipeline.COLOURS, "naive: worker, all of it")
+    monkeypatch.setattr(data_pipeline, "stages", lambda paths, args: dict.fromkeys(names))
+    monkeypatch.setattr(bench, "in_turns", in_turns)
+    paths = photos.write(tmp_path, 1, 64, 48)
+    args = data_pipeline.get_args_parser().parse_args(["--device", "cuda"])
+    assert set(data_pipeline.by_stage(paths, args)) == set(names)
+    assert calls == [({names[2]}, "cpu", bench.cpu_seconds), ({*names[:2]}, "cuda", None)]
+    args.device = "cpu"
+    data_pipeline.by_stage(paths, args)
+    assert calls[2] == (set(names), "cpu", bench.cpu_seconds)
+
+
+def test_linear_classification_is_timed_on_the_device(monkeypatch):
+    linear, devices = importlib.import_module("benchmarks.linear"), set()
+
+    def epoch(model, batches, settings) -> None:
+        devices.update(x.device.type for x in (*model.parameters(), *batches[0]))
+
+    monkeypatch.setattr(linear, "ours", epoch)
+    monkeypatch.setattr(linear, "plain", epoch)
+    args = linear.get_args_parser().parse_args(["--quick", "--device", "meta"])
+    assert linear.main(args) == 0 and devices == {"meta"}
+
+
+def test_many_files_are_drawn_once_and_copied(tmp_path):
+    import photos
+
+    files = [path.read_bytes() for path in photos.write(tmp_path, photos.DRAWN + 2, 32, 24)]
+    assert len(files) == photos.DRAWN + 2 and len(set(files)) == photos.DRAWN
+    assert files[photos.DRAWN :] == files[:2]
 
 
 def test_bytes_communicated_are_those_of_gradients_and_centre(tmp_path):

@@ -6,6 +6,7 @@ import sys
 import time
 
 import pytest
+import torch
 from conftest import ROOT
 from processes import ENV
 
@@ -13,7 +14,7 @@ from imagesets import listing
 from pretraining import compiling
 
 GPU = {"setting": "auto", "stored": None, "device": "cuda", "arch": "vit_small", "sharded": False,
-       "steps": 100_000}
+       "flop": lambda: 1e18}
 
 
 @pytest.mark.parametrize("text, expected", [
@@ -37,19 +38,41 @@ def test_the_flag_alone_and_its_absence():
 
 
 @pytest.mark.parametrize("case, expected", [
-    ({}, "default"), ({"steps": 100}, "off"), ({"device": "cpu"}, "off"), ({"device": "mps"}, "off"),
-    ({"sharded": True}, "off"), ({"arch": "resnet50"}, "default"), ({"arch": "xcit_small_12_p16"}, "off"),
+    ({}, "default"), ({"flop": lambda: 6e16}, "off"), ({"device": "cpu"}, "off"), ({"device": "mps"}, "off"),
+    ({"sharded": True}, "off"), ({"arch": "resnet50", "flop": lambda: 6e16}, "default"),
+    ({"arch": "resnet50", "flop": lambda: 1e16}, "off"), ({"arch": "xcit_small_12_p16"}, "off"),
     ({"triton": False}, "off"),
     # What the run did before counts, and what the user says counts more.
-    ({"stored": "off"}, "off"), ({"stored": "default", "steps": 100}, "default"),
+    ({"stored": "off"}, "off"), ({"stored": "default", "flop": lambda: 0.0}, "default"),
     ({"stored": "default", "sharded": True}, "off"), ({"stored": "default", "device": "cpu"}, "off"),
     ({"setting": "off", "stored": "default"}, "off"), ({"setting": "default", "stored": "off"}, "default"),
-    ({"setting": "default", "device": "cpu", "steps": 1}, "default")])
+    ({"setting": "default", "device": "cpu", "flop": lambda: 0.0}, "default")])
 def test_decision(case, expected):
     value, why = compiling.decided(**GPU | case)
     assert value == expected
     said = {**GPU, **case}["setting"] == "auto" and {**GPU, **case}["device"] == "cuda"
     assert bool(why) == said and ("--compile" in why or not said)
+
+
+@pytest.mark.parametrize("flags, steps", [
+    ("", 5_000), ("--batch_size_per_gpu 512", 1_250), ("--batch_size_per_gpu 64 --grad_accum_steps 2", 5_000),
+    ("--arch resnet18 --batch_size_per_gpu 256 --global_crops_size 160 --local_crops_size 80 --local_crops_number 6",
+     3_000),
+    ("--arch vit_nano --patch_size 8 --batch_size_per_gpu 32 --global_crops_size 48 --local_crops_size 24 "
+     "--local_crops_number 4", 1_450_000)])
+def test_a_run_is_compiled_from_so_many_steps_on(monkeypatch, tmp_path, flags, steps):
+    """The more, the smaller a step. ViT-S takes 112 GFLOP per image, ViT-nano 1.54."""
+    import argparse
+
+    import main_dino
+
+    monkeypatch.setattr(compiling, "prepare", lambda: None)
+    monkeypatch.setattr(compiling, "installed", lambda name: True)
+    args = main_dino.get_args_parser().parse_args(["--batch_size_per_gpu", "128", *flags.split(), "--output_dir",
+                                                   str(tmp_path)])
+    for count, expected in ((steps, "default"), (0.95 * steps, "off")):
+        plan = argparse.Namespace(steps=count)
+        assert main_dino.with_compile(args, torch.device("cuda"), plan).compile == expected
 
 
 def test_code_is_kept_in_the_projects_cache_unless_the_user_named_a_folder(monkeypatch, tmp_path):
@@ -73,6 +96,27 @@ def test_what_a_run_decided_is_stored_and_kept(tmp_path):
     args = main_dino.get_args_parser().parse_args([*argv, "--output_dir", str(tmp_path)])
     assert main_dino.main(args) == 0
     assert read(tmp_path / "checkpoint.pth")["args"]["compile"] == "off" and args.compile == "auto"
+
+
+def test_evaluation_makes_no_graph():
+    """Neither for its batches, which differ from those of training, nor for the last, smaller one."""
+    from torch._dynamo.testing import CompileCounter
+
+    from imagesets.decode import Reading
+    from pretraining.evaluation import open_evaluation
+    from vision_transformer import build_backbone
+
+    torch._dynamo.reset()
+    backbone, counter = build_backbone("vit_nano", 16, img_size=32)[0], CompileCounter()
+    evaluation = open_evaluation("shapes:13x32", "--eval", Reading(), 32, *([0.5] * 3,) * 2, 4, 0, torch.device("cpu"))
+    expected = evaluation.features(backbone, evaluation.parts[0], None)
+    backbone.compile(backend=counter, dynamic=False)
+    backbone(torch.zeros(2, 3, 32, 32))
+    assert counter.frame_count == 1
+    assert torch.equal(evaluation.features(backbone, evaluation.parts[0], None), expected)
+    assert counter.frame_count == 1 and backbone.training
+    backbone(torch.zeros(2, 3, 32, 32))
+    assert counter.frame_count == 1
 
 
 GROUP = """
