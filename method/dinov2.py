@@ -18,7 +18,7 @@ from method.koleo import koleo
 from method.masking import masks_weight
 from method.pairs import class_loss
 from method.sinkhorn import sinkhorn_knopp
-from method.targets import Center, Targets, at_least_float32, centred
+from method.targets import Center, Targets, at_least_float32, centred, parts
 
 
 class Outputs(NamedTuple):
@@ -128,8 +128,8 @@ def losses(
         The loss to differentiate, and a dict of detached parts: the terms `dino_global`, `dino_local`, `ibot` and
         `koleo`, which add up to `loss`; `class_targets` and `patch_targets`; `features` (2B, D), class tokens of the
         teacher, and in distillation, where it is frozen, of the student, with `student_prototypes` (2B,), each crop's
-        prototype of the highest score; `class_mean` (1, K) and `patch_mean` (1, K'), means of the teacher's scores,
-        None if there are no patches.
+        prototype of the highest score; with centring `class_mean` (1, K) and `patch_mean` (1, K'), means of the
+        teacher's scores, None if there are no patches.
     """
     dtype, device = at_least_float32(crops[0][:0]).dtype, crops[0].device
     chosen = torch.ones_like(masks) if objective.all_patches else masks
@@ -153,12 +153,13 @@ def losses(
     trained = {"features": teacher_out.class_tokens} if objective.mask_student else {
         "features": out.class_tokens.detach(),
         "student_prototypes": out.class_scores[: len(crops[0])].detach().argmax(-1)}
-    return loss, trained | {
+    means = {} if objective.centering != "centering" else {
+        "class_mean": mean_of_rows(teacher_out.class_scores), "patch_mean": mean_of_rows(teacher_out.patch_scores)}
+    return loss, trained | means | {
         "loss": loss.detach(),
         "dino_global": objective.dino_weight * pairs["global"], "dino_local": objective.dino_weight * pairs["local"],
         "ibot": objective.ibot_weight * ibot.detach(), "koleo": spread.detach(),
         "class_targets": class_targets, "patch_targets": patch_targets,
-        "class_mean": mean_of_rows(teacher_out.class_scores), "patch_mean": mean_of_rows(teacher_out.patch_scores),
     }
 
 
@@ -173,4 +174,9 @@ def has_neighbours(crops: Sequence[Tensor], objective: DINOv2Loss) -> bool:
 
 
 def mean_of_rows(scores: Tensor) -> Tensor | None:
-    return at_least_float32(scores).mean(0, keepdim=True) if len(scores) else None
+    """(n, K) -> (1, K) in float32 or float64, part by part: no float32 copy of the matrix is made."""
+    if not len(scores):
+        return None
+    dtype = at_least_float32(scores[:0]).dtype
+    return sum(scores[first:last].sum(0, keepdim=True, dtype=dtype)
+               for first, last in parts(*scores.shape, scores.device)) / len(scores)
