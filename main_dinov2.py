@@ -289,7 +289,7 @@ def make_run(args: argparse.Namespace, plan: Plan, n_images: int, device: torch.
         networks.checkpoint_gradients(student.backbone, args.grad_checkpointing, args.arch)
     if args.compile == "default":  # the heads get another number of patches in each step
         compiling.prepare()
-        networks.compile_networks(args.compile, student.backbone, teacher.backbone)
+        networks.compile_networks(args.compile, student.backbone, *([] if args.distill_from else [teacher.backbone]))
     seed_everything(args.seed + parallel.rank())  # stochastic depth differs between the processes
     dtype = networks.half_precision(args.precision, args.use_fp16, device)
     sharded = networks.shard(student, teacher, device, dtype, args.precision) if args.parallel == "fsdp" else False
@@ -329,6 +329,8 @@ def make_teacher(args: argparse.Namespace, run: Run) -> nn.Module:
     teacher = matching_teacher(args)
     run.settings[FROZEN] = frozen_hash(teacher)
     teacher = teacher.to(run.device)
+    if args.compile == "default":
+        networks.compile_networks(args.compile, teacher.backbone)
     if run.make_backbone:
         sharding.shard(teacher, run.device)
     return teacher

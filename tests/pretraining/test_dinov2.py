@@ -18,10 +18,10 @@ from test_kills import differences
 import main_dinov2
 import vision_transformer
 from imagesets import loaders
-from method import dinov2, masking
+from method import dinov2, fused, masking
 from method.targets import Targets
 from parallel import Refused
-from pretraining import replay
+from pretraining import compiling, replay
 from pretraining import state as state_of_runs
 from pretraining.health import health_dinov2
 from weights import checkpoints
@@ -289,6 +289,31 @@ def test_distillation(finished, tmp_path):
         assert not made["student"]["backbone.mask_token"].any()  # nothing is masked
     refused = Run(*args, "--out_dim", 48, "--output_dir", tmp_path / "other")
     assert refused.wait() == [2] and "--out_dim 32" in refused.output() and not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("distilled", [False, True], ids=["own targets", "distillation"])
+def test_the_networks_of_a_step_are_compiled(finished, tmp_path, run_here, monkeypatch, distilled):
+    """The student's backbone, and that of the targets."""
+    of_the_step, used = [], []
+    make_teacher, compile_module = main_dinov2.make_teacher, torch.nn.Module.compile
+
+    def record_networks(args, run):
+        teacher = make_teacher(args, run)
+        of_the_step.extend([teacher.backbone, run.student.backbone])
+        return teacher
+
+    def record_calls(module, mode, dynamic):
+        def backend(graph, inputs):
+            return lambda *args: used.append(module) or graph.forward(*args)
+        compile_module(module, backend=backend, dynamic=dynamic, fullgraph=True)
+
+    monkeypatch.setattr(main_dinov2, "make_teacher", record_networks)
+    monkeypatch.setattr(torch.nn.Module, "compile", record_calls)
+    monkeypatch.setattr(compiling, "prepare", lambda: None)
+    monkeypatch.setattr(fused, "compiled", lambda function: function)
+    flags = ["--drop_path_rate", 0, "--distill_from", finished[0] / checkpoints.NAME] if distilled else []
+    assert run_here("--compile", *flags, "--output_dir", tmp_path) == 0
+    assert len(used) == 2 and all(a is b for a, b in zip(used, of_the_step, strict=True))
 
 
 @pytest.mark.parametrize("stored, extra, words", [
