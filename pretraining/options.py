@@ -341,7 +341,8 @@ def check_hardware(parallel: str, precision: str, use_fp16: bool, compile: str, 
     if precision in ("fp16", "bf16") and not use_fp16:
         raise Refused(f"--use_fp16 false contradicts --precision {precision}; leave one of them out")
     if compiling.mode(compile) and parallel == "fsdp":
-        raise Refused(f"--compile {compile} with --parallel fsdp is not supported; leave one of them out")
+        raise Refused(f"--compile {compile} with --parallel fsdp is not supported: FSDP gathers the parameters of a block "
+                      "when it is called, where the graph of the compiled backbone breaks; leave one of them out")
     if compile in ("reduce-overhead", "max-autotune") and grad_accum_steps > 1:  # their outputs do not last
         raise Refused(f"--compile {compile} with --grad_accum_steps {grad_accum_steps} is not supported: "
                       "CUDA graphs take a micro-batch's gradients back; give --compile default")
