@@ -187,6 +187,7 @@ def make_run(args: argparse.Namespace, plan: Plan, n_images: int, device: torch.
 def describe(args: argparse.Namespace, run: Run, plan: Plan, n_images: int) -> str:
     """What is about to run, in a few lines."""
     lines = options.description(args, run, plan, f"K {args.out_dim}", n_images)
+    lines += options.without_effect(args, get_args_parser().parse_args([]), {})
     if args.freeze_last_layer >= plan.steps / plan.steps_per_epoch:
         lines.append(
             f"WARNING: the prototypes stay frozen for the whole run, as --freeze_last_layer {args.freeze_last_layer} "

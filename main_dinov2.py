@@ -35,7 +35,7 @@ from pretraining.faults import TO_BE_CONTINUED, Requests  # noqa: F401 - the lau
 from pretraining.health import collapse, few_directions, health_dinov2
 from pretraining.logs import Log
 from pretraining.meters import Clock, Meters
-from pretraining.plan import Plan, check_min_lr, check_warmups, drop_by_epoch, early_epochs, steps_per_epoch
+from pretraining.plan import Plan, begun, check_min_lr, check_warmups, drop_by_epoch, early_epochs, steps_per_epoch
 from pretraining.replay import Method, replay
 from pretraining.session import Ends, add_gradients
 from pretraining.state import FROZEN, Run, plain_settings, seed_everything
@@ -193,12 +193,33 @@ def check_args(args: argparse.Namespace) -> None:
                       "too, or leave it out")
     if args.init_heads and not args.init_from:
         raise Refused("--init_heads: give the checkpoint that has the heads as --init_from")
-    if not args.ibot_separate_head and args.ibot_out_dim not in (0, args.out_dim):
-        raise Refused(f"--ibot_out_dim {args.ibot_out_dim}: the head is the one of --out_dim {args.out_dim}; give "
-                      "--ibot_separate_head true, or leave it out")
+    if args.freeze_backbone_epochs and not args.init_from and not begun(args.output_dir):
+        raise Refused(f"--freeze_backbone_epochs {args.freeze_backbone_epochs:g}: the backbone is random without "
+                      "--init_from; give that too, or leave it out")
+    if not args.ibot_separate_head and not begun(args.output_dir):
+        check_one_head(args, get_args_parser().parse_args([]))
     if not args.distill_from and args.mask_probability * args.ibot_loss_weight == 0 and args.ibot_separate_head:
         raise Refused(f"--mask_probability {args.mask_probability:g} and --ibot_loss_weight {args.ibot_loss_weight:g} "
                       "leave the patch head without training; give --ibot_separate_head false")
+
+
+def check_one_head(args: argparse.Namespace, defaults: argparse.Namespace) -> None:
+    """Refuses flags of the separate head where there is none, unless they state what the one head is."""
+    for own in ("out_dim", "head_bottleneck_dim", "head_hidden_dim", "head_nlayers"):
+        value, name = getattr(args, own), f"ibot_{own}"
+        if (given := getattr(args, name)) not in (value, getattr(defaults, name)):
+            raise Refused(f"--{name} {given}: patches have the head of --{own} {value}; give --ibot_separate_head "
+                          "true, or leave it out")
+
+
+def without_effect(args: argparse.Namespace) -> list[str]:
+    """A warning for each flag that another one makes void."""
+    void = {} if args.koleo_loss_weight else {"koleo_all_processes": "--koleo_loss_weight 0"}
+    if all_patches(args):
+        void |= dict.fromkeys(("mask_ratio", "mask_probability"), "--distill_from and --ibot_tokens all")
+    elif not args.mask_probability:
+        void["mask_ratio"] = "--mask_probability 0"
+    return options.without_effect(args, get_args_parser().parse_args([]), void)
 
 
 # ---- Setting up ----
@@ -414,6 +435,7 @@ def describe(
     lines.append(f"loss of an untrained student: {losses_at_start(args)['dino']:.2f} on class tokens, "
                  f"{losses_at_start(args)['ibot']:.2f} on patches; progress lines show how much of each is left")
     lines += long_warmups(args, plan)
+    lines += without_effect(args)
     sizes = {"global_crops_size": args.global_crops_size}
     if plan.early_epochs:
         sizes["low_resolution_sizes"] = options.early_sizes(args)[0]

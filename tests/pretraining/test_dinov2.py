@@ -28,7 +28,8 @@ from weights import checkpoints
 
 ARGS = [*SMALLEST_DINOV2, "--saveckp_freq", 1]
 Run = partial(Started, script="main_dinov2.py")
-CENTERING = ["--centering", "centering", "--ibot_separate_head", "false", "--ibot_out_dim", 0]
+CENTERING = ["--centering", "centering", "--ibot_separate_head", "false", "--ibot_out_dim", 0, "--ibot_head_hidden_dim",
+             2048, "--ibot_head_bottleneck_dim", 256]
 QUICK = ["--steps", 1, "--warmup_epochs", 0, "--warmup_teacher_temp_epochs", 0, "--num_workers", 0]
 
 
@@ -407,8 +408,10 @@ def test_uniform_outputs_of_a_new_network_are_no_collapse(flags, step, words):
 
 
 def test_what_a_run_says_of_few_images_and_of_masks_that_never_happen(tmp_path, run_here, capsys):
-    assert run_here(*CENTERING, "--mask_ratio", 0.01, 0.02, "--batch_size_per_gpu", 2, "--output_dir", tmp_path) == 0
+    assert run_here(*CENTERING, "--mask_ratio", 0.01, 0.02, "--batch_size_per_gpu", 2, "--eval_data_path", "x",
+                    "--output_dir", tmp_path) == 0
     said = capsys.readouterr().out
+    assert "WARNING: --eval_data_path x" in said
     assert said.count("directions") == 1 and "--batch_size_per_gpu 2" in said
     assert "WARNING: --mask_ratio 0.01 0.02" in said and "0.00 on patches" in said and "ibot left" not in said
 
@@ -456,6 +459,11 @@ BAD = [
     (["--compile", "reduce-overhead"], ["--compile reduce-overhead", "--compile default"]),
     (["--compile", "auto"], ["--compile auto", "--compile on"]),
     (["--ibot_out_dim", "7", "--ibot_separate_head", "false"], ["--ibot_out_dim 7", "--ibot_separate_head true"]),
+    ([*CENTERING, "--ibot_head_hidden_dim", "24"], ["--ibot_head_hidden_dim 24", "--head_hidden_dim 32",
+                                                    "--ibot_separate_head true"]),
+    ([*CENTERING, "--ibot_head_bottleneck_dim", "8"], ["--ibot_head_bottleneck_dim 8", "--ibot_separate_head true"]),
+    ([*CENTERING, "--ibot_head_nlayers", "2"], ["--ibot_head_nlayers 2", "--ibot_separate_head true"]),
+    (["--freeze_backbone_epochs", "1"], ["--freeze_backbone_epochs 1", "--init_from"]),
     (["--init_heads"], ["--init_heads", "--init_from"]),
     (["--init_in_chans", "tile"], ["--init_in_chans tile", "--init_from"]),
     (["--mask_ratio", "0.5", "0.1"], ["--mask_ratio 0.5 0.1", "low <= high"]),
@@ -483,7 +491,7 @@ def parsed(*extra):
     return main_dinov2.get_args_parser().parse_args([str(a) for a in (*ARGS, *extra)])
 
 
-@pytest.mark.parametrize("extra, words", BAD, ids=lambda x: " ".join(x))
+@pytest.mark.parametrize("extra, words", BAD, ids=lambda x: " ".join(map(str, x)))
 def test_bad_input(tmp_path, capsys, extra, words):
     try:
         code = main_dinov2.main(parsed(*extra, "--output_dir", tmp_path / "out"))
@@ -493,6 +501,32 @@ def test_bad_input(tmp_path, capsys, extra, words):
     said = capsys.readouterr().err
     assert len(said.strip().splitlines()) == 1 and all(word in said for word in words)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("extra", [[*CENTERING, "--ibot_head_nlayers", 2], ["--freeze_backbone_epochs", 1]])
+def test_a_begun_run_keeps_flags_that_a_new_one_may_not_have(tmp_path, extra):
+    args = parsed(*extra, "--output_dir", tmp_path)
+    with pytest.raises(Refused):
+        main_dinov2.check_args(args)
+    (tmp_path / checkpoints.NAME).touch()
+    main_dinov2.check_args(args)
+
+
+@pytest.mark.parametrize("extra, words", [
+    (["--mask_ratio", 0.1, 0.4, "--distill_from", "x"], ["--mask_ratio 0.1 0.4", "--ibot_tokens all"]),
+    (["--mask_probability", 0.3, "--distill_from", "x"], ["--mask_probability 0.3", "--ibot_tokens all"]),
+    (["--mask_ratio", 0.1, 0.4, "--mask_probability", 0], ["--mask_ratio 0.1 0.4", "--mask_probability 0"]),
+    (["--koleo_all_processes", "--koleo_loss_weight", 0], ["--koleo_all_processes", "--koleo_loss_weight 0"]),
+    (["--warmup_teacher_temp", 0.03, "--warmup_teacher_temp_epochs", 0],
+     ["--warmup_teacher_temp 0.03", "--warmup_teacher_temp_epochs 0"]),
+    (["--eval_data_path", "x"], ["--eval_data_path x", "--eval_knn_every 0"]),
+    (["--mask_ratio", 0.1, 0.4, "--distill_from", "x", "--ibot_tokens", "masked"], []),
+    (["--mask_ratio", 0.1, 0.5, "--mask_probability", 0, "--koleo_loss_weight", 0, "--warmup_teacher_temp_epochs", 0],
+     []),
+], ids=lambda x: " ".join(map(str, x)))  # fmt: skip
+def test_flags_that_others_make_void_are_warned_of(extra, words):
+    lines = main_dinov2.without_effect(parsed(*extra))
+    assert len(lines) == bool(words) and all(word in line for line in lines for word in ("WARNING", *words))
 
 
 @pytest.mark.parametrize("theirs, ours, words", [
