@@ -1,6 +1,7 @@
 """main_dinov2.py in real processes: what holds for runs of DINO holds for it."""
 
 import importlib
+import json
 import math
 import signal
 from functools import partial
@@ -14,10 +15,11 @@ from processes import json_lines, launch
 from test_faults import slow_steps, stepping
 from test_fsdp import assert_same_state
 from test_kills import differences
+from test_video_segmentation import draw_video
 
 import main_dinov2
 import vision_transformer
-from imagesets import loaders
+from imagesets import loaders, shapes
 from method import dinov2, fused, masking
 from method.targets import Targets
 from parallel import Refused
@@ -47,11 +49,21 @@ def state(folder, name: str = checkpoints.NAME) -> dict:
     return loaded
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished")
+    run = Run(*ARGS, "--output_dir", folder, "--eval_knn_every", 3, "--pictures_every", 2)
+    assert run.wait() == [0], run.output()
+    return folder, run.output()
+
+
 @pytest.mark.parametrize("extra, processes", [
     ([], 1), ([*CENTERING, "--grad_accum_steps", 2, "--batch_size_per_gpu", 4], 1), (["--batch_size_per_gpu", 4], 2),
-], ids=["sinkhorn", "tied, centred, accumulated", "two processes"])  # fmt: skip
-def test_a_killed_run_ends_like_an_uninterrupted_one(tmp_path, extra, processes):
-    args = [*ARGS, *extra, "--saveckp_every_steps", 1]
+    (["--drop_path_rate", 0, "--distill_from"], 1),
+], ids=["sinkhorn", "tied, centred, accumulated", "two processes", "distillation"])  # fmt: skip
+def test_a_killed_run_ends_like_an_uninterrupted_one(tmp_path, finished, extra, processes):
+    file = [finished[0] / checkpoints.NAME] if "--distill_from" in extra else []
+    args = [*ARGS, *extra, *file, "--saveckp_every_steps", 1]
     whole = Run(*args, "--output_dir", tmp_path / "whole", processes=processes)
     assert whole.wait() == [0] * processes, whole.output()
     for steps, workers in ((5, 0), (13, 2)):
@@ -101,9 +113,12 @@ def test_steps_in_float64_equal_one_process(tmp_path, centering):
         torch.testing.assert_close(two[key], one[key], rtol=1e-9, atol=1e-12, msg=lambda m, k=key: f"{k}: {m}")
 
 
-@pytest.mark.parametrize("extra", [[], CENTERING], ids=["sinkhorn", "centring"])
-def test_sharded_equals_replicated(tmp_path, extra):
-    args = [*ARGS, *extra, "--batch_size_per_gpu", 4, "--steps", 12]
+@pytest.mark.parametrize("extra, steps", [
+    ([], 12), (CENTERING, 12), (["--drop_path_rate", 0, "--distill_from"], 4), (["--init_heads", "--init_from"], 4),
+], ids=["sinkhorn", "centring", "distillation", "heads"])  # fmt: skip
+def test_sharded_equals_replicated(tmp_path, finished, extra, steps):
+    file = [finished[0] / checkpoints.NAME, "--warmup_epochs", 0, "--warmup_teacher_temp_epochs", 0]
+    args = [*ARGS, *extra, *(file if steps == 4 else []), "--batch_size_per_gpu", 4, "--steps", steps]
     runs = {kind: Run(*args, "--parallel", kind, "--output_dir", tmp_path / kind, processes=2)
             for kind in ("ddp", "fsdp")}
     for kind, run in runs.items():
@@ -190,14 +205,6 @@ def test_patch_figures_are_means_over_processes_that_have_patches(monkeypatch):
     assert (here["patch_entropy"] + there["patch_entropy"]) / 2 == pytest.approx(entropy.item())
     used = (here["patch_prototypes_used"] + there["patch_prototypes_used"]) / 2
     assert used == len(q.argmax(1).unique())
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("finished")
-    run = Run(*ARGS, "--output_dir", folder, "--eval_knn_every", 3, "--pictures_every", 2)
-    assert run.wait() == [0], run.output()
-    return folder, run.output()
 
 
 def test_what_a_run_leaves(finished):
@@ -431,13 +438,32 @@ def test_replay_of_a_distillation_looks_into_the_frozen_network(finished, tmp_pa
     assert run_here("--replay", tmp_path / replay.NAME) == 2 and "other weights" in capsys.readouterr().err
 
 
+def draw_sets(folder) -> None:
+    """The smallest data sets of videos, of copies (copies/), and of landmarks (toy/)."""
+    draw_video(folder / "davis", "ant", frames=2, size=(16, 32))
+    truth = {"bbx": [0, 0, 16, 16], "easy": [0], "hard": [1], "junk": []}
+    for name, files in {"copies/database": ["0", "1"], "copies/queries": ["0"], "toy/jpg": ["a", "b", "q"]}.items():
+        (folder / name).mkdir(parents=True)
+        for i, file in enumerate(files):
+            image = Image.fromarray(shapes.draw(i, 16)[0])
+            image.save(folder / name / f"{file}.{'jpg' if 'toy' in name else 'png'}")
+    (folder / "copies" / "ground_truth.csv").write_text("query,match,attack\n0.png,0.png,none\n")
+    (folder / "toy" / "gnd_toy.json").write_text(json.dumps({"imlist": ["a", "b"], "qimlist": ["q"], "gnd": [truth]}))
+
+
 @pytest.mark.parametrize("script, extra", [
     ("eval_knn", "--data_path shapes:64x16 --nb_knn 5 --num_workers 0"),
     ("eval_linear", "--data_path shapes:64x16 --epochs 1 --num_workers 0 --batch_size_per_gpu 16 --n_last_blocks 2"),
     ("extract_features", "--data_path shapes:20x16 --num_workers 0"),
-    ("visualize_attention", "--image_path IMAGE --image_size 16"),
+    ("visualize_attention", "--image_path FOLDER/copies/queries/0.png --image_size 16"),
     ("eval_segmentation", "--data_path shapes:10x16 --image_size 16"),
     ("eval_depth", "--data_path scenes:8x16 --steps 2 --batch_size 4 --num_workers 0"),
+    ("eval_semantic", "--data_path shapes:8x16 --crop_size 16 --image_size 16 --steps 2 --batch_size 4 --num_workers 0"),
+    ("eval_video_segmentation", "--data_path FOLDER/davis --bs 2"),
+    ("eval_image_retrieval", "--data_path FOLDER --dataset toy --imsize 16 --num_workers 0"),
+    ("eval_copy_detection", "--data_path FOLDER/copies --image_size 16 --num_workers 0"),
+    ("evaluate", "--data_path shapes:40x16 --linear_epochs 1 --linear_views 1 --num_workers 0 --crop_size 16"),
+    ("curate", "--data_path FOLDER/copies/database --num_workers 0"),
     ("export", "--format safetensors"),
 ])
 def test_every_script_reads_its_checkpoints(finished, tmp_path, monkeypatch, script, extra):
@@ -446,8 +472,11 @@ def test_every_script_reads_its_checkpoints(finished, tmp_path, monkeypatch, scr
     module = importlib.import_module(script)
     flag = "--output" if script in ("export", "extract_features") else "--output_dir"
     out = tmp_path / {"export": "model.safetensors", "extract_features": "features.npy"}.get(script, "out")
-    Image.new("RGB", (16, 16), (200, 30, 30)).save(tmp_path / "image.png")
-    extra = extra.replace("IMAGE", str(tmp_path / "image.png"))
+    draw_sets(tmp_path)
+    if script == "eval_video_segmentation":  # the protocol enlarges frames to 480 pixels
+        monkeypatch.setattr(module, "evaluate_video_segmentation",
+                            partial(module.evaluate_video_segmentation, image_size=32))
+    extra = extra.replace("FOLDER", str(tmp_path))
     argv = ["--pretrained_weights", str(folder / checkpoints.NAME), *extra.split(), flag, str(out)]
     parser = module.get_args_parser()
     argv += [] if script == "export" else ["--device", "cpu"]
