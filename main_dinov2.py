@@ -161,7 +161,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add = options.add_crop_flags(parser, global_scale=(0.32, 1.0), local_scale=(0.05, 0.32))
     add("--blur", choices=tuple(BLUR), default="trained",
         help="probability of blur of the first and second global crop and of local crops; trained: 0, 0.9 and 0.5, as "
-             "the published weights were trained; written: 1, 0.1 and 0.5, as in DINO and as the published code means")
+             "the published weights were trained; written: 1, 0.1 and 0.5, as in DINO and as the published code means. "
+             "Kernels are as wide as their sigma requires; those of the published training were cut off at 9 pixels")
     options.add_data_flags(parser)
     options.add_output_flags(parser)
     options.add_hardware_flags(parser, compile="off")  # not measured on a GPU
