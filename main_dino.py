@@ -207,6 +207,7 @@ def describe(args: argparse.Namespace, run: Run, plan: Plan, n_images: int) -> s
     # not of the temperature's, which is off by default
     lines += long_warmups(plan.steps, plan.steps_per_epoch, warmup_epochs=args.warmup_epochs,
                           freeze_last_layer=args.freeze_last_layer)
+    lines += options.without_effect(args, get_args_parser().parse_args([]), {})
     return "\n".join(lines)
 
 

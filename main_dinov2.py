@@ -38,6 +38,7 @@ from pretraining.meters import Clock, Meters
 from pretraining.plan import (
     LONGEST,
     Plan,
+    begun,
     check_min_lr,
     check_warmups,
     drop_by_epoch,
@@ -170,7 +171,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add = options.add_crop_flags(parser, global_scale=(0.32, 1.0), local_scale=(0.05, 0.32))
     add("--blur", choices=tuple(BLUR), default="trained",
         help="probability of blur of the first and second global crop and of local crops; trained: 0, 0.9 and 0.5, as "
-             "the published weights were trained; written: 1, 0.1 and 0.5, as in DINO and as the published code means")
+             "the published weights were trained; written: 1, 0.1 and 0.5, as in DINO and as the published code means. "
+             "Kernels are as wide as their sigma requires; those of the published training were cut off at 9 pixels")
     options.add_data_flags(parser)
     options.add_output_flags(parser)
     options.add_hardware_flags(parser, compile="off")  # not measured on a GPU
@@ -202,12 +204,33 @@ def check_args(args: argparse.Namespace) -> None:
                       "too, or leave it out")
     if args.init_heads and not args.init_from:
         raise Refused("--init_heads: give the checkpoint that has the heads as --init_from")
-    if not args.ibot_separate_head and args.ibot_out_dim not in (0, args.out_dim):
-        raise Refused(f"--ibot_out_dim {args.ibot_out_dim}: the head is the one of --out_dim {args.out_dim}; give "
-                      "--ibot_separate_head true, or leave it out")
+    if args.freeze_backbone_epochs and not args.init_from and not begun(args.output_dir):
+        raise Refused(f"--freeze_backbone_epochs {args.freeze_backbone_epochs:g}: the backbone is random without "
+                      "--init_from; give that too, or leave it out")
+    if not args.ibot_separate_head and not begun(args.output_dir):
+        check_one_head(args, get_args_parser().parse_args([]))
     if not args.distill_from and args.mask_probability * args.ibot_loss_weight == 0 and args.ibot_separate_head:
         raise Refused(f"--mask_probability {args.mask_probability:g} and --ibot_loss_weight {args.ibot_loss_weight:g} "
                       "leave the patch head without training; give --ibot_separate_head false")
+
+
+def check_one_head(args: argparse.Namespace, defaults: argparse.Namespace) -> None:
+    """Refuses flags of the separate head where there is none, unless they state what the one head is."""
+    for own in ("out_dim", "head_bottleneck_dim", "head_hidden_dim", "head_nlayers"):
+        value, name = getattr(args, own), f"ibot_{own}"
+        if (given := getattr(args, name)) not in (value, getattr(defaults, name)):
+            raise Refused(f"--{name} {given}: patches have the head of --{own} {value}; give --ibot_separate_head "
+                          "true, or leave it out")
+
+
+def without_effect(args: argparse.Namespace) -> list[str]:
+    """A warning for each flag that another one makes void."""
+    void = {} if args.koleo_loss_weight else {"koleo_all_processes": "--koleo_loss_weight 0"}
+    if all_patches(args):
+        void |= dict.fromkeys(("mask_ratio", "mask_probability"), "--distill_from and --ibot_tokens all")
+    elif not args.mask_probability:
+        void["mask_ratio"] = "--mask_probability 0"
+    return options.without_effect(args, get_args_parser().parse_args([]), void)
 
 
 # ---- Setting up ----
@@ -307,7 +330,7 @@ def make_run(args: argparse.Namespace, plan: Plan, n_images: int, device: torch.
         networks.checkpoint_gradients(student.backbone, args.grad_checkpointing, args.arch)
     if args.compile == "default":  # the heads get another number of patches in each step
         compiling.prepare()
-        networks.compile_networks(args.compile, student.backbone, teacher.backbone)
+        networks.compile_networks(args.compile, student.backbone, *([] if args.distill_from else [teacher.backbone]))
     seed_everything(args.seed + parallel.rank())  # stochastic depth differs between the processes
     dtype = networks.half_precision(args.precision, args.use_fp16, device)
     sharded = networks.shard(student, teacher, device, dtype, args.precision) if args.parallel == "fsdp" else False
@@ -348,6 +371,8 @@ def make_teacher(args: argparse.Namespace, run: Run) -> nn.Module:
     teacher = matching_teacher(args)
     run.settings[FROZEN] = frozen_hash(teacher)
     teacher = teacher.to(run.device)
+    if args.compile == "default":
+        networks.compile_networks(args.compile, teacher.backbone)
     if run.make_backbone:
         sharding.shard(teacher, run.device)
     return teacher
@@ -433,6 +458,7 @@ def describe(
     lines += many_prototypes(args, n_images)
     lines += long_warmups(plan.steps, args.epoch_steps or plan.steps_per_epoch,
                           **{flag: getattr(args, flag) for flag in LONGEST})
+    lines += without_effect(args)
     sizes = {"global_crops_size": args.global_crops_size}
     if plan.early_epochs:
         sizes["low_resolution_sizes"] = options.early_sizes(args)[0]

@@ -18,7 +18,7 @@ from method.koleo import koleo
 from method.masking import masks_weight
 from method.pairs import class_loss
 from method.sinkhorn import sinkhorn_knopp
-from method.targets import Center, Targets, at_least_float32, centred
+from method.targets import Center, Targets, at_least_float32, centred, parts
 
 
 class Outputs(NamedTuple):
@@ -133,8 +133,8 @@ def losses(
         `koleo`, which add up to `loss`; `class_targets` and `patch_targets`; `features` (2B, D), class tokens of the
         teacher, and in distillation, where it is frozen, of the student, with `student_prototypes` (2B,), each crop's
         prototype of the highest score; `patch_features` (2B, D), the same network's patch tokens, one of each global
-        crop; `class_mean` (1, K) and `patch_mean` (1, K'), means of the teacher's scores,
-        None if there are no patches.
+        crop; with centring `class_mean` (1, K) and `patch_mean` (1, K'), means of the teacher's scores, None if there
+        are no patches.
     """
     dtype, device = at_least_float32(crops[0][:0]).dtype, crops[0].device
     chosen = torch.ones_like(masks) if objective.all_patches else masks
@@ -160,12 +160,13 @@ def losses(
         trained = {
             "features": out.class_tokens.detach(), "patch_features": out.patch_sample,
             "student_prototypes": out.class_scores[: len(crops[0])].detach().argmax(-1)}
-    return loss, trained | {
+    means = {} if objective.centering != "centering" else {
+        "class_mean": mean_of_rows(teacher_out.class_scores), "patch_mean": mean_of_rows(teacher_out.patch_scores)}
+    return loss, trained | means | {
         "loss": loss.detach(),
         "dino_global": objective.dino_weight * pairs["global"], "dino_local": objective.dino_weight * pairs["local"],
         "ibot": objective.ibot_weight * ibot.detach(), "koleo": spread.detach(),
         "class_targets": class_targets, "patch_targets": patch_targets,
-        "class_mean": mean_of_rows(teacher_out.class_scores), "patch_mean": mean_of_rows(teacher_out.patch_scores),
     }
 
 
@@ -180,4 +181,9 @@ def has_neighbours(crops: Sequence[Tensor], objective: DINOv2Loss) -> bool:
 
 
 def mean_of_rows(scores: Tensor) -> Tensor | None:
-    return at_least_float32(scores).mean(0, keepdim=True) if len(scores) else None
+    """(n, K) -> (1, K) in float32 or float64, part by part: no float32 copy of the matrix is made."""
+    if not len(scores):
+        return None
+    dtype = at_least_float32(scores[:0]).dtype
+    return sum(scores[first:last].sum(0, keepdim=True, dtype=dtype)
+               for first, last in parts(*scores.shape, scores.device)) / len(scores)

@@ -14,6 +14,7 @@ def koleo(features: Tensor, all_processes: bool = False) -> Tensor:
 
     The rows must be of different images: call it once for each global crop. As published, with one row the neighbour is
     the row itself, and the result a constant; skip the term then. exp(-koleo) is the geometric mean of the distances.
+    With gradient accumulation, neighbours are looked for within a micro-batch: among fewer images, they are farther.
     """
     return -(nearest_distances(features, all_processes) + 1e-8).log().mean()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -245,6 +245,27 @@ def description(args: argparse.Namespace, run: Run, plan: Plan, prototypes: str,
     return lines + plan.less_work((args.global_crops_size, args.local_crops_size), early_sizes(args))
 
 
+def without_effect(args: argparse.Namespace, defaults: argparse.Namespace, void: Mapping[str, str]) -> list[str]:
+    """A warning for each flag that is not at its default and that another one makes void.
+
+    Args:
+        void: {flag: the other one with its value}, beside those that all scripts share.
+    """
+    void = dict(void)
+    if not args.eval_knn_every:
+        void["eval_data_path"] = "--eval_knn_every 0"
+    if not args.warmup_teacher_temp_epochs:
+        void["warmup_teacher_temp"] = "--warmup_teacher_temp_epochs 0"
+    lines = []
+    for name, other in void.items():
+        value = getattr(args, name)
+        shown, default = (text(v) if isinstance(v, list | tuple) else v for v in (value, getattr(defaults, name)))
+        if shown != default:
+            given = f"--{name}" if value is True else f"--{name} {shown}"
+            lines.append(f"WARNING: {given} has no effect with {other}; change that, or leave it out")
+    return lines
+
+
 # ---- Checks ----
 
 
@@ -342,7 +363,8 @@ def check_hardware(parallel: str, precision: str, use_fp16: bool, compile: str, 
     if precision in ("fp16", "bf16") and not use_fp16:
         raise Refused(f"--use_fp16 false contradicts --precision {precision}; leave one of them out")
     if compiling.mode(compile) and parallel == "fsdp":
-        raise Refused(f"--compile {compile} with --parallel fsdp is not supported; leave one of them out")
+        raise Refused(f"--compile {compile} with --parallel fsdp is not supported: FSDP gathers the parameters of a "
+                      "block when it is called, where the graph of the compiled backbone breaks; leave one of them out")
     if compile in ("reduce-overhead", "max-autotune") and grad_accum_steps > 1:  # their outputs do not last
         raise Refused(f"--compile {compile} with --grad_accum_steps {grad_accum_steps} is not supported: "
                       "CUDA graphs take a micro-batch's gradients back; give --compile default")

@@ -125,12 +125,17 @@ def long_warmups(steps: int, unit: int, **durations: float) -> list[str]:
             for flag, share in shares.items() if share > LONGEST[flag]]
 
 
+def begun(folder: str) -> bool:
+    """Whether a run in `folder` has left a checkpoint. It keeps flags that a new run may not have."""
+    return any((Path(folder) / name).exists() for name in (checkpoints.NAME, checkpoints.PREVIOUS))
+
+
 def check_min_lr(min_lr: float, peak: float, lr: float, images: int, folder: str) -> None:
     """Refuses a learning rate that would rise to its end, unless a run with it has begun in `folder`.
 
     Args:
         peak: of `lr`, scaled to `images` per step.
     """
-    if min_lr > peak and not any((Path(folder) / name).exists() for name in (checkpoints.NAME, checkpoints.PREVIOUS)):
+    if min_lr > peak and not begun(folder):
         raise Refused(f"--min_lr {min_lr:g} is above the peak learning rate {peak:.3g}, which is --lr {lr:g} scaled to "
                       f"{images} images per step; lower it, or raise --lr")

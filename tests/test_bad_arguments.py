@@ -229,7 +229,7 @@ TRAINING = [
     ("--in_chans 2 --mean 0.5 0.5 --std 0.2 0.2", ("--in_chans 2", "shapes", "1, 3 or 4")),
     ("--parallel fsdp --precision fp16", ("--parallel fsdp", "--precision fp16", "choose --precision bf16")),
     ("--precision bf16 --use_fp16 false", ("--use_fp16 false", "--precision bf16", "leave one")),
-    ("--compile --parallel fsdp", ("--compile default", "--parallel fsdp", "leave one")),
+    ("--compile --parallel fsdp", ("--compile default", "--parallel fsdp", "graph", "leave one")),
     ("--compile reduce-overhead --grad_accum_steps 2",
      ("--compile reduce-overhead", "--grad_accum_steps 2", "--compile default")),
     ("--compile fast", ("--compile", "'fast'", "reduce-overhead")),

@@ -130,6 +130,16 @@ def test_variants_run(tmp_path, extra):
     assert len(losses) == 2 and all(0 < loss < 20 for loss in losses)
 
 
+def test_flags_that_others_make_void_are_warned_of(tmp_path, capsys):
+    flags = ["--warmup_teacher_temp", "0.03", "--eval_data_path", "x", "--steps", "1", "--output_dir", str(tmp_path)]
+    assert main_dino.main(main_dino.get_args_parser().parse_args([*NANO, *flags])) == 0
+    warned = [line for line in capsys.readouterr().out.splitlines() if "WARNING: --" in line and "effect" in line]
+    for flag, other in (("--warmup_teacher_temp 0.03", "--warmup_teacher_temp_epochs 0"),
+                        ("--eval_data_path x", "--eval_knn_every 0")):
+        assert sum(flag in line and other in line for line in warned) == 1
+    assert len(warned) == 2
+
+
 def run_of(args):
     return main_dino.make_run(args, main_dino.make_plan(args, 64), 64, torch.device("cpu"))
 

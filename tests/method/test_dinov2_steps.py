@@ -9,6 +9,7 @@ import utils
 from method import dinov2
 from method.dinov2 import DINOv2Loss
 from method.groups import parameter_groups, set_lr_and_wd
+from method.targets import PART
 
 
 def rows(tensors: dict[str, torch.Tensor], names: list[str]) -> np.ndarray:
@@ -66,3 +67,32 @@ def test_steps(name):
     if "dino_center" in want:
         torch.testing.assert_close(objective.dino_loss.center, want["dino_center"], rtol=1e-9, atol=1e-14)
         torch.testing.assert_close(objective.ibot_patch_loss.center, want["ibot_center"], rtol=1e-9, atol=1e-14)
+
+
+class Scores(torch.nn.Module):
+    """A student or teacher whose scores are given, in bfloat16."""
+
+    def __init__(self, seed: int, views: int, k: int) -> None:
+        super().__init__()
+        self.class_scores, self.tokens = rs(seed, 4 * views, k).bfloat16(), rs(seed + 1, 8, 8)
+        self.scores = rs(seed + 2, 8 * 16, k).bfloat16()
+
+    def forward(self, crops, masks, positions):
+        return dinov2.Outputs(self.class_scores, self.scores[positions], self.tokens)
+
+
+@pytest.mark.parametrize("centering", ["centering", "sinkhorn_knopp"])
+def test_no_float32_matrix_of_all_scores_is_made(monkeypatch, centering):
+    """In distillation with all patches: n = 128 rows of patches and K = 512."""
+    k, part = 512, 4 * 512
+    monkeypatch.setitem(PART, "cpu", part)
+    student, teacher, crops = Scores(1, 3, k), Scores(4, 2, k), [torch.zeros(8, 3, 16, 16), torch.zeros(4, 3, 8, 8)]
+    objective = DINOv2Loss(k, k, centering, mask_student=False, all_patches=True)
+    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        parts = dinov2.losses(student, teacher, crops, torch.zeros(8, 16, dtype=torch.bool), objective, 0.07)[1]
+    assert max(event.self_cpu_memory_usage for event in profile.events()) <= teacher.scores.nbytes  # positions' rows
+    if centering == "centering":
+        for name, scores in (("class_mean", teacher.class_scores), ("patch_mean", teacher.scores)):
+            torch.testing.assert_close(parts[name], scores.float().mean(0, keepdim=True), rtol=1e-5, atol=1e-6)
+    else:
+        assert "patch_mean" not in parts and objective.update_centers(parts) is None

@@ -1,6 +1,7 @@
 """main_dinov2.py in real processes: what holds for runs of DINO holds for it."""
 
 import importlib
+import json
 import math
 import signal
 from functools import partial
@@ -14,14 +15,15 @@ from processes import json_lines, launch
 from test_faults import slow_steps, stepping
 from test_fsdp import assert_same_state
 from test_kills import differences
+from test_video_segmentation import draw_video
 
 import main_dinov2
 import vision_transformer
-from imagesets import loaders
-from method import dinov2, masking
+from imagesets import loaders, shapes
+from method import dinov2, fused, masking
 from method.targets import Targets
 from parallel import Refused
-from pretraining import replay
+from pretraining import compiling, replay
 from pretraining import state as state_of_runs
 from pretraining.health import health_dinov2
 from pretraining.plan import LONGEST, long_warmups
@@ -29,7 +31,8 @@ from weights import checkpoints
 
 ARGS = [*SMALLEST_DINOV2, "--saveckp_freq", 1]
 Run = partial(Started, script="main_dinov2.py")
-CENTERING = ["--centering", "centering", "--ibot_separate_head", "false", "--ibot_out_dim", 0]
+CENTERING = ["--centering", "centering", "--ibot_separate_head", "false", "--ibot_out_dim", 0, "--ibot_head_hidden_dim",
+             2048, "--ibot_head_bottleneck_dim", 256]
 QUICK = ["--steps", 1, "--warmup_epochs", 0, "--warmup_teacher_temp_epochs", 0, "--num_workers", 0]
 
 
@@ -47,11 +50,21 @@ def state(folder, name: str = checkpoints.NAME) -> dict:
     return loaded
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished")
+    run = Run(*ARGS, "--output_dir", folder, "--eval_knn_every", 3, "--pictures_every", 2)
+    assert run.wait() == [0], run.output()
+    return folder, run.output()
+
+
 @pytest.mark.parametrize("extra, processes", [
     ([], 1), ([*CENTERING, "--grad_accum_steps", 2, "--batch_size_per_gpu", 4], 1), (["--batch_size_per_gpu", 4], 2),
-], ids=["sinkhorn", "tied, centred, accumulated", "two processes"])  # fmt: skip
-def test_a_killed_run_ends_like_an_uninterrupted_one(tmp_path, extra, processes):
-    args = [*ARGS, *extra, "--saveckp_every_steps", 1]
+    (["--drop_path_rate", 0, "--distill_from"], 1),
+], ids=["sinkhorn", "tied, centred, accumulated", "two processes", "distillation"])  # fmt: skip
+def test_a_killed_run_ends_like_an_uninterrupted_one(tmp_path, finished, extra, processes):
+    file = [finished[0] / checkpoints.NAME] if "--distill_from" in extra else []
+    args = [*ARGS, *extra, *file, "--saveckp_every_steps", 1]
     whole = Run(*args, "--output_dir", tmp_path / "whole", processes=processes)
     assert whole.wait() == [0] * processes, whole.output()
     for steps, workers in ((5, 0), (13, 2)):
@@ -101,9 +114,12 @@ def test_steps_in_float64_equal_one_process(tmp_path, centering):
         torch.testing.assert_close(two[key], one[key], rtol=1e-9, atol=1e-12, msg=lambda m, k=key: f"{k}: {m}")
 
 
-@pytest.mark.parametrize("extra", [[], CENTERING], ids=["sinkhorn", "centring"])
-def test_sharded_equals_replicated(tmp_path, extra):
-    args = [*ARGS, *extra, "--batch_size_per_gpu", 4, "--steps", 12]
+@pytest.mark.parametrize("extra, steps", [
+    ([], 12), (CENTERING, 12), (["--drop_path_rate", 0, "--distill_from"], 4), (["--init_heads", "--init_from"], 4),
+], ids=["sinkhorn", "centring", "distillation", "heads"])  # fmt: skip
+def test_sharded_equals_replicated(tmp_path, finished, extra, steps):
+    file = [finished[0] / checkpoints.NAME, "--warmup_epochs", 0, "--warmup_teacher_temp_epochs", 0]
+    args = [*ARGS, *extra, *(file if steps == 4 else []), "--batch_size_per_gpu", 4, "--steps", steps]
     runs = {kind: Run(*args, "--parallel", kind, "--output_dir", tmp_path / kind, processes=2)
             for kind in ("ddp", "fsdp")}
     for kind, run in runs.items():
@@ -190,14 +206,6 @@ def test_patch_figures_are_means_over_processes_that_have_patches(monkeypatch):
     assert (here["patch_entropy"] + there["patch_entropy"]) / 2 == pytest.approx(entropy.item())
     used = (here["patch_prototypes_used"] + there["patch_prototypes_used"]) / 2
     assert used == len(q.argmax(1).unique())
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("finished")
-    run = Run(*ARGS, "--output_dir", folder, "--eval_knn_every", 3, "--pictures_every", 2)
-    assert run.wait() == [0], run.output()
-    return folder, run.output()
 
 
 def test_what_a_run_leaves(finished):
@@ -331,6 +339,31 @@ def test_distillation(finished, tmp_path):
     assert refused.wait() == [2] and "--out_dim 32" in refused.output() and not (tmp_path / "other").exists()
 
 
+@pytest.mark.parametrize("distilled", [False, True], ids=["own targets", "distillation"])
+def test_the_networks_of_a_step_are_compiled(finished, tmp_path, run_here, monkeypatch, distilled):
+    """The student's backbone, and that of the targets."""
+    of_the_step, used = [], []
+    make_teacher, compile_module = main_dinov2.make_teacher, torch.nn.Module.compile
+
+    def record_networks(args, run):
+        teacher = make_teacher(args, run)
+        of_the_step.extend([teacher.backbone, run.student.backbone])
+        return teacher
+
+    def record_calls(module, mode, dynamic):
+        def backend(graph, inputs):
+            return lambda *args: used.append(module) or graph.forward(*args)
+        compile_module(module, backend=backend, dynamic=dynamic, fullgraph=True)
+
+    monkeypatch.setattr(main_dinov2, "make_teacher", record_networks)
+    monkeypatch.setattr(torch.nn.Module, "compile", record_calls)
+    monkeypatch.setattr(compiling, "prepare", lambda: None)
+    monkeypatch.setattr(fused, "compiled", lambda function: function)
+    flags = ["--drop_path_rate", 0, "--distill_from", finished[0] / checkpoints.NAME] if distilled else []
+    assert run_here("--compile", *flags, "--output_dir", tmp_path) == 0
+    assert len(used) == 2 and all(a is b for a, b in zip(used, of_the_step, strict=True))
+
+
 @pytest.mark.parametrize("stored, extra, words", [
     ({}, ["--mean", 0.5, 0.5, 0.5], ["--mean 0.5 0.5 0.5", "--mean 0.485 0.456 0.406"]),
     ({"std": [0.2] * 3, "value_range": [0.0, 1000.0]}, [], ["--std 0.2 0.2 0.2 --value_range 0 1000"]),
@@ -456,8 +489,10 @@ def test_prototypes_that_so_few_images_cannot_use_are_told(flags, images, words)
 
 
 def test_what_a_run_says_of_few_images_and_of_masks_that_never_happen(tmp_path, run_here, capsys):
-    assert run_here(*CENTERING, "--mask_ratio", 0.01, 0.02, "--batch_size_per_gpu", 2, "--output_dir", tmp_path) == 0
+    assert run_here(*CENTERING, "--mask_ratio", 0.01, 0.02, "--batch_size_per_gpu", 2, "--eval_data_path", "x",
+                    "--output_dir", tmp_path) == 0
     said = capsys.readouterr().out
+    assert "WARNING: --eval_data_path x" in said
     assert said.count("directions") == 1 and "--batch_size_per_gpu 2" in said
     assert "WARNING: --mask_ratio 0.01 0.02" in said and "ibot left" not in said
     assert "loss of uniform outputs: 3.47 on class tokens, 0.00 on patches" in said
@@ -478,13 +513,32 @@ def test_replay_of_a_distillation_looks_into_the_frozen_network(finished, tmp_pa
     assert run_here("--replay", tmp_path / replay.NAME) == 2 and "other weights" in capsys.readouterr().err
 
 
+def draw_sets(folder) -> None:
+    """The smallest data sets of videos, of copies (copies/), and of landmarks (toy/)."""
+    draw_video(folder / "davis", "ant", frames=2, size=(16, 32))
+    truth = {"bbx": [0, 0, 16, 16], "easy": [0], "hard": [1], "junk": []}
+    for name, files in {"copies/database": ["0", "1"], "copies/queries": ["0"], "toy/jpg": ["a", "b", "q"]}.items():
+        (folder / name).mkdir(parents=True)
+        for i, file in enumerate(files):
+            image = Image.fromarray(shapes.draw(i, 16)[0])
+            image.save(folder / name / f"{file}.{'jpg' if 'toy' in name else 'png'}")
+    (folder / "copies" / "ground_truth.csv").write_text("query,match,attack\n0.png,0.png,none\n")
+    (folder / "toy" / "gnd_toy.json").write_text(json.dumps({"imlist": ["a", "b"], "qimlist": ["q"], "gnd": [truth]}))
+
+
 @pytest.mark.parametrize("script, extra", [
     ("eval_knn", "--data_path shapes:64x16 --nb_knn 5 --num_workers 0"),
     ("eval_linear", "--data_path shapes:64x16 --epochs 1 --num_workers 0 --batch_size_per_gpu 16 --n_last_blocks 2"),
     ("extract_features", "--data_path shapes:20x16 --num_workers 0"),
-    ("visualize_attention", "--image_path IMAGE --image_size 16"),
+    ("visualize_attention", "--image_path FOLDER/copies/queries/0.png --image_size 16"),
     ("eval_segmentation", "--data_path shapes:10x16 --image_size 16"),
     ("eval_depth", "--data_path scenes:8x16 --steps 2 --batch_size 4 --num_workers 0"),
+    ("eval_semantic", "--data_path shapes:8x16 --crop_size 16 --steps 2 --batch_size 4 --num_workers 0"),
+    ("eval_video_segmentation", "--data_path FOLDER/davis --image_size 32"),
+    ("eval_image_retrieval", "--data_path FOLDER --dataset toy --imsize 16 --num_workers 0"),
+    ("eval_copy_detection", "--data_path FOLDER/copies --image_size 16 --num_workers 0"),
+    ("evaluate", "--data_path shapes:40x16 --linear_epochs 1 --linear_views 1 --num_workers 0 --crop_size 16"),
+    ("curate", "--data_path FOLDER/copies/database --num_workers 0"),
     ("export", "--format safetensors"),
 ])
 def test_every_script_reads_its_checkpoints(finished, tmp_path, monkeypatch, script, extra):
@@ -493,8 +547,8 @@ def test_every_script_reads_its_checkpoints(finished, tmp_path, monkeypatch, scr
     module = importlib.import_module(script)
     flag = "--output" if script in ("export", "extract_features") else "--output_dir"
     out = tmp_path / {"export": "model.safetensors", "extract_features": "features.npy"}.get(script, "out")
-    Image.new("RGB", (16, 16), (200, 30, 30)).save(tmp_path / "image.png")
-    extra = extra.replace("IMAGE", str(tmp_path / "image.png"))
+    draw_sets(tmp_path)
+    extra = extra.replace("FOLDER", str(tmp_path))
     argv = ["--pretrained_weights", str(folder / checkpoints.NAME), *extra.split(), flag, str(out)]
     parser = module.get_args_parser()
     argv += [] if script == "export" else ["--device", "cpu"]
@@ -506,6 +560,11 @@ BAD = [
     (["--compile", "reduce-overhead"], ["--compile reduce-overhead", "--compile default"]),
     (["--compile", "auto"], ["--compile auto", "--compile on"]),
     (["--ibot_out_dim", "7", "--ibot_separate_head", "false"], ["--ibot_out_dim 7", "--ibot_separate_head true"]),
+    ([*CENTERING, "--ibot_head_hidden_dim", "24"], ["--ibot_head_hidden_dim 24", "--head_hidden_dim 32",
+                                                    "--ibot_separate_head true"]),
+    ([*CENTERING, "--ibot_head_bottleneck_dim", "8"], ["--ibot_head_bottleneck_dim 8", "--ibot_separate_head true"]),
+    ([*CENTERING, "--ibot_head_nlayers", "2"], ["--ibot_head_nlayers 2", "--ibot_separate_head true"]),
+    (["--freeze_backbone_epochs", "1"], ["--freeze_backbone_epochs 1", "--init_from"]),
     (["--init_heads"], ["--init_heads", "--init_from"]),
     (["--init_in_chans", "tile"], ["--init_in_chans tile", "--init_from"]),
     (["--mask_ratio", "0.5", "0.1"], ["--mask_ratio 0.5 0.1", "low <= high"]),
@@ -533,7 +592,7 @@ def parsed(*extra):
     return main_dinov2.get_args_parser().parse_args([str(a) for a in (*ARGS, *extra)])
 
 
-@pytest.mark.parametrize("extra, words", BAD, ids=lambda x: " ".join(x))
+@pytest.mark.parametrize("extra, words", BAD, ids=lambda x: " ".join(map(str, x)))
 def test_bad_input(tmp_path, capsys, extra, words):
     try:
         code = main_dinov2.main(parsed(*extra, "--output_dir", tmp_path / "out"))
@@ -543,6 +602,32 @@ def test_bad_input(tmp_path, capsys, extra, words):
     said = capsys.readouterr().err
     assert len(said.strip().splitlines()) == 1 and all(word in said for word in words)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("extra", [[*CENTERING, "--ibot_head_nlayers", 2], ["--freeze_backbone_epochs", 1]])
+def test_a_begun_run_keeps_flags_that_a_new_one_may_not_have(tmp_path, extra):
+    args = parsed(*extra, "--output_dir", tmp_path)
+    with pytest.raises(Refused):
+        main_dinov2.check_args(args)
+    (tmp_path / checkpoints.NAME).touch()
+    main_dinov2.check_args(args)
+
+
+@pytest.mark.parametrize("extra, words", [
+    (["--mask_ratio", 0.1, 0.4, "--distill_from", "x"], ["--mask_ratio 0.1 0.4", "--ibot_tokens all"]),
+    (["--mask_probability", 0.3, "--distill_from", "x"], ["--mask_probability 0.3", "--ibot_tokens all"]),
+    (["--mask_ratio", 0.1, 0.4, "--mask_probability", 0], ["--mask_ratio 0.1 0.4", "--mask_probability 0"]),
+    (["--koleo_all_processes", "--koleo_loss_weight", 0], ["--koleo_all_processes", "--koleo_loss_weight 0"]),
+    (["--warmup_teacher_temp", 0.03, "--warmup_teacher_temp_epochs", 0],
+     ["--warmup_teacher_temp 0.03", "--warmup_teacher_temp_epochs 0"]),
+    (["--eval_data_path", "x"], ["--eval_data_path x", "--eval_knn_every 0"]),
+    (["--mask_ratio", 0.1, 0.4, "--distill_from", "x", "--ibot_tokens", "masked"], []),
+    (["--mask_ratio", 0.1, 0.5, "--mask_probability", 0, "--koleo_loss_weight", 0, "--warmup_teacher_temp_epochs", 0],
+     []),
+], ids=lambda x: " ".join(map(str, x)))  # fmt: skip
+def test_flags_that_others_make_void_are_warned_of(extra, words):
+    lines = main_dinov2.without_effect(parsed(*extra))
+    assert len(lines) == bool(words) and all(word in line for line in lines for word in ("WARNING", *words))
 
 
 @pytest.mark.parametrize("theirs, ours, words", [
