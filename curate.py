@@ -43,7 +43,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="images of at least this cosine are near duplicates; 0: drop only equal files. What it should be depends "
              "on the network: measure it, or look at the page (docs/curation.md)")
     add("--against", nargs="+", default=[], metavar="PATH",
-        help="images, such as a test set, whose near duplicates are dropped from the pile")
+        help="images, such as a test set, whose copies and near duplicates are dropped from the pile")
     add("--against_threshold", type=flags.number(float, 0, 1), default=0.0, metavar="COSINE",
         help="0: as --duplicate_threshold; lower it to be safe from leaks into a test set")
 
@@ -118,8 +118,8 @@ def curate(args: argparse.Namespace) -> dict:
     embedded = {name: curation.embed(network, others[name], part, folder / name, about, *work)
                 for name, part in sets.items()}
     parallel.say(curation.estimate(len(images), features.shape[1], len(embedded.get("trusted", ())), settings, device))
-    curated = curation.curate(images, features, settings, embedded.get("against"), embedded.get("trusted"), engine,
-                              device)
+    against = (sets["against"], embedded["against"]) if args.against else None
+    curated = curation.curate(images, features, settings, against, embedded.get("trusted"), engine, device)
     figures = {"data_path": args.data_path, "features": args.features, "against": args.against, "trusted": args.trusted,
                "search": engine, "settings": settings._asdict(), "network": {k: about[k] for k in (
                    "arch", "weights", "weights_sha256")}}

@@ -29,8 +29,9 @@ from protocols.features import Network, images_hash
 from protocols.image_search import class_tokens, open_stored, tensor
 from protocols.progress import duration
 
-EXACT, NEAR, AGAINST, FAR, SURPLUS = (
-    "exact duplicate", "near duplicate", "near --against", "not near --trusted", "surplus of a cluster")
+EXACT, NEAR, COPY, AGAINST, FAR, SURPLUS = (
+    "exact duplicate", "near duplicate", "copy of --against", "near --against", "not near --trusted",
+    "surplus of a cluster")
 
 
 class Settings(NamedTuple):
@@ -187,28 +188,34 @@ class Stages:
 
 
 REMEDIES = {
+    COPY: "--against: every image of the pile is a copy of one of it; give a pile of other images",
     AGAINST: "--against: every image of the pile is near one of it; raise --against_threshold",
     FAR: "--from_clusters: no cluster holds enough trusted images; lower --cluster_votes",
 }
 
 
 def curate(
-    images: Joined, features: Tensor, settings: Settings, against: Tensor | None = None, trusted: Tensor | None = None,
-    engine: str = "exact", device: torch.device | str = "cpu",
+    images: Joined, features: Tensor, settings: Settings, against: tuple[Joined, Tensor] | None = None,
+    trusted: Tensor | None = None, engine: str = "exact", device: torch.device | str = "cpu",
 ) -> Curated:
-    """Drop duplicates, what is near `against`, and what is far from `trusted`; then balance.
+    """Drop duplicates, copies of images of `against` and what is near them, and what is far from `trusted`; balance.
 
     Args:
-        features: (N, D). against, trusted: (., D) embeddings by the same network; None leaves the stage out.
+        features: (N, D). against: images and their embeddings. trusted: embeddings. All (., D) by the same network;
+            None leaves the stage out.
 
     Raises:
         Refused: nothing is left.
     """
     stages, group, levels, clustered = Stages(len(images)), None, [], np.zeros(0, np.int64)
-    group = drop_duplicates(stages, images, features, settings, engine, device)
+    every = images if against is None else Joined([*images.parts, *against[0].parts])
+    exact = parallel.on_main(lambda: duplicates.exact_groups(every))  # images of the pile come first
+    group = drop_duplicates(stages, images, exact[: len(images)], features, settings, engine, device)
     if against is not None:
+        drop_groups(stages, group, np.isin(exact[: len(images)], exact[len(images) :]), "copies of --against", COPY)
         threshold = settings.against_threshold or settings.duplicate_threshold
-        drop_near(stages, features, group, against, threshold, engine, device)
+        cosines = neighbours.nearest_rows(features, against[1], 1, engine, device)[0][:, 0]
+        drop_groups(stages, group, (cosines >= threshold - neighbours.ROUNDING).numpy(), "against", AGAINST)
     if trusted is not None:
         retrieve(stages, features[stages.left], trusted, settings, engine, device)
     if settings.keep:
@@ -238,16 +245,19 @@ def level_sizes(settings: Settings, n: int) -> Sequence[int]:
 
 
 def drop_duplicates(
-    stages: Stages, images: Joined, features: Tensor, settings: Settings, engine: str, device: torch.device | str
+    stages: Stages, images: Joined, group: np.ndarray, features: Tensor, settings: Settings, engine: str,
+    device: torch.device | str,
 ) -> np.ndarray:
     """Keep one image of each group. Returns (N,) the image that is kept of each one's group.
+
+    Args:
+        group: (N,) of equal files.
 
     Raises:
         Refused: near duplicates leave fewer images than are to be kept, because the threshold is too low for these
             embeddings.
     """
     threshold = settings.duplicate_threshold
-    group = parallel.on_main(lambda: duplicates.exact_groups(images))
     unique = np.unique(group)
     stages.keep("exact duplicates", unique, EXACT, group)
     if not threshold:
@@ -268,14 +278,9 @@ def drop_duplicates(
     return group
 
 
-def drop_near(
-    stages: Stages, features: Tensor, group: np.ndarray, against: Tensor, threshold: float, engine: str,
-    device: torch.device | str,
-) -> None:
-    """Drop every group one of whose members has a cosine of at least `threshold` with an image of `against`."""
-    cosines = neighbours.nearest_rows(features, against, 1, engine, device)[0][:, 0].numpy()
-    tainted = np.unique(group[cosines >= np.float32(threshold)])
-    stages.keep("against", np.setdiff1d(stages.left, tainted), AGAINST)
+def drop_groups(stages: Stages, group: np.ndarray, tainted: np.ndarray, stage: str, reason: str) -> None:
+    """Drop every group that has a member of which `tainted` (N,) is true."""
+    stages.keep(stage, np.setdiff1d(stages.left, group[tainted]), reason)
 
 
 def retrieve(

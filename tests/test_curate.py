@@ -13,9 +13,10 @@ from processes import launch
 import curate
 import extract_features
 from imagesets import shapes
+from imagesets.joined import Joined
 from imagesets.sources import open_images
 from parallel import Refused
-from protocols import embeddings, extraction
+from protocols import curation, embeddings, extraction
 
 NETWORK = "--arch pixels --device cpu --num_workers 0".split()
 
@@ -113,12 +114,33 @@ def test_batch_size_and_seed(piles, tmp_path):
 
 
 def test_against(piles, tmp_path):
-    """An image near the test set is dropped with all of its group."""
-    args = ("--data_path", piles / "a", piles / "b", "--against", piles / "test", "--duplicate_threshold", 0.9999)
+    """An image near the test set is dropped with all of its group, and so is an equal file."""
+    (tmp_path / "equal").mkdir()
+    shutil.copy(piles / "a/one/03.png", tmp_path / "equal/y.png")
+    args = ("--data_path", piles / "a", piles / "b", "--against", piles / "test", tmp_path / "equal",
+            "--duplicate_threshold", 0.9999)
     names, report = curated(tmp_path / "out", *args)
-    assert report["counts"][-1] == {"stage": "against", "dropped": 1, "left": 37} and "07.png" not in names
-    assert [row["image"].rpartition("/")[2] for row in report["dropped"] if "against" in row["reason"]] == ["07.png"]
+    assert report["counts"][-2:] == [{"stage": "copies of --against", "dropped": 1, "left": 37},
+                                     {"stage": "against", "dropped": 1, "left": 36}]
+    assert {row["image"].rpartition("/")[2]: row["reason"] for row in report["dropped"] if "against" in row["reason"]
+            } == {"larger3.png": "copy of --against", "07.png": "near --against"}
+    assert not {"03.png", "larger3.png", "07.png"} & set(names)
     assert run(*args, "--against_threshold", 0.01, "--output_dir", tmp_path / "none", *NETWORK) == 2
+
+
+@pytest.mark.parametrize("engine", ["exact", "faiss"])
+def test_copies_of_against_are_dropped_whatever_the_threshold(engine):
+    """Equal files by their hashes; at a threshold of 1 equal embeddings, whose cosine may be below 1 by rounding."""
+    if engine == "faiss":
+        pytest.importorskip("faiss")
+    images, other = (torch.randn(n, 384, generator=torch.Generator().manual_seed(n)) for n in (40, 10))
+    other[3:] = images[20:27]  # near duplicates without an equal file
+    sets = Joined([open_images("shapes:40x16")]), Joined([open_images("shapes:3x16"), open_images("shapes:7x24")])
+    done = curation.curate(sets[0], images, curation.Settings(against_threshold=1.0), (sets[1], other), engine=engine)
+    assert done.kept.tolist() == [*range(3, 20), *range(27, 40)]
+    assert done.reasons == {i: ("copy of --against", None) for i in range(3)} | {
+        i: ("near --against", None) for i in range(20, 27)}
+    assert [(c["stage"], c["dropped"]) for c in done.counts[2:]] == [("copies of --against", 3), ("against", 7)]
 
 
 def test_retrieval(piles, tmp_path):
