@@ -112,12 +112,13 @@ def curate(args: argparse.Namespace) -> dict:
     curation.check_settings(settings, len(images))
     curation_report.check_names(images, folder)
     folder = flags.prepare_output(folder)
+    width = features.shape[1] if args.features else network.info["embed_dim"]
+    parallel.say(curation.estimate(len(images), width, *(len(sets.get(name, ())) for name in others), settings, device))
     work = (args.batch_size_per_gpu, args.num_workers)
     if not args.features:
         features = curation.embed(network, args.data_path, images, folder / "embeddings", about, *work)
     embedded = {name: curation.embed(network, others[name], part, folder / name, about, *work)
                 for name, part in sets.items()}
-    parallel.say(curation.estimate(len(images), features.shape[1], len(embedded.get("trusted", ())), settings, device))
     against = (sets["against"], embedded["against"]) if args.against else None
     curated = curation.curate(images, features, settings, against, embedded.get("trusted"), engine, device)
     figures = {"data_path": args.data_path, "features": args.features, "against": args.against, "trusted": args.trusted,

@@ -24,7 +24,7 @@ from imagesets.decode import Reading
 from imagesets.joined import Joined
 from imagesets.sources import Images
 from parallel import Refused
-from protocols import clustering, duplicates, embeddings, extraction, neighbours, sampling
+from protocols import clustering, duplicates, embeddings, extraction, knn, neighbours, sampling
 from protocols.features import Network, images_hash
 from protocols.image_search import class_tokens, open_stored, tensor
 from protocols.progress import duration
@@ -138,20 +138,27 @@ def below(names: Sequence[str]) -> list[str]:
 # ---- The cost, before the work ----
 
 
-def estimate(n: int, width: int, trusted: int, settings: Settings, device: torch.device | str) -> str:
+def estimate(
+    n: int, width: int, against: int, trusted: int, settings: Settings, device: torch.device | str
+) -> str:
     """One line: the memory and time that the stages may take, from the measured speed of a matrix product."""
-    flops = n * n * width if settings.duplicate_threshold else 0.0  # each pair once
-    flops += 2.0 * n * trusted * width
     sizes = settings.clusters or clustering.default_sizes(n)
+    products = n * n / 2 if settings.duplicate_threshold else 0.0  # each pair once
+    products += n * against
+    products += sizes[0] * (settings.iterations * n + trusted) if settings.from_clusters else n * trusted
+    points = n
+    for level, k in enumerate(sizes if settings.keep else ()):
+        products += points * k * settings.iterations * (1 + (settings.resampling_steps if level else 0))
+        points = k
+    rows = 3 * n + 2 * (against + trusted)  # embeddings, those that are left, and these normalized
     if settings.keep or settings.from_clusters:
-        points = n
-        for level, k in enumerate(sizes):
-            rounds = 1 + (settings.resampling_steps if level else 0)
-            flops += 2.0 * points * k * width * settings.iterations * rounds
-            points = k
-    memory = 2 * 4 * n * width + 3 * 4 * 512 * 65_536  # embeddings and a normalized copy; blocks of similarities
-    return (f"{n} embeddings of width {width}: at most {memory / 1e9:.1f} GB of memory and about "
-            f"{duration(flops / product_rate(width, device))} for neighbours and clusters, by this device's speed")
+        drawn = max(clustering.FEWEST, clustering.SAMPLE * sizes[0])  # for the first centroids
+        rows += max(drawn if drawn < n else 0, 6 * sizes[0])  # old and new centroids, some in float64
+    blocks = 3 * knn.ROWS * knn.COLUMNS + 2 * min(n, knn.COLUMNS) * width  # similarities; points
+    time_left = duration(2 * products * width / product_rate(width, device))
+    return (f"{n} embeddings of width {width}: at most {4 * (rows * width + blocks) / 1e9:.1f} GB of memory beside the "
+            f"network, and about {time_left} for neighbours and clusters by this device's speed, without reading and "
+            "embedding the images")
 
 
 def product_rate(width: int, device: torch.device | str) -> float:

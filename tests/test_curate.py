@@ -17,6 +17,7 @@ from imagesets.joined import Joined
 from imagesets.sources import open_images
 from parallel import Refused
 from protocols import curation, embeddings, extraction
+from protocols.progress import duration
 
 NETWORK = "--arch pixels --device cpu --num_workers 0".split()
 
@@ -178,7 +179,29 @@ def test_embeddings_are_kept_and_resumed(piles, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(extraction, "compute_part", None)
     assert run(*args) == 0  # nothing is computed again
     assert run(*args, "--trusted", piles / "empty") == 2
-    assert "embeddings of width 3072: at most" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert printed.index("embeddings of width 3072: at most") < printed.index("part 1 of 1")
+    monkeypatch.undo()
+    args = ("--features", piles / "a.npy", "--data_path", piles / "a", "--output_dir", tmp_path / "given")
+    assert run(*args, "--against", piles / "test") == 0
+    printed = capsys.readouterr().out
+    assert printed.index("embeddings of width 3072: at most") < printed.index("part 1 of 1")
+
+
+@pytest.mark.parametrize("settings, products", [
+    ({}, 1_000_000 * 3000),
+    ({"duplicate_threshold": 0.9}, 1_000_000 * 3000 + 1_000_000**2 // 2),
+    ({"from_clusters": 3, "clusters": (500, 7)}, 1_000_000 * 1000 + 500 * (1_000_000 * 50 + 2000)),
+    ({"keep": 9, "clusters": (500, 7)}, 1_000_000 * 3000 + 50 * 500 * (1_000_000 + 11 * 7)),
+])
+def test_the_estimate_counts_every_search_and_copy(monkeypatch, settings, products):
+    """Of a million images of width 10, 1000 of --against and 2000 of --trusted."""
+    monkeypatch.setattr(curation, "product_rate", lambda *_: 20e6)
+    line = curation.estimate(1_000_000, 10, 1000, 2000, curation.Settings(**settings), "cpu")
+    assert f"about {duration(products / 1e6)} for" in line
+    copies = 3 * 1_000_000 + 2 * 3000 + (8000 if "clusters" in settings else 0)
+    memory = 4 * (10 * copies + 3 * 512 * 65_536 + 2 * 65_536 * 10) / 1e9
+    assert f"at most {memory:.1f} GB" in line
 
 
 def test_images_of_the_users_are_neither_removed_nor_replaced(piles, tmp_path, capsys):
