@@ -59,7 +59,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("balance").add_argument
     add("--keep", type=flags.count, default=0, metavar="N",
-        help="images to sample, balanced; 0: keep all that are left")
+        help="images to sample, balanced; all that are left if they are fewer; 0: keep all")
     add("--clusters", type=flags.positive_int, nargs="+", default=[], metavar="K",
         help="clusters per level, from the finest; empty: four levels, ten images per cluster, then a third as many "
              "clusters per level")

@@ -225,6 +225,8 @@ def curate(
         drop_groups(stages, group, (cosines >= threshold - neighbours.ROUNDING).numpy(), "against", AGAINST)
     if trusted is not None:
         retrieve(stages, features[stages.left], trusted, settings, engine, device)
+    if settings.keep > len(stages.left):
+        parallel.say(f"--keep {settings.keep}: {len(stages.left)} images are left, fewer than --keep; all are kept")
     if settings.keep:
         sizes = level_sizes(settings, len(stages.left))
         clustered = stages.left
@@ -261,8 +263,8 @@ def drop_duplicates(
         group: (N,) of equal files.
 
     Raises:
-        Refused: near duplicates leave fewer images than are to be kept, because the threshold is too low for these
-            embeddings.
+        Refused: near duplicates leave fewer images than are to be kept, of a pile with enough, because the threshold is
+            too low for these embeddings.
     """
     threshold = settings.duplicate_threshold
     unique = np.unique(group)
@@ -277,7 +279,7 @@ def drop_duplicates(
         keeper[first] = kept
     group = keeper[near]
     stages.keep("near duplicates", np.unique(group), NEAR, group)
-    if len(stages.left) < min(settings.keep, len(unique)):
+    if len(stages.left) < settings.keep <= len(unique):
         nearest = neighbours.nearest_rows(features[unique], features[unique], 2, engine, device)[0][:, 1]
         raise Refused(f"--duplicate_threshold {threshold:g}: only {len(stages.left)} of {len(unique)} images are left, "
                       f"fewer than --keep {settings.keep}; half of them have one within a cosine of "

@@ -232,6 +232,15 @@ def test_a_threshold_that_joins_different_images_is_refused(piles, tmp_path, cap
     assert f"within a cosine of {median:.4f}" in error and not (tmp_path / "out" / "list.txt").exists()
 
 
+@pytest.mark.parametrize("paths, left", [(("b",), 5), (("a", "b"), 38)])
+def test_fewer_images_than_keep_are_all_kept_with_a_note(piles, tmp_path, capsys, paths, left):
+    """Duplicates don't matter where the pile has fewer than --keep anyway."""
+    names, _ = curated(tmp_path / "out", "--data_path", *(piles / path for path in paths), "--keep", 100,
+                       "--duplicate_threshold", 0.9999)
+    out = capsys.readouterr().out
+    assert len(names) == left and f"--keep 100: {left} images are left, fewer than --keep" in out
+
+
 def test_a_list_of_the_users_is_not_replaced(piles, tmp_path, capsys):
     listed = tmp_path / "list.txt"
     listed.write_text("".join(f"{path}\n" for path in sorted((piles / "a").rglob("*.png"))))
