@@ -14,7 +14,7 @@ from PIL import Image
 
 import atomic
 from imagesets.checking import write_list
-from imagesets.decode import printable
+from imagesets.decode import MODES, printable
 from imagesets.joined import Joined
 from parallel import Refused, refusing
 from protocols import report, sheets
@@ -43,8 +43,8 @@ def check_names(images: Joined, folder: Path) -> None:
 def write_kept(images: Joined, kept: np.ndarray, folder: Path) -> None:
     """list.txt: a line per image, its absolute path and, if the pile has labels, its class.
 
-    Images without a file of their own, drawn or packed with others, are written to `folder`/images as PNG. What earlier
-    runs wrote there stays.
+    Images without a file of their own, drawn or packed with others, are written to `folder`/images. What earlier runs
+    wrote there stays.
     """
     lines = []
     for i in kept.tolist():
@@ -55,15 +55,18 @@ def write_kept(images: Joined, kept: np.ndarray, folder: Path) -> None:
 
 
 def written(images: Joined, i: int, folder: Path) -> bytes:
-    """The absolute path of a PNG file of the image, in `folder`; grey, colour or with transparency by its channels."""
-    path = folder.absolute() / f"{i:08d}.png"
+    """The absolute path of a file of the image, in `folder`: PNG, or .npy for channels that are no colours."""
     with images_refused():
         pixels = images.load(i).numpy()  # (C, H, W)
+    path = folder.absolute() / f"{i:08d}.{'png' if len(pixels) in MODES else 'npy'}"
     if not folder.exists():
         atomic.mark_output(folder)  # a pile that --output_dir lies in does not grow by these
         folder.mkdir()
-    with atomic.replacing(path) as temporary:
-        Image.fromarray(pixels[0] if len(pixels) == 1 else np.moveaxis(pixels, 0, -1)).save(temporary, "PNG")
+    with atomic.replacing(path) as temporary, open(temporary, "wb") as file:
+        if len(pixels) in MODES:
+            Image.fromarray(pixels[0] if len(pixels) == 1 else np.moveaxis(pixels, 0, -1)).save(file, "PNG")
+        else:
+            np.save(file, np.moveaxis(pixels, 0, -1))
     return bytes(path)
 
 

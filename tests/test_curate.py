@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+import tarfile
 
 import numpy as np
 import pytest
@@ -105,6 +106,19 @@ def test_drawn_images_are_written_for_the_list(tmp_path):
     assert len(names) == 5
     with pytest.raises(Refused, match="no images"):  # what the project wrote is left out of a pile around it
         open_images(tmp_path)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4, 5])
+def test_packed_images_of_any_channels_are_written_for_the_list(tmp_path, channels):
+    arrays = np.random.default_rng(0).integers(256, size=(4, 12, 16, channels), dtype=np.uint8)
+    with tarfile.open(tmp_path / "x-000.tar", "w") as shard:
+        for i, array in enumerate(arrays):
+            np.save(tmp_path / f"{i}.npy", array)
+            shard.add(tmp_path / f"{i}.npy", f"{i}.npy")
+    names, _ = curated(tmp_path / "out", "--data_path", tmp_path / "x-000.tar", "--in_chans", channels)
+    images = open_images(tmp_path / "out" / "list.txt", in_chans=channels)
+    assert len(names) == 4 and {name[-3:] for name in names} == {"png" if channels in (1, 4) else "npy"}
+    assert all((images.load(i).numpy() == np.moveaxis(arrays[i], -1, 0)).all() for i in range(4))
 
 
 def test_batch_size_and_seed(piles, tmp_path):
