@@ -79,13 +79,33 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
+STORED = ("arch", "patch_size", "checkpoint_key", "mean", "std", "in_chans", "precision", "resize_size", "crop_size",
+          "max_pixels", "value_range", "skip_bad")  # flags of the network and its images, which --features names
+NEEDED = {  # flags without effect unless one of these is given
+    "against_threshold": ("against",), "from_clusters": ("trusted",), "cluster_votes": ("from_clusters",),
+    "neighbors": ("trusted",), "clusters": ("keep", "from_clusters"), "iterations": ("keep", "from_clusters"),
+    "resampling_steps": ("keep",),
+}
+
+
 def check_args(args: argparse.Namespace) -> None:
-    if args.features and args.arch:
-        raise Refused(f"--arch {args.arch} with --features: the network is that of the files; leave one of them out")
+    default = get_args_parser().get_default
+    given = {name: f"--{name} {' '.join(map(str, value)) if isinstance(value, list) else value}"
+             for name, value in vars(args).items() if value != default(name)}
+    for name in STORED if args.features else ():
+        if name in given:
+            raise Refused(f"{given[name]} with --features: network and images are as for the files; leave one of them "
+                          "out")
+    if args.features and args.pretrained_weights and not (args.against or args.trusted):
+        raise Refused(f"{given['pretrained_weights']} with --features: the network is only needed for images of "
+                      "--against and --trusted; leave it out")
+    for name, others in NEEDED.items():
+        if name in given and not any(getattr(args, other) for other in others):
+            raise Refused(f"{given[name]}: has no effect without --{' or --'.join(others)}; give that, or leave it out")
+    if args.from_clusters and "neighbors" in given:
+        raise Refused(f"{given['neighbors']} with --from_clusters: images come from clusters instead; leave one out")
     if args.against and not (args.against_threshold or args.duplicate_threshold):
         raise Refused("--against with --duplicate_threshold 0: nothing is near; give --against_threshold")
-    if args.from_clusters and not args.trusted:
-        raise Refused(f"--from_clusters {args.from_clusters}: the clusters are those of --trusted images; give some")
 
 
 def curate(args: argparse.Namespace) -> dict:

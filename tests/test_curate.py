@@ -283,7 +283,17 @@ def test_two_processes_write_the_list_of_one(piles, tmp_path):
     ("--data_path {here}/b --features {here}/a.npy", ("--features {here}/a.npy", "--data_path {here}/b", "again")),
     ("--data_path {here}/a {here}/b --features {here}/a.npy", ("--features", "1 file", "give one for each")),
     ("--data_path {here}/a --features {here}/none.npy", ("--features {here}/none.npy", "no such file", "write")),
-    ("--data_path {here}/a --features {here}/a.npy --arch vit_nano", ("--arch vit_nano", "--features", "leave one")),
+    *((f"--data_path {{here}}/a --features {{here}}/a.npy {flag}", (flag, "--features", "leave one")) for flag in (
+        "--arch vit_nano", "--patch_size 8", "--checkpoint_key student", "--mean 0.5 0.5 0.5", "--std 0.2 0.2 0.2",
+        "--in_chans 1", "--precision bf16", "--resize_size 40", "--crop_size 32", "--max_pixels 999",
+        "--skip_bad bad.txt", "--value_range 0.5 9.5")),
+    ("--data_path {here}/a --features {here}/a.npy --pretrained_weights x", ("--pretrained_weights x", "--trusted", "leave")),
+    *((f"--data_path {{here}}/a {flag}", (flag.rpartition("--")[2], needed, "leave it out")) for flag, needed in (
+        ("--clusters 5 3", "--keep or --from_clusters"), ("--iterations 9", "--keep or --from_clusters"),
+        ("--resampling_steps 0", "--keep"), ("--neighbors 7", "--trusted"), ("--against_threshold 0.5", "--against"),
+        ("--trusted {here}/test --cluster_votes 2", "--from_clusters"))),
+    ("--data_path {here}/a --trusted {here}/test --from_clusters 3 --neighbors 7", ("--neighbors 7", "--from_clusters",
+                                                                                  "leave one")),
     ("--data_path {here}/a --keep 5 --clusters 39 3", ("--clusters 39", "38 images", "lower")),
     ("--data_path {here}/a --keep 5 --clusters 5 5", ("--clusters 5 5", "falling")),
     ("--data_path {here}/a --keep -1", ("--keep", "-1", "at least 0")),
