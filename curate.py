@@ -130,6 +130,7 @@ def curate(args: argparse.Namespace) -> dict:
         args.duplicate_threshold, args.against_threshold, args.neighbors, args.from_clusters, args.cluster_votes,
         args.keep, tuple(args.clusters), args.iterations, args.resampling_steps, args.seed)
     curation.check_settings(settings, len(images))
+    curation.say_parts(args.data_path)
     curation_report.check_names(images, folder)
     folder = flags.prepare_output(folder)
     width = features.shape[1] if args.features else network.info["embed_dim"]

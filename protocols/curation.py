@@ -22,7 +22,7 @@ import parallel
 from imagesets.checking import open_checked
 from imagesets.decode import Reading
 from imagesets.joined import Joined
-from imagesets.sources import Images
+from imagesets.sources import Images, has_test_part
 from parallel import Refused
 from protocols import clustering, duplicates, embeddings, extraction, knn, neighbours, sampling
 from protocols.features import Network, images_hash
@@ -66,6 +66,14 @@ class Curated(NamedTuple):
 def open_pile(data_paths: Sequence[str], reading: Reading, flag: str = "--data_path") -> Joined:
     """The images of several folders, lists or shards as one set. Raises Refused: one of them has no images."""
     return Joined([open_checked(path, None, reading, flag) for path in data_paths])
+
+
+def say_parts(data_paths: Sequence[str]) -> None:
+    """Say where test images are in the pile, because a path is a folder or archive that has a part for them."""
+    for path in data_paths:
+        if (os.path.isdir(os.path.expanduser(path)) or path.lower().endswith(".zip")) and has_test_part(path):
+            parallel.say(f"--data_path {path!r}: images of all its parts are in the pile, those of val or test too; to "
+                         "train on no test image, give its train folder alone and the other one to --against")
 
 
 def embed(

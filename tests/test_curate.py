@@ -255,6 +255,16 @@ def test_fewer_images_than_keep_are_all_kept_with_a_note(piles, tmp_path, capsys
     assert len(names) == left and f"--keep 100: {left} images are left, fewer than --keep" in out
 
 
+@pytest.mark.parametrize("other, said", [("val", True), ("test", True), ("more", False)])
+def test_images_of_a_test_part_are_told(tmp_path, capsys, other, said):
+    for i, part in enumerate(("train", other, "unlabelled")):
+        (tmp_path / "pile" / part).mkdir(parents=True)
+        drawn(i).save(tmp_path / "pile" / part / "x.png")
+    curated(tmp_path / "out", "--data_path", tmp_path / "pile")
+    lines = [line for line in capsys.readouterr().out.splitlines() if "--against" in line]
+    assert len(lines) == said and all(f"--data_path '{tmp_path}/pile'" in line and "train" in line for line in lines)
+
+
 def test_a_list_of_the_users_is_not_replaced(piles, tmp_path, capsys):
     listed = tmp_path / "list.txt"
     listed.write_text("".join(f"{path}\n" for path in sorted((piles / "a").rglob("*.png"))))
@@ -287,7 +297,8 @@ def test_two_processes_write_the_list_of_one(piles, tmp_path):
         "--arch vit_nano", "--patch_size 8", "--checkpoint_key student", "--mean 0.5 0.5 0.5", "--std 0.2 0.2 0.2",
         "--in_chans 1", "--precision bf16", "--resize_size 40", "--crop_size 32", "--max_pixels 999",
         "--skip_bad bad.txt", "--value_range 0.5 9.5")),
-    ("--data_path {here}/a --features {here}/a.npy --pretrained_weights x", ("--pretrained_weights x", "--trusted", "leave")),
+    ("--data_path {here}/a --features {here}/a.npy --pretrained_weights x", ("--pretrained_weights x", "--trusted",
+                                                                             "leave")),
     *((f"--data_path {{here}}/a {flag}", (flag.rpartition("--")[2], needed, "leave it out")) for flag, needed in (
         ("--clusters 5 3", "--keep or --from_clusters"), ("--iterations 9", "--keep or --from_clusters"),
         ("--resampling_steps 0", "--keep"), ("--neighbors 7", "--trusted"), ("--against_threshold 0.5", "--against"),
