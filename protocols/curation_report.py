@@ -105,17 +105,19 @@ def show(images: Joined, rows: Sequence[Sequence[int]], captions: Sequence[Seque
 
 
 def duplicate_rows(images: Joined, curated: Curated, most: int) -> tuple[list[list[int]], list[list[str]]]:
-    """The largest groups of duplicates, the image that is kept first, and captions."""
+    """The largest groups of duplicates, first the image that the others duplicate, and captions with what became of
+    it."""
     numbers, counts = np.unique(curated.group, return_counts=True)
     largest = numbers[np.argsort(-counts, kind="stable")][: min(most, int((counts > 1).sum()))]
     rows, captions = [], []
-    for kept in largest.tolist():
-        others = [i for i in np.flatnonzero(curated.group == kept).tolist() if i != kept]
-        rows.append([kept, *others[: COLUMNS - 1]])
+    for first in largest.tolist():
+        others = [i for i in np.flatnonzero(curated.group == first).tolist() if i != first]
+        rows.append([first, *others[: COLUMNS - 1]])
         reasons = [curated.reasons.get(i, ("",))[0] for i in others]
         kinds = ", ".join(f"{reasons.count(kind)} {word}" for kind, word in ((EXACT, "exact"), (NEAR, "near"))
                           if kind in reasons)
-        captions.append([f"kept; {kinds}", *(Path(images.name(i)).name for i in others[: COLUMNS - 1])])
+        fate = curated.reasons[first][0] if first in curated.reasons else "kept"
+        captions.append([f"{fate}; {kinds}", *(Path(images.name(i)).name for i in others[: COLUMNS - 1])])
     return rows, captions
 
 
@@ -160,7 +162,8 @@ def write_page(folder: Path, images: Joined, curated: Curated, figures: Mapping,
     if rows:
         show(images, rows, captions, folder / "duplicates.png")
         sections.append(("Largest groups of duplicates", [report.figure(
-            folder / "duplicates.png", "A group per row; the first image is kept. Long groups are cut.")]))
+            folder / "duplicates.png", "A group per row. The first image stands for it; its caption says what became "
+            "of it. Long groups are cut.")]))
     if curated.levels:
         rows, captions, table = cluster_rows(curated, most)
         parts = [report.table(table)]

@@ -17,7 +17,8 @@ from imagesets import shapes
 from imagesets.joined import Joined
 from imagesets.sources import open_images
 from parallel import Refused
-from protocols import curation, embeddings, extraction
+from protocols import curation, curation_report, embeddings, extraction
+from protocols.curation_report import show
 from protocols.progress import duration
 
 NETWORK = "--arch pixels --device cpu --num_workers 0".split()
@@ -128,18 +129,22 @@ def test_batch_size_and_seed(piles, tmp_path):
     assert lists[0] == lists[1] != lists[2]
 
 
-def test_against(piles, tmp_path):
+def test_against(piles, tmp_path, monkeypatch):
     """An image near the test set is dropped with all of its group, and so is an equal file."""
     (tmp_path / "equal").mkdir()
     shutil.copy(piles / "a/one/03.png", tmp_path / "equal/y.png")
     args = ("--data_path", piles / "a", piles / "b", "--against", piles / "test", tmp_path / "equal",
             "--duplicate_threshold", 0.9999)
+    shown = []
+    monkeypatch.setattr(curation_report, "show", lambda images, rows, captions, path: shown.append(captions)
+                        or show(images, rows, captions, path))
     names, report = curated(tmp_path / "out", *args)
     assert report["counts"][-2:] == [{"stage": "copies of --against", "dropped": 1, "left": 37},
                                      {"stage": "against", "dropped": 1, "left": 36}]
     assert {row["image"].rpartition("/")[2]: row["reason"] for row in report["dropped"] if "against" in row["reason"]
             } == {"larger3.png": "copy of --against", "07.png": "near --against"}
     assert not {"03.png", "larger3.png", "07.png"} & set(names)
+    assert sorted(row[0] for row in shown[0]) == ["copy of --against; 1 near", "kept; 1 exact", *["kept; 1 near"] * 3]
     assert run(*args, "--against_threshold", 0.01, "--output_dir", tmp_path / "none", *NETWORK) == 2
 
 
