@@ -43,7 +43,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="images of at least this cosine are near duplicates; 0: drop only equal files. What it should be depends "
              "on the network: measure it, or look at the page (docs/curation.md)")
     add("--against", nargs="+", default=[], metavar="PATH",
-        help="images, such as a test set, whose near duplicates are dropped from the pile")
+        help="images, such as a test set, whose copies and near duplicates are dropped from the pile")
     add("--against_threshold", type=flags.number(float, 0, 1), default=0.0, metavar="COSINE",
         help="0: as --duplicate_threshold; lower it to be safe from leaks into a test set")
 
@@ -59,7 +59,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("balance").add_argument
     add("--keep", type=flags.count, default=0, metavar="N",
-        help="images to sample, balanced; 0: keep all that are left")
+        help="images to sample, balanced; all that are left if they are fewer; 0: keep all")
     add("--clusters", type=flags.positive_int, nargs="+", default=[], metavar="K",
         help="clusters per level, from the finest; empty: four levels, ten images per cluster, then a third as many "
              "clusters per level")
@@ -79,13 +79,33 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
+STORED = ("arch", "patch_size", "checkpoint_key", "mean", "std", "in_chans", "precision", "resize_size", "crop_size",
+          "max_pixels", "value_range", "skip_bad")  # flags of the network and its images, which --features names
+NEEDED = {  # flags without effect unless one of these is given
+    "against_threshold": ("against",), "from_clusters": ("trusted",), "cluster_votes": ("from_clusters",),
+    "neighbors": ("trusted",), "clusters": ("keep", "from_clusters"), "iterations": ("keep", "from_clusters"),
+    "resampling_steps": ("keep",),
+}
+
+
 def check_args(args: argparse.Namespace) -> None:
-    if args.features and args.arch:
-        raise Refused(f"--arch {args.arch} with --features: the network is that of the files; leave one of them out")
+    default = get_args_parser().get_default
+    given = {name: f"--{name} {' '.join(map(str, value)) if isinstance(value, list) else value}"
+             for name, value in vars(args).items() if value != default(name)}
+    for name in STORED if args.features else ():
+        if name in given:
+            raise Refused(f"{given[name]} with --features: network and images are as for the files; leave one of them "
+                          "out")
+    if args.features and args.pretrained_weights and not (args.against or args.trusted):
+        raise Refused(f"{given['pretrained_weights']} with --features: the network is only needed for images of "
+                      "--against and --trusted; leave it out")
+    for name, others in NEEDED.items():
+        if name in given and not any(getattr(args, other) for other in others):
+            raise Refused(f"{given[name]}: has no effect without --{' or --'.join(others)}; give that, or leave it out")
+    if args.from_clusters and "neighbors" in given:
+        raise Refused(f"{given['neighbors']} with --from_clusters: images come from clusters instead; leave one out")
     if args.against and not (args.against_threshold or args.duplicate_threshold):
         raise Refused("--against with --duplicate_threshold 0: nothing is near; give --against_threshold")
-    if args.from_clusters and not args.trusted:
-        raise Refused(f"--from_clusters {args.from_clusters}: the clusters are those of --trusted images; give some")
 
 
 def curate(args: argparse.Namespace) -> dict:
@@ -110,16 +130,18 @@ def curate(args: argparse.Namespace) -> dict:
         args.duplicate_threshold, args.against_threshold, args.neighbors, args.from_clusters, args.cluster_votes,
         args.keep, tuple(args.clusters), args.iterations, args.resampling_steps, args.seed)
     curation.check_settings(settings, len(images))
+    curation.say_parts(args.data_path)
     curation_report.check_names(images, folder)
     folder = flags.prepare_output(folder)
+    width = features.shape[1] if args.features else network.info["embed_dim"]
+    parallel.say(curation.estimate(len(images), width, *(len(sets.get(name, ())) for name in others), settings, device))
     work = (args.batch_size_per_gpu, args.num_workers)
     if not args.features:
         features = curation.embed(network, args.data_path, images, folder / "embeddings", about, *work)
     embedded = {name: curation.embed(network, others[name], part, folder / name, about, *work)
                 for name, part in sets.items()}
-    parallel.say(curation.estimate(len(images), features.shape[1], len(embedded.get("trusted", ())), settings, device))
-    curated = curation.curate(images, features, settings, embedded.get("against"), embedded.get("trusted"), engine,
-                              device)
+    against = (sets["against"], embedded["against"]) if args.against else None
+    curated = curation.curate(images, features, settings, against, embedded.get("trusted"), engine, device)
     figures = {"data_path": args.data_path, "features": args.features, "against": args.against, "trusted": args.trusted,
                "search": engine, "settings": settings._asdict(), "network": {k: about[k] for k in (
                    "arch", "weights", "weights_sha256")}}

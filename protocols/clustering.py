@@ -23,7 +23,7 @@ from protocols.knn import COLUMNS, GROUP, ROWS, nearest
 from protocols.progress import progress
 
 SAMPLE, FEWEST = 16, 4096  # points per centroid, at least, that k-means++ chooses the first centroids from
-BLOCK = 65_536  # points that are summed at a time
+BLOCK = 8192  # points that are summed at a time, in float64
 
 
 class Clusters(NamedTuple):
@@ -37,7 +37,7 @@ class Clusters(NamedTuple):
 def assign(points: Tensor, centroids: Tensor, device: torch.device | str = "cpu") -> Tensor:
     """(N,) number of the nearest centroid, ties by number; exhaustive, see `knn.nearest`."""
     rows = max(ROWS, ROWS * COLUMNS // (len(centroids) + GROUP))  # in less memory than `nearest` takes by default
-    return nearest(points, centroids, 1, "l2", device=device, rows=min(rows, BLOCK), what="")[1][:, 0]
+    return nearest(points, centroids, 1, "l2", device=device, rows=min(rows, COLUMNS), what="")[1][:, 0]
 
 
 def squared_distances(points: Tensor, centroids: Tensor, labels: Tensor) -> Tensor:
@@ -88,8 +88,8 @@ def first_centroids(points: Tensor, k: int, rng: np.random.Generator) -> Tensor:
     """(k, D) k-means++ (Arthur and Vassilvitskii 2007): points drawn in proportion to their squared distance from the
     nearest one drawn before. Of more than SAMPLE k points, a random sample is considered."""
     sample = rng.permutation(len(points))[: max(FEWEST, SAMPLE * k)]
-    x = points[np.sort(sample)].float()
-    chosen, squares = [int(rng.integers(len(x)))], x.square().sum(1)
+    x = points.float() if len(sample) == len(points) else points[np.sort(sample)].float()  # without a copy of all
+    chosen, squares = [int(rng.integers(len(x)))], torch.cat([part.square().sum(1) for part in x.split(BLOCK)])
     closest = torch.full((len(x),), torch.inf)
     for _ in range(k - 1):
         last = x[chosen[-1]]

@@ -22,15 +22,16 @@ import parallel
 from imagesets.checking import open_checked
 from imagesets.decode import Reading
 from imagesets.joined import Joined
-from imagesets.sources import Images
+from imagesets.sources import Images, has_test_part
 from parallel import Refused
-from protocols import clustering, duplicates, embeddings, extraction, neighbours, sampling
+from protocols import clustering, duplicates, embeddings, extraction, knn, neighbours, sampling
 from protocols.features import Network, images_hash
 from protocols.image_search import class_tokens, open_stored, tensor
 from protocols.progress import duration
 
-EXACT, NEAR, AGAINST, FAR, SURPLUS = (
-    "exact duplicate", "near duplicate", "near --against", "not near --trusted", "surplus of a cluster")
+EXACT, NEAR, COPY, AGAINST, FAR, SURPLUS = (
+    "exact duplicate", "near duplicate", "copy of --against", "near --against", "not near --trusted",
+    "surplus of a cluster")
 
 
 class Settings(NamedTuple):
@@ -65,6 +66,14 @@ class Curated(NamedTuple):
 def open_pile(data_paths: Sequence[str], reading: Reading, flag: str = "--data_path") -> Joined:
     """The images of several folders, lists or shards as one set. Raises Refused: one of them has no images."""
     return Joined([open_checked(path, None, reading, flag) for path in data_paths])
+
+
+def say_parts(data_paths: Sequence[str]) -> None:
+    """Say where test images are in the pile, because a path is a folder or archive that has a part for them."""
+    for path in data_paths:
+        if (os.path.isdir(os.path.expanduser(path)) or path.lower().endswith(".zip")) and has_test_part(path):
+            parallel.say(f"--data_path {path!r}: images of all its parts are in the pile, those of val or test too; to "
+                         "train on no test image, give its train folder alone and the other one to --against")
 
 
 def embed(
@@ -137,20 +146,27 @@ def below(names: Sequence[str]) -> list[str]:
 # ---- The cost, before the work ----
 
 
-def estimate(n: int, width: int, trusted: int, settings: Settings, device: torch.device | str) -> str:
+def estimate(
+    n: int, width: int, against: int, trusted: int, settings: Settings, device: torch.device | str
+) -> str:
     """One line: the memory and time that the stages may take, from the measured speed of a matrix product."""
-    flops = n * n * width if settings.duplicate_threshold else 0.0  # each pair once
-    flops += 2.0 * n * trusted * width
     sizes = settings.clusters or clustering.default_sizes(n)
+    products = n * n / 2 if settings.duplicate_threshold else 0.0  # each pair once
+    products += n * against
+    products += sizes[0] * (settings.iterations * n + trusted) if settings.from_clusters else n * trusted
+    points = n
+    for level, k in enumerate(sizes if settings.keep else ()):
+        products += points * k * settings.iterations * (1 + (settings.resampling_steps if level else 0))
+        points = k
+    rows = 3 * n + 2 * (against + trusted)  # embeddings, those that are left, and these normalized
     if settings.keep or settings.from_clusters:
-        points = n
-        for level, k in enumerate(sizes):
-            rounds = 1 + (settings.resampling_steps if level else 0)
-            flops += 2.0 * points * k * width * settings.iterations * rounds
-            points = k
-    memory = 2 * 4 * n * width + 3 * 4 * 512 * 65_536  # embeddings and a normalized copy; blocks of similarities
-    return (f"{n} embeddings of width {width}: at most {memory / 1e9:.1f} GB of memory and about "
-            f"{duration(flops / product_rate(width, device))} for neighbours and clusters, by this device's speed")
+        drawn = max(clustering.FEWEST, clustering.SAMPLE * sizes[0])  # for the first centroids
+        rows += max(drawn if drawn < n else 0, 6 * sizes[0])  # old and new centroids, some in float64
+    blocks = 3 * knn.ROWS * knn.COLUMNS + 2 * min(n, knn.COLUMNS) * width  # similarities; points
+    time_left = duration(2 * products * width / product_rate(width, device))
+    return (f"{n} embeddings of width {width}: at most {4 * (rows * width + blocks) / 1e9:.1f} GB of memory beside the "
+            f"network, and about {time_left} for neighbours and clusters by this device's speed, without reading and "
+            "embedding the images")
 
 
 def product_rate(width: int, device: torch.device | str) -> float:
@@ -187,30 +203,38 @@ class Stages:
 
 
 REMEDIES = {
+    COPY: "--against: every image of the pile is a copy of one of it; give a pile of other images",
     AGAINST: "--against: every image of the pile is near one of it; raise --against_threshold",
     FAR: "--from_clusters: no cluster holds enough trusted images; lower --cluster_votes",
 }
 
 
 def curate(
-    images: Joined, features: Tensor, settings: Settings, against: Tensor | None = None, trusted: Tensor | None = None,
-    engine: str = "exact", device: torch.device | str = "cpu",
+    images: Joined, features: Tensor, settings: Settings, against: tuple[Joined, Tensor] | None = None,
+    trusted: Tensor | None = None, engine: str = "exact", device: torch.device | str = "cpu",
 ) -> Curated:
-    """Drop duplicates, what is near `against`, and what is far from `trusted`; then balance.
+    """Drop duplicates, copies of images of `against` and what is near them, and what is far from `trusted`; balance.
 
     Args:
-        features: (N, D). against, trusted: (., D) embeddings by the same network; None leaves the stage out.
+        features: (N, D). against: images and their embeddings. trusted: embeddings. All (., D) by the same network;
+            None leaves the stage out.
 
     Raises:
         Refused: nothing is left.
     """
     stages, group, levels, clustered = Stages(len(images)), None, [], np.zeros(0, np.int64)
-    group = drop_duplicates(stages, images, features, settings, engine, device)
+    every = images if against is None else Joined([*images.parts, *against[0].parts])
+    exact = parallel.on_main(lambda: duplicates.exact_groups(every))  # images of the pile come first
+    group = drop_duplicates(stages, images, exact[: len(images)], features, settings, engine, device)
     if against is not None:
+        drop_groups(stages, group, np.isin(exact[: len(images)], exact[len(images) :]), "copies of --against", COPY)
         threshold = settings.against_threshold or settings.duplicate_threshold
-        drop_near(stages, features, group, against, threshold, engine, device)
+        cosines = neighbours.nearest_rows(features, against[1], 1, engine, device)[0][:, 0]
+        drop_groups(stages, group, (cosines >= threshold - neighbours.ROUNDING).numpy(), "against", AGAINST)
     if trusted is not None:
         retrieve(stages, features[stages.left], trusted, settings, engine, device)
+    if settings.keep > len(stages.left):
+        parallel.say(f"--keep {settings.keep}: {len(stages.left)} images are left, fewer than --keep; all are kept")
     if settings.keep:
         sizes = level_sizes(settings, len(stages.left))
         clustered = stages.left
@@ -238,16 +262,19 @@ def level_sizes(settings: Settings, n: int) -> Sequence[int]:
 
 
 def drop_duplicates(
-    stages: Stages, images: Joined, features: Tensor, settings: Settings, engine: str, device: torch.device | str
+    stages: Stages, images: Joined, group: np.ndarray, features: Tensor, settings: Settings, engine: str,
+    device: torch.device | str,
 ) -> np.ndarray:
     """Keep one image of each group. Returns (N,) the image that is kept of each one's group.
 
+    Args:
+        group: (N,) of equal files.
+
     Raises:
-        Refused: near duplicates leave fewer images than are to be kept, because the threshold is too low for these
-            embeddings.
+        Refused: near duplicates leave fewer images than are to be kept, of a pile with enough, because the threshold is
+            too low for these embeddings.
     """
     threshold = settings.duplicate_threshold
-    group = parallel.on_main(lambda: duplicates.exact_groups(images))
     unique = np.unique(group)
     stages.keep("exact duplicates", unique, EXACT, group)
     if not threshold:
@@ -260,7 +287,7 @@ def drop_duplicates(
         keeper[first] = kept
     group = keeper[near]
     stages.keep("near duplicates", np.unique(group), NEAR, group)
-    if len(stages.left) < min(settings.keep, len(unique)):
+    if len(stages.left) < settings.keep <= len(unique):
         nearest = neighbours.nearest_rows(features[unique], features[unique], 2, engine, device)[0][:, 1]
         raise Refused(f"--duplicate_threshold {threshold:g}: only {len(stages.left)} of {len(unique)} images are left, "
                       f"fewer than --keep {settings.keep}; half of them have one within a cosine of "
@@ -268,14 +295,9 @@ def drop_duplicates(
     return group
 
 
-def drop_near(
-    stages: Stages, features: Tensor, group: np.ndarray, against: Tensor, threshold: float, engine: str,
-    device: torch.device | str,
-) -> None:
-    """Drop every group one of whose members has a cosine of at least `threshold` with an image of `against`."""
-    cosines = neighbours.nearest_rows(features, against, 1, engine, device)[0][:, 0].numpy()
-    tainted = np.unique(group[cosines >= np.float32(threshold)])
-    stages.keep("against", np.setdiff1d(stages.left, tainted), AGAINST)
+def drop_groups(stages: Stages, group: np.ndarray, tainted: np.ndarray, stage: str, reason: str) -> None:
+    """Drop every group that has a member of which `tainted` (N,) is true."""
+    stages.keep(stage, np.setdiff1d(stages.left, group[tainted]), reason)
 
 
 def retrieve(

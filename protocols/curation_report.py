@@ -14,7 +14,7 @@ from PIL import Image
 
 import atomic
 from imagesets.checking import write_list
-from imagesets.decode import printable
+from imagesets.decode import MODES, printable
 from imagesets.joined import Joined
 from parallel import Refused, refusing
 from protocols import report, sheets
@@ -43,8 +43,8 @@ def check_names(images: Joined, folder: Path) -> None:
 def write_kept(images: Joined, kept: np.ndarray, folder: Path) -> None:
     """list.txt: a line per image, its absolute path and, if the pile has labels, its class.
 
-    Images without a file of their own, drawn or packed with others, are written to `folder`/images as PNG. What earlier
-    runs wrote there stays.
+    Images without a file of their own, drawn or packed with others, are written to `folder`/images. What earlier runs
+    wrote there stays.
     """
     lines = []
     for i in kept.tolist():
@@ -55,15 +55,18 @@ def write_kept(images: Joined, kept: np.ndarray, folder: Path) -> None:
 
 
 def written(images: Joined, i: int, folder: Path) -> bytes:
-    """The absolute path of a PNG file of the image, in `folder`; grey, colour or with transparency by its channels."""
-    path = folder.absolute() / f"{i:08d}.png"
+    """The absolute path of a file of the image, in `folder`: PNG, or .npy for channels that are no colours."""
     with images_refused():
         pixels = images.load(i).numpy()  # (C, H, W)
+    path = folder.absolute() / f"{i:08d}.{'png' if len(pixels) in MODES else 'npy'}"
     if not folder.exists():
         atomic.mark_output(folder)  # a pile that --output_dir lies in does not grow by these
         folder.mkdir()
-    with atomic.replacing(path) as temporary:
-        Image.fromarray(pixels[0] if len(pixels) == 1 else np.moveaxis(pixels, 0, -1)).save(temporary, "PNG")
+    with atomic.replacing(path) as temporary, open(temporary, "wb") as file:
+        if len(pixels) in MODES:
+            Image.fromarray(pixels[0] if len(pixels) == 1 else np.moveaxis(pixels, 0, -1)).save(file, "PNG")
+        else:
+            np.save(file, np.moveaxis(pixels, 0, -1))
     return bytes(path)
 
 
@@ -102,17 +105,19 @@ def show(images: Joined, rows: Sequence[Sequence[int]], captions: Sequence[Seque
 
 
 def duplicate_rows(images: Joined, curated: Curated, most: int) -> tuple[list[list[int]], list[list[str]]]:
-    """The largest groups of duplicates, the image that is kept first, and captions."""
+    """The largest groups of duplicates, first the image that the others duplicate, and captions with what became of
+    it."""
     numbers, counts = np.unique(curated.group, return_counts=True)
     largest = numbers[np.argsort(-counts, kind="stable")][: min(most, int((counts > 1).sum()))]
     rows, captions = [], []
-    for kept in largest.tolist():
-        others = [i for i in np.flatnonzero(curated.group == kept).tolist() if i != kept]
-        rows.append([kept, *others[: COLUMNS - 1]])
+    for first in largest.tolist():
+        others = [i for i in np.flatnonzero(curated.group == first).tolist() if i != first]
+        rows.append([first, *others[: COLUMNS - 1]])
         reasons = [curated.reasons.get(i, ("",))[0] for i in others]
         kinds = ", ".join(f"{reasons.count(kind)} {word}" for kind, word in ((EXACT, "exact"), (NEAR, "near"))
                           if kind in reasons)
-        captions.append([f"kept; {kinds}", *(Path(images.name(i)).name for i in others[: COLUMNS - 1])])
+        fate = curated.reasons[first][0] if first in curated.reasons else "kept"
+        captions.append([f"{fate}; {kinds}", *(Path(images.name(i)).name for i in others[: COLUMNS - 1])])
     return rows, captions
 
 
@@ -157,7 +162,8 @@ def write_page(folder: Path, images: Joined, curated: Curated, figures: Mapping,
     if rows:
         show(images, rows, captions, folder / "duplicates.png")
         sections.append(("Largest groups of duplicates", [report.figure(
-            folder / "duplicates.png", "A group per row; the first image is kept. Long groups are cut.")]))
+            folder / "duplicates.png", "A group per row. The first image stands for it; its caption says what became "
+            "of it. Long groups are cut.")]))
     if curated.levels:
         rows, captions, table = cluster_rows(curated, most)
         parts = [report.table(table)]

@@ -19,6 +19,7 @@ from protocols import knn
 from protocols.progress import progress
 
 ENGINES = ("auto", "exact", "faiss")
+ROUNDING = 1e-6  # by which the float32 cosine of two copies may be below 1; thresholds are compared with this margin
 ROWS = 64  # of a block whose similar pairs are listed at a time: where all are similar, their list stays small
 
 
@@ -70,7 +71,7 @@ def similar_pairs(
     features: Tensor, threshold: float, engine: str = "exact", device: torch.device | str = "cpu",
     rows: int = knn.ROWS, columns: int = knn.COLUMNS,
 ) -> Iterator[np.ndarray]:
-    """All pairs i < j of rows with a cosine of at least `threshold`: arrays (n, 2), each pair once.
+    """All pairs i < j of rows with a cosine of at least `threshold`, up to ROUNDING: arrays (n, 2), each pair once.
 
     Compares N (N - 1) / 2 pairs, `rows` x `columns` at a time. Of several processes, each yields a part of the pairs.
 
@@ -81,7 +82,7 @@ def similar_pairs(
         Refused: features that are not finite.
     """
     knn.check_features(features, features)
-    blocks = range(0, len(features), rows)
+    blocks, threshold = range(0, len(features), rows), threshold - ROUNDING
     if engine == "faiss":
         yield from faiss_pairs(features, threshold, progress(blocks, len(features), "similar pairs", rows), rows)
         return

@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+import tarfile
 
 import numpy as np
 import pytest
@@ -13,9 +14,12 @@ from processes import launch
 import curate
 import extract_features
 from imagesets import shapes
+from imagesets.joined import Joined
 from imagesets.sources import open_images
 from parallel import Refused
-from protocols import embeddings, extraction
+from protocols import curation, curation_report, embeddings, extraction
+from protocols.curation_report import show
+from protocols.progress import duration
 
 NETWORK = "--arch pixels --device cpu --num_workers 0".split()
 
@@ -105,6 +109,19 @@ def test_drawn_images_are_written_for_the_list(tmp_path):
         open_images(tmp_path)
 
 
+@pytest.mark.parametrize("channels", [1, 2, 4, 5])
+def test_packed_images_of_any_channels_are_written_for_the_list(tmp_path, channels):
+    arrays = np.random.default_rng(0).integers(256, size=(4, 12, 16, channels), dtype=np.uint8)
+    with tarfile.open(tmp_path / "x-000.tar", "w") as shard:
+        for i, array in enumerate(arrays):
+            np.save(tmp_path / f"{i}.npy", array)
+            shard.add(tmp_path / f"{i}.npy", f"{i}.npy")
+    names, _ = curated(tmp_path / "out", "--data_path", tmp_path / "x-000.tar", "--in_chans", channels)
+    images = open_images(tmp_path / "out" / "list.txt", in_chans=channels)
+    assert len(names) == 4 and {name[-3:] for name in names} == {"png" if channels in (1, 4) else "npy"}
+    assert all((images.load(i).numpy() == np.moveaxis(arrays[i], -1, 0)).all() for i in range(4))
+
+
 def test_batch_size_and_seed(piles, tmp_path):
     args = ("--data_path", piles / "a", "--keep", 15, "--save_pictures", 0)
     lists = [curated(tmp_path / f"{n}", *args, *more)[0] for n, more in enumerate((
@@ -112,13 +129,38 @@ def test_batch_size_and_seed(piles, tmp_path):
     assert lists[0] == lists[1] != lists[2]
 
 
-def test_against(piles, tmp_path):
-    """An image near the test set is dropped with all of its group."""
-    args = ("--data_path", piles / "a", piles / "b", "--against", piles / "test", "--duplicate_threshold", 0.9999)
+def test_against(piles, tmp_path, monkeypatch):
+    """An image near the test set is dropped with all of its group, and so is an equal file."""
+    (tmp_path / "equal").mkdir()
+    shutil.copy(piles / "a/one/03.png", tmp_path / "equal/y.png")
+    args = ("--data_path", piles / "a", piles / "b", "--against", piles / "test", tmp_path / "equal",
+            "--duplicate_threshold", 0.9999)
+    shown = []
+    monkeypatch.setattr(curation_report, "show", lambda images, rows, captions, path: shown.append(captions)
+                        or show(images, rows, captions, path))
     names, report = curated(tmp_path / "out", *args)
-    assert report["counts"][-1] == {"stage": "against", "dropped": 1, "left": 37} and "07.png" not in names
-    assert [row["image"].rpartition("/")[2] for row in report["dropped"] if "against" in row["reason"]] == ["07.png"]
+    assert report["counts"][-2:] == [{"stage": "copies of --against", "dropped": 1, "left": 37},
+                                     {"stage": "against", "dropped": 1, "left": 36}]
+    assert {row["image"].rpartition("/")[2]: row["reason"] for row in report["dropped"] if "against" in row["reason"]
+            } == {"larger3.png": "copy of --against", "07.png": "near --against"}
+    assert not {"03.png", "larger3.png", "07.png"} & set(names)
+    assert sorted(row[0] for row in shown[0]) == ["copy of --against; 1 near", "kept; 1 exact", *["kept; 1 near"] * 3]
     assert run(*args, "--against_threshold", 0.01, "--output_dir", tmp_path / "none", *NETWORK) == 2
+
+
+@pytest.mark.parametrize("engine", ["exact", "faiss"])
+def test_copies_of_against_are_dropped_whatever_the_threshold(engine):
+    """Equal files by their hashes; at a threshold of 1 equal embeddings, whose cosine may be below 1 by rounding."""
+    if engine == "faiss":
+        pytest.importorskip("faiss")
+    images, other = (torch.randn(n, 384, generator=torch.Generator().manual_seed(n)) for n in (40, 10))
+    other[3:] = images[20:27]  # near duplicates without an equal file
+    sets = Joined([open_images("shapes:40x16")]), Joined([open_images("shapes:3x16"), open_images("shapes:7x24")])
+    done = curation.curate(sets[0], images, curation.Settings(against_threshold=1.0), (sets[1], other), engine=engine)
+    assert done.kept.tolist() == [*range(3, 20), *range(27, 40)]
+    assert done.reasons == {i: ("copy of --against", None) for i in range(3)} | {
+        i: ("near --against", None) for i in range(20, 27)}
+    assert [(c["stage"], c["dropped"]) for c in done.counts[2:]] == [("copies of --against", 3), ("against", 7)]
 
 
 def test_retrieval(piles, tmp_path):
@@ -156,7 +198,29 @@ def test_embeddings_are_kept_and_resumed(piles, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(extraction, "compute_part", None)
     assert run(*args) == 0  # nothing is computed again
     assert run(*args, "--trusted", piles / "empty") == 2
-    assert "embeddings of width 3072: at most" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert printed.index("embeddings of width 3072: at most") < printed.index("part 1 of 1")
+    monkeypatch.undo()
+    args = ("--features", piles / "a.npy", "--data_path", piles / "a", "--output_dir", tmp_path / "given")
+    assert run(*args, "--against", piles / "test") == 0
+    printed = capsys.readouterr().out
+    assert printed.index("embeddings of width 3072: at most") < printed.index("part 1 of 1")
+
+
+@pytest.mark.parametrize("settings, products", [
+    ({}, 1_000_000 * 3000),
+    ({"duplicate_threshold": 0.9}, 1_000_000 * 3000 + 1_000_000**2 // 2),
+    ({"from_clusters": 3, "clusters": (500, 7)}, 1_000_000 * 1000 + 500 * (1_000_000 * 50 + 2000)),
+    ({"keep": 9, "clusters": (500, 7)}, 1_000_000 * 3000 + 50 * 500 * (1_000_000 + 11 * 7)),
+])
+def test_the_estimate_counts_every_search_and_copy(monkeypatch, settings, products):
+    """Of a million images of width 10, 1000 of --against and 2000 of --trusted."""
+    monkeypatch.setattr(curation, "product_rate", lambda *_: 20e6)
+    line = curation.estimate(1_000_000, 10, 1000, 2000, curation.Settings(**settings), "cpu")
+    assert f"about {duration(products / 1e6)} for" in line
+    copies = 3 * 1_000_000 + 2 * 3000 + (8000 if "clusters" in settings else 0)
+    memory = 4 * (10 * copies + 3 * 512 * 65_536 + 2 * 65_536 * 10) / 1e9
+    assert f"at most {memory:.1f} GB" in line
 
 
 def test_images_of_the_users_are_neither_removed_nor_replaced(piles, tmp_path, capsys):
@@ -187,6 +251,25 @@ def test_a_threshold_that_joins_different_images_is_refused(piles, tmp_path, cap
     assert f"within a cosine of {median:.4f}" in error and not (tmp_path / "out" / "list.txt").exists()
 
 
+@pytest.mark.parametrize("paths, left", [(("b",), 5), (("a", "b"), 38)])
+def test_fewer_images_than_keep_are_all_kept_with_a_note(piles, tmp_path, capsys, paths, left):
+    """Duplicates don't matter where the pile has fewer than --keep anyway."""
+    names, _ = curated(tmp_path / "out", "--data_path", *(piles / path for path in paths), "--keep", 100,
+                       "--duplicate_threshold", 0.9999)
+    out = capsys.readouterr().out
+    assert len(names) == left and f"--keep 100: {left} images are left, fewer than --keep" in out
+
+
+@pytest.mark.parametrize("other, said", [("val", True), ("test", True), ("more", False)])
+def test_images_of_a_test_part_are_told(tmp_path, capsys, other, said):
+    for i, part in enumerate(("train", other, "unlabelled")):
+        (tmp_path / "pile" / part).mkdir(parents=True)
+        drawn(i).save(tmp_path / "pile" / part / "x.png")
+    curated(tmp_path / "out", "--data_path", tmp_path / "pile")
+    lines = [line for line in capsys.readouterr().out.splitlines() if "--against" in line]
+    assert len(lines) == said and all(f"--data_path '{tmp_path}/pile'" in line and "train" in line for line in lines)
+
+
 def test_a_list_of_the_users_is_not_replaced(piles, tmp_path, capsys):
     listed = tmp_path / "list.txt"
     listed.write_text("".join(f"{path}\n" for path in sorted((piles / "a").rglob("*.png"))))
@@ -215,7 +298,18 @@ def test_two_processes_write_the_list_of_one(piles, tmp_path):
     ("--data_path {here}/b --features {here}/a.npy", ("--features {here}/a.npy", "--data_path {here}/b", "again")),
     ("--data_path {here}/a {here}/b --features {here}/a.npy", ("--features", "1 file", "give one for each")),
     ("--data_path {here}/a --features {here}/none.npy", ("--features {here}/none.npy", "no such file", "write")),
-    ("--data_path {here}/a --features {here}/a.npy --arch vit_nano", ("--arch vit_nano", "--features", "leave one")),
+    *((f"--data_path {{here}}/a --features {{here}}/a.npy {flag}", (flag, "--features", "leave one")) for flag in (
+        "--arch vit_nano", "--patch_size 8", "--checkpoint_key student", "--mean 0.5 0.5 0.5", "--std 0.2 0.2 0.2",
+        "--in_chans 1", "--precision bf16", "--resize_size 40", "--crop_size 32", "--max_pixels 999",
+        "--skip_bad bad.txt", "--value_range 0.5 9.5")),
+    ("--data_path {here}/a --features {here}/a.npy --pretrained_weights x", ("--pretrained_weights x", "--trusted",
+                                                                             "leave")),
+    *((f"--data_path {{here}}/a {flag}", (flag.rpartition("--")[2], needed, "leave it out")) for flag, needed in (
+        ("--clusters 5 3", "--keep or --from_clusters"), ("--iterations 9", "--keep or --from_clusters"),
+        ("--resampling_steps 0", "--keep"), ("--neighbors 7", "--trusted"), ("--against_threshold 0.5", "--against"),
+        ("--trusted {here}/test --cluster_votes 2", "--from_clusters"))),
+    ("--data_path {here}/a --trusted {here}/test --from_clusters 3 --neighbors 7", ("--neighbors 7", "--from_clusters",
+                                                                                  "leave one")),
     ("--data_path {here}/a --keep 5 --clusters 39 3", ("--clusters 39", "38 images", "lower")),
     ("--data_path {here}/a --keep 5 --clusters 5 5", ("--clusters 5 5", "falling")),
     ("--data_path {here}/a --keep -1", ("--keep", "-1", "at least 0")),

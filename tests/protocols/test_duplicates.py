@@ -180,6 +180,13 @@ def test_average_precision_is_that_of_scikit_learn():
     assert duplicates.average_precision(torch.eye(4)[[0, 0, 1, 1]], np.array([0, 0, 1, 1])) == (100, [100, 100])
 
 
-def test_a_cosine_at_the_threshold_counts():
-    x = torch.tensor([[1.0, 0.0], [0.0, 1.0], [2.0, 0.0]])
-    assert [b.tolist() for b in neighbours.similar_pairs(x, 1.0)] == [[[0, 2]]]
+@pytest.mark.parametrize("engine", ["exact", "faiss"])
+@pytest.mark.parametrize("x", [torch.eye(8), *(torch.randn(100, width, generator=torch.Generator().manual_seed(width))
+                                               for width in (7, 384, 3072))], ids=lambda x: f"{x.shape[1]}")
+def test_a_cosine_at_the_threshold_counts(x, engine):
+    """That of two copies is below 1 by rounding, for most directions."""
+    if engine == "faiss":
+        pytest.importorskip("faiss")
+    n = len(x)
+    pairs = np.concatenate(list(neighbours.similar_pairs(torch.cat([x, x]), 1.0, engine)))
+    assert sorted(map(tuple, pairs.tolist())) == [(i, i + n) for i in range(n)]
