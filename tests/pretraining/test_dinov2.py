@@ -262,17 +262,18 @@ def test_heads_are_trained_before_the_backbone():
         main_dinov2.make_plan(parsed(*flags, "--freeze_backbone_epochs", 8), 80)
 
 
-def test_a_frozen_epoch_trains_the_heads(tmp_path, run_here, monkeypatch):
+def test_a_frozen_epoch_trains_the_heads(finished, tmp_path, run_here, monkeypatch):
     """The first of 20 epochs, with a long warm-up and prototypes that are fixed for an epoch, as by default."""
     monkeypatch.setattr(main_dinov2.Requests, "agreed", lambda self, step: (step == 8, False))
     assert run_here("--steps", 0, "--epochs", 20, "--freeze_backbone_epochs", 1, "--warmup_epochs", 10, "--lr", 0.01,
-                    "--log_every", 1, "--output_dir", tmp_path) == main_dinov2.TO_BE_CONTINUED
+                    "--log_every", 1, "--init_from", finished[0] / checkpoints.NAME, "--output_dir", tmp_path) == main_dinov2.TO_BE_CONTINUED
     first, *_, last = json_lines(tmp_path / "log_steps.txt")
     assert all(last[name] < 0.8 * first[name] for name in ("dino_left", "ibot_left"))
 
 
-def test_a_run_whose_warm_up_began_with_the_freeze_is_not_resumed(tmp_path, run_here, capsys):
-    flags = ["--steps", 3, "--freeze_backbone_epochs", 0.2, "--output_dir", tmp_path]
+def test_a_run_whose_warm_up_began_with_the_freeze_is_not_resumed(finished, tmp_path, run_here, capsys):
+    flags = ["--steps", 3, "--freeze_backbone_epochs", 0.2, "--init_from", finished[0] / checkpoints.NAME,
+             "--output_dir", tmp_path]
     assert run_here(*flags) == 0 and run_here(*flags) == 0
     written = checkpoints.read(tmp_path / checkpoints.NAME)
     del written["args"][state_of_runs.WARMUP_AFTER_FREEZE]
