@@ -62,7 +62,8 @@ def _described(weights):
     ours = (*vision_transformer.VITS, *vision_transformer.XCITS)
     try:
         config = layouts.network_config(loaded, path, vision_transformer.is_network)
-        return path, layouts.describe(layouts.stored_args(loaded), state, ours, vision_transformer.is_network, config)
+        return path, layouts.describe(layouts.stored_args(loaded), state, ours, vision_transformer.is_network, config,
+                                      layouts.is_training(loaded, "teacher", path))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
