@@ -222,7 +222,7 @@ def resized_positions(model: VisionTransformer, positions: Tensor) -> Tensor:
     side = math.isqrt(max(positions.shape[1] - 1, 0)) if positions.ndim == 3 else 0
     if positions.shape == own.shape or positions.shape != (1, side**2 + 1, own.shape[2]):
         return positions
-    size = model.patch_embed.img_size
+    size = model.img_size
     source = SimpleNamespace(pos_embed=positions, patch_embed=model.patch_embed,
                              interpolate_offset=model.interpolate_offset,
                              interpolate_antialias=model.interpolate_antialias)
