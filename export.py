@@ -81,11 +81,11 @@ def at_size(model: nn.Module, size: int) -> nn.Module:
     """A copy of a ViT with position embeddings for images of size x size; other networks are returned unchanged."""
     if not isinstance(model, VisionTransformer):
         return model
-    patches = (size // model.patch_embed.patch_size) ** 2
+    patches = (size // model.patch_size) ** 2
     position = model.interpolate_pos_encoding(torch.empty(1, 1 + patches, 0), size, size)
     model = copy.deepcopy(model)
     model.pos_embed = nn.Parameter(position.clone(), requires_grad=False)
-    model.patch_embed.img_size, model.patch_embed.num_patches = size, patches
+    model.img_size, model.patch_embed.num_patches = size, patches
     return model
 
 
@@ -121,7 +121,7 @@ def describe(model: nn.Module, info: Mapping, image_size: int, resize_size: int)
         Refused: sizes that contradict each other or the network.
     """
     is_vit = isinstance(model, VisionTransformer)
-    size = image_size or (model.patch_embed.img_size if is_vit else info["global_crops_size"])
+    size = image_size or (model.img_size if is_vit else info["global_crops_size"])
     if 0 < resize_size < size:
         raise Refused(f"--resize_size {resize_size}: smaller than the crop of {size}; raise it")
     if is_vit and size < info["patch_size"]:

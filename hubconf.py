@@ -62,7 +62,8 @@ def _described(weights):
     ours = (*vision_transformer.VITS, *vision_transformer.XCITS)
     try:
         config = layouts.network_config(loaded, path, vision_transformer.is_network)
-        return path, layouts.describe(layouts.stored_args(loaded), state, ours, vision_transformer.is_network, config)
+        return path, layouts.describe(layouts.stored_args(loaded), state, ours, vision_transformer.is_network, config,
+                                      layouts.is_training(loaded, "teacher", path))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -76,20 +77,28 @@ def _filled(name, path, model, state):
     return model
 
 
+# Options of the published entries of DINOv2 that have one value here.
+_FIXED = {"block_chunks": 0, "proj_bias": True, "ffn_bias": True}
+
+
 def _make(name, pretrained, weights, kwargs):
     vision_transformer, published = _load_module("vision_transformer"), _load_module("weights/published")
     network = published.PUBLISHED[name]
+    for option in _FIXED.keys() & kwargs.keys() if name.startswith("dinov2") else ():
+        if (value := kwargs.pop(option)) != _FIXED[option]:
+            raise ValueError(f"{name}: {option}={value}: these networks have {_FIXED[option]} only; leave it out")
+    kwargs = {"patch_size": network.patch_size} | kwargs
     if weights == "LVD142M":  # how the published entries of DINOv2 name their weights
         weights = None
     if not pretrained and not weights:
-        return vision_transformer.build_backbone(network.arch, network.patch_size, **network.options | kwargs)[0]
+        return vision_transformer.build_backbone(network.arch, **network.options | kwargs)[0]
     path, described = _described(weights or network.url)
     aliases = (None, network.arch, network.arch.replace("vit_", "deit_"), vision_transformer.XCITS.get(network.arch))
     if described.arch not in aliases:
         raise ValueError(f"{name}: {path} holds the weights of a {described.arch}, not of a {network.arch}")
     options = {k: v for k, v in network.options.items() if k != "init_values"}  # of LayerScale: as in the file
-    options |= {k: v for k, v in described.options.items() if k != "patch_size"}
-    model, _ = vision_transformer.build_backbone(network.arch, network.patch_size, **options | kwargs)
+    options |= described.options
+    model, _ = vision_transformer.build_backbone(network.arch, **options | kwargs)
     return _filled(name, path, model, described.state)
 
 

@@ -23,6 +23,12 @@ def is_observed(module: nn.Module) -> bool:
                 or module._backward_pre_hooks)
 
 
+def accepts(module: nn.Module, argument: str) -> bool:
+    """Whether a module's `forward` has this argument. Read without `inspect`, which torch.compile can't trace."""
+    code = getattr(module.forward, "__code__", None)
+    return code is not None and argument in code.co_varnames[: code.co_argcount]
+
+
 # ---- Layers that save less for the backward pass (set_grad_checkpointing(layers=True)) ----
 
 
@@ -134,11 +140,14 @@ LONGEST_PLAIN = 1024  # tokens; above, N x N attention weights would need too mu
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention: (B, N, D) -> ((B, N, D), weights (B, H, N, N) or None).
+    """Multi-head self-attention: (B, N, D) -> ((B, N, D), weights (B, H, N, N) or None), the form of DINO's module.
 
-    A fused kernel that never forms the weights runs, unless something needs them: `return_attention` (True by default,
-    as in the published module; blocks pass False), a hook on this module, or a hook on `attn_drop` or a module in its
-    place, where code written for the published models reads the weights.
+    In the networks of DINOv2, `returns_weights` is False: as in the module published there, (B, N, D) alone, unless
+    the weights are asked for.
+
+    A fused kernel that never forms the weights runs, unless something needs them: `return_attention` (by default
+    `returns_weights`; blocks pass False), a hook on this module that gets them, or a hook on `attn_drop` or a module in
+    its place, where code written for the published models reads the weights.
 
     In half precision on a CPU, the explicit product runs for up to LONGEST_PLAIN tokens anyway, because it is three to
     eleven times as fast there (benchmarks/attention.py).
@@ -146,6 +155,8 @@ class Attention(nn.Module):
     `class_token_only` computes the first row of both results, (B, 1, D) and (B, H, 1, N). With `norm`, the input is
     norm(x).
     """
+
+    returns_weights = True
 
     def __init__(
         self,
@@ -165,8 +176,11 @@ class Attention(nn.Module):
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(
-        self, x: Tensor, return_attention: bool = True, class_token_only: bool = False, norm: nn.Module | None = None
-    ) -> tuple[Tensor, Tensor | None]:
+        self, x: Tensor, return_attention: bool | None = None, class_token_only: bool = False,
+        norm: nn.Module | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor | None]:
+        if return_attention is None:
+            return_attention = self.returns_weights
         B, N, D = x.shape
         qkv = self.qkv(x) if norm is None else recomputed(norm, self.qkv, x)
         qkv = qkv.reshape(B, N, 3, self.num_heads, D // self.num_heads)
@@ -174,7 +188,7 @@ class Attention(nn.Module):
         if class_token_only:
             q = q[:, :, :1]
         attn = None
-        wanted = (return_attention or is_observed(self) or is_observed(self.attn_drop)
+        wanted = (return_attention or (self.returns_weights and is_observed(self)) or is_observed(self.attn_drop)
                   or type(self.attn_drop) is not nn.Dropout)
         if wanted or (q.device.type == "cpu" and q.dtype in HALF and N <= LONGEST_PLAIN):
             attn = self.attn_drop((q @ k.transpose(-2, -1) * self.scale).softmax(dim=-1))
@@ -183,7 +197,8 @@ class Attention(nn.Module):
             dropout = self.attn_drop.p if self.training else 0.0
             x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=self.scale)
         x = x.transpose(1, 2).reshape(B, q.shape[2], D)
-        return self.proj_drop(self.proj(x)), attn
+        x = self.proj_drop(self.proj(x))
+        return (x, attn) if return_attention or self.returns_weights else x
 
 
 class Block(nn.Module):
@@ -197,6 +212,8 @@ class Block(nn.Module):
     """
 
     recomputes_layers = False  # recompute norms and GELU in backward: VisionTransformer.set_grad_checkpointing
+    drop_path1 = drop_path2 = property(lambda self: self.drop_path)  # DINOv2's names, one for each branch
+    __jit_unused_properties__ = ["drop_path1", "drop_path2"]  # torch.jit.trace would compile them
 
     def __init__(
         self,
@@ -228,16 +245,28 @@ class Block(nn.Module):
         self, x: Tensor | list[Tensor], return_attention: bool = False, class_token_only: bool = False
     ) -> Tensor | list[Tensor]:
         if return_attention:
-            return self.attend(x, True)[1]
+            if (weights := self.attend(x, True)[1]) is None:
+                raise ValueError("return_attention: the block's own attention was replaced by one without weights")
+            return weights
         batches = x if isinstance(x, list) else [x]
         batches = [self.add(x[:, :1] if class_token_only else x, self.attention_branch, x, class_token_only)
                    for x in batches]
         batches = [self.add(x, self.mlp_branch, x) for x in batches]
         return batches if isinstance(x, list) else batches[0]
 
-    def attend(self, x: Tensor, *options: bool) -> tuple[Tensor, Tensor | None]:
+    def attend(
+        self, x: Tensor, return_attention: bool = False, class_token_only: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """attn(norm1(x)) and the weights, or None.
+
+        An attention of other code, in place of `attn` or of its `forward`, is called as the published blocks do, with
+        the tokens alone, and returns what the one published for DINO or the one for DINOv2 does.
+        """
         given, norm = self.given(self.attn, self.norm1, x)
-        return self.attn(given, *options, **norm)
+        is_own = accepts(self.attn, "class_token_only")
+        out = self.attn(given, return_attention, class_token_only, **norm) if is_own else self.attn(given)
+        tokens, weights = out if isinstance(out, tuple) else (out, None)
+        return tokens if is_own or not class_token_only else tokens[:, :1], weights
 
     def attention_branch(self, x: Tensor, class_token_only: bool) -> Tensor:
         return self.ls1(self.attend(x, False, class_token_only)[0])
@@ -257,10 +286,11 @@ class Block(nn.Module):
     def given(self, module: nn.Module, norm: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, nn.Module]]:
         """Arguments with which `module` computes module(norm(x)): (norm(x), {}) or (x, {"norm": norm}).
 
-        The second form recomputes the norm in the backward pass (`recomputed`). A module with hooks, or of another
-        class, gets the first form.
+        The second form recomputes the norm in the backward pass (`recomputed`). A module with hooks, of another class
+        or with another `forward` gets the first form.
         """
-        if self.recomputes_layers and type(module) in (Attention, Mlp, SwiGLU) and not is_observed(module):
+        if (self.recomputes_layers and type(module) in (Attention, Mlp, SwiGLU) and accepts(module, "norm")
+                and not is_observed(module)):
             return x, {"norm": norm}
         return norm(x), {}
 
@@ -281,9 +311,9 @@ class PatchEmbed(nn.Module):
         return (height - kernel[0]) // stride[0] + 1, (width - kernel[1]) // stride[1] + 1
 
     def forward(self, x: Tensor) -> Tensor:
-        height, width = x.shape[-2:]
-        if not torch.jit.is_tracing() and min(height, width) < self.patch_size:
-            raise ValueError(f"image of {height} x {width} pixels is smaller than one patch of {self.patch_size}")
+        (height, width), patch = x.shape[-2:], self.proj.kernel_size[0]
+        if not torch.jit.is_tracing() and min(height, width) < patch:
+            raise ValueError(f"image of {height} x {width} pixels is smaller than one patch of {patch}")
         return self.proj(x).flatten(2).transpose(1, 2)
 
     def is_matrix_product(self, x: Tensor) -> bool:
@@ -369,17 +399,19 @@ class VisionTransformer(nn.Module):
             weights' training: False and 0.1 for DINO and for DINOv2 without registers, True and 0 for DINOv2 with
             registers.
         method: "dino", or "dinov2" for a network with a `mask_token`, which replaces the embeddings of masked patches.
-            Decides the initialization of the tokens too, and the form of `get_intermediate_layers`.
+            Decides the initialization of the tokens too, and the forms in which code for the published networks reads
+            these: of `get_intermediate_layers`, of a block's `attn` and of the sizes in `patch_embed`.
         ffn_layer: "mlp", or "swiglu" (gated).
         drop_path_uniform: the same rate of stochastic depth in all blocks; default: increasing linearly from 0.
         drop_path_subset: see DropPath.
 
     Attributes:
         grad_checkpointing: see set_grad_checkpointing.
-        n_blocks: number of blocks; `patch_size`, `num_heads`, `num_register_tokens` as given.
+        n_blocks: number of blocks; `img_size`, `patch_size`, `num_heads`, `num_register_tokens` as given.
     """
 
     grad_checkpointing = False
+    chunked_blocks, num_tokens = False, 1  # what published code of DINOv2 asks: BlockChunk, and class tokens
 
     def __init__(
         self,
@@ -414,7 +446,7 @@ class VisionTransformer(nn.Module):
         if img_size < patch_size:
             raise ValueError(f"img_size {img_size} is smaller than one patch of {patch_size}")
         self.num_features = self.embed_dim = embed_dim
-        self.patch_size, self.num_heads, self.n_blocks = patch_size, num_heads, depth
+        self.img_size, self.patch_size, self.num_heads, self.n_blocks = img_size, patch_size, num_heads, depth
         self.num_register_tokens, self.method = num_register_tokens, method
         self.interpolate_antialias, self.interpolate_offset = interpolate_antialias, interpolate_offset
         self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim)
@@ -432,9 +464,19 @@ class VisionTransformer(nn.Module):
                   drop_path_subset=drop_path_subset)
             for i in range(depth)
         )
+        if method == "dinov2":
+            self.take_forms_of_dinov2()
         self.norm = norm_layer(embed_dim)
         self.head = nn.Linear(embed_dim, num_classes) if num_classes > 0 else nn.Identity()
         self.init_weights()
+
+    def take_forms_of_dinov2(self) -> None:
+        """What DINOv2's published modules have in another form than DINO's."""
+        embed = self.patch_embed
+        embed.img_size, embed.patch_size = (self.img_size,) * 2, (self.patch_size,) * 2
+        embed.patches_resolution = (self.img_size // self.patch_size,) * 2
+        for block in self.blocks:
+            block.attn.returns_weights = False
 
     def init_weights(self) -> None:
         """Random tokens and linear layers, as published for the network's `method`."""
@@ -448,8 +490,9 @@ class VisionTransformer(nn.Module):
         self.apply(init_linear)
 
     def __setstate__(self, state: dict) -> None:
-        """Networks pickled before there was DINOv2 lack what came with it."""
+        """Networks pickled before there was DINOv2, or its forms, lack what came with them."""
         super().__setstate__(state)
+        self.__dict__.setdefault("img_size", self.patch_embed.img_size)
         if "method" not in self.__dict__:
             self.method, self.mask_token = "dino", None
             self.patch_size, self.num_heads = self.patch_embed.proj.kernel_size[0], self.blocks[0].attn.num_heads
@@ -592,6 +635,8 @@ class VisionTransformer(nn.Module):
             return [self.named(x, tokens, m) for x, tokens, m in zip(x, prenorm, masks, strict=True)]
         return self.named(x, self.forward_blocks(x, masks), masks)
 
+    forward_features_list = forward_features  # DINOv2's name, for lists
+
     def named(self, images: Tensor, prenorm: Tensor, masks: Tensor | None) -> Features:
         grid = self.patch_embed.grid(*images.shape[-2:])
         return Features(self.norm(prenorm), prenorm, self.num_register_tokens, grid, masks)
@@ -666,6 +711,10 @@ class VisionTransformer(nn.Module):
                 outputs.append(self.norm(x) if norm else x)
         return outputs
 
+    def _get_intermediate_layers_not_chunked(self, x: Tensor, n: int | Sequence[int] = 1) -> list[Tensor]:
+        """`block_outputs` before the last norm, under DINOv2's name, which code for dense features calls."""
+        return self.block_outputs(x, n, norm=False)
+
 
 def init_linear(module: nn.Module) -> None:
     if isinstance(module, nn.Linear):
@@ -676,8 +725,8 @@ def init_linear(module: nn.Module) -> None:
 
 def _vit(embed_dim: int, heads: int, patch_size: int, **kwargs) -> VisionTransformer:
     return VisionTransformer(
-        patch_size=patch_size, embed_dim=embed_dim, qkv_bias=True, norm_layer=partial(nn.LayerNorm, eps=1e-6),
-        **{"num_heads": heads} | kwargs,
+        patch_size=patch_size, embed_dim=embed_dim, norm_layer=partial(nn.LayerNorm, eps=1e-6),
+        **{"num_heads": heads, "qkv_bias": True} | kwargs,
     )
 
 

@@ -75,7 +75,7 @@ def draw(images: Images, backbone: nn.Module, crop: int, mean: Sequence[float], 
     """
     if not isinstance(backbone, VisionTransformer):
         return {}
-    return attention.network_sheets(backbone, fixed_images(images, crop, backbone.patch_embed.patch_size), mean, std)
+    return attention.network_sheets(backbone, fixed_images(images, crop, backbone.patch_size), mean, std)
 
 
 def fixed_images(images: Images, crop: int, patch: int, count: int = 6) -> list[torch.Tensor]:

@@ -214,7 +214,9 @@ def read_heads(path: str, flag: str) -> tuple[dict, dict[str, Tensor]]:
                  for k, v in state.items()}
         recognized = recognize(backbone_state(loaded, "teacher", path))
     if "dino_head.last_layer.weight_v" not in heads:
-        raise Refused(f"{flag} {path}: it has no heads, as published backbones; train heads first: main_dinov2.py "
+        heads = "a head of DINO, which has none for patches" if "head.last_layer.weight_v" in heads else (
+            "no heads, as published backbones")
+        raise Refused(f"{flag} {path}: it has {heads}; train heads first: main_dinov2.py "
                       f"--init_from {path} with --freeze_backbone_epochs as long as the run (docs/dinov2.md)")
     stored, options = stored_args(loaded), recognized.options
     told = stored_options(stored)  # as a file with heads is of training, unlike the published backbones

@@ -13,7 +13,7 @@ from torch import nn
 from method.dinov2 import BackboneAndHeads
 from vision_transformer import DINOHead, VisionTransformer
 
-__all__ = ["FOLDER", "figures", "fill", "files", "mask", "names_of", "network", "rs"]
+__all__ = ["FOLDER", "figures", "fill", "files", "mask", "names_of", "network", "rs", "two_processes"]
 FOLDER = Path(os.environ.get("DINOV2_GOLDEN") or GOLDEN / "dinov2")
 
 
@@ -31,6 +31,11 @@ def figures(name: str) -> tuple[dict, dict[str, torch.Tensor]]:
         config = json.loads(str(arrays["config"]))
         return config, {k: torch.from_numpy(arrays[k]) if arrays[k].dtype.kind in "biuf" else arrays[k]
                         for k in arrays.files if k != "config"}  # fmt: skip
+
+
+def two_processes() -> list[str]:
+    """Names of the files of assignments on several processes, whose `patch_rows` are a list."""
+    return [name for name in files("sinkhorn*.npz") if isinstance(figures(name)[0]["patch_rows"], list)]
 
 
 def names_of(name: str) -> dict:

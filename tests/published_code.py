@@ -123,6 +123,25 @@ def test_intermediate_layers_and_sizes(model):
     torch.testing.assert_close(model.blocks[-1](tokens, return_attention=True).sum(-1), torch.ones(2, 6, 13))
 
 
+def test_attention_of_ones_own(model):
+    """As DINO's published module: tokens alone go in, tokens and weights come out."""
+    def forward(self, x):
+        B, N, D = x.shape
+        q, k, v = self.qkv(x).reshape(B, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        weights = (q @ k.transpose(-2, -1) * self.scale).softmax(-1)
+        return self.proj((weights @ v).transpose(1, 2).reshape(B, N, D)), weights
+
+    x = images()
+    expected = model(x), model.get_last_selfattention(x), model(x, class_token_only=True)
+    for block in model.blocks:
+        y, weights = block.attn(torch.ones(1, 4, 384))
+        assert y.shape == (1, 4, 384) and weights.shape == (1, 6, 4, 4)
+        block.attn.forward = types.MethodType(forward, block.attn)
+    for found, want in zip((model(x), model.get_last_selfattention(x), model(x, class_token_only=True)), expected,
+                           strict=True):
+        torch.testing.assert_close(found, want)
+
+
 def test_dense_features_with_a_stride_and_own_positions(model):
     """Overlapping patches, positions from a method that replaces the network's."""
     calls = []
@@ -261,3 +280,78 @@ def test_sizes_of_dinov2(dinov2):
     dinov2.get_intermediate_layers(x, 1)
     hook.remove()
     assert captured[0].shape == (2, 25 + dinov2.num_register_tokens, 3 * 384)
+
+
+def by_hand(model, x):
+    """Tokens before each block, and after the last, as code that walks through the blocks computes them."""
+    tokens = [model.prepare_tokens_with_masks(x)]
+    for block in model.blocks:
+        x = tokens[-1]
+        x = x + block.drop_path1(block.ls1(block.attn(block.norm1(x))))
+        tokens.append(x + block.drop_path2(block.ls2(block.mlp(block.norm2(x)))))
+    return tokens
+
+
+@torch.no_grad()
+def test_blocks_of_dinov2_by_hand(dinov2):
+    x, hooked = images(56, 84), []
+    hook = dinov2.blocks[-1].attn.register_forward_hook(lambda m, i, o: hooked.append(o))
+    tokens = by_hand(dinov2, x)
+    torch.testing.assert_close(dinov2.norm(tokens[-1])[:, 0], dinov2(x))
+    hook.remove()
+    torch.testing.assert_close(hooked[0], hooked[1])
+    assert not dinov2.chunked_blocks and dinov2.num_tokens == 1
+    for found, want in zip(dinov2._get_intermediate_layers_not_chunked(x, n=2), tokens[-2:], strict=True):
+        torch.testing.assert_close(found, want)
+    (first, second) = dinov2.forward_features_list([x, x[..., :56]], [None, None])
+    assert first["x_norm_patchtokens"].shape == (2, 24, 384) and second["x_norm_patchtokens"].shape == (2, 16, 384)
+    assert torch.equal(first["x_prenorm"], dinov2.forward_features(x)["x_prenorm"])
+
+
+def explicit_attention(self, x, attn_bias=None):
+    B, N, D = x.shape
+    q, k, v = self.qkv(x).reshape(B, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+    self.weights = (q @ k.transpose(-2, -1) * self.scale).softmax(-1)
+    return self.proj_drop(self.proj((self.weights @ v).transpose(1, 2).reshape(B, N, D)))
+
+
+@pytest.mark.parametrize("place", ["instance", "class", "module"])
+@torch.no_grad()
+def test_attention_of_dinov2_of_ones_own(dinov2, place, monkeypatch):
+    model, x = copy.deepcopy(dinov2), images(56, 84)
+    expected = model(x), model(x, class_token_only=True), model.get_last_selfattention(x)
+    kind = type(model.blocks[0].attn)
+    if place == "class":
+        monkeypatch.setattr(kind, "forward", explicit_attention)
+    for block in model.blocks:
+        if place == "instance":
+            block.attn.forward = types.MethodType(explicit_attention, block.attn)
+        elif place == "module":
+            block.attn.__class__ = type("Explicit", (kind,), {"forward": explicit_attention})
+    torch.testing.assert_close(model(x), expected[0])
+    torch.testing.assert_close(model(x, class_token_only=True), expected[1])
+    torch.testing.assert_close(model.blocks[-1].attn.weights, expected[2])
+    with pytest.raises(ValueError, match="return_attention"):
+        model.get_last_selfattention(x)
+
+
+def test_patch_embedding_of_dinov2(dinov2):
+    embed = dinov2.patch_embed
+    assert (embed.patch_size, embed.img_size, embed.patches_resolution) == ((14, 14), (518, 518), (37, 37))
+    height, width = 56 // embed.patch_size[0], 84 // embed.patch_size[1]
+    assert embed(images(56, 84)).shape == (2, height * width, 384) and embed.num_patches == 37 * 37
+
+
+def test_options_of_dinov2():
+    def load(**options):
+        return torch.hub.load(HUB, "dinov2_vits14", source="local", pretrained=False, depth=1, **options)
+
+    with torch.device("meta"):
+        plain = load().state_dict()
+        given = load(img_size=518, patch_size=14, init_values=1.0, ffn_layer="mlp", block_chunks=0, qkv_bias=True,
+                     proj_bias=True, ffn_bias=True, num_register_tokens=0, drop_path_uniform=True).state_dict()
+        assert {k: v.shape for k, v in given.items()} == {k: v.shape for k, v in plain.items()}
+        assert load(patch_size=16).patch_size == 16 and load(qkv_bias=False).blocks[0].attn.qkv.bias is None
+    for option, value in (("block_chunks", 4), ("proj_bias", False), ("ffn_bias", False)):
+        with pytest.raises(ValueError, match=f"dinov2_vits14: {option}={value}: .* leave it out"):
+            load(**{option: value})

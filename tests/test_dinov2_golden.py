@@ -1,5 +1,6 @@
 """DINOv2's backbone and heads against the published figures: tests/golden/dinov2, or the folder DINOV2_GOLDEN."""
 
+import math
 import re
 
 import numpy as np
@@ -31,24 +32,35 @@ def shapes(module: nn.Module) -> dict[str, list[int]]:
     return {k: list(v.shape) for k, v in module.state_dict().items()}
 
 
+def options_of(sizes: dict[str, list[int]]) -> tuple[int, dict]:
+    """Patch size, and the other options of the network with tensors of these shapes."""
+    (width, _, _, patch), positions = sizes["patch_embed.proj.weight"], sizes["pos_embed"][1]
+    return patch, {
+        "img_size": patch * math.isqrt(positions - 1), "method": "dinov2",
+        "num_register_tokens": sizes.get("register_tokens", [1, 0, width])[1],
+        "init_values": 1e-5 if any(k.endswith("ls1.gamma") for k in sizes) else None,
+        "ffn_layer": "swiglu" if any(k.endswith("mlp.w12.weight") for k in sizes) else "mlp"}
+
+
 # ---- Names ----
 
 
 @pytest.mark.parametrize("name", files("state_dict_*.json"))
 def test_names_and_shapes(name):
     golden = names_of(name)
-    arch = name.removeprefix("state_dict_").removesuffix("14.json")
-    options = {"img_size": 518, "init_values": 1e-5, "method": "dinov2"}
+    arch, stated = re.match(rf"state_dict_({'|'.join(VITS)})(\d+)", name).groups()
+    patch, options = options_of(golden["without_registers"])
+    added, count = next((key, int(m[1])) for key in golden if (m := re.fullmatch(r"with_(\d+)_registers_added", key)))
     with torch.device("meta"):
-        plain, registers = (VITS[arch](14, num_register_tokens=n, **options) for n in (0, 4))
+        plain, registers = (VITS[arch](patch, **options | {"num_register_tokens": n}) for n in (0, count))
     assert shapes(plain) == golden["without_registers"]
-    assert shapes(registers) == golden["without_registers"] | golden["with_4_registers_added"]
+    assert shapes(registers) == golden["without_registers"] | golden[added]
     first = golden["order_with_registers"]
     assert list(registers.state_dict())[: len(first)] == first
     assert sum(p.numel() for p in plain.parameters()) == golden["parameters"]
-    assert (plain.num_heads, plain.n_blocks, plain.patch_size) == (golden["heads"], golden["blocks"], 14)
+    assert (plain.num_heads, plain.n_blocks, plain.patch_size) == (golden["heads"], golden["blocks"], int(stated))
     with torch.device("meta"):
-        assert "mask_token" not in VITS[arch](14).state_dict()  # DINO's keys stay as published
+        assert "mask_token" not in VITS[arch](patch).state_dict()  # DINO's keys stay as published
 
 
 HEADS = {
@@ -67,7 +79,7 @@ def test_names_and_shapes_of_heads(name):
 
 @pytest.mark.parametrize("name", files("teacher_checkpoint_*.json"))
 def test_checkpoint_of_a_published_run(name, tmp_path):
-    """Blocks grouped in chunks; the heads beside the backbone."""
+    """Blocks grouped in chunks, or not; the heads beside the backbone."""
     teacher = {k: torch.randn(v) for k, v in names_of(name)["teacher"].items()}
     path = tmp_path / "teacher_checkpoint.pth"
     torch.save({"teacher": teacher}, path)
@@ -77,16 +89,15 @@ def test_checkpoint_of_a_published_run(name, tmp_path):
         assert heads.get(head, {}).keys() == expected.keys()
         assert all(torch.equal(v, expected[k]) for k, v in heads.get(head, {}).items())
     width = teacher["backbone.mask_token"].shape[1]
-    blocks = {re.match(r"backbone\.blocks\.\d+\.(\d+)\.", k)[1] for k in teacher if k.startswith("backbone.blocks")}
-    registers, patch = (teacher[f"backbone.{k}"].shape for k in ("register_tokens", "patch_embed.proj.weight"))
+    blocks = {re.match(r"backbone\.blocks\.(\d+\.)?(\d+)\.[a-z]", k)[2] for k in teacher if "e.blocks." in k}
+    patch, options = options_of({k.removeprefix("backbone."): list(v.shape) for k, v in teacher.items()})
     model = VisionTransformer(
-        56, patch[-1], embed_dim=width, depth=len(blocks), num_heads=3, qkv_bias=True, init_values=1e-5,
-        num_register_tokens=registers[1], method="dinov2")
+        patch_size=patch, embed_dim=width, depth=len(blocks), num_heads=3, qkv_bias=True, **options)
     load_weights_into(model, str(path))
     for key, value in model.state_dict().items():
         chunk = f"backbone.{key}"
         if match := re.match(r"blocks\.(\d+)\.(.*)", key):
-            chunk = next(k for k in teacher if re.fullmatch(rf"backbone\.blocks\.\d+\.{match[1]}\.{match[2]}", k))
+            chunk = next(k for k in teacher if re.fullmatch(rf"backbone\.blocks\.(\d+\.)?{match[1]}\.{match[2]}", k))
         assert torch.equal(value, teacher[chunk])
 
 

@@ -26,7 +26,7 @@ from weights.layouts import (
     check_stated,
     configured,
     describe,
-    head_states,
+    is_training,
     misfit,
     network_config,
     read,
@@ -89,9 +89,10 @@ def load_weights_into(
         recognized = recognize(state)
         check_stated(args, STORED_OPTIONS)
         described = recognized if {"num_heads", "timm_args"} & args.keys() else configured(recognized, state, config)
-        options = described.options | stored_options(args)
-        if not args and head_states(loaded, checkpoint_key, path):  # of training, unlike the published backbones
+        options = described.options
+        if is_training(loaded, checkpoint_key, path):  # the published backbones' interpolation does not hold there
             options = {k: v for k, v in options.items() if k not in INTERPOLATION}
+        options = options | stored_options(args)
         check_function(model, options, f"{flag} {path}")
     remedy = remedy_for(model, recognized.arch, options)
     if isinstance(model, VisionTransformer) and any(options.get(k, getattr(model, k)) != getattr(model, k)
@@ -225,7 +226,7 @@ def resized_positions(model: VisionTransformer, positions: Tensor) -> Tensor:
     side = math.isqrt(max(positions.shape[1] - 1, 0)) if positions.ndim == 3 else 0
     if positions.shape == own.shape or positions.shape != (1, side**2 + 1, own.shape[2]):
         return positions
-    size = model.patch_embed.img_size
+    size = model.img_size
     source = SimpleNamespace(pos_embed=positions, patch_embed=model.patch_embed,
                              interpolate_offset=model.interpolate_offset,
                              interpolate_antialias=model.interpolate_antialias)
@@ -296,10 +297,10 @@ def read_backbone(path: str, checkpoint_key: str, flag: str) -> tuple[dict, Weig
         config = network_config(loaded, path, is_network)
     args = stored_args(loaded)
     with refusing(f"--checkpoint_key {checkpoint_key}:"):
-        state = backbone_state(loaded, checkpoint_key, path)
+        state, training = backbone_state(loaded, checkpoint_key, path), is_training(loaded, checkpoint_key, path)
     with refusing(f"{flag} {path}:"):
         check_stated(args, ["value_range"])
-        return args, describe(args, state, (*VITS, *XCITS), is_network, config)
+        return args, describe(args, state, (*VITS, *XCITS), is_network, config, training)
 
 
 def check_asked(asked: str | int | None, stored: str | int | None, flag: str, path: str) -> None:

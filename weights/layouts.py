@@ -75,6 +75,7 @@ ALLOWED = [
 ]  # fmt: skip
 # Options of a network that its tensors do not show: export.py stores them with the weights.
 INTERPOLATION = ("interpolate_antialias", "interpolate_offset")
+TRAINING_INTERPOLATION = {"interpolate_antialias": False, "interpolate_offset": 0.1}  # the default of DINOv2's training
 STORED_OPTIONS = (*INTERPOLATION, "num_heads", "timm_args")
 # Names in one process's file of a run under FSDP, which holds a part of each flattened parameter.
 SHARD = re.compile(r".*_flat_param")
@@ -255,7 +256,7 @@ def stored_options(args: Mapping) -> dict:
     A checkpoint of main_dinov2.py that does not state the interpolation was trained with the default one, not with that
     of the published weights with registers.
     """
-    options = {"interpolate_antialias": False, "interpolate_offset": 0.1} if args.get("method") == "dinov2" else {}
+    options = TRAINING_INTERPOLATION if args.get("method") == "dinov2" else {}
     return options | {k: args[k] for k in STORED_OPTIONS if k in args}
 
 
@@ -343,6 +344,15 @@ def head_states(loaded: Mapping, checkpoint_key: str, path: str = "") -> dict[st
     return heads
 
 
+def is_training(loaded: Mapping, checkpoint_key: str, path: str = "") -> bool:
+    """Whether a file is a checkpoint of DINOv2's training: it has heads, and the published backbones have none.
+
+    Raises:
+        BadFile: a full checkpoint without the entry `checkpoint_key`.
+    """
+    return "dino_head" in head_states(loaded, checkpoint_key, path)
+
+
 def part(loaded: Mapping, checkpoint_key: str, path: str = "") -> Mapping:
     """The entry of a loaded file that holds a network's tensors: see `backbone_state`. Raises BadFile."""
     while entries := [k for k, v in loaded.items() if isinstance(k, str) and isinstance(v, Mapping)]:
@@ -422,7 +432,7 @@ def recognize(state: Mapping[str, Tensor]) -> Weights:
 
 def describe(
     args: Mapping, state: Mapping[str, Tensor], ours: Collection[str], is_network: Callable[[str], bool],
-    config: Mapping = MappingProxyType({}),
+    config: Mapping = MappingProxyType({}), training: bool = False,
 ) -> Weights:
     """The network of a file: as its flags name it, else recognized; `options` hold what either tells.
 
@@ -434,6 +444,8 @@ def describe(
             torchvision keep the names that these libraries give.
         is_network: whether `build_backbone` knows a name.
         config: what `network_config` returns, for files whose flags don't name the network.
+        training: what `is_training` returns. Such a file interpolates position embeddings by the default of training,
+            unless it says otherwise; chunked names, which no published backbone has, mean the same.
 
     Raises:
         BadFile: see `check_stated`, `recognize` and `configured`; the message has no path.
@@ -447,7 +459,10 @@ def describe(
     check_stated(args, {"patch_size", "in_chans"} - weights.options.keys())  # the tensors tell better
     options = {"img_size": int(args["global_crops_size"])} if "global_crops_size" in args else {}
     options |= {k: args[k] for k in ("patch_size", "in_chans") if k in args}
-    options |= weights.options | stored_options(args)
+    options |= weights.options
+    if weights.arch in VIT_SIZES.values() and (training or CHUNKED in weights.layout):
+        options |= TRAINING_INTERPOLATION
+    options |= stored_options(args)
     if "num_heads" in args:
         del options["num_heads"]
         options |= heads_option(args["num_heads"], weights.state, "num_heads in its args") if "arch" in args else {}

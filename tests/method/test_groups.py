@@ -1,5 +1,7 @@
 """Parameter groups, the schedules that they follow, and clipping by network."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -10,8 +12,12 @@ import utils
 from method.groups import multipliers, parameter_groups, set_lr_and_wd
 from vision_transformer import DINOHead
 
-# Of README.md beside the figures; the files have no entry for it.
+# Of README.md beside the figures; the files have no entry for it, so that those of other files follow from the figures.
 FACTORS = {"lr_decay_vits14.json": (0.9, 0.2), "lr_decay_vits16_4_chunks.json": (0.95, 0.5)}
+
+
+def block_number(name: str) -> int:
+    return int(re.fullmatch(r"blocks\.(?:\d+\.)?(\d+)\.[a-z].*", name)[1])
 
 
 def parameters(names) -> dict[str, nn.Parameter]:
@@ -22,8 +28,12 @@ def parameters(names) -> dict[str, nn.Parameter]:
 @pytest.mark.parametrize("name", files("lr_decay_*.json"))
 def test_figures(name, wrapper):
     facts = names_of(name)
-    decay, patch_embed = FACTORS[name]
     backbone = facts["backbone"]
+    last = max((key for key in backbone if key.endswith("attn.qkv.weight")), key=block_number)
+    decay = backbone[last][0]
+    patch_embed = backbone["patch_embed.proj.weight"][0] / backbone["pos_embed"][0]
+    assert (decay, patch_embed) == pytest.approx(FACTORS.get(name, (decay, patch_embed)))
+    decay, patch_embed = FACTORS.get(name, (decay, patch_embed))
     found = multipliers([wrapper + key for key in backbone], decay, patch_embed)
     for key, (lr, wd, last) in backbone.items():
         assert found[wrapper + key] == (pytest.approx(lr, rel=1e-9), wd, last), key
@@ -65,8 +75,9 @@ def test_frozen_last_layers_keep_their_moments():
         assert group["weight_decay"] == 0.2 * group["wd_multiplier"]
 
 
-def test_schedule_figures():
-    config, expected = figures("schedules.npz")
+@pytest.mark.parametrize("file", files("schedules*.npz"))
+def test_schedule_figures(file):
+    config, expected = figures(file)
     for name, (base, final, total, warmup, start, freeze) in config["base_final_total_warmup_start_freeze"].items():
         values = utils.cosine_scheduler(base, final, total, 1, warmup, start, freeze)
         assert len(values) == total

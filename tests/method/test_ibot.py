@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from dinov2_figures import figures, mask, rs
+from dinov2_figures import figures, files, mask, rs
 
 from method.ibot import patch_loss
 from method.masking import masks_weight
@@ -10,10 +10,7 @@ from method.pairs import class_loss
 from method.sinkhorn import sinkhorn_knopp
 from method.targets import PART, Targets, centred
 
-CONFIG, EXPECTED = figures("losses.npz")
-SEED, K, B = CONFIG["seed"], CONFIG["prototypes"], CONFIG["images"]
-L, N = CONFIG["local_crops"], CONFIG["tokens"]
-TEMP = 0.1
+TEMP = 0.1  # of the student; of the teacher in the figures
 
 
 def close(found, expected):
@@ -27,47 +24,53 @@ def softmax_targets(scores: torch.Tensor, kind: str):
 
 @pytest.mark.parametrize("part", [1, 2**20], ids=["a row at a time", "all at once"])
 @pytest.mark.parametrize("kind", ["matrix", "vectors"])
-def test_figures_of_class_tokens(monkeypatch, kind, part):
+@pytest.mark.parametrize("file", files("losses*.npz"))
+def test_figures_of_class_tokens(monkeypatch, file, kind, part):
     """The figures have no factor 1 / (2 + 2 L), and their global one compares row j with row j, here its swap."""
     monkeypatch.setitem(PART, "cpu", part)
-    teacher = rs(SEED + 1, 2, B, K)
-    local = rs(SEED, L * B, K)
+    config, expected = figures(file)
+    seed, K, B, L = (config[key] for key in ("seed", "prototypes", "images", "local_crops"))
+    teacher = rs(seed + 1, 2, B, K)
+    local = rs(seed, L * B, K)
     student = torch.cat([torch.zeros(2 * B, K).double(), local]).requires_grad_()
     loss, parts = class_loss(student, softmax_targets(teacher.flatten(0, 1), kind), TEMP)
     pairs = 2 + 2 * L
-    close(pairs * parts["local"], EXPECTED["dino_local"])
+    close(pairs * parts["local"], expected["dino_local"])
     close(parts["local"] + parts["global"], loss.detach())
     assert not any(x.requires_grad for x in parts.values())
-    close(pairs * torch.autograd.grad(loss, student)[0][2 * B : 2 * B + 3], EXPECTED["dino_local_grad"])
+    close(pairs * torch.autograd.grad(loss, student)[0][2 * B : 2 * B + 3], expected["dino_local_grad"])
 
-    student = torch.cat([rs(SEED + 2, 2 * B, K), local]).requires_grad_()
+    student = torch.cat([rs(seed + 2, 2 * B, K), local]).requires_grad_()
     swapped = teacher.flip(0).flatten(0, 1)
     loss, parts = class_loss(student, softmax_targets(swapped, kind), TEMP)
-    close(pairs / 2 * parts["global"], EXPECTED["dino_global"])
-    close(pairs / 2 * torch.autograd.grad(loss, student)[0][:3], EXPECTED["dino_global_grad"])
+    close(pairs / 2 * parts["global"], expected["dino_global"])
+    close(pairs / 2 * torch.autograd.grad(loss, student)[0][:3], expected["dino_global_grad"])
 
 
 @pytest.mark.parametrize("part", [1, 5 * 16, 2**20], ids=["a row", "five rows", "all"])
 @pytest.mark.parametrize("kind", ["matrix", "vectors"])
-def test_figures_of_patches(monkeypatch, kind, part):
+@pytest.mark.parametrize("file", files("losses*.npz"))
+def test_figures_of_patches(monkeypatch, file, kind, part):
     monkeypatch.setitem(PART, "cpu", part)
-    masks = mask(SEED + 3, 2 * B, N, CONFIG["mask_share"])
+    config, expected = figures(file)
+    seed, K, B, N = (config[key] for key in ("seed", "prototypes", "images", "tokens"))
+    masks = mask(seed + 3, 2 * B, N, config["mask_share"])
     masks[0] = False
-    assert torch.equal(masks, EXPECTED["masks"])
+    assert torch.equal(masks, expected["masks"])
     weights = masks_weight(masks, torch.float64)
-    close(weights, EXPECTED["weights"])
+    close(weights, expected["weights"])
     n = len(weights)
-    student = rs(SEED + 4, n, K).requires_grad_()
-    loss = patch_loss(student, softmax_targets(rs(SEED + 5, n, K), kind), weights, 2 * B, TEMP)
-    close(loss, EXPECTED["ibot_masked"])
-    close(torch.autograd.grad(loss, student)[0][:: n // 6], EXPECTED["ibot_masked_grad"])
+    student = rs(seed + 4, n, K).requires_grad_()
+    loss = patch_loss(student, softmax_targets(rs(seed + 5, n, K), kind), weights, 2 * B, TEMP)
+    close(loss, expected["ibot_masked"])
+    close(torch.autograd.grad(loss, student)[0][:: n // 6], expected["ibot_masked_grad"])
 
-    dense = rs(SEED + 6, 2 * B, N, K).requires_grad_()
-    targets = softmax_targets(rs(SEED + 7, 2 * B, N, K).flatten(0, 1), kind)
+    dense = rs(seed + 6, 2 * B, N, K).requires_grad_()
+    targets = softmax_targets(rs(seed + 7, 2 * B, N, K).flatten(0, 1), kind)
     weights = masks / masks.sum(1, keepdim=True).clamp(min=1).double()
     loss = patch_loss(dense.flatten(0, 1), targets, weights.flatten(), 2 * B, TEMP)
-    close(loss, EXPECTED["ibot_dense"])
-    close(torch.autograd.grad(loss, dense)[0].abs().sum(-1), EXPECTED["ibot_dense_grad_sums"])
+    close(loss, expected["ibot_dense"])
+    close(torch.autograd.grad(loss, dense)[0].abs().sum(-1), expected["ibot_dense_grad_sums"])
 
 
 def naive_patch_loss(student, q, weights, n_crops, temp):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from dinov2_figures import figures, rs
+from dinov2_figures import figures, files, rs, two_processes
 from processes import launch
 
 from method.koleo import koleo, nearest_distances
@@ -23,8 +23,7 @@ def value_and_grad(function, features):
     return value.detach(), torch.autograd.grad(value, features)[0]
 
 
-def inputs() -> dict[str, torch.Tensor]:
-    config, _ = figures("koleo.npz")
+def inputs(config: dict) -> dict[str, torch.Tensor]:
     seed, rows, width = config["seed"], config["rows"], config["width"]
     plain, equal = rs(seed, rows, width), rs(seed + 1, rows, width)
     equal[1] = equal[0]
@@ -32,9 +31,10 @@ def inputs() -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", ["plain", "two_equal_rows", "one_row", "scaled"])
-def test_figures(name):
-    _, expected = figures("koleo.npz")
-    value, grad = value_and_grad(koleo, inputs()[name])
+@pytest.mark.parametrize("file", files("koleo*.npz"))
+def test_figures(file, name):
+    config, expected = figures(file)
+    value, grad = value_and_grad(koleo, inputs(config)[name])
     torch.testing.assert_close(value, expected[name], rtol=1e-9, atol=0)
     # Distances of 1e-8 make the gradients of equal rows differences of large numbers.
     torch.testing.assert_close(grad, expected[f"{name}_grad"], rtol=1e-9, atol=1e-9 * grad.abs().max().item() + 1e-15)
@@ -66,7 +66,7 @@ def test_autocast_does_not_choose_the_neighbours():
 
 
 def test_two_processes_are_one_with_all_rows(tmp_path):
-    done = launch("tests/method/on_two_processes.py", tmp_path / "out", processes=2)
+    done = launch("tests/method/on_two_processes.py", tmp_path / "out", two_processes()[0], processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
     found = [torch.load(tmp_path / f"out{rank}") for rank in range(2)]
     value, grad = value_and_grad(koleo, rs(12, 10, 6))

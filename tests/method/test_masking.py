@@ -3,68 +3,68 @@
 import numpy as np
 import pytest
 import torch
-from dinov2_figures import names_of
+from dinov2_figures import files, names_of
 
 from method.masking import add_block, batch_masks, block_mask, masked_share, masks_weight
 
-FACTS = names_of("mask_facts.json")
-GRIDS = [name for name in FACTS if name[0].isdigit()]
+FACTS = {name: names_of(name) for name in files("mask_facts*.json")}
+GRIDS = [(name, grid) for name, facts in FACTS.items() for grid in facts if grid[0].isdigit()]
 DRAWS = 1000
 
 
-def within(found: np.ndarray, expected: float, std: float, draws: int = DRAWS) -> None:
-    """Means of samples agree to five standard errors of their difference."""
-    error = std * np.sqrt(1 / draws + 1 / FACTS["draws"])
+def within(found: np.ndarray, expected: float, std: float, file: str, draws: int = DRAWS) -> None:
+    """Means of samples agree with the file's to five standard errors of their difference."""
+    error = std * np.sqrt(1 / draws + 1 / FACTS[file]["draws"])
     assert abs(found - expected) <= 5 * error + 1e-3, (found, expected, error)
 
 
-@pytest.mark.parametrize("grid", GRIDS)
-def test_statistics_of_masks(grid):
+@pytest.mark.parametrize("file, grid", GRIDS)
+def test_statistics_of_masks(file, grid):
     rows, columns = map(int, grid.split("x"))
     border = np.ones((rows, columns), bool)
     border[1:-1, 1:-1] = False
     rng = np.random.default_rng(0)
-    for count, facts in FACTS[grid]["requested"].items():
+    for count, facts in FACTS[file][grid]["requested"].items():
         masks = np.stack([block_mask(rng, rows, columns, int(count)) for _ in range(DRAWS)])
         assert masks.dtype == bool and masks.shape == (DRAWS, rows, columns)
         masked = masks.sum((1, 2))
         assert masked.max() <= int(count) and masked.min() >= facts["min"] - 2
-        within(masked.mean(), facts["mean"], facts["std"])
-        within((masked == int(count)).mean(), facts["share_exact"], np.sqrt(facts["share_exact"] *
-                                                                            (1 - facts["share_exact"])))
+        within(masked.mean(), facts["mean"], facts["std"], file)
+        exact = facts["share_exact"]
+        within((masked == int(count)).mean(), exact, np.sqrt(exact * (1 - exact)), file)
         shares = masks[:, border].mean(1)
-        within(shares.mean(), facts["border_share"], shares.std())
+        within(shares.mean(), facts["border_share"], shares.std(), file)
 
 
-@pytest.mark.parametrize("grid", GRIDS)
-def test_statistics_of_one_block(grid):
+@pytest.mark.parametrize("file, grid", GRIDS)
+def test_statistics_of_one_block(file, grid):
     rows, columns = map(int, grid.split("x"))
-    facts, rng, sides = FACTS[grid]["one_block"], np.random.default_rng(1), []
+    facts, rng, sides = FACTS[file][grid]["one_block"], np.random.default_rng(1), []
     for _ in range(DRAWS):
         mask = np.zeros((rows, columns), bool)
-        added = add_block(rng, mask, int(FACTS[grid]["max_num_patches"]))
+        added = add_block(rng, mask, int(FACTS[file][grid]["max_num_patches"]))
         height, width = mask.any(1).sum(), mask.any(0).sum()
         assert added == mask.sum() == height * width  # one rectangle
         sides.append((height, width))
     height, width = np.array(sides).T
     assert height.max() <= facts["height_max"] == rows - 1 and width.max() <= facts["width_max"] == columns - 1
     area, log_aspect = height * width, np.log(height / width)
-    within(area.mean(), facts["area_mean"], area.std())
-    within(log_aspect.mean(), facts["log_aspect_mean"], facts["log_aspect_std"])
-    within(log_aspect.std(), facts["log_aspect_std"], facts["log_aspect_std"])
-    assert area.min() >= facts["area_min"] and area.max() <= FACTS[grid]["max_num_patches"]
+    within(area.mean(), facts["area_mean"], area.std(), file)
+    within(log_aspect.mean(), facts["log_aspect_mean"], facts["log_aspect_std"], file)
+    within(log_aspect.std(), facts["log_aspect_std"], facts["log_aspect_std"], file)
+    assert area.min() >= facts["area_min"] and area.max() <= FACTS[file][grid]["max_num_patches"]
 
 
-@pytest.mark.parametrize("name", FACTS["collate"])
-def test_statistics_of_batches(name):
-    facts, grid = FACTS["collate"][name], tuple(map(int, name.split("_")[-1].split("x")))
+@pytest.mark.parametrize("file, name", [(file, name) for file, facts in FACTS.items() for name in facts["collate"]])
+def test_statistics_of_batches(file, name):
+    facts, grid = FACTS[file]["collate"][name], tuple(map(int, name.split("_")[-1].split("x")))
     n = facts["rows"]
     batches = torch.stack([batch_masks(0, 0, step, n, grid) for step in range(200)])
     assert batches.dtype == torch.bool and batches.shape == (200, n, grid[0] * grid[1])
     assert {int((masks.sum(1) == 0).sum()) for masks in batches} == set(facts["rows_without_mask"])
     masked = batches.sum((1, 2)).double()
     assert masked.max() <= facts["upperbound"][0]
-    within(masked.mean().item(), facts["n_masked_mean"], masked.std().item(), 200)
+    within(masked.mean().item(), facts["n_masked_mean"], masked.std().item(), file, 200)
 
 
 def test_each_interval_of_the_ratio_has_one_mask():

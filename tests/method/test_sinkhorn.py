@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from dinov2_figures import figures, rs
+from dinov2_figures import figures, files, rs, two_processes
 from processes import launch
 
 from method.sinkhorn import sinkhorn_knopp
@@ -31,9 +31,10 @@ def published(scores: torch.Tensor, temp: float, iterations: int) -> torch.Tenso
 
 
 @pytest.mark.parametrize("part", [1, 16 * 5, 2**20], ids=["a row", "five rows", "all"])
-def test_figures(monkeypatch, part):
+@pytest.mark.parametrize("file", [name for name in files("sinkhorn*.npz") if name not in two_processes()])
+def test_figures(monkeypatch, file, part):
     monkeypatch.setitem(PART, "cpu", part)
-    config, expected = figures("sinkhorn.npz")
+    config, expected = figures(file)
     k = config["prototypes"]
     for i, kind in enumerate(("cls", "patch")):
         scores = rs(config["seed"] + i, config[f"{kind}_rows"], k).tanh()
@@ -87,10 +88,11 @@ def test_no_iterations_are_refused():
 # ---- Centring ----
 
 
-def test_centring_figures():
-    config, expected = figures("centring.npz")
-    k = config["prototypes"]
-    centers = {"cls": Center(1, k), "patch": Center(1, 1, k)}
+@pytest.mark.parametrize("file", files("centring*.npz"))
+def test_centring_figures(file):
+    config, expected = figures(file)
+    k, momentum = config["prototypes"], config.get("center_momentum", 0.9)
+    centers = {"cls": Center(1, k, momentum=momentum), "patch": Center(1, 1, k, momentum=momentum)}
     for i, temp in enumerate(config["temps"]):
         rows = {"cls": config["cls_rows"], "patch": config["patch_rows"][i]}
         for j, (kind, center) in enumerate(centers.items()):
@@ -115,17 +117,19 @@ def test_a_center_without_rows_stays():
 # ---- Two processes ----
 
 
-def test_two_processes(tmp_path):
+@pytest.mark.parametrize("file", two_processes())
+def test_two_processes(tmp_path, file):
     """Figures; then unequal numbers of rows, none on one process, against one process with all rows."""
-    done = launch("tests/method/on_two_processes.py", tmp_path / "out", processes=2)
+    done = launch("tests/method/on_two_processes.py", tmp_path / "out", file, processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
-    config, expected = figures("sinkhorn_two_processes.npz")
+    config, expected = figures(file)
     found = [torch.load(tmp_path / f"out{rank}") for rank in range(2)]
     for name, figure in expected.items():
         rank, key = re.fullmatch(r"rank(\d)/(\w+)", name).groups()
         close(found[int(rank)][key], figure)
-    scores = rs(11, 9, 16)
-    close(torch.cat([part["none_on_one"] for part in found]), published(scores, 0.07, 3))
+    scores = rs(11, 9, config["prototypes"])
+    expected = published(scores, config["temp"], config.get("sinkhorn_iterations", 3))
+    close(torch.cat([part["none_on_one"] for part in found]), expected)
     center = 0.1 * scores.mean(0)  # the process without rows doesn't count
     for part in found:
         close(part["center_none_on_one"].flatten(), center)

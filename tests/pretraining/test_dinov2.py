@@ -18,12 +18,13 @@ from test_kills import differences
 from test_video_segmentation import draw_video
 
 import main_dinov2
+import utils
 import vision_transformer
 from imagesets import loaders, shapes
 from method import dinov2, fused, masking
 from method.targets import Targets
 from parallel import Refused
-from pretraining import compiling, replay
+from pretraining import compiling, networks, replay
 from pretraining import state as state_of_runs
 from pretraining.health import health_dinov2
 from pretraining.plan import LONGEST, long_warmups
@@ -687,6 +688,15 @@ def test_heads_of_a_plain_backbone_are_refused(finished, tmp_path, capsys):
                   "--output_dir", tmp_path / "out")
         assert run.wait() == [2], run.output()
         assert "no heads" in run.output() and "--freeze_backbone_epochs" in run.output()
+
+
+def test_a_head_of_dino_is_named(tmp_path):
+    backbone, width = vision_transformer.build_backbone("vit_nano", 8, img_size=16, depth=1)
+    dino = utils.MultiCropWrapper(backbone, vision_transformer.DINOHead(width, 8, nlayers=1))
+    for head, message in ((dino, "a head of DINO, which has none for patches; train"), (dino.backbone, "no heads")):
+        torch.save({"teacher": head.state_dict()}, tmp_path / "w.pth")
+        with pytest.raises(Refused, match=f"^--distill_from .*w.pth: it has {message}.* --freeze_backbone_epochs"):
+            networks.read_heads(str(tmp_path / "w.pth"), "--distill_from")
 
 
 def test_a_bug_keeps_its_traceback(tmp_path, monkeypatch):

@@ -11,10 +11,11 @@ from golden_weights import GOLDEN
 from timm.models.vision_transformer import checkpoint_filter_fn as timm_vit_names
 from timm.models.xcit import checkpoint_filter_fn as timm_xcit_names
 
+import hubconf
 import parallel
 from parallel import Refused
 from vision_transformer import build_backbone
-from weights import backbones, layouts
+from weights import backbones, layouts, published
 
 
 def random_like(state, seed=0):
@@ -197,15 +198,40 @@ def test_mask_token_and_method(tmp_path):
     assert backbones.load_backbone(saved(masked, tmp_path))[0].method == "dino"
 
 
-@pytest.mark.parametrize("stored, expected", [
-    ({}, (False, 0.1)), ({"interpolate_antialias": True, "interpolate_offset": 0.0}, (True, 0.0))])
-def test_checkpoints_of_training_interpolate_as_they_were_trained(tmp_path, stored, expected):
+OFFSET, ANTIALIAS = ({"interpolate_antialias": a, "interpolate_offset": b} for a, b in ((False, 0.1), (True, 0.0)))
+
+
+@pytest.mark.parametrize("kind, expected", [
+    ("run", OFFSET), ("antialiased run", ANTIALIAS), ("heads", OFFSET), ("heads of a student", OFFSET),
+    ("chunked", OFFSET), ("published", ANTIALIAS)])
+def test_checkpoints_of_training_interpolate_as_they_were_trained(tmp_path, monkeypatch, capsys, kind, expected):
     """Their tensors have the names of the published files with registers, which were trained in another way."""
-    file = {"teacher": dinov2_file(registers=4), "args": {"arch": "vit_nano", "method": "dinov2"} | stored}
-    model, _ = backbones.load_backbone(saved(file, tmp_path))
-    assert (model.interpolate_antialias, model.interpolate_offset) == expected and model.method == "dinov2"
-    chunked, _ = backbones.load_backbone(saved(dinov2_file(registers=4, chunked=True), tmp_path))
-    assert (chunked.interpolate_antialias, chunked.interpolate_offset) == (False, 0.1)
+    monkeypatch.setitem(published.PUBLISHED, "dinov2_vits14_reg", published.PUBLISHED["dinov2_vits14_reg"]._replace(
+        arch="vit_nano"))
+    state = dinov2_file(registers=4, chunked=kind == "chunked")
+    if "run" in kind or "heads" in kind:
+        state = {f"backbone.{k}": v for k, v in state.items()} | {
+            f"dino_head.{k}": torch.randn(2, 2) for k in ("mlp.0.weight", "last_layer.weight_v")}
+    key = "student" if "student" in kind else "teacher"
+    stored = {} if "run" not in kind else {
+        "args": {"arch": "vit_nano", "method": "dinov2"} | (ANTIALIAS if "anti" in kind else {})}
+    path = saved({key: state} | stored, tmp_path)
+    models = [backbones.load_backbone(path, checkpoint_key=key)[0]]
+    if key == "teacher":
+        models += [hubconf.dino(path), hubconf.dinov2_vits14_reg(weights=path)]
+    for model in models:
+        assert {k: getattr(model, k) for k in layouts.INTERPOLATION} == expected and model.method == "dinov2"
+    size = {"patch_size": 14, "img_size": 56, "num_register_tokens": 4, "init_values": 1.0, "method": "dinov2"}
+    capsys.readouterr()
+    for options in (OFFSET, ANTIALIAS):  # a file that doesn't tell is read into the network of the flags, which is said
+        other = build_backbone("vit_nano", **size | options)[0]
+        if options == expected or not stored and kind != "published":
+            backbones.load_weights_into(other, path, key, "--init_from")
+            assert torch.equal(other.norm.weight, models[0].norm.weight)
+            assert ("doesn't tell" in capsys.readouterr().out) == (not stored and kind != "published")
+        else:
+            with pytest.raises(Refused, match="interpolates position embeddings in another way"):
+                backbones.load_weights_into(other, path, key, "--init_from")
 
 
 def test_shards_of_a_sharded_run_are_refused(tmp_path):
