@@ -267,7 +267,8 @@ def test_a_frozen_epoch_trains_the_heads(finished, tmp_path, run_here, monkeypat
     """The first of 20 epochs, with a long warm-up and prototypes that are fixed for an epoch, as by default."""
     monkeypatch.setattr(main_dinov2.Requests, "agreed", lambda self, step: (step == 8, False))
     assert run_here("--steps", 0, "--epochs", 20, "--freeze_backbone_epochs", 1, "--warmup_epochs", 10, "--lr", 0.01,
-                    "--log_every", 1, "--init_from", finished[0] / checkpoints.NAME, "--output_dir", tmp_path) == main_dinov2.TO_BE_CONTINUED
+                    "--log_every", 1, "--init_from", finished[0] / checkpoints.NAME,
+                    "--output_dir", tmp_path) == main_dinov2.TO_BE_CONTINUED
     first, *_, last = json_lines(tmp_path / "log_steps.txt")
     assert all(last[name] < 0.8 * first[name] for name in ("dino_left", "ibot_left"))
 
