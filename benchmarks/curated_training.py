@@ -1,4 +1,4 @@
-"""k-NN accuracy of DINO trained on a curated list against random lists of the same size, at equal steps.
+"""k-NN accuracy of DINO trained on a curated list, on random lists, and on lists made even by their labels.
 
     python benchmarks/long_tail.py --data_path imagenette128/train --output long_tail.txt
     python curate.py --pretrained_weights output/imagenette2_11/checkpoint.pth --crop_size 96 \\
@@ -6,10 +6,13 @@
     python benchmarks/curated_training.py --pile long_tail.txt --curated output/curated_long_tail/list.txt \\
         --eval_data_path imagenette128
 
-A run per list and seed; the random lists are drawn from the pile by the seed. A call that was stopped goes on where it
-stopped. The k-NN bank is the training part of --eval_data_path, the same for all runs.
+A run of equal steps per list and seed. The other lists have the size of the curated one and are drawn from the pile by
+the seed: at random, and with as many images of each class as of any other while the pile has them, which is as even as
+a curated list could be. A call that was stopped goes on where it stopped. The k-NN bank is the training part of
+--eval_data_path, the same for all runs.
 """
 
+import collections
 import json
 import statistics
 import subprocess
@@ -31,10 +34,18 @@ def call(script: str, *flags: object) -> None:
     subprocess.run([sys.executable, str(bench.ROOT / script), *map(str, flags)], check=True)
 
 
-def random_list(pile: Path, size: int, seed: int, path: Path) -> Path:
-    lines = pile.read_bytes().splitlines()
-    rows = np.sort(np.random.default_rng(seed).permutation(len(lines))[:size])
-    path.write_bytes(b"".join(lines[i] + b"\n" for i in rows))
+def draw(pile: Path, size: int, seed: int, path: Path, even: bool) -> Path:
+    """Write a list of `size` lines of the pile; with `even`, of all classes equally many while they last."""
+    lines, seen = pile.read_bytes().splitlines(), collections.Counter()
+    order = np.random.default_rng(seed).permutation(len(lines))
+    if even:
+        earlier = []  # images of the same class that come first
+        for i in order:
+            label = lines[i].split(b"\t")[-1]
+            earlier.append(seen[label])
+            seen[label] += 1
+        order = order[np.argsort(earlier, kind="stable")]
+    path.write_bytes(b"".join(lines[i] + b"\n" for i in np.sort(order[:size])))
     return path
 
 
@@ -50,13 +61,14 @@ def accuracy(images: Path, seed: int, folder: Path, args) -> dict:
 
 
 def main(args) -> int:
-    bench.header(f"DINO on a curated list against random lists of its size, {args.steps} steps of 32", args.device)
+    bench.header(f"DINO on a curated list and on others of its size, {args.steps} steps of 32", args.device)
     out, size = Path(args.output_dir), len(Path(args.curated).read_bytes().splitlines())
     out.mkdir(parents=True, exist_ok=True)
-    started, values = time.perf_counter(), {"curated": [], "random": []}
+    started, values = time.perf_counter(), {"curated": [], "random": [], "even": []}
     for seed in range(args.seeds):
         lists = {"curated": Path(args.curated),
-                 "random": random_list(Path(args.pile), size, seed, out / f"random{seed}.txt")}
+                 **{name: draw(Path(args.pile), size, seed, out / f"{name}{seed}.txt", name == "even")
+                    for name in ("random", "even")}}
         for name, images in lists.items():
             values[name].append(accuracy(images, seed, out / f"{name}{seed}", args)["value"])
             print(f"{name}, seed {seed}: {values[name][-1]:.1f} %", flush=True)
