@@ -105,7 +105,8 @@ def check_args(args: argparse.Namespace) -> None:
     if args.from_clusters and "neighbors" in given:
         raise Refused(f"{given['neighbors']} with --from_clusters: images come from clusters instead; leave one out")
     if args.against and not (args.against_threshold or args.duplicate_threshold):
-        raise Refused("--against with --duplicate_threshold 0: nothing is near; give --against_threshold")
+        raise Refused("--against with --duplicate_threshold 0: images near it would stay; give --against_threshold (1: "
+                      "copies only are dropped)")
 
 
 def curate(args: argparse.Namespace) -> dict:

@@ -456,8 +456,10 @@ def describe(
     lines.append(f"loss of uniform outputs: {losses_at_start(args)['dino']:.2f} on class tokens, "
                  f"{losses_at_start(args)['ibot']:.2f} on patches; progress lines show the losses as shares of these")
     lines += many_prototypes(args, n_images)
-    lines += long_warmups(plan.steps, args.epoch_steps or plan.steps_per_epoch,
-                          **{flag: getattr(args, flag) for flag in LONGEST})
+    unit = args.epoch_steps or plan.steps_per_epoch
+    alone = args.freeze_backbone_epochs * unit >= plan.steps  # heads are trained for published weights
+    lines += long_warmups(plan.steps, unit, **{flag: getattr(args, flag) for flag in LONGEST
+                                               if not (alone and flag == "freeze_backbone_epochs")})
     lines += without_effect(args)
     sizes = {"global_crops_size": args.global_crops_size}
     if plan.early_epochs:
@@ -475,13 +477,14 @@ def describe(
 
 def many_prototypes(args: argparse.Namespace, n_images: int) -> list[str]:
     """A warning where prototypes are too many for the images to use: losses of such runs often stay at their start."""
-    flag, k = max(("out_dim", args.out_dim), ("ibot_out_dim", patch_prototypes(args)), key=lambda item: item[1])
-    images = options.images_per_step(args)
-    if args.distill_from or args.init_heads or k <= min(MOST_PROTOTYPES * images, n_images):
+    if args.distill_from or args.init_heads or begun(args.output_dir):
         return []
+    images, numbers = options.images_per_step(args), {"out_dim": args.out_dim}
+    numbers |= {"ibot_out_dim": patch_prototypes(args)} if args.ibot_separate_head else {}
     return [f"WARNING: --{flag} {k} for {images} images per step, of {n_images}: the loss may not leave its start "
             f"(published: 32 to 43 prototypes per image of a step); lower it to {min(64 * images, n_images // 2)} or "
-            "less, or give more images per step (--grad_accum_steps)"]
+            "less, or give more images per step (--grad_accum_steps)"
+            for flag, k in numbers.items() if k > min(MOST_PROTOTYPES * images, n_images)]
 
 
 def losses_at_start(args: argparse.Namespace) -> dict[str, float]:
@@ -560,8 +563,7 @@ def train(args: argparse.Namespace, run: Run, teacher: nn.Module, plan: Plan, en
             for name in {"dino_left", "ibot_left"} & means.keys():
                 run.lowest_left[name] = min(means[name], run.lowest_left.get(name, math.inf))
             crops, early = 2 * args.batch_size_per_gpu, step <= max(plan.warmup, plan.steps // 10)
-            warned = warning(means, run.dino_loss, crops, early, run.lowest_left) or few_directions_dinov2(
-                means, args.centering == "sinkhorn_knopp", crops, early, "student" if args.distill_from else "teacher")
+            warned = warning(means, run.dino_loss, crops, early, run.lowest_left)
             monitor.log_step(log, plan, step, means, "", warned, options.images_per_step(args), *clock.read())
             window.reset()
         run.dino_loss.update_centers(parts)
@@ -588,19 +590,24 @@ def warning(
         rows, warming_up: as `health.collapse`.
         lowest_left: lowest values of dino_left and ibot_left since the run began.
     """
-    stuck = [name for name, left in sorted(lowest_left.items()) if left > STUCK]
-    if stuck and not warming_up and loss.mask_student:  # in distillation, the frozen network determines K
-        return (f"{' and '.join(stuck)} never below {STUCK:.0%}: the run has not begun to learn; try more images per "
-                "step (--grad_accum_steps), a smaller --out_dim, --layerscale 0, or shorter warm-ups")
+    # in distillation, the frozen network determines K
+    stuck = [] if warming_up or not loss.mask_student else [k for k, v in sorted(lowest_left.items()) if v > STUCK]
     for prefix, center, what in (("", loss.dino_loss, "image"), ("patch_", loss.ibot_patch_loss, "patch")):
         if f"{prefix}entropy" in means:
+            uniform_so_far = ("ibot_left" if prefix else "dino_left") in stuck
             line = collapse(means[f"{prefix}entropy"], math.log(center.center.numel()),
                             means[f"{prefix}prototypes_used"], UNIFORM[loss.centering], ONE, what,
-                            math.inf if prefix else rows, warming_up)
+                            math.inf if prefix else rows, warming_up or uniform_so_far)
             if line:
                 return line
     network, prefix = ("teacher", "") if loss.mask_student else ("student", "student_")  # the one that is not frozen
-    return few_directions(means["feature_rank"], means[f"{prefix}prototypes_used"], rows, network)
+    line = few_directions(means["feature_rank"], means[f"{prefix}prototypes_used"], rows, network)
+    line = line or few_directions_dinov2(means, loss.centering == "sinkhorn_knopp", rows, warming_up, network)
+    if line is None and stuck:
+        line = (f"{' and '.join(stuck)} never below {STUCK:.0%}: the run has not begun to learn from it; try more "
+                "images per step (--grad_accum_steps), a smaller --out_dim, shorter warm-ups, or --layerscale 0 if it "
+                "is above")
+    return line
 
 
 def make_loader(

@@ -492,7 +492,8 @@ class VisionTransformer(nn.Module):
     def __setstate__(self, state: dict) -> None:
         """Networks pickled before there was DINOv2, or its forms, lack what came with them."""
         super().__setstate__(state)
-        self.__dict__.setdefault("img_size", self.patch_embed.img_size)
+        if "img_size" not in self.__dict__:
+            self.img_size = self.patch_embed.img_size
         if "method" not in self.__dict__:
             self.method, self.mask_token = "dino", None
             self.patch_size, self.num_heads = self.patch_embed.proj.kernel_size[0], self.blocks[0].attn.num_heads

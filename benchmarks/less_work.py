@@ -58,6 +58,8 @@ def parsed(name: str, flags: str, args) -> argparse.Namespace:
     try:
         if given.arch not in VITS:
             raise Refused(f"--arch {given.arch}: the arithmetic is counted for ViTs; choose one of {', '.join(VITS)}")
+        if args.count or args.step_only:
+            given.data_path = given.data_path or "shapes:8x64"  # no image is read
         script.check_args(given)
         script.make_plan(given, options.images_per_step(given))
     except Refused as error:

@@ -80,9 +80,9 @@ class FlashAttention(Attention):
 
     kernels = SDPBackend.FLASH_ATTENTION
 
-    def forward(self, *args, **options):
+    def forward(self, x: Tensor, return_attention: bool | None = None, class_token_only: bool = False, norm=None):
         with sdpa_kernel(self.kernels):
-            return super().forward(*args, **options)
+            return super().forward(x, return_attention, class_token_only, norm)
 
 
 class EfficientAttention(FlashAttention):

@@ -108,7 +108,7 @@ def known_accuracies(run: Run, state: Mapping | None, evaluation: KnnEvaluation 
         knn = {}
     if not {"untrained", "start", "pixels"} & knn.keys():
         given = run.settings["init_from"]
-        same = not state or bool(state["args"].get("init_from")) == bool(given)
+        same = not state or (state["args"].get("init_from") or "") == given
         knn |= evaluation.baselines(run.teacher_backbone() if same else None, run.autocast(),
                                     "start" if given else "untrained")
     return knn | {"data": data}

@@ -169,11 +169,11 @@ class Run:
             self.check_images(state, path, extend)
             return
         if WARMUP_AFTER_FREEZE in changed and "freeze_backbone_epochs" not in changed:
-            raise Refused(f"--output_dir {path.parent}: {path.name} belongs to a run whose --warmup_epochs began with "
-                          "--freeze_backbone_epochs, and now begins after it; resume it with the version that began "
-                          f"it, or give --init_from {path} --init_heads and another folder")
+            raise Refused(f"--output_dir {path.parent}: {path.name} belongs to a run whose --warmup_epochs and "
+                          "--freeze_last_layer began with --freeze_backbone_epochs, and now begin after it; resume it "
+                          f"with the version that began it, or give --init_from {path} --init_heads and another folder")
         shown = ", ".join("weights of --distill_from" if k == FROZEN else f"{k} {old} -> {new}"
-                          for k, (old, new) in changed.items())
+                          for k, (old, new) in changed.items() if k != WARMUP_AFTER_FREEZE)
         remedy = "choose another folder, or the same flags to resume"
         if changed.keys() <= LENGTH:
             remedy += "; to continue that run for longer or on more images, add --extend"

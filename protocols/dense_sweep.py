@@ -224,7 +224,9 @@ def run_of(plan: Plan) -> dict:
     value_range = network.reading.value_range
     recipe = {k: v if isinstance(v, (int, float)) else list(v) for k, v in plan.recipe._asdict().items()}
     items = [item for part in (plan.train, plan.held, plan.test) if part for item in part.items]
-    return {
+    patches = {name: tokens.patch_size(network) for name, network in plan.networks.items()
+               if network.about["arch"] == PIXELS}  # which their weights don't tell
+    return ({"raw_patches": patches} if patches else {}) | {
         "data": files_hash(path for item in items if isinstance(item, tuple) for path in item),  # others are drawn
         "weights": {name: f"{network.about['weights_sha256']}{network.about.get('network_options', '')}"
                     for name, network in plan.networks.items()},

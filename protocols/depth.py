@@ -128,7 +128,8 @@ def evaluate_depth(
     dense_sweep.check_recipe(recipe)
     images = open_depth_maps(data_path, val_data_path, network.reading, limits, flag)
     plan = make_plan(network, images, geometry or Geometry(), recipe, baselines, val_share, BLOCKS_FLAG, whole=True)
-    judged = check_maps(plan, options.eval_crop, f"{flag} {data_path!r}")
+    judged = check_maps(plan, options.eval_crop, f"{flag} {data_path!r}",
+                        f"--val_data_path {val_data_path!r}" if val_data_path else f"{flag} {data_path!r}")
     output_dir = flags.prepare_output(output_dir)
     for note in plan.notes:
         parallel.say(note)
@@ -163,8 +164,11 @@ def evaluate_depth(
     return report
 
 
-def check_maps(plan: dense_sweep.Plan, eval_crop: str, where: str) -> DepthMaps:
+def check_maps(plan: dense_sweep.Plan, eval_crop: str, where: str, where_test: str) -> DepthMaps:
     """Reads all images but those to train on, of which only the first. Adds a note for test images that are left out.
+
+    Args:
+        where, where_test: the flags that name the images, for errors.
 
     Returns:
         The test images that have a depth inside of the crop.
@@ -175,7 +179,7 @@ def check_maps(plan: dense_sweep.Plan, eval_crop: str, where: str) -> DepthMaps:
     for part in (plan.train.subset([0]), plan.held):
         if part:
             dense_sweep.read_all(part, lambda truth: None, where)
-    valid = dense_sweep.read_all(plan.test, lambda truth: bool(depth_scores.judged(truth, eval_crop).any()), where)
+    valid = dense_sweep.read_all(plan.test, lambda truth: bool(depth_scores.judged(truth, eval_crop).any()), where_test)
     if not any(valid):
         raise Refused(f"--eval_crop {eval_crop}: no test image has a depth inside of it; choose another one")
     if missing := valid.count(False):

@@ -92,9 +92,11 @@ def evaluate_semantic(
         import_kmeans()  # before any work
     images = open_class_masks(data_path, val_data_path, network.reading, foreground, flag)
     plan = make_plan(network, images, geometry, recipe, baselines, val_share, BLOCKS_FLAG)
-    for part in (plan.held, plan.test):
+    training = f"{flag} {data_path!r}"
+    for part, where in ((plan.held, training),
+                        (plan.test, f"--val_data_path {val_data_path!r}" if val_data_path else training)):
         if part:
-            dense_sweep.read_all(part, lambda truth: None, f"{flag} {data_path!r}")
+            dense_sweep.read_all(part, lambda truth: None, where)
     output_dir = flags.prepare_output(output_dir)
     for note in plan.notes:
         parallel.say(note)

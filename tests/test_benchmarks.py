@@ -20,6 +20,7 @@ from imagesets.sources import open_images
 from method import fused, targets
 from pretraining.session import Ends
 from pretraining.state import Run
+from vision_transformer import accepts
 
 TINY = {"arch": "vit_nano", "size": 32, "k": 64, "drop_path": 0.1}
 SCRIPTS = ["train_step", "loss", "memory", "prototypes", "data_pipeline", "end_to_end", "startup", "model",
@@ -74,6 +75,8 @@ def test_flags_of_all_variants_are_checked_before_the_first_run(monkeypatch):
         with pytest.raises(SystemExit, match=words):
             less_work.main(less_work.get_args_parser().parse_args([*argv, *wrong]))
     assert less_work.main(less_work.get_args_parser().parse_args([*argv, "--count"])) == 0
+    large = ["--count", "--preset", "imagenet_vits16_100ep", "--low", "112", "48", "--fewer", "60"]  # names no images
+    assert less_work.main(less_work.get_args_parser().parse_args(large)) == 0
 
 
 def test_runs_that_were_recorded_are_not_made_again(tmp_path, monkeypatch, capsys):
@@ -197,6 +200,7 @@ def test_attention_by_other_kernels_has_a_graph_of_its_own():
         torch.testing.assert_close(backbone(x), expected)
         assert counter.frame_count == number
     assert "sdp" in str(counter.graphs[1].code) and counter.graphs[1].code != counter.graphs[0].code
+    assert accepts(backbone.blocks[0].attn, "class_token_only")  # or a block would ask it for the weights
 
 
 def test_variants_that_can_not_run_are_left_out_with_a_line(capsys):

@@ -261,6 +261,8 @@ def test_survives_copy_pickle_half_and_trace():
     torch.testing.assert_close(copy.deepcopy(model)(x), model(x))
     torch.testing.assert_close(torch.jit.trace(model, x)(x), model(x), rtol=1e-4, atol=1e-5)
     assert copy.deepcopy(model).bfloat16()(torch.randn(1, 3, 24, 40).bfloat16()).dtype == torch.bfloat16
+    model.patch_embed = torch.nn.Identity()  # a part of other code
+    assert copy.deepcopy(model).img_size == model.img_size
 
 
 @pytest.mark.parametrize(

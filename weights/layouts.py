@@ -190,15 +190,15 @@ def read(path: str | os.PathLike, kind: type = dict, mapped: bool = False) -> di
 def check_file(path: str | os.PathLike) -> None:
     """Raises FileNotFoundError if there is no such file, or it is a folder or a part of a checkpoint in several files.
     """
-    path = pathlib.Path(path)
-    folder = path if path.is_dir() else path.parent
-    if path.name == ".metadata" or path.suffix == ".distcp" or path.is_dir() and (path / ".metadata").is_file():
+    file = pathlib.Path(path)
+    folder = file if file.is_dir() else file.parent
+    if file.name == ".metadata" or file.suffix == ".distcp" or file.is_dir() and (file / ".metadata").is_file():
         raise FileNotFoundError(
             f"{path}: a checkpoint of torch.distributed.checkpoint in several files; make one of it by python -m "
             f"torch.distributed.checkpoint.format_utils dcp_to_torch {folder} FILE, and give that FILE")
-    if path.is_dir():
+    if file.is_dir():
         raise FileNotFoundError(f"{path}: a folder; give the file of weights in it")
-    if not path.is_file():
+    if not file.is_file():
         raise FileNotFoundError(f"{path}: no such file of weights; weights are never downloaded")
 
 

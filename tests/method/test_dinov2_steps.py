@@ -78,7 +78,7 @@ class Scores(torch.nn.Module):
         self.scores = rs(seed + 2, 8 * 16, k).bfloat16()
 
     def forward(self, crops, masks, positions):
-        return dinov2.Outputs(self.class_scores, self.scores[positions], self.tokens)
+        return dinov2.Outputs(self.class_scores, self.scores[positions], self.tokens, self.tokens)
 
 
 @pytest.mark.parametrize("centering", ["centering", "sinkhorn_knopp"])

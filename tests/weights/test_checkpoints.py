@@ -225,6 +225,8 @@ def test_no_script_loads_without_weights_only():
 
 
 def test_missing_weights_are_an_error_not_a_download(tmp_path):
+    with pytest.raises(Refused, match="https://host/w.pth: no such file of weights"):
+        backbones.load_backbone("https://host/w.pth")
     with pytest.raises(Refused, match="--pretrained_weights .*absent.pth: no such file of weights"):
         backbones.load_backbone(str(tmp_path / "absent.pth"))
 
