@@ -11,6 +11,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -565,7 +566,8 @@ def test_long_warmups_of_dino_are_told(monkeypatch):
 
     def warned(*argv, images=50_000):
         args = main_dino.get_args_parser().parse_args([*argv, "--data_path", "x"])
-        return main_dino.describe(args, None, main_dino.make_plan(args, images), images)
+        run = SimpleNamespace(student=SimpleNamespace(backbone=None))
+        return main_dino.describe(args, run, main_dino.make_plan(args, images), images)
 
     said = warned("--epochs", "10", images=640)
     assert "WARNING: --warmup_epochs 10 is 100%" in said and "lower" in said and "--freeze_last_layer" not in said
