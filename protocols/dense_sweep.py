@@ -151,6 +151,12 @@ def check_sizes(parts: Sequence[Annotated], geometry: Geometry, patch: int) -> N
                           "give --window_size, lower --image_size or crop the image")
 
 
+def places(flag: str, data_path: str, val_data_path: str) -> tuple[str, str]:
+    """How errors name the images that are trained on or held out, and those of the test."""
+    training = f"{flag} {data_path!r}"
+    return training, f"--val_data_path {val_data_path!r}" if val_data_path else training
+
+
 def read_all(images: Annotated, judge: Callable[[np.ndarray], Judgement], where: str) -> list[Judgement]:
     """`judge(truth)` of every image, before the training, so that a bad file does not end a run in its test.
 

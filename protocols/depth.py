@@ -128,8 +128,7 @@ def evaluate_depth(
     dense_sweep.check_recipe(recipe)
     images = open_depth_maps(data_path, val_data_path, network.reading, limits, flag)
     plan = make_plan(network, images, geometry or Geometry(), recipe, baselines, val_share, BLOCKS_FLAG, whole=True)
-    judged = check_maps(plan, options.eval_crop, f"{flag} {data_path!r}",
-                        f"--val_data_path {val_data_path!r}" if val_data_path else f"{flag} {data_path!r}")
+    judged = check_maps(plan, options.eval_crop, *dense_sweep.places(flag, data_path, val_data_path))
     output_dir = flags.prepare_output(output_dir)
     for note in plan.notes:
         parallel.say(note)

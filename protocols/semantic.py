@@ -92,9 +92,7 @@ def evaluate_semantic(
         import_kmeans()  # before any work
     images = open_class_masks(data_path, val_data_path, network.reading, foreground, flag)
     plan = make_plan(network, images, geometry, recipe, baselines, val_share, BLOCKS_FLAG)
-    training = f"{flag} {data_path!r}"
-    for part, where in ((plan.held, training),
-                        (plan.test, f"--val_data_path {val_data_path!r}" if val_data_path else training)):
+    for part, where in zip((plan.held, plan.test), dense_sweep.places(flag, data_path, val_data_path), strict=True):
         if part:
             dense_sweep.read_all(part, lambda truth: None, where)
     output_dir = flags.prepare_output(output_dir)
