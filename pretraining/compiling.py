@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 import parallel
 from imagesets import listing
@@ -51,6 +50,8 @@ def flop(
         sizes: sides of global and local crops.
         images: of the process in a step.
     """
+    from torch.utils.flop_counter import FlopCounterMode  # imports triton; only long runs on a GPU need it
+
     passes = []
     with torch.device("meta"), torch.no_grad():
         backbone, _ = networks.make_backbone(arch, patch_size, in_chans, sizes[0])

@@ -1,6 +1,7 @@
 """eval_semantic.py from end to end: folders, drawn images, two processes, presets, and what it refuses."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -139,6 +140,15 @@ def test_test_images_are_read_before_the_training(tmp_path, capsys):
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "b.png: value 200" in error and "repair or remove" in error
     assert not (tmp_path / "out").exists()
+
+    (lists / "val.txt").write_text("a\n")  # a folder that is sound itself, tested on one that is not
+    (tmp_path / "other").mkdir()
+    shutil.copytree(tmp_path / "VOC2012", tmp_path / "other" / "VOC2012")
+    (tmp_path / "other" / "VOC2012" / "ImageSets" / "Segmentation" / "val.txt").write_text("b\n")
+    assert run(tmp_path / "VOC2012", tmp_path / "out", "--steps", "2", "--val_data_path",
+               tmp_path / "other" / "VOC2012") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "--val_data_path" in error and "b.png: value 200" in error
 
 
 def test_a_rate_that_diverges_is_named(tmp_path, capsys):
